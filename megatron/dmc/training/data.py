@@ -1,0 +1,352 @@
+"""Training data: checks before a run, megatron-core datasets with a safe index cache, and batches for any layout.
+
+A dataset is three files: ``P.bin`` and ``P.idx`` (Megatron's indexed dataset) and ``P.json``, the :class:`Sidecar` that
+``tools/preprocess_data.py`` writes last and that says what the other two must be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import megatron.core
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset
+
+from megatron.dmc.config import RunConfig
+from megatron.dmc.training.tokenizer import Tokenizer
+
+_FORMAT = "megatron.dmc.indexed_dataset"
+_FORMAT_VERSION = 1
+_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What ``P.json`` says about ``P.bin`` and ``P.idx``. It is written last: without it a dataset is incomplete."""
+
+    tokenizer: str
+    """Where the tokenizer lay; for messages only."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eod_id: int
+    eod_appended: bool
+    bos_prepended: bool
+    dtype: str
+    """Numpy name of a token's type in ``.bin``."""
+    documents: int
+    tokens: int
+    """Tokens over all documents, the added EOD and BOS included."""
+    bin_bytes: int
+    idx_bytes: int
+    idx_sha256: str
+    """Of ``.idx``, the documents' lengths: what a cached sample index depends on, besides the run's settings."""
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> "Sidecar":
+        """Read ``prefix.json``. Raises ``ValueError`` when it is missing, damaged or of another version."""
+        path = Path(f"{prefix}.json")
+        if not path.is_file():
+            raise ValueError(f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
+                             "tools/preprocess_data.py; run that again")
+        try:
+            content = json.loads(path.read_text())
+            if (content.pop("format"), content.pop("format_version")) != (_FORMAT, _FORMAT_VERSION):
+                raise ValueError("another format or version")
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
+                             "run tools/preprocess_data.py again") from error
+
+    def write(self, path: str | Path) -> None:
+        """Write as JSON to ``path``."""
+        content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parse_blend(data_path: list[str], name: str = "data_path") -> tuple[list[str], Optional[list[float]]]:
+    """Split ``[prefix, ...]`` or ``[weight, prefix, weight, prefix, ...]`` into absolute prefixes and weights.
+
+    Returns:
+        The prefixes, and their weights (any positive scale) or None when none are given.
+
+    Raises:
+        ValueError: weights and prefixes do not alternate, or a weight is not a positive number.
+    """
+    def number(text: str) -> Optional[float]:
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+    numbers = [number(item) for item in data_path]
+    if not any(n is not None for n in numbers):
+        return [os.path.abspath(item) for item in data_path], None
+    weights, prefixes = numbers[0::2], data_path[1::2]
+    if len(data_path) % 2 or None in weights or any(n is not None for n in numbers[1::2]):
+        raise ValueError(f"{name} {' '.join(data_path)} mixes weights and prefixes; give either only prefixes or "
+                         "weight prefix weight prefix ... (a dataset whose name is a number: write ./NAME)")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"{name} has the weight {weight}; weights must be positive numbers")
+    return [os.path.abspath(item) for item in prefixes], weights
+
+
+def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuse data that cannot be trained on, before anything is built. Reads a few small files; needs no process group.
+
+    Raises:
+        ValueError: no training data is named; a file is missing or truncated; a dataset was made with another
+            tokenizer, holds less than one sequence, or has more ids than the model's embedding.
+    """
+    data, model = config.data, config.model
+    if not data.data_path:
+        raise ValueError("data_path is empty; name at least one dataset prefix that tools/preprocess_data.py wrote")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocab_size is "
+                         f"{model.vocab_size}; use the model's own tokenizer, or raise vocab_size")
+    for name in ("data_path", "valid_data_path"):
+        for prefix in parse_blend(getattr(data, name), name)[0]:
+            _check_dataset(prefix, name, tokenizer, data.seq_length)
+
+
+def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int) -> None:
+    for suffix in (".bin", ".idx"):
+        if not os.path.isfile(prefix + suffix):
+            hint = f"; give the prefix without {suffix}" if prefix.endswith((".bin", ".idx")) else ""
+            raise ValueError(f"{name}: {prefix}{suffix} does not exist{hint or '; make it with tools/preprocess_data.py'}")
+    sidecar = Sidecar.read(prefix)
+    for suffix, expected in ((".bin", sidecar.bin_bytes), (".idx", sidecar.idx_bytes)):
+        size = os.path.getsize(prefix + suffix)
+        if size != expected:
+            raise ValueError(f"{name}: {prefix}{suffix} has {size} bytes and should have {expected}: it is truncated or "
+                             "was replaced; copy it again, or run tools/preprocess_data.py again")
+    if sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{name}: {prefix} was made with another tokenizer ({sidecar.tokenizer}, fingerprint "
+                         f"{sidecar.tokenizer_fingerprint[:12]}) than {tokenizer.path} ({tokenizer.fingerprint[:12]}); "
+                         "give that tokenizer, or run tools/preprocess_data.py again with this one")
+    if sidecar.vocab_size > tokenizer.vocab_size:
+        # Same files, other library: an old transformers may drop added tokens.
+        raise ValueError(f"{name}: {prefix} has ids below {sidecar.vocab_size}, tokenizer {tokenizer.path} loads with "
+                         f"{tokenizer.vocab_size}; run tools/preprocess_data.py again in this environment")
+    if sidecar.tokens < seq_length + 1:
+        raise ValueError(f"{name}: {prefix} has {sidecar.tokens} tokens, less than one sample of seq_length + 1 = "
+                         f"{seq_length + 1}; use more data or a smaller seq_length")
+
+
+def build_datasets(config: RunConfig, tokenizer: Tokenizer, train_samples: int,
+                   valid_samples: int) -> tuple[Optional[Dataset], Optional[Dataset]]:
+    """Build (or load from the cache) the training and the validation dataset. Call :func:`check_datasets` first.
+
+    Collective: with a process group every rank must call it, and every rank gets both datasets (memory-mapped, so an
+    unused one costs nothing). Works without a process group too. Samples are ``seq_length`` tokens with their labels,
+    drawn from the shuffled, concatenated documents; data that is too small is gone through several times.
+
+    The order of the samples depends on the data, ``seq_length``, the seed, **and** ``train_samples``: a run that is
+    resumed must pass the same numbers.
+
+    The index cache: rank 0 builds under a name of its own and renames the finished directory, so that a killed build
+    or two runs that start together never leave a half cache for the next one to load. The directory's name is a hash of
+    all that the content depends on, the documents' lengths included: data that is made anew gets a new index.
+
+    Args:
+        train_samples: samples (sequences) needed over the whole stage; 0 builds no training dataset.
+        valid_samples: samples per evaluation; 0, or an empty ``valid_data_path``, builds no validation dataset.
+
+    Returns:
+        ``(train, valid)``; each has at least the number of samples asked for, or is None.
+
+    Raises:
+        ValueError: the cache directory cannot be written, or other ranks cannot see it.
+    """
+    wanted = [("data_path", train_samples), ("valid_data_path", valid_samples)]
+    blends = [_weighted_blend(getattr(config.data, name), name) if samples > 0 else None for name, samples in wanted]
+    if not any(blends):
+        return None, None
+    sizes = [samples if blend else 0 for blend, (_, samples) in zip(blends, wanted)]
+
+    with _process_group_if(any(blend is not None and len(blend[0]) > 1 for blend in blends)):
+        several = distributed.is_initialized()
+        rank = distributed.get_rank() if several else 0
+        # Rank 0 alone looks for the cache: looking is racy, and on NFS a failed look is remembered for a while.
+        choice = [_choose_cache(config, tokenizer, blends, sizes)] if rank == 0 else [None]
+        if several:
+            distributed.broadcast_object_list(choice, src=0)
+        directory, target, problem = choice[0]
+        if problem:
+            raise ValueError(problem)
+
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, GPTDatasetConfig(
+            random_seed=config.training.seed, sequence_length=config.data.seq_length, tokenizer=tokenizer,
+            blend_per_split=[*blends, None], path_to_cache=directory, reset_position_ids=False,
+            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False))
+        try:
+            train, valid, _ = builder.build()
+        except BaseException as error:
+            if rank != 0 and isinstance(error, FileNotFoundError):
+                raise ValueError(f"rank {rank} cannot see {error.filename}, which rank 0 wrote; set data_cache_path to a "
+                                 "directory that all nodes share") from error
+            if rank == 0 and directory != target:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        if several:
+            distributed.barrier()  # every rank has opened the files; an open file survives the renaming
+        if rank == 0 and directory != target:
+            _publish(directory, target)
+    return train, valid
+
+
+def _weighted_blend(data_path: list[str], name: str) -> Optional[tuple[list[str], Optional[list[float]]]]:
+    """A blend for megatron-core. Several prefixes always get weights, their token counts when the user gives none:
+    without weights megatron-core stops after one epoch, however many samples are asked for."""
+    if not data_path:
+        return None
+    prefixes, weights = parse_blend(data_path, name)
+    if len(prefixes) > 1 and weights is None:
+        weights = [float(Sidecar.read(prefix).tokens) for prefix in prefixes]
+    return prefixes, weights
+
+
+def _choose_cache(config: RunConfig, tokenizer: Tokenizer, blends: list, sizes: list[int]) -> tuple[str, str, str]:
+    """(directory to use now, directory to rename it to, error message). The two are equal when the cache exists."""
+    content = {
+        "megatron_core": megatron.core.__version__,
+        "tokenizer": tokenizer.fingerprint,
+        "seed": config.training.seed,
+        "seq_length": config.data.seq_length,
+        "sizes": sizes,
+        "blends": blends,
+        "documents": [[Sidecar.read(prefix).idx_sha256 for prefix in blend[0]] for blend in blends if blend],
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+    first = next(blend for blend in blends if blend)[0][0]
+    root = Path(config.data.data_cache_path or Path(first).parent / "cache").absolute()
+    if (root / key).is_dir():
+        return str(root / key), str(root / key), ""
+    building = root / f".{key}.{uuid.uuid4().hex[:8]}"
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        return "", "", (f"the index cache {root} cannot be written ({error.strerror}); set data_cache_path to a directory "
+                        "that can")
+    return str(building), str(root / key), ""
+
+
+def _publish(directory: str, target: str) -> None:
+    """Give a finished cache its name, after its content is on disk."""
+    for file in Path(directory).iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    try:
+        os.rename(directory, target)
+    except OSError:
+        # Another run has published the same content first. Ours stays where it is: other nodes have its files mapped,
+        # and over NFS they would lose them.
+        if not os.path.isdir(target):
+            raise
+
+
+@contextmanager
+def _process_group_if(needed: bool) -> Iterator[None]:
+    """A process group of this process alone, for BlendedDataset, which asks for its rank even where there is none."""
+    if not needed or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def batch_iterator(dataset: Optional[Dataset], *, consumed_samples: int, micro_batch_size: int, global_batch_size: int,
+                   dp_rank: int, dp_size: int, num_workers: int = 0,
+                   device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+    """Iterate over the micro-batches of one data-parallel rank, step after step.
+
+    Which samples: with ``b = micro_batch_size``, ``G = global_batch_size``, step ``i`` (counted from the iterator's
+    start), micro-batch ``m`` and rank ``r``, row ``j`` is sample
+
+        consumed_samples + i * G + m * b * dp_size + r * b + j
+
+    of the dataset (Megatron's order). So step i takes the same set of G samples whatever the layout, and an iterator that
+    starts at ``consumed_samples = k`` goes on exactly where another would be after k samples. Nothing is random here,
+    torch's global generator is not touched.
+
+    Yields:
+        ``G / (b * dp_size)`` dicts per step, on ``device``: tokens, labels, position_ids int64 [b, s]; loss_mask fp32
+        [b, s]; sample_ids int64 [b], the index in the dataset. With ``dataset=None``, for a pipeline stage that needs
+        no tokens, only sample_ids, without end. Otherwise it ends before a step that the dataset cannot fill.
+
+    Raises:
+        ValueError: the sizes do not divide, or ``dp_rank`` or ``consumed_samples`` are out of range.
+    """
+    if min(micro_batch_size, global_batch_size, dp_size) < 1 or global_batch_size % (micro_batch_size * dp_size):
+        raise ValueError(f"global_batch_size {global_batch_size} is not a positive multiple of micro_batch_size "
+                         f"{micro_batch_size} x data parallel size {dp_size}")
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"data-parallel rank {dp_rank} is not below the data-parallel size {dp_size}")
+    if consumed_samples < 0:
+        raise ValueError(f"consumed_samples is {consumed_samples}; it must not be negative")
+    stop = None if dataset is None else len(dataset)  # type: ignore[arg-type]
+    indices = _micro_batches(consumed_samples, stop, micro_batch_size, global_batch_size, dp_rank, dp_size)
+    device = torch.device(device)
+    if dataset is None:
+        return ({"sample_ids": torch.tensor(rows, dtype=torch.int64, device=device)} for rows in indices)
+    loader = DataLoader(
+        _Samples(dataset), batch_sampler=indices, num_workers=num_workers, pin_memory=device.type == "cuda",
+        worker_init_fn=_shield_worker,
+        generator=torch.Generator())  # else the loader draws a seed from the global generator and shifts all later noise
+    return ({name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in loader)
+
+
+def _micro_batches(start: int, stop: Optional[int], micro: int, batch: int, rank: int, ranks: int) -> Iterator[list[int]]:
+    while stop is None or start + batch <= stop:
+        for first in range(start + rank * micro, start + batch, micro * ranks):
+            yield list(range(first, first + micro))
+        start += batch
+
+
+class _Samples(Dataset):
+    """The fields that training uses, and the sample's index."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.dataset[index]
+        return {**{name: sample[name] for name in _FIELDS}, "sample_ids": index}
+
+
+def _shield_worker(_: int) -> None:
+    """Let only the training process end its loader processes.
+
+    SLURM signals every process of a job, and torch.distributed.run the whole process group. A loader that died of it
+    would take the trainer down in the middle of the step that it wants to finish and save.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

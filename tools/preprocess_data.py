@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Tokenize JSONL text into a Megatron indexed dataset.
+
+    python tools/preprocess_data.py --input a.jsonl b.jsonl.gz --tokenizer tokenizer.model --output-prefix data/train
+
+Writes ``data/train.bin`` and ``data/train.idx`` (Megatron's format) and ``data/train.json``, which names the tokenizer
+and the sizes; training checks it. One line of input is one document. Documents keep their order, so the output is the
+same bytes for any number of workers. The files get their names only when all is written: an interrupted run, or a bad
+line (exit code 2), leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+try:
+    import megatron.dmc  # noqa: F401
+except ImportError:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from megatron.dmc.training.tokenizer import Tokenizer
+
+_CHUNK_BYTES = 1 << 20  # text handed to a worker at once: far above the cost of handing it over, small in memory
+_SUFFIXES = (".bin", ".idx", ".json")
+
+
+class Chunk(NamedTuple):
+    """Consecutive lines of one input file."""
+
+    file: str
+    first_line: int
+    lines: list[bytes]
+    read_bytes: int
+    """Of the file as it lies on disk, up to the end of this chunk."""
+
+
+class Encoded(NamedTuple):
+    """A chunk's documents: their token ids one after the other as bytes, and each one's number of tokens."""
+
+    ids: bytes
+    lengths: list[int]
+    empty: int
+
+
+def _cores() -> int:
+    """Cores that this process may use: fewer than the machine's under SLURM, taskset or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, plain or .gz, in this order")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH",
+                        help="sentencepiece .model file or Hugging Face tokenizer directory")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx, P.json")
+    parser.add_argument("--workers", type=int, default=_cores(), metavar="N",
+                        help="tokenizing processes (default: the cores of this job, %(default)s)")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="field with the text (default: %(default)s)")
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
+                        help="end every document with the tokenizer's EOS")
+    parser.add_argument("--prepend-bos", action=argparse.BooleanOptionalAction, default=False,
+                        help="start every document with the tokenizer's BOS")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    return parser
+
+
+def read_chunks(files: list[str]) -> Iterator[Chunk]:
+    """Cut the files into chunks of about a megabyte of text. Raises ``ValueError`` for a damaged .gz file."""
+    for file in files:
+        with ExitStack() as stack:
+            raw = stack.enter_context(open(file, "rb"))
+            stream = stack.enter_context(gzip.open(raw, "rb")) if file.endswith(".gz") else raw
+            first, number, size, lines = 1, 0, 0, []
+            try:
+                for number, line in enumerate(stream, start=1):
+                    lines.append(line)
+                    size += len(line)
+                    if size >= _CHUNK_BYTES:
+                        yield Chunk(file, first, lines, raw.tell())
+                        first, size, lines = number + 1, 0, []
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(f"{file}:{number + 1}: the gzip file is damaged or cut off: {error}") from error
+            yield Chunk(file, first, lines, raw.tell())
+
+
+class Encoder:
+    """Parses and tokenizes chunks; one in every worker process."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: "Tokenizer", dtype: str) -> None:
+        self.tokenizer, self.dtype, self.key = tokenizer, dtype, args.json_key
+        self.before = [tokenizer.bos_id] if args.prepend_bos else []
+        self.after = [tokenizer.eod_id] if args.append_eod else []
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """Raises ``ValueError`` naming file and line for a line that is not a JSON object with a text under the key."""
+        import numpy
+
+        out, lengths, empty = io.BytesIO(), [], 0
+        for number, line in enumerate(chunk.lines, start=chunk.first_line):
+            if not line.strip():
+                continue
+            where = f"{chunk.file}:{number}"
+            try:
+                document = json.loads(line)
+            except ValueError as error:  # bad JSON or bad UTF-8
+                raise ValueError(f"{where}: not a JSON document: {error}") from None
+            if not isinstance(document, dict) or self.key not in document:
+                found = ", ".join(document) if isinstance(document, dict) else f"a {type(document).__name__}"
+                raise ValueError(f"{where}: no key {self.key!r} (found: {found or 'nothing'}); name the text's with --json-key")
+            text = document[self.key]
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {self.key!r} is a {type(text).__name__}, not a string")
+            if not text:
+                empty += 1
+                continue
+            try:
+                ids = self.tokenizer.encode(text)
+            except Exception as error:  # e.g. half a surrogate pair, which JSON can write and UTF-8 cannot
+                raise ValueError(f"{where}: the text cannot be tokenized: {error}") from None
+            ids = [*self.before, *ids, *self.after]
+            out.write(numpy.array(ids, dtype=self.dtype).tobytes())
+            lengths.append(len(ids))
+        return Encoded(out.getvalue(), lengths, empty)
+
+
+_encoder: Encoder  # of this worker process
+
+
+def _start_worker(args: argparse.Namespace, dtype: str) -> None:
+    from megatron.dmc.training.tokenizer import load_tokenizer
+
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker
+    _encoder = Encoder(args, load_tokenizer(args.tokenizer), dtype)
+
+
+def _encode_in_worker(chunk: Chunk) -> Encoded:
+    return _encoder(chunk)
+
+
+def encode_chunks(args: argparse.Namespace, tokenizer: "Tokenizer", dtype: str) -> Iterator[tuple[Chunk, Encoded]]:
+    """Encode all input in order, with ``--workers`` processes and a bounded number of chunks in memory."""
+    chunks = read_chunks(args.input)
+    if args.workers == 1:
+        encoder = Encoder(args, tokenizer, dtype)
+        yield from ((chunk, encoder(chunk)) for chunk in chunks)
+        return
+    # An executor rather than multiprocessing.Pool: a Pool reads the whole input ahead, and hangs when a worker is
+    # killed. Workers are spawned: forking is not safe once Megatron and torch have started threads.
+    executor = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), _start_worker, (args, dtype))
+    pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
+
+    def oldest() -> tuple[Chunk, Encoded]:
+        chunk, future = pending.popleft()
+        return chunk, future.result()
+
+    try:
+        for chunk in chunks:
+            pending.append((chunk._replace(lines=[]), executor.submit(_encode_in_worker, chunk)))
+            if len(pending) >= 4 * args.workers:
+                yield oldest()
+        while pending:
+            yield oldest()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def write_dataset(args: argparse.Namespace, tokenizer: "Tokenizer", directory: Path) -> str:
+    """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``. Returns a line that says how much that was."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from tqdm import tqdm
+
+    from megatron.dmc.training.data import Sidecar
+
+    started = time.perf_counter()
+    paths = [directory / f"data{suffix}" for suffix in _SUFFIXES]
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(paths[0]), dtype=dtype)
+    documents = tokens = empty = 0
+    sizes = {file: os.path.getsize(file) for file in args.input}
+    done, file = 0, args.input[0]
+    with tqdm(total=sum(sizes[f] for f in args.input), unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
+        for chunk, encoded in encode_chunks(args, tokenizer, dtype.__name__):
+            ends = numpy.cumsum(encoded.lengths)[:-1]
+            for ids in numpy.split(numpy.frombuffer(encoded.ids, dtype), ends) if encoded.lengths else ():
+                builder.add_document(ids, [len(ids)])
+            documents += len(encoded.lengths)
+            tokens += sum(encoded.lengths)
+            empty += encoded.empty
+            if chunk.file != file:
+                done, file = done + sizes[file], chunk.file
+            bar.update(done + chunk.read_bytes - bar.n)
+            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)
+    builder.finalize(str(paths[1]))
+    if documents == 0:
+        raise ValueError(f"{', '.join(args.input)}: no documents; give JSONL files with texts under {args.json_key!r}")
+    Sidecar(tokenizer=args.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id, eod_appended=args.append_eod, bos_prepended=args.prepend_bos, dtype=dtype.__name__,
+            documents=documents, tokens=tokens, bin_bytes=paths[0].stat().st_size, idx_bytes=paths[1].stat().st_size,
+            idx_sha256=hashlib.sha256(paths[1].read_bytes()).hexdigest()).write(paths[2])
+    note = f" ({empty:,} empty ones left out)" if empty else ""
+    rate = tokens / (time.perf_counter() - started)
+    return f"{documents:,} documents{note}, {tokens:,} tokens, {rate:,.0f} tokens/s"
+
+
+def publish(directory: Path, prefix: str) -> None:
+    """Move ``directory``'s three files to ``prefix.*``; the sidecar, which declares the other two complete, last."""
+    Path(prefix + ".json").unlink(missing_ok=True)  # an old one must never stand beside new data
+    for suffix in _SUFFIXES:
+        path = directory / f"data{suffix}"
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(path, prefix + suffix)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the arguments, write, publish, report. Raises ``ValueError`` or ``OSError`` for what the user must mend."""
+    from megatron.dmc.training.tokenizer import load_tokenizer
+
+    if args.workers < 1:
+        raise ValueError(f"--workers is {args.workers}; use at least 1")
+    for file in args.input:
+        if not os.path.isfile(file):
+            raise ValueError(f"--input {file} does not exist or is not a file")
+    prefix = os.path.abspath(args.output_prefix)
+    existing = [prefix + suffix for suffix in _SUFFIXES if os.path.exists(prefix + suffix)]
+    if existing and not args.overwrite:
+        raise ValueError(f"{existing[0]} exists already; choose another --output-prefix or add --overwrite")
+    tokenizer = load_tokenizer(args.tokenizer)
+    if args.prepend_bos and tokenizer.bos_id is None:
+        raise ValueError(f"--prepend-bos: tokenizer {args.tokenizer} has no BOS token; leave it out")
+
+    parent = Path(prefix).parent
+    created = [path for path in (parent, *parent.parents) if not path.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{Path(prefix).name}.", dir=parent) as directory:
+            report = write_dataset(args, tokenizer, Path(directory))
+            publish(Path(directory), prefix)
+    except BaseException:
+        with suppress(OSError):
+            for path in created:
+                path.rmdir()
+        raise
+    print(f"{report}\n--data-path {args.output_prefix}")
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run with command-line arguments; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except BrokenExecutor:
+        print("preprocess_data.py: error: a worker process was killed, by lack of memory perhaps; use fewer --workers",
+              file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # Of megatron-core's optimizers, which are imported along and not used here.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that the temporary files go
+    sys.exit(main())
