@@ -1,0 +1,40 @@
+"""The mathematics of DMC in plain PyTorch, for CPU and CUDA, fp32, bf16 and (for finite differences) fp64.
+
+Tensors are ``[b, h, s, d]``: batch, heads, sequence, head dimension. ``np`` counts query heads, ``ng`` KV heads (query
+groups), ``g = np / ng``. Nothing here knows of Megatron, of ranks or of files.
+"""
+
+from megatron.dmc.ops.attention import attention_backend, dmc_attention, flash_attention
+from megatron.dmc.ops.decisions import (
+    Decisions,
+    decision_logits,
+    hard_decisions,
+    importance,
+    kept_slots,
+    make_decisions,
+)
+from megatron.dmc.ops.noise import logistic_noise
+from megatron.dmc.ops.oracle import OracleCache
+from megatron.dmc.ops.pooling import pool
+from megatron.dmc.ops.prefill import compress, prefill_attention
+from megatron.dmc.ops.rotary import rotary_frequencies, rotate, rotate_and_split_neuron
+
+__all__ = [
+    "Decisions",
+    "OracleCache",
+    "attention_backend",
+    "compress",
+    "decision_logits",
+    "dmc_attention",
+    "flash_attention",
+    "hard_decisions",
+    "importance",
+    "kept_slots",
+    "logistic_noise",
+    "make_decisions",
+    "pool",
+    "prefill_attention",
+    "rotary_frequencies",
+    "rotate",
+    "rotate_and_split_neuron",
+]

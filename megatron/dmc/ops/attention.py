@@ -1,0 +1,214 @@
+"""Training attention in O(S) memory, on stock flash attention.
+
+The additive mask of column j, ``m[j] = log(1 - alpha[j+1])``, rides in the channel that the decision neuron has freed:
+``q[D-1] = c`` and ``k[j][D-1] = m[j] * sqrt(D) / c``, so any causal attention kernel with scale ``1 / sqrt(D)`` adds
+``m[j]`` to column j. Only the diagonal, a query's own slot, must stay unmasked. It is mended with the row statistics
+that the kernel returns: with d[t] the true diagonal score, the weight that the diagonal lost is
+
+    extra[t] = d[t] + log(1 - exp(m[t]))
+    lse'[t]  = logaddexp(lse[t], extra[t])
+    o'[t]    = o[t] * exp(lse[t] - lse'[t]) + v[t] * exp(extra[t] - lse'[t])
+
+Backward calls the stock kernel's backward with the final o' and lse': its ``delta = rowsum(do * o')`` and its
+``p = exp(s - lse')`` are then the right ones for every column, and what is missing is elementwise. No S x S tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.ops.decisions import LOG_ZERO
+
+
+class Backend(NamedTuple):
+    """A causal attention kernel: forward and backward with the row statistics exposed."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor], tuple]
+    """(q [b, np, s, D], k, v [b, ng, s, D]) -> (o [b, np, s, D], lse fp32 [b, np, s], *rest)"""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(do, q, k, v, o, lse, *rest) -> (dq, dk, dv)"""
+
+
+def _cpu_forward(q, k, v):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+
+
+def _cpu_backward(do, q, k, v, o, lse):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, True)
+
+
+def _aten_flash_forward(q, k, v):
+    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)
+    return out[:8]  # o, lse, cum_seq_q, cum_seq_k, max_q, max_k, philox seed, philox offset
+
+
+def _aten_flash_backward(do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, seed, offset):
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset
+    )
+
+
+def _efficient_forward(q, k, v):
+    g = q.size(1) // k.size(1)
+    k, v = (x.repeat_interleave(g, dim=1) if g > 1 else x for x in (k, v))
+    o, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
+    # The kernel pads the statistics to a multiple of 32 rows and wants them so in backward.
+    return o, lse[..., : q.size(2)], lse, seed, offset
+
+
+def _efficient_backward(do, q, k, v, o, lse, padded_lse, seed, offset):
+    b, ng, s, d = k.shape
+    g = q.size(1) // ng
+    k, v = (x.repeat_interleave(g, dim=1) if g > 1 else x for x in (k, v))
+    padded_lse = padded_lse.clone()
+    padded_lse[..., :s] = lse
+    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        do, q, k, v, None, o, padded_lse, seed, offset, 0.0, [True, True, True, False], True
+    )
+    if g > 1:  # [b, np, s, D] -> [b, ng, g, s, D] -> [b, ng, s, D]
+        dk, dv = (x.view(b, ng, g, s, d).sum(dim=2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _flash_attn_forward(q, k, v):
+    from flash_attn.flash_attn_interface import _flash_attn_forward as kernel
+
+    # [b, h, s, D] -> [b, s, h, D], views
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o, lse, _, rng = kernel(q, k, v, 0.0, 1.0 / math.sqrt(q.size(-1)), True, -1, -1, 0.0, None, False)
+    return o.transpose(1, 2), lse, rng
+
+
+def _flash_attn_backward(do, q, k, v, o, lse, rng):
+    from flash_attn.flash_attn_interface import _flash_attn_backward as kernel
+
+    do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    scale = 1.0 / math.sqrt(q.size(-1))
+    kernel(do, q, k, v, o, lse, dq, dk, dv, 0.0, scale, True, -1, -1, 0.0, None, False, rng)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=None)
+def _has_flash_attn() -> bool:
+    """flash-attn 2.7 or later: the functions above have had their present arguments since then."""
+    try:
+        import flash_attn
+
+        return tuple(int(x) for x in flash_attn.__version__.split(".")[:2]) >= (2, 7)
+    except ImportError:
+        return False
+
+
+@functools.lru_cache(maxsize=None)
+def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
+    """The kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start."""
+    if device_type == "cpu":
+        return Backend("torch CPU flash", _cpu_forward, _cpu_backward)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Backend("torch memory-efficient", _efficient_forward, _efficient_backward)
+    if _has_flash_attn():
+        return Backend("flash-attn", _flash_attn_forward, _flash_attn_backward)
+    return Backend("torch flash", _aten_flash_forward, _aten_flash_backward)
+
+
+def mask_channel(head_dim: int) -> float:
+    """c, what the queries' last channel holds: a power of two near sqrt(D), exact in every format."""
+    return 2.0 ** round(math.log2(math.sqrt(head_dim)))
+
+
+def mask_unit(head_dim: int) -> float:
+    """What a mask value is multiplied with to go into the keys' last channel: sqrt(D) / c."""
+    return math.sqrt(head_dim) / mask_channel(head_dim)
+
+
+class _DMCAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        b, heads, s, d = q.shape
+        groups = k.size(1)
+        shape = (b, groups, heads // groups, s)  # [b, ng, g, s]
+        backend = attention_backend(q.device.type, q.dtype)
+        o, lse, *rest = backend.forward(q, k, v)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        # The mask as the kernel saw it, rounded to the model's format. [b, ng, 1, s]
+        mask = (k[..., -1].to(wide) / mask_unit(d)).unsqueeze(2)
+        score = (q[..., :-1].view(*shape, d - 1) * k[..., :-1].unsqueeze(2)).sum(-1, dtype=wide) / math.sqrt(d)
+        lse = lse.view(shape)
+        extra = score + torch.log(-torch.expm1(mask))  # -inf where nothing was lost
+        lse_all = torch.logaddexp(lse, extra)
+        o = o.view(*shape, d)
+        out = o * torch.exp(lse - lse_all).to(o.dtype).unsqueeze(-1)
+        weight = torch.exp(extra - lse_all)
+        out.addcmul_(v.unsqueeze(2), weight.to(v.dtype).unsqueeze(-1))
+        kept = torch.exp(score + mask - lse_all)
+        out, lse_all = out.view(b, heads, s, d), lse_all.reshape(b, heads, s)
+        ctx.backend = backend
+        ctx.save_for_backward(q, k, v, out, lse_all, weight, kept)
+        ctx.rest = rest
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, weight, kept = ctx.saved_tensors
+        b, heads, s, d = q.shape
+        groups = k.size(1)
+        grouped = (b, groups, heads // groups, s, d)
+        wide = weight.dtype
+        grad = grad.contiguous()
+        dq, dk, dv = ctx.backend.backward(grad, q, k, v, out, lse, *ctx.rest)
+        grad5 = grad.view(grouped)
+        # How much the row's output changes when weight moves to the own slot: do . (v - o').  [b, ng, g, s]
+        gain = (grad5 * (v.unsqueeze(2) - out.view(grouped))).sum(-1, dtype=wide)
+        d_extra = weight * gain
+        scaled = (d_extra / math.sqrt(d)).to(q.dtype).unsqueeze(-1)
+        # Channel D-1 of q and k is not part of the true diagonal score. Its gradient in k is the mask's: what the
+        # kernel gave the masked diagonal (probability `kept`) is taken back, since the mask does not reach the diagonal.
+        dk_extra = (scaled * q.view(grouped)).sum(dim=2)
+        dk_extra[..., -1] = -(kept * gain).sum(dim=2) * (mask_channel(d) / math.sqrt(d))
+        dq.view(grouped).addcmul_(scaled, k.unsqueeze(2))
+        dk = dk + dk_extra
+        dv = dv + (weight.to(v.dtype).unsqueeze(-1) * grad5).sum(dim=2)
+        return dq, dk, dv
+
+
+def dmc_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over all partial states, with the column mask of DMC and an unmasked diagonal.
+
+    Args:
+        q: [b, np, s, D], rotated; channel D-1 holds :func:`mask_channel`.
+        k: [b, ng, s, D], pooled and rotated; channel D-1 holds ``m * mask_unit(D)``, m the column mask
+            (``Decisions.log_keep``), at most 0 and at least LOG_ZERO.
+        v: [b, ng, s, D], pooled.
+
+    Returns:
+        [b, np, s, D] in q's dtype. The gradient of k's last channel is the mask's, that of q's last channel is to be
+        dropped (:func:`megatron.dmc.ops.rotate_and_split_neuron` does).
+    """
+    assert k.size(-1) == q.size(-1) and q.size(1) % k.size(1) == 0 and LOG_ZERO < 0
+    return _DMCAttention.apply(q, k, v)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain causal attention on the same kernels: q [b, np, s, D], k, v [b, ng, s, D] -> [b, np, s, D]."""
+    return _PlainAttention.apply(q, k, v)
+
+
+class _PlainAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.backend = attention_backend(q.device.type, q.dtype)
+        o, lse, *ctx.rest = ctx.backend.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, o, lse = ctx.saved_tensors
+        return ctx.backend.backward(grad.contiguous(), q, k, v, o, lse, *ctx.rest)

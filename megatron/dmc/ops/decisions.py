@@ -1,0 +1,102 @@
+"""Who merges, and with what weight: decision logits, hard and relaxed decisions, importance.
+
+arXiv 2403.09636, section 3; the neuron, bias and epsilon as in the authors' release. All arithmetic in fp32 (fp64 when
+given fp64), whatever the model computes in: a threshold in bf16 would move with the format.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Finite stand-in for log(0): exp() of it is exactly 0 in every format, and no inf - inf can arise.
+LOG_ZERO = -1.0e4
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def decision_logits(key_neuron: Tensor, bias: float) -> Tensor:
+    """``key[D-1] - b``. key_neuron: [b, ng, s], the last channel of the raw keys. Returns fp32 of the same shape."""
+    return _wide(key_neuron) - bias
+
+
+def hard_decisions(logits: Tensor, first: bool = True) -> Tensor:
+    """True where a token merges into the previous slot.
+
+    Args:
+        logits: fp32 [b, ng, s].
+        first: position 0 is the first token of its sequence, which always appends.
+
+    Returns:
+        bool [b, ng, s].
+    """
+    merge = logits > 0
+    if first:
+        merge = merge.clone()
+        merge[..., 0] = False
+    return merge
+
+
+def importance(query_neuron: Tensor, groups: int, bias: float, epsilon: float) -> Tensor:
+    """omega: the weight of a token in its slot's average, ``sigmoid(mean_g q[D-1] + b) + epsilon``.
+
+    Args:
+        query_neuron: [b, np, s], the last channel of the raw queries.
+        groups: ng, KV heads; np must be a multiple.
+
+    Returns:
+        fp32 [b, ng, s], in (epsilon, 1 + epsilon).
+    """
+    b, heads, s = query_neuron.shape
+    # [b, np, s] -> [b, ng, g, s] -> [b, ng, s]
+    mean = _wide(query_neuron).view(b, groups, heads // groups, s).mean(dim=2)
+    return torch.sigmoid(mean + bias) + epsilon
+
+
+class Decisions(NamedTuple):
+    """Decisions of one layer. All tensors are [b, ng, s]."""
+
+    alpha: Tensor
+    """fp32, weight of merging with the previous slot: in (0, 1) in training, 0 or 1 otherwise; 0 at position 0."""
+    log_keep: Tensor
+    """fp32, additive mask of column j for later queries: log(1 - alpha[j+1]); 0 in the last column."""
+    merge: Tensor
+    """bool, the hard decisions that inference would take."""
+
+
+def make_decisions(logits: Tensor, temperature: float, noise: Optional[Tensor] = None) -> Decisions:
+    """Relaxed decisions with ``noise`` (training), hard ones without.
+
+    ``alpha = sigmoid((logit + noise) / temperature)``, noise Logistic(0, 1), the difference of the two Gumbels.
+    ``log(1 - alpha)`` is taken as a log-sigmoid, never as the log of a difference.
+
+    Args:
+        logits: fp32 [b, ng, s].
+        temperature: tau.
+        noise: fp32 [b, ng, s], or None.
+    """
+    merge = hard_decisions(logits)
+    if noise is None:
+        alpha = merge.to(logits.dtype)
+        log_keep = alpha[..., 1:] * LOG_ZERO
+    else:
+        z = (logits + noise) / temperature
+        alpha = F.pad(torch.sigmoid(z[..., 1:]), (1, 0))
+        log_keep = F.logsigmoid(-z[..., 1:]).clamp_min(LOG_ZERO)
+    return Decisions(alpha, F.pad(log_keep, (0, 1)), merge)
+
+
+def kept_slots(decisions: Decisions) -> Tensor:
+    """Slots in use after the last token, per sequence and head: fp32 [b, ng].
+
+    The value counts the hard decisions, so it is what inference will measure; the gradient is that of the relaxed
+    ones (straight-through).
+    """
+    alpha = decisions.alpha
+    hard = decisions.merge.to(alpha.dtype)
+    return (1.0 - (hard + alpha - alpha.detach())).sum(dim=-1)

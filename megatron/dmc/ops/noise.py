@@ -1,0 +1,58 @@
+"""Decision noise that every layout of the same run sees alike.
+
+The noise of a token's decision is a function of (seed, step, sample, layer, head, position) and of nothing else: no
+generator state, so tensor, pipeline and data parallelism, micro-batch size, recomputation and resuming cannot change
+it, and each rank computes just the heads that it owns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), as signed 64-bit integers.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finalizer, elementwise on int64 [...]; multiplication wraps."""
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def _absorb(state: Tensor, word: Tensor | int) -> Tensor:
+    return _mix(state + _GAMMA + word)
+
+
+def logistic_noise(sample_ids: Tensor, heads: range, length: int, *, seed: int, step: int, layer: int) -> Tensor:
+    """Logistic(0, 1) noise, the law of the difference of two Gumbel(0, 1), for the heads of one layer.
+
+    Args:
+        sample_ids: int64 [b], global index of each sequence (its place in the stream of training samples).
+        heads: global indices of the KV heads wanted, of any contiguous range.
+        length: s, tokens per sequence.
+        seed, step, layer: of the run, the optimizer step, the global layer number.
+
+    Returns:
+        fp32 [b, len(heads), s] on the device of ``sample_ids``.
+    """
+    device = sample_ids.device
+    head = torch.arange(heads.start, heads.stop, device=device)
+    position = torch.arange(length, device=device)
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for word in (seed, step, layer):
+        state = _absorb(state, word)
+    state = _absorb(state, sample_ids)[:, None]  # [b, 1]
+    state = _absorb(state, head)[:, :, None]  # [b, h, 1]
+    bits = _absorb(state, position)  # [b, h, s]
+    # 24 random bits, centred: u lies in [2^-25, 1 - 2^-25], exactly representable and never 0 or 1.
+    u = (_shift(bits, 40).to(torch.float64) + 0.5) * 2.0**-24
+    return (u.log() - (1.0 - u).log()).float()

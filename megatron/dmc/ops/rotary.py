@@ -1,0 +1,87 @@
+"""Rotary embeddings (Su et al. 2021), with the decision neuron's channel taken out of the rotation.
+
+Half-split layout as in Hugging Face's and Megatron's Llama: channel i is rotated with channel i + D/2. The neuron is
+channel D-1, whose partner is D/2-1: the neuron is zero before the rotation, so its partner is only scaled, and what
+the rotation would put into channel D-1 is replaced by a value of our choice (0, or the column mask).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def rotary_frequencies(dim: int, base: float, scaling: Optional[dict] = None, device=None) -> Tensor:
+    """Inverse frequencies, fp32 [dim / 2]; ``scaling`` as in Llama 3.1's config.json (rope_type llama3)."""
+    inv = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+    if scaling is None:
+        return inv
+    # Source: Llama 3.1's published scaling rule; wavelengths beyond the original context are stretched by `factor`.
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    wavelength = 2 * math.pi / inv
+    ratio = scaling["original_max_position_embeddings"] / wavelength
+    smooth = ((ratio - low) / (high - low)).clamp(0.0, 1.0)
+    return inv * (smooth + (1.0 - smooth) / factor)
+
+
+def cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin tables, fp32 [s, D/2], for integer ``positions`` [s]."""
+    angle = positions.float()[:, None] * inv_freq[None, :]
+    return angle.cos(), angle.sin()
+
+
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """out = x rotated by +angle; tables [s, D/2] in x's dtype."""
+    half = x.size(-1) // 2
+    a, b = x[..., :half], x[..., half:]
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, last):
+        # The neuron's pair is not mixed: its partner sees a zero, its own channel is overwritten.
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype, copy=True)
+        sin[..., -1] = 0
+        ctx.save_for_backward(cos, sin)
+        ctx.last_dtype = last.dtype if isinstance(last, Tensor) else None
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _rotate_into(out, x, cos, sin)
+        neuron = x[..., -1].clone()
+        out[..., -1] = last
+        return out, neuron
+
+    @staticmethod
+    def backward(ctx, grad, grad_neuron):
+        cos, sin = ctx.saved_tensors
+        dx = torch.empty_like(grad)
+        _rotate_into(dx, grad, cos, -sin)
+        dx[..., -1] = grad_neuron
+        dlast = grad[..., -1].to(ctx.last_dtype) if ctx.last_dtype is not None else None
+        return dx, None, None, dlast
+
+
+def rotate_and_split_neuron(x: Tensor, cos: Tensor, sin: Tensor, last: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Rotate heads whose last channel is the decision neuron.
+
+    Args:
+        x: [b, h, s, D] raw queries or (pooled) keys; any strides.
+        cos, sin: fp32 [s, D/2].
+        last: what channel D-1 holds afterwards: a number, or [b, h, s].
+
+    Returns:
+        (rotated [b, h, s, D] in x's dtype, contiguous; the neuron [b, h, s] as it was in x)
+    """
+    return _Rotate.apply(x, cos, sin, last)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Plain rotation of all channels: [b, h, s, D] -> [b, h, s, D]."""
+    half = x.size(-1) // 2
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
