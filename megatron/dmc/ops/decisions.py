@@ -97,6 +97,6 @@ def kept_slots(decisions: Decisions) -> Tensor:
     The value counts the hard decisions, so it is what inference will measure; the gradient is that of the relaxed
     ones (straight-through).
     """
-    alpha = decisions.alpha
-    hard = decisions.merge.to(alpha.dtype)
-    return (1.0 - (hard + alpha - alpha.detach())).sum(dim=-1)
+    soft = -decisions.alpha.sum(dim=-1)
+    # x - x is exactly 0: the value stays an integer.
+    return (~decisions.merge).sum(dim=-1).to(soft.dtype) + (soft - soft.detach())

@@ -1,0 +1,1 @@
+"""Checkpoints: Megatron's ``torch_dist`` format and a small manifest beside it."""

@@ -1,0 +1,149 @@
+"""Saving and loading ``torch_dist`` checkpoints in any layout (megatron-core's ``dist_checkpointing``)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from torch import distributed
+
+from megatron.dmc.checkpoint.manifest import LATEST, TEMPORARY, Manifest, complete_checkpoints, iteration_directory
+from megatron.dmc.model import DMCGPTModel
+
+# The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def _model_state(chunks: list[DMCGPTModel]) -> dict:
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict(metadata=_METADATA)}
+    return {f"model{i}": chunk.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
+
+
+def _state(chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer], is_loading: bool) -> dict:
+    state = _model_state(chunks)
+    if optimizer is not None:
+        # Parameters of all chunks in one dict: their global names do not collide, their local ones would.
+        parameters = {f"{i}.{k}": v for i, part in enumerate(state.values()) for k, v in part.items()}
+        if len(chunks) == 1:
+            parameters = state["model"]
+        state["optimizer"] = optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=_METADATA)
+    return state
+
+
+def _rank() -> int:
+    return distributed.get_rank()
+
+
+def save(
+    directory: Path,
+    chunks: list[DMCGPTModel],
+    optimizer: Optional[MegatronOptimizer],
+    manifest: Manifest,
+    config_text: str,
+    keep: Optional[int] = None,
+) -> Path:
+    """Write ``directory/iter_N`` by all ranks. It appears under its name only when it is complete.
+
+    Args:
+        directory: the run's --save directory.
+        config_text: the resolved configuration, saved as ``config.yaml``.
+        keep: checkpoints that stay, the newest first; None keeps all.
+    """
+    target = iteration_directory(directory, manifest.iteration)
+    temporary = directory / (TEMPORARY + target.name)
+    if _rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(TEMPORARY + "*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+    distributed.barrier()
+    dist_checkpointing.save(_state(chunks, optimizer, False), str(temporary), content_metadata=_METADATA)
+    distributed.barrier()
+    if _rank() == 0:
+        (temporary / "config.yaml").write_text(config_text)
+        manifest.has_optimizer = optimizer is not None
+        manifest.write(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        _sync(temporary)
+        os.rename(temporary, target)
+        latest = directory / (LATEST + ".tmp")
+        latest.write_text(f"{manifest.iteration}\n")
+        os.replace(latest, directory / LATEST)
+        for old in complete_checkpoints(directory)[: -keep or None] if keep else []:
+            # The manifest goes first: a half-deleted checkpoint must not look complete.
+            (old / "manifest.json").unlink()
+            shutil.rmtree(old)
+    distributed.barrier()
+    return target
+
+
+def _sync(directory: Path) -> None:
+    """Flush small files: after a power cut a rename must not be all that is left."""
+    for path in (directory / "manifest.json", directory / "config.yaml"):
+        with open(path) as file:
+            os.fsync(file.fileno())
+
+
+def load(
+    directory: Path,
+    chunks: list[DMCGPTModel],
+    optimizer: Optional[MegatronOptimizer] = None,
+    before_optimizer: Optional[Callable[[], None]] = None,
+) -> None:
+    """Load weights, and the optimizer's state when it is given, from one checkpoint, in any layout.
+
+    Raises:
+        ValueError: the checkpoint does not hold this model (missing tensors or other shapes), with its message.
+    """
+    if optimizer is not None:
+        _prime(optimizer)
+    try:
+        loaded = dist_checkpointing.load(_state(chunks, optimizer, True), str(directory))
+    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {directory} does not fit this model: {error}") from error
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        _separate_steps(optimizer)
+    else:
+        distributed.barrier()
+
+
+def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if getattr(part, "optimizer", None) is not None]
+
+
+def _prime(optimizer: MegatronOptimizer) -> None:
+    """Give a fresh optimizer the state tensors that loading fills, by one step that changes no parameter."""
+    for inner in _inner(optimizer):
+        if inner.state:
+            continue
+        saved = [(group["lr"], group["weight_decay"]) for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        for group, (lr, weight_decay) in zip(inner.param_groups, saved, strict=True):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """One ``step`` tensor per parameter: after loading megatron-core 0.16.1 lets all share one, so that torch's Adam
+    counts a step once per parameter and its bias correction is silently wrong."""
+    for inner in _inner(optimizer):
+        for state in inner.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

@@ -1,0 +1,182 @@
+"""DMC self-attention as a drop-in for Megatron's ``SelfAttention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron.dmc.config import DMCConfig
+from megatron.dmc.ops import (
+    decision_logits,
+    dmc_attention,
+    flash_attention,
+    importance,
+    kept_slots,
+    logistic_noise,
+    make_decisions,
+    pool,
+    rotate,
+    rotate_and_split_neuron,
+)
+from megatron.dmc.ops.attention import mask_channel, mask_unit
+
+
+@dataclass(frozen=True)
+class DMCStep:
+    """What the attention layers must know of the step and the micro-batch that they are in.
+
+    It is handed to every layer as the decoder's ``attention_bias`` argument (DMC *is* an additive attention bias), so
+    the forward pass, its recomputation and the backward pass of a micro-batch see the same one however the pipeline
+    schedule interleaves them. Nothing is global.
+    """
+
+    compress: bool = True
+    """Merge tokens. False: plain attention, with the decision neuron scaled by ``neuron_scale``."""
+    neuron_scale: float = 1.0
+    """Factor on channel D-1 of q and k before and after RoPE, when not compressing: 1 plain, 0 neuron out."""
+    sample_ids: Optional[Tensor] = None
+    """int64 [b], global index of each sequence, which keys the noise. None: hard decisions, no noise (evaluation)."""
+    seed: int = 0
+    step: int = 0
+    """Optimizer step, keys the noise."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Filled by the layers, for logging only: layer number -> int64 [b, ng of this rank], slots kept by hard decisions."""
+
+
+class DMCSelfAttention(SelfAttention):
+    """Self-attention whose KV heads merge tokens into their last slot (arXiv 2403.09636).
+
+    Takes and returns [s, b, h] like ``SelfAttention``; weights, their names and their sharding are the same. After
+    each compressing forward, ``kept_count`` holds the slots kept by this rank's heads: fp64 [b], differentiable
+    (straight-through).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        *,
+        dmc: DMCConfig,
+        **kwargs,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, attn_mask_type, **kwargs)
+        for wrong, what in (
+            (config.context_parallel_size > 1, "context parallelism"),
+            (config.rotary_interleaved, "rotary_interleaved"),
+            (config.window_size is not None, "sliding-window attention"),
+            (config.attention_dropout > 0, "attention_dropout"),
+            (config.attention_output_gate, "attention_output_gate"),
+            (config.softmax_scale is not None, "softmax_scale"),
+            (config.num_query_groups < self.world_size, "tensor_model_parallel_size above num_query_groups"),
+        ):
+            if wrong:
+                raise ValueError(f"DMC attention does not support {what}; turn it off")
+        self.dmc = dmc
+        self.kept_count: Optional[Tensor] = None
+        rank = self.tp_group.rank() if self.tp_group is not None else 0
+        n = self.num_query_groups_per_partition
+        self.kv_head_range = range(rank * n, (rank + 1) * n)
+        """Global indices of this rank's KV heads."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Optional[Tensor],
+        key_value_states=None,
+        inference_context=None,
+        rotary_pos_emb: Optional[Tensor] = None,
+        rotary_pos_cos=None,
+        rotary_pos_sin=None,
+        rotary_pos_cos_sin=None,
+        attention_bias: Optional[DMCStep] = None,
+        packed_seq_params=None,
+        sequence_len_offset=None,
+        *,
+        inference_params=None,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """hidden_states [s, b, h] (s / tp under sequence parallelism) -> (output [s, b, h], bias).
+
+        ``attention_bias`` takes the :class:`DMCStep`; in eval mode it may be left out (hard decisions). The attention
+        mask is always causal. ``rotary_pos_emb``: frequencies [>= s, 1, 1, D] as Megatron's ``RotaryEmbedding`` gives.
+        """
+        if inference_context is not None or inference_params is not None or packed_seq_params is not None:
+            raise ValueError("DMC attention trains and evaluates whole sequences; use megatron.dmc.inference to decode, "
+                             "and unpacked sequences to train")  # fmt: skip
+        step = attention_bias
+        if step is None:
+            if self.training:
+                raise ValueError("DMC attention in training needs a DMCStep: pass extra_block_kwargs="
+                                 "{'attention_bias': DMCStep(...)} to the model, or use DMCGPTModel")  # fmt: skip
+            step = DMCStep()
+        if isinstance(rotary_pos_emb, tuple):
+            rotary_pos_emb = rotary_pos_emb[0]
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        # The model may have made frequencies for more rows than there are tokens (the carried row).
+        angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return self._attend(step, query, key, value, angles.cos(), angles.sin())
+
+        if self.checkpoint_core_attention and self.training:
+            context, self.kept_count = tensor_parallel.checkpoint(attend, False, query, key, value)
+        else:
+            context, self.kept_count = attend(query, key, value)
+        return self.linear_proj(context)
+
+    def _attend(
+        self, step: DMCStep, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """query [s, b, np, D], key, value [s, b, ng, D] -> (context [s, b, np * D], kept fp64 [b])."""
+        dmc, d = self.dmc, query.size(-1)
+        # [s, b, heads, D] -> [b, heads, s, D]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if step.compress:
+            noise = None
+            if step.sample_ids is not None:
+                noise = logistic_noise(
+                    step.sample_ids, self.kv_head_range, k.size(2), seed=step.seed, step=step.step, layer=self.layer_number
+                )
+            decisions = make_decisions(decision_logits(k[..., -1], dmc.decision_bias), dmc.temperature, noise)
+            step.kept[self.layer_number] = (~decisions.merge).sum(dim=-1)
+            kept = kept_slots(decisions).double().sum(dim=-1)
+            q, q_neuron = rotate_and_split_neuron(q, cos, sin, mask_channel(d))
+            omega = importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
+            k, v = pool(k, v, decisions.alpha, omega, dmc.window)
+            k, _ = rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
+            out = dmc_attention(q, k, v)
+        else:
+            kept = torch.zeros(q.size(0), dtype=torch.float64, device=q.device)
+            q, k = rotate(_scale_neuron(q, step), cos, sin), rotate(_scale_neuron(k, step), cos, sin)
+            # A rotation refills the channel from its partner.
+            out = flash_attention(_scale_neuron(q, step), _scale_neuron(k, step), v)
+        # [b, np, s, D] -> [s, b, np * D]
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1), kept
+
+    @torch.no_grad()
+    def zero_decision_neurons(self) -> None:
+        """Set the QKV projection's rows (and bias) of channel D-1 of q and k to exactly 0: the end of zero_out."""
+        ng = self.num_query_groups_per_partition
+        g = self.num_attention_heads_per_partition // ng
+        d = self.hidden_size_per_attention_head
+        for parameter in (self.linear_qkv.weight, self.linear_qkv.bias):
+            if parameter is not None and parameter.numel():
+                # [ng * (g + 2) * D, ...] -> [ng, g + 2, D, ...]: g queries, the key, the value
+                parameter.data.view(ng, g + 2, d, -1)[:, : g + 1, d - 1] = 0
+
+
+def _scale_neuron(x: Tensor, step: DMCStep) -> Tensor:
+    """Scale channel D-1 of [b, h, s, D]."""
+    if step.neuron_scale == 1.0:
+        return x
+    factor = torch.ones(x.size(-1), dtype=x.dtype, device=x.device)
+    factor[-1] = step.neuron_scale
+    return x * factor

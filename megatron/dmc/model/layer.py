@@ -1,0 +1,30 @@
+"""A transformer layer that adds its attention's slot count to the carried row."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron.dmc.model.carry import read_count, write_count
+
+
+class DMCTransformerLayer(TransformerLayer):
+    """``TransformerLayer`` on [s, b, h]; with ``carry``, on [s + 1, b, h], whose last row is not a token.
+
+    The row is taken off before the layer and put back after it, so norms, projections and kernels never see it.
+    """
+
+    def __init__(self, config, submodules, *args, carry: bool = False, **kwargs) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        self.carry = carry
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Optional[Tensor]]:
+        if not self.carry:
+            return super().forward(hidden_states, *args, **kwargs)
+        output, context = super().forward(hidden_states[:-1], *args, **kwargs)
+        count = read_count(hidden_states[-1:]) + self.self_attention.kept_count
+        row = write_count(count, output.size(-1), output.dtype)
+        return torch.cat((output, row)), context

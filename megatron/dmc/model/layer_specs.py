@@ -1,0 +1,91 @@
+"""Layer specs: how a Megatron model is told to use DMC attention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Optional
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron.dmc.config import DMCConfig
+from megatron.dmc.model.attention import DMCSelfAttention
+from megatron.dmc.model.layer import DMCTransformerLayer
+from megatron.dmc.model.norm import RMSNorm, RMSNormBesideCarry
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported and a GPU is there to run it on."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def resolve_transformer_impl(transformer_impl: str) -> str:
+    """"auto" -> "transformer_engine" or "local". Raises ``ValueError`` when Transformer Engine is asked for in vain."""
+    if transformer_impl == "auto":
+        return "transformer_engine" if have_transformer_engine() else "local"
+    if transformer_impl == "transformer_engine" and not have_transformer_engine():
+        raise ValueError("transformer_impl is transformer_engine, but Transformer Engine cannot be imported here or "
+                         "there is no GPU; install megatron-dmc[gpu], or use transformer_impl local")  # fmt: skip
+    if transformer_impl not in ("local", "transformer_engine"):
+        raise ValueError(f"transformer_impl {transformer_impl!r} is unknown; use auto, local or transformer_engine")
+    return transformer_impl
+
+
+def get_dmc_layer_spec(
+    config: TransformerConfig, dmc: DMCConfig, transformer_impl: str = "auto", *, carry: bool = False
+) -> ModuleSpec:
+    """Spec of a transformer layer with DMC attention, for ``GPTModel(transformer_layer_spec=...)``.
+
+    Args:
+        config: of the model; RMSNorm models only (the Llama family).
+        dmc: decision bias, window, temperature.
+        transformer_impl: "local" (megatron-core's own modules), "transformer_engine", or "auto".
+        carry: the layer's input has one more row, see :mod:`megatron.dmc.model.carry`. ``DMCGPTModel`` sets it; with
+            a plain ``GPTModel`` leave it out and read ``DMCStep.kept``.
+
+    Raises:
+        ValueError: Transformer Engine asked for and not there, or another normalization.
+    """
+    if config.normalization != "RMSNorm":
+        raise ValueError(f"normalization is {config.normalization}; DMC layers are for RMSNorm models")
+    if resolve_transformer_impl(transformer_impl) == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        spec = copy.deepcopy(spec)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    spec.module = DMCTransformerLayer
+    spec.params = {**spec.params, "carry": carry}
+    attention = spec.submodules.self_attention
+    attention.module = DMCSelfAttention
+    attention.params = {**attention.params, "dmc": dmc}
+    attention.submodules.core_attention = IdentityOp
+    return spec
+
+
+def get_dmc_block_spec(
+    config: TransformerConfig,
+    dmc: DMCConfig,
+    transformer_impl: str = "auto",
+    *,
+    carry: bool,
+    vp_stage: Optional[int] = None,
+    pp_rank: Optional[int] = None,
+) -> TransformerBlockSubmodules:
+    """Spec of this rank's part of the decoder: its layers and the final norm."""
+    layer = get_dmc_layer_spec(config, dmc, transformer_impl, carry=carry)
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * layers, layer_norm=RMSNormBesideCarry if carry else RMSNorm
+    )

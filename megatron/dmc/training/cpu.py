@@ -1,0 +1,47 @@
+"""megatron-core without a GPU: the smallest layer that makes it run on gloo. Does nothing where CUDA is available.
+
+megatron-core names "cuda" in places where it means "the device of this process". These are the places, for 0.16.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """``device="cuda"`` becomes the CPU, ``.cuda()`` the identity, and ``Tensor.type()`` answers ``torch.cuda.*``."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            device = kwargs["device"]
+            if isinstance(device, int) or (device is not None and torch.device(device).type == "cuda"):
+                kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers compare type strings with torch.cuda.FloatTensor and its kin.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+_mode: _CudaMeansCpu | None = None
+
+
+def enable() -> None:
+    """Patch this process, once. The mode stays on for its whole life, as training does."""
+    global _mode
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda device=None: None
+    # Recomputation saves and restores the generator's state; no dropout is used, and decision noise has no state.
+    mcore_random._get_cuda_rng_state = lambda *args, **kwargs: None
+    mcore_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()

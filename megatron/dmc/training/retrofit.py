@@ -1,0 +1,201 @@
+"""Entry point: one stage of a retrofit, or pre-training.
+
+    python -m torch.distributed.run --nproc-per-node 8 ... -m megatron.dmc.training.retrofit --config FILE --stage retrofit
+        --target-cr 4 --init-from ZERO_OUT_DIR --save DIR --data-path PREFIX --tokenizer MODEL
+
+``--init-from`` starts a stage from another checkpoint's weights. ``--save`` is where the stage writes and, when it
+already holds a complete checkpoint, where it resumes. Wrong input ends with one message and status 2 before anything
+is written; SIGTERM and SIGUSR1 save and end with status 0.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Optional
+
+from megatron.dmc import schedule
+from megatron.dmc.checkpoint.manifest import Manifest, complete_checkpoints, read_manifest, resolve_checkpoint
+from megatron.dmc.config import PREDECESSORS, RunConfig
+
+Found = Optional[tuple[Path, Manifest]]
+
+
+def _find(asked: dict) -> tuple[Found, Found]:
+    """(checkpoint to resume from, checkpoint to initialise from) for what the user asked."""
+    training = asked.get("training", {})
+    resume: Found = None
+    if training.get("save"):
+        save = Path(training["save"])
+        if save.exists() and not save.is_dir():
+            raise ValueError(f"save {save} is not a directory")
+        found = complete_checkpoints(save)
+        if found:
+            resume = found[-1], read_manifest(found[-1])
+    init: Found = None
+    if training.get("init_from"):
+        path = resolve_checkpoint(training["init_from"])
+        init = path, read_manifest(path)
+    return resume, init
+
+
+def check_order(config: RunConfig, resume: Found, init: Found) -> None:
+    """Refuse a stage that does not follow from its checkpoint, and fill in the compression ratios that follow.
+
+    Raises:
+        ValueError: naming the stages, and what to do.
+    """
+    stage = config.stage
+    if resume is not None:
+        path, manifest = resume
+        if manifest.stage != stage.stage:
+            raise ValueError(f"--save {config.training.save} holds stage {manifest.stage} ({path.name}), not "
+                             f"{stage.stage}; give each stage a directory of its own")  # fmt: skip
+    if init is None and resume is None:
+        if "none" not in PREDECESSORS[stage.stage]:
+            raise ValueError(f"stage {stage.stage} needs --init-from, a checkpoint of stage "
+                             f"{' or '.join(PREDECESSORS[stage.stage])}")  # fmt: skip
+        return
+    source = init or resume
+    assert source is not None
+    path, manifest = source
+    if init is not None:
+        if manifest.stage not in PREDECESSORS[stage.stage]:
+            raise ValueError(f"stage {stage.stage} cannot start from {path}, which is of stage {manifest.stage}; it needs "
+                             f"{' or '.join(p for p in PREDECESSORS[stage.stage] if p != 'none')}")  # fmt: skip
+        # Any checkpoint of retrofit is usable at the ratio that it has reached; the others are not done before the end.
+        if not manifest.finished and manifest.stage != "retrofit":
+            raise ValueError(f"{path} is unfinished: {manifest.stage} stands at iteration {manifest.iteration} of "
+                             f"{manifest.train_iters}; let it finish (the same command resumes it)")  # fmt: skip
+        if stage.stage == "retrofit" and stage.start_cr is None:
+            stage.start_cr = manifest.target_cr
+        if stage.stage == "finetune" and stage.target_cr is None:
+            stage.target_cr = manifest.target_cr
+
+
+def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
+    """Refuse to resume with settings that would change what the run computes.
+
+    Raises:
+        ValueError: naming the setting and both values.
+    """
+    now = config.to_dict()
+    for section, keys in (("stage", None), ("optimizer", None), ("dmc", None),
+                          ("training", ("global_batch_size", "seed")), ("data", ("seq_length",))):  # fmt: skip
+        for key, value in saved[section].items():
+            if (keys is None or key in keys) and now[section][key] != value:
+                raise ValueError(f"{section}.{key} is {now[section][key]!r}, but {path} was written with {value!r}; resume "
+                                 "with the same settings, or start a new --save directory")  # fmt: skip
+
+
+def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Found, Found]:
+    """Everything that can be refused without taking memory or writing: configuration, checkpoints, data, tokenizer."""
+    from megatron.dmc.training import arguments, initialize
+
+    found: list[tuple[Found, Found]] = []
+
+    def saved_config(asked: dict) -> Optional[dict]:
+        found.append(_find(asked))
+        source = found[-1][0] or found[-1][1]
+        return arguments.read_saved_config(source[0]) if source else None
+
+    config = arguments.resolve(argv, saved_config)
+    resume, init = found[-1]
+    if resume is not None:
+        saved = arguments.read_saved_config(resume[0])
+        # What was derived from the first --init-from need not be said again.
+        for key in ("start_cr", "target_cr"):
+            if getattr(config.stage, key) is None:
+                setattr(config.stage, key, saved["stage"][key])
+        init = None
+    check_order(config, resume, init)
+    config.check(initialize.world_size())
+    if resume is not None:
+        check_resume(config, saved, resume[0])
+    if config.data.tokenizer is None:
+        raise ValueError("tokenizer is not set; name the sentencepiece model or Hugging Face directory that made the data")
+    return config, resume, init
+
+
+def banner(config: RunConfig) -> str:
+    """Which paths are active: said once, at the start."""
+    import torch
+
+    from megatron.dmc.model.layer_specs import resolve_transformer_impl
+    from megatron.dmc.ops import attention_backend
+
+    t, p = config.training, config.parallel
+    cuda = torch.cuda.is_available()
+    kernel = attention_backend("cuda" if cuda else "cpu", torch.bfloat16 if t.bf16 else torch.float32).name
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    try:
+        import apex  # noqa: F401
+
+        fused = "apex"
+    except ImportError:
+        fused = "torch"
+    stage = config.stage
+    goal = f", CR {schedule.target_cr(stage, 0):.2f} -> {stage.target_cr:g}" if schedule.compresses(stage) else ""
+    window = "unbounded" if config.dmc.window is None else config.dmc.window
+    return (
+        f"megatron.dmc: {stage.stage}{goal}, {schedule.train_iters(stage)} iterations\n"
+        f"  device: {where} | layers: {resolve_transformer_impl(t.transformer_impl)} | attention: {kernel} | "
+        f"pooling: banded matmul, window {window} | optimizer: "
+        f"{'transformer_engine/apex' if resolve_transformer_impl(t.transformer_impl) != 'local' else fused} Adam | "
+        f"{'bf16, fp32 main parameters' if t.bf16 else 'fp32'}\n"
+        f"  tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} x data, "
+        f"virtual stages {p.virtual_pipeline_model_parallel_size or 1}, sequence parallel {p.sequence_parallel}, "
+        f"distributed optimizer {p.use_distributed_optimizer}, recompute {p.recompute_granularity}"
+    )
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run one stage. Returns the exit status: 0 done or saved on a signal, 2 wrong input."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
+    warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
+    from megatron.dmc.training import initialize
+
+    try:
+        config, resume, init = prepare(argv)
+        from megatron.dmc.training.data import check_datasets
+        from megatron.dmc.training.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        check_datasets(config, tokenizer)
+    except ValueError as error:
+        if initialize.is_rank_0():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    from megatron.dmc.training.preemption import StopSignal
+
+    stop = StopSignal()
+    initialize.initialize(config)
+    from megatron.dmc.training.loop import Trainer
+
+    try:
+        if initialize.is_rank_0():
+            print(banner(config), flush=True)
+        trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
+        if resume is not None:
+            trainer.logger.print(f"resumed {resume[0]} at iteration {trainer.iteration}")
+        elif init is not None:
+            trainer.logger.print(f"initialised from {init[0]} (stage {init[1].stage}, iteration {init[1].iteration})")
+        if trainer.iteration >= trainer.total_iters:
+            trainer.logger.print(f"stage {config.stage.stage} is finished; nothing to do")
+        else:
+            trainer.train(stop)
+        trainer.close()
+    except ValueError as error:
+        if initialize.is_rank_0():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        stop.restore()
+        initialize.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
