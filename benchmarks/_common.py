@@ -1,0 +1,181 @@
+"""What the benchmark scripts share: options, interleaved timing, peak memory, the machine's description, tables.
+
+A script's targets stand in its own docstring. It calls :func:`arguments`, measures, and ends with :func:`finish`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy")
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the script's docstring as its help, and the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, hardware, versions and commit")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a target of the text above is missed")
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype and --threads."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch on the CPU")
+
+
+def resolve_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """What --device, --dtype and --threads come to. Exits 2 when CUDA is asked for and not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda, but torch.cuda.is_available() is False; use --device cpu", file=sys.stderr)
+        raise SystemExit(2)
+    torch.set_num_threads(args.threads)
+    default = "float32" if args.device == "cpu" else "bfloat16"
+    return torch.device(args.device), getattr(torch, args.dtype or default)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 8.0,
+    rounds: tuple[int, int] = (5, 30),
+) -> dict[str, list[float]]:
+    """Milliseconds of each function, in rounds of one call each: what slows the machine down slows all of them.
+
+    Two calls warm up (more than one: caches, allocator, autotuning). Then rounds go on for ``seconds``, but no fewer
+    and no more than ``rounds``.
+    """
+    for _ in range(2):
+        for function in functions.values():
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    began = time.perf_counter()
+    while len(next(iter(times.values()))) < rounds[1]:
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+        if time.perf_counter() - began > seconds and len(times[name]) >= rounds[0]:
+            break
+    return times
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """median, min, max and the quartiles of measured values, and their number."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median, "q1": low, "q3": high, "min": min(values), "max": max(values), "n": len(values)}
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios within each round."""
+    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Largest number of tensor bytes alive at once during a call, above what was alive before it.
+
+    On CUDA the allocator's own peak. On CPU the running sum of torch's allocations and frees: exact, and the same in
+    every run, unlike the process's resident memory. Call it once before: the first call allocates more.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events, "torch's profiler has recorded no allocation"
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def machine() -> dict[str, object]:
+    """Hardware, versions and commit, for every JSON."""
+    info: dict[str, object] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+    }
+    for package in PACKAGES:
+        try:
+            info[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            info[package] = None
+    return info
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*command: str) -> str:
+    try:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned to the right, a rule under the head; floats with two decimals."""
+    cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths)) for row in [list(columns), *cells]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def finish(args: argparse.Namespace, name: str, figures: object, missed: Sequence[str], start: float) -> None:
+    """Write the JSON, say which targets were missed, exit 1 for one with --check. ``start``: time.perf_counter()."""
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    seconds = round(time.perf_counter() - start, 1)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"benchmark": name, "options": options, "seconds": seconds, "missed": list(missed)}
+        args.json.write_text(json.dumps({**record, "machine": machine(), "figures": figures}, indent=2) + "\n")
+    info = machine()
+    where = info["gpu"] if getattr(args, "device", "cpu") == "cuda" else f"{info['cpu']}, {info['threads']} threads"
+    print(f"{where}; torch {info['torch']}; commit {str(info['commit'])[:9]}; {seconds:.0f} s")
+    for target in missed:
+        print(f"missed: {target}")
+    print("all targets met" if not missed else f"{len(missed)} missed")
+    if args.check and missed:
+        raise SystemExit(1)

@@ -1,0 +1,141 @@
+"""Training attention of DMC against PyTorch's causal SDPA: time and peak memory, forward and backward, by length.
+
+Measured, in turn within one process:
+  SDPA       torch's scaled_dot_product_attention, causal, on given q, k, v
+  rope+SDPA  the same after rotating q and k, with the fused rotation that DMC uses: what a plain model runs
+  DMC        all that takes the place of rope+SDPA: noise, decisions, importance, pooling (W = 12), rotation, attention
+
+Time: medians; the ratios are medians of the ratios within each round, with their quartiles.
+Memory: the most bytes alive above the inputs (torch's allocations; on CUDA its allocator's peak).
+
+Targets (--check), for every shape:
+  time    DMC / SDPA at most 1.5 for S >= 2048
+  memory  linear in S: DMC's peak at twice the longest length but one at most 2.2 times as large
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from _common import add_device, arguments, finish, interleave, peak_bytes, ratio, resolve_device, spread, table
+from torch import Tensor
+
+from megatron.dmc.ops import (
+    attention_backend,
+    decision_logits,
+    dmc_attention,
+    importance,
+    logistic_noise,
+    make_decisions,
+    pool,
+    rotary_frequencies,
+    rotate_and_split_neuron,
+)
+from megatron.dmc.ops.attention import mask_channel, mask_unit
+from megatron.dmc.ops.rotary import cos_sin
+
+SHAPES = ((8, 8, 64), (8, 2, 128))  # query heads, KV heads, head dimension
+BIAS, EPSILON, TEMPERATURE = 5.0, 2.0**-7, 0.1
+TIME_TARGET, TIME_FROM, MEMORY_TARGET = 1.5, 2048, 2.2
+
+
+def dmc(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
+    """Raw q, k, v to attention output, as a DMC layer does it in training."""
+    b, groups, s, d = k.shape
+    noise = logistic_noise(torch.arange(b, device=k.device), range(groups), s, seed=1, step=0, layer=0)
+    decisions = make_decisions(decision_logits(k[..., -1], BIAS), TEMPERATURE, noise)
+    q, neuron = rotate_and_split_neuron(q, cos, sin, mask_channel(d))
+    k, v = pool(k, v, decisions.alpha, importance(neuron, groups, BIAS, EPSILON), window)
+    k, _ = rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
+    return dmc_attention(q, k, v)
+
+
+def measure(shape, length, batch, window, device, dtype, seconds) -> dict:
+    heads, groups, d = shape
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, h, length, d, device=device, dtype=dtype, requires_grad=True)
+        for h in (heads, groups, groups)
+    )
+    grad = torch.randn_like(q)
+    with torch.no_grad():
+        k[..., -1] += BIAS - 2.0  # logits around -2: some merges, as in a model on its way to compress
+    cos, sin = cos_sin(rotary_frequencies(d, 1e4, device=device), torch.arange(length, device=device))
+
+    def sdpa(q: Tensor, k: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != groups)
+
+    def rotated() -> Tensor:
+        return sdpa(*(rotate_and_split_neuron(x, cos, sin, 0.0)[0] for x in (q, k)))
+
+    def both_ways(forward):
+        def step():
+            torch.autograd.grad(forward(), (q, k, v), grad)
+
+        return step
+
+    functions = {
+        "sdpa": both_ways(lambda: sdpa(q, k)),
+        "rope_sdpa": both_ways(rotated),
+        "dmc": both_ways(lambda: dmc(q, k, v, cos, sin, window)),
+    }
+    times = interleave(functions, device, seconds=seconds)
+    return {
+        "heads": heads,
+        "groups": groups,
+        "head_dim": d,
+        "length": length,
+        "ms": {name: spread(values) for name, values in times.items()},
+        "time_to_sdpa": ratio(times["dmc"], times["sdpa"]),
+        "time_to_rope_sdpa": ratio(times["dmc"], times["rope_sdpa"]),
+        "peak_bytes": {name: peak_bytes(function, device) for name, function in functions.items()},
+    }
+
+
+def missed_targets(figures: list[dict]) -> list[str]:
+    missed = []
+    for f in figures:
+        name = f"heads {f['heads']}/{f['groups']}, D {f['head_dim']}, S {f['length']}"
+        got = f["time_to_sdpa"]["median"]
+        if f["length"] >= TIME_FROM and got > TIME_TARGET:
+            missed.append(f"time: {got:.2f} x SDPA at {name}; the target is {TIME_TARGET}")
+        half = next((h for h in figures if h["length"] * 2 == f["length"] and h["heads"] == f["heads"]
+                     and h["groups"] == f["groups"] and h["head_dim"] == f["head_dim"]), None)  # fmt: skip
+        if half is not None and f["length"] == max(g["length"] for g in figures):
+            growth = f["peak_bytes"]["dmc"] / half["peak_bytes"]["dmc"]
+            if growth > MEMORY_TARGET:
+                missed.append(f"memory: {growth:.2f} x that at half the length, {name}; target {MEMORY_TARGET}")
+    return missed
+
+
+def main() -> None:
+    start = time.perf_counter()
+    parser = arguments(__doc__)
+    add_device(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], metavar="S")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--window", type=int, default=12, help="0: unbounded")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring per shape and length")
+    args = parser.parse_args()
+    device, dtype = resolve_device(args)
+    print(f"attention path: {attention_backend(device.type, dtype).name}, {dtype}, batch {args.batch}")
+    figures, rows = [], []
+    for shape in SHAPES:
+        for length in sorted(args.lengths):
+            f = measure(shape, length, args.batch, args.window or None, device, dtype, args.seconds)
+            figures.append(f)
+            ms, peak, to_sdpa = f["ms"], f["peak_bytes"], f["time_to_sdpa"]
+            rows.append([
+                f"{shape[0]}/{shape[1]}", shape[2], length, *(ms[n]["median"] for n in ("sdpa", "rope_sdpa", "dmc")),
+                to_sdpa["median"], f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}", f["time_to_rope_sdpa"]["median"],
+                peak["sdpa"] / 2**20, peak["dmc"] / 2**20, peak["dmc"] / peak["sdpa"], ms["dmc"]["n"],
+            ])  # fmt: skip
+    columns = ["heads", "D", "S", "SDPA ms", "rope+SDPA", "DMC ms", "DMC/SDPA", "quartiles", "/rope+SDPA",
+               "SDPA MiB", "DMC MiB", "ratio", "rounds"]  # fmt: skip
+    print(table(columns, rows))
+    finish(args, "train_attention", figures, missed_targets(figures), start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Quality and compression of checkpoints: tables, plots, and text generated from the compressed cache."""

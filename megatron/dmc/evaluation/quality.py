@@ -1,0 +1,67 @@
+"""Perplexity with hard decisions, and how much each head compresses while it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.config import ModelConfig
+from megatron.dmc.evaluation.load import Loaded
+from megatron.dmc.training import initialize
+from megatron.dmc.training.data import batch_iterator, build_datasets, check_datasets
+from megatron.dmc.training.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class Quality:
+    """Of one checkpoint on one validation set."""
+
+    tokens: int
+    lm_loss: float
+    cr: float
+    """Tokens / slots over all layers, heads and sequences."""
+    cr_by_head: Tensor
+    """fp64 [layers, KV heads]"""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.lm_loss)
+
+
+def kv_bytes_per_token(model: ModelConfig, cr: float, element_bytes: int = 2) -> float:
+    """Bytes of keys and values per token of context (bf16 by default), all layers, at a compression ratio."""
+    return 2 * model.num_layers * model.kv_heads * model.head_dim * element_bytes / cr
+
+
+def _batches(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, batch: int) -> Iterator[dict]:
+    config = loaded.config
+    config.data.data_path, config.data.valid_data_path = [prefix], [prefix]
+    check_datasets(config, tokenizer)
+    _, data = build_datasets(config, tokenizer, 1, sequences)
+    return batch_iterator(data, consumed_samples=0, micro_batch_size=batch, global_batch_size=batch, dp_rank=0,
+                          dp_size=1, device=initialize.device())  # fmt: skip
+
+
+@torch.no_grad()
+def measure(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, batch: int = 8) -> Quality:
+    """Mean loss over ``sequences`` (rounded down to whole batches) of the dataset ``prefix``, always the same ones."""
+    config, loss, tokens = loaded.config, 0.0, 0
+    m = config.model
+    kept = torch.zeros(m.num_layers, m.kv_heads, dtype=torch.float64)
+    batch = min(batch, sequences)
+    iterator = _batches(loaded, tokenizer, prefix, sequences // batch * batch, batch)
+    for _ in range(sequences // batch):
+        item = next(iterator)
+        step = loaded.step()
+        losses = loaded.model(item["tokens"], item["position_ids"], labels=item["labels"], step=step)
+        loss += float((losses.double() * item["loss_mask"]).sum())
+        tokens += losses.numel()
+        for layer, count in step.kept.items():
+            kept[layer - 1] += count.sum(dim=0).double().cpu()
+    if not loaded.compresses:
+        kept.fill_(tokens)
+    return Quality(tokens, loss / tokens, tokens * kept.numel() / float(kept.sum()), tokens / kept)

@@ -1,0 +1,77 @@
+"""Token-by-token decoding with the step-by-step oracle: what the compressed cache does, in the plainest way.
+
+Slow (Python loops over heads) and exact; the tests judge teacher forcing by it. Serving is ``megatron.dmc.inference``.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.dmc.evaluation.load import Loaded
+from megatron.dmc.ops import OracleCache
+
+
+class ReferenceDecoder:
+    """One sequence, fed token by token through a local-spec model, one :class:`OracleCache` per layer."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        if not loaded.compresses:
+            raise ValueError(f"{loaded.path} is of stage {loaded.manifest.stage}, which does not compress; name a "
+                             "checkpoint of retrofit or finetune")  # fmt: skip
+        self.model, self.config = loaded.model, loaded.config
+        m, dmc = self.config.model, self.config.dmc
+        self.caches = [
+            OracleCache(1, m.kv_heads, self.model.rotary_pos_emb.inv_freq, decision_bias=dmc.decision_bias,
+                        epsilon=dmc.importance_epsilon, window=dmc.window)  # fmt: skip
+            for _ in range(m.num_layers)
+        ]
+        self.tokens = 0
+
+    def lengths(self) -> Tensor:
+        """Slots in use: int64 [layers, KV heads]."""
+        return torch.cat([cache.lengths() for cache in self.caches])
+
+    @torch.no_grad()
+    def step(self, token: int) -> Tensor:
+        """Feed one token; logits of the next, fp32 [vocab]."""
+        m, model = self.config.model, self.model
+        g, d = m.num_attention_heads // m.kv_heads, m.head_dim
+        x = model.embedding.word_embeddings.weight[token][None]  # [1, h]
+        for layer, cache in zip(model.decoder.layers, self.caches, strict=True):
+            attention = layer.self_attention
+            mixed = F.linear(layer.input_layernorm(x), attention.linear_qkv.weight, attention.linear_qkv.bias)
+            # [1, ng * (g + 2) * D] -> [1, ng, g + 2, D]: g queries, the key, the value of each group
+            mixed = mixed.view(1, m.kv_heads, g + 2, d)
+            q, k, v = mixed[:, :, :g].reshape(1, -1, d), mixed[:, :, g], mixed[:, :, g + 1]
+            if m.qk_layernorm:
+                q, k = attention.q_layernorm(q), attention.k_layernorm(k)
+            x = x + F.linear(cache.step(q, k, v).view(1, -1), attention.linear_proj.weight)
+            gate, up = F.linear(layer.pre_mlp_layernorm(x), layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight)
+        self.tokens += 1
+        head = model.output_layer.weight if m.untie_embeddings_and_output_weights else model.embedding.word_embeddings.weight
+        return F.linear(model.decoder.final_layernorm(x), head)[0, : m.vocab_size].float()
+
+    def generate(self, prompt: list[int], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+                 seed: Optional[int] = None, stop: Optional[int] = None):  # fmt: skip
+        """Yield up to ``max_tokens`` token ids after ``prompt``; ``temperature`` 0 is greedy; ``stop`` ends early."""
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        generator = torch.Generator().manual_seed(seed or 0)
+        for token in prompt:
+            logits = self.step(token)
+        for _ in range(max_tokens):
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                p, order = torch.softmax(logits.cpu() / temperature, dim=-1).sort(descending=True)
+                p = p * ((p.cumsum(0) - p) < top_p)
+                token = int(order[torch.multinomial(p / p.sum(), 1, generator=generator)])
+            yield token
+            if token == stop:
+                return
+            logits = self.step(token)

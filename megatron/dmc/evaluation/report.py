@@ -1,0 +1,191 @@
+"""Compare checkpoints: a table of perplexity and compression, and two plots.
+
+    python -m megatron.dmc.evaluation.report --tokenizer MODEL --data PREFIX --output DIR
+        --row "original=DIR" --row "control=DIR" --row "DMC 4x=DIR:control" [--curves TENSORBOARD_DIR ...]
+
+A row is NAME=CHECKPOINT or NAME=CHECKPOINT:BASELINE; the ratio of perplexities is against the row named BASELINE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Optional
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--tokenizer", required=True, metavar="PATH")
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="validation dataset")
+    parser.add_argument("--output", required=True, metavar="DIR", help="gets report.md, report.json, *.png")
+    parser.add_argument("--row", action="append", required=True, metavar="NAME=CHECKPOINT[:BASELINE]")
+    parser.add_argument("--curves", nargs="*", default=[], metavar="DIR", help="TensorBoard directories, in stage order")
+    parser.add_argument("--sequences", type=int, default=200)
+    return parser
+
+
+def _parse_rows(rows: list[str]) -> list[tuple[str, str, Optional[str]]]:
+    parsed: list[tuple[str, str, Optional[str]]] = []
+    for row in rows:
+        name, separator, rest = row.partition("=")
+        path, _, baseline = rest.partition(":")
+        if not separator or not path:
+            raise ValueError(f"row {row!r} is not NAME=CHECKPOINT or NAME=CHECKPOINT:BASELINE")
+        if baseline and baseline not in [n for n, _, _ in parsed]:
+            raise ValueError(f"row {row!r} compares with {baseline!r}, which no row before it is named")
+        parsed.append((name, path, baseline or None))
+    return parsed
+
+
+def evaluate_rows(args: argparse.Namespace) -> list[dict]:
+    """One dict per row, JSON-ready."""
+    from megatron.dmc.evaluation.load import load_checkpoint
+    from megatron.dmc.evaluation.quality import kv_bytes_per_token, measure
+    from megatron.dmc.training.tokenizer import load_tokenizer
+
+    tokenizer, results = load_tokenizer(args.tokenizer), []
+    for name, path, baseline in _parse_rows(args.row):
+        loaded = load_checkpoint(path)
+        quality = measure(loaded, tokenizer, args.data, args.sequences)
+        manifest = loaded.manifest
+        reference = next((r["perplexity"] for r in results if r["name"] == baseline), None)
+        results.append(
+            {
+                "name": name,
+                "checkpoint": str(loaded.path),
+                "stage": manifest.stage,
+                "baseline": baseline,
+                "target_cr": manifest.target_cr,
+                "cr": quality.cr,
+                "perplexity": quality.perplexity,
+                "perplexity_ratio": quality.perplexity / reference if reference else None,
+                "lm_loss": quality.lm_loss,
+                "validation_tokens": quality.tokens,
+                "kv_bytes_per_token": kv_bytes_per_token(loaded.config.model, quality.cr),
+                "cr_by_head": quality.cr_by_head.tolist(),
+            }
+        )
+        print(f"  measured {name}", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | perplexity | vs | ratio | CR measured (target) | KV bytes/token (bf16) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        cr = f"{r['cr']:.2f} ({r['target_cr']:.2f})" if r["target_cr"] > 1 else "1"
+        ratio = f"{r['perplexity_ratio']:.3f}" if r["perplexity_ratio"] else ""
+        lines.append(f"| {r['name']} | {r['perplexity']:.2f} | {r['baseline'] or ''} | {ratio} | {cr} | "
+                     f"{r['kv_bytes_per_token']:.0f} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def read_curves(directories: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Scalars of consecutive stages on one axis of iterations."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves: dict[str, list[tuple[int, float]]] = {}
+    offset = 0
+    for directory in directories:
+        accumulator = EventAccumulator(directory, size_guidance={"scalars": 0})
+        accumulator.Reload()
+        last = 0
+        for tag in accumulator.Tags()["scalars"]:
+            for event in accumulator.Scalars(tag):
+                curves.setdefault(tag, []).append((offset + event.step, event.value))
+                last = max(last, event.step)
+        offset += last
+        curves.setdefault("stage end", []).append((offset, 0.0))
+    return curves
+
+
+def plot_heads(results: list[dict], path: Path) -> None:
+    """Heat map of CR by layer and KV head, one panel for each compressed row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [r for r in results if r["target_cr"] > 1]
+    if not shown:
+        return
+    figure, axes = plt.subplots(1, len(shown), figsize=(1.2 + 3.6 * len(shown), 4.2), squeeze=False, layout="constrained")
+    for axis, r in zip(axes[0], shown, strict=True):
+        values = r["cr_by_head"]
+        image = axis.imshow(values, cmap="viridis", vmin=1.0, aspect="auto")
+        top = max(max(row) for row in values)
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if len(values) * len(row) <= 256:
+                    color = "black" if value > 0.6 * top else "white"
+                    axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
+        axis.set_title(f"{r['name']}: CR {r['cr']:.2f}")
+        axis.set_xlabel("KV head")
+        axis.set_ylabel("layer")
+        axis.set_xticks(range(len(values[0])))
+        axis.set_yticks(range(len(values)), [str(i + 1) for i in range(len(values))])
+        figure.colorbar(image, ax=axis, label="tokens / slots")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Compression ratio against its target, and the losses, over all stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for tag, label, style in (("CR", "CR (hard decisions, training batches)", "-"), ("target-CR", "target", "--")):
+        if tag in curves:
+            top.plot(*zip(*curves[tag], strict=True), style, label=label)
+    top.set_ylabel("tokens / slots")
+    for tag, label, style in (("lm-loss", "training", "-"), ("validation-lm-loss", "validation", "o--")):
+        if tag in curves:
+            bottom.plot(*zip(*curves[tag], strict=True), style, label=label)
+    bottom.set_ylabel("LM loss")
+    bottom.set_xlabel("iteration, all stages")
+    for axis in (top, bottom):
+        for x, _ in curves.get("stage end", [])[:-1]:
+            axis.axvline(x, color="gray", linewidth=0.6, linestyle=":")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Exit status 2 on wrong input."""
+    args = build_parser().parse_args(argv)
+    warnings.filterwarnings("ignore")
+    from megatron.dmc.training import initialize
+
+    try:
+        results = evaluate_rows(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        initialize.shutdown()
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    text = table(results)
+    (output / "report.md").write_text(text + "\n")
+    (output / "report.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot_heads(results, output / "cr_by_head.png")
+    if args.curves:
+        plot_curves(read_curves(args.curves), output / "curves.png")
+    print(text)
+    print(f"\nwritten to {output}: " + ", ".join(sorted(p.name for p in output.iterdir())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
