@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,8 @@ class StageConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1.0, f"{name} is {value}; a compression ratio is at least 1")
         _require(self.stage != "retrofit" or self.target_cr is not None, "stage retrofit needs target_cr, e.g. 4")
+        _require(self.stage != "retrofit" or self.target_cr != (self.start_cr or 1.0) or self.train_iters is not None,
+                 f"target_cr {self.target_cr} is what the model has already been trained to; give another, or train_iters")
         _require(self.stage in ("retrofit", "finetune") or self.target_cr is None,
                  f"stage {self.stage} does not compress; remove target_cr {self.target_cr}")
         _require(0 < self.decay_fraction <= 1, f"decay_fraction is {self.decay_fraction}; it must be in (0, 1]")
@@ -208,6 +211,12 @@ class OptimizerConfig:
     def check(self) -> None:
         _positive(self, "lr", "adam_eps")
         _require(0 <= self.min_lr <= self.lr, f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        for name in ("weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative")
         _require(self.lr_warmup_iters >= 0, f"lr_warmup_iters is {self.lr_warmup_iters}; it must not be negative")
         _require(self.lr_decay_style in ("constant", "cosine", "linear"),
                  f"lr_decay_style {self.lr_decay_style!r} is unknown; use constant, cosine or linear")
@@ -272,6 +281,8 @@ class TrainingConfig:
         for name in ("save_interval", "keep_checkpoints", "eval_interval", "exit_interval"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        _require(self.save_interval is None or self.save is not None,
+                 f"save_interval is {self.save_interval}, but save is not set; name the directory for checkpoints")
 
 
 @dataclass
@@ -351,9 +362,11 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         return [_coerce(args[0], v, name) for v in value]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             raise ValueError(f"{name} is {value!r}; it must be a number") from None
+    if hint is float and isinstance(value, float):
+        _require(math.isfinite(value), f"{name} is {value}; it must be a finite number")
     _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
              f"{name} is {value!r}; it must be of type {hint.__name__}")
     return value
@@ -372,5 +385,5 @@ def load_file(path: str | Path) -> dict:
 
             data = yaml.safe_load(text)
     except Exception as error:
-        raise ValueError(f"configuration file {path} cannot be read: {error}") from error
+        raise ValueError(f"configuration file {path} cannot be read: {' '.join(str(error).split())}") from error
     return data or {}

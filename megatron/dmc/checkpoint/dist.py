@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Optional
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.dmc.checkpoint.manifest import LATEST, TEMPORARY, Manifest, complete_checkpoints, iteration_directory
 from megatron.dmc.model import DMCGPTModel
 
-# The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
+# Copied at every use: megatron-core writes its process groups into it. The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _model_state(chunks: list[DMCGPTModel]) -> dict:
     if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=_METADATA)}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(chunks)}
+        return {"model": chunks[0].sharded_state_dict(metadata=dict(_METADATA))}
+    return {f"model{i}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
 
 
 def _state(chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer], is_loading: bool) -> dict:
@@ -33,7 +37,7 @@ def _state(chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer], is
         parameters = {f"{i}.{k}": v for i, part in enumerate(state.values()) for k, v in part.items()}
         if len(chunks) == 1:
             parameters = state["model"]
-        state["optimizer"] = optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=dict(_METADATA))
     return state
 
 
@@ -61,35 +65,61 @@ def save(
     if _rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(TEMPORARY + "*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # a writer that outlived its run may still be adding to it
         temporary.mkdir()
     distributed.barrier()
-    dist_checkpointing.save(_state(chunks, optimizer, False), str(temporary), content_metadata=_METADATA)
+    _write_without_manager()
+    dist_checkpointing.save(_state(chunks, optimizer, False), str(temporary), content_metadata=dict(_METADATA))
     distributed.barrier()
     if _rank() == 0:
         (temporary / "config.yaml").write_text(config_text)
         manifest.has_optimizer = optimizer is not None
         manifest.write(temporary)
-        if target.exists():
-            shutil.rmtree(target)
         _sync(temporary)
+        if target.exists():
+            _remove(target)
         os.rename(temporary, target)
+        _sync_directory(directory)
         latest = directory / (LATEST + ".tmp")
         latest.write_text(f"{manifest.iteration}\n")
         os.replace(latest, directory / LATEST)
         for old in complete_checkpoints(directory)[: -keep or None] if keep else []:
-            # The manifest goes first: a half-deleted checkpoint must not look complete.
-            (old / "manifest.json").unlink()
-            shutil.rmtree(old)
+            _remove(old)
     distributed.barrier()
     return target
 
 
+def _write_without_manager() -> None:
+    """Results of a synchronous write stay in this process: a plain queue does.
+
+    megatron-core would start a manager process per rank for it, which imports torch anew (seconds, a quarter of a
+    gigabyte) and outlives a killed run, holding on to its log file.
+    """
+    if hasattr(filesystem_async, "_results_queue") and filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def _remove(checkpoint: Path) -> None:
+    """In one step as others see it: a half-deleted checkpoint must not look complete, whatever kills the job."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old_{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
 def _sync(directory: Path) -> None:
-    """Flush small files: after a power cut a rename must not be all that is left."""
-    for path in (directory / "manifest.json", directory / "config.yaml"):
-        with open(path) as file:
+    """Flush to disk: after a power cut a rename must not be all that is left."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
             os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load(
@@ -107,7 +137,15 @@ def load(
         _prime(optimizer)
     try:
         loaded = dist_checkpointing.load(_state(chunks, optimizer, True), str(directory))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+    except (
+        dist_checkpointing.core.CheckpointingException,
+        CheckpointException,  # derives from BaseException
+        KeyError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        UnpicklingError,
+    ) as error:
         raise ValueError(f"checkpoint {directory} does not fit this model: {error}") from error
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])

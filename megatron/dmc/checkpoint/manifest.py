@@ -42,18 +42,25 @@ class Manifest:
     """Stages before this one, oldest first."""
     versions: dict[str, str] = field(default_factory=dict)
     has_optimizer: bool = True
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of every other file of the checkpoint, as :meth:`write` found them."""
 
     @property
     def finished(self) -> bool:
         return self.iteration >= self.train_iters
 
     def write(self, directory: Path) -> None:
+        """Write ``directory/manifest.json``. Comes last: it lists the files that are there."""
+        self.files = {p.name: p.stat().st_size for p in sorted(directory.iterdir()) if p.name != "manifest.json"}
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         (directory / "manifest.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Of a checkpoint directory. Raises ``ValueError`` when it is incomplete or of another format."""
+    """Of a checkpoint directory. Raises ``ValueError`` when it is of another format, or a file is missing or truncated.
+
+    Looks at names and sizes only, so it takes no time and needs no torch.
+    """
     path = directory / "manifest.json"
     if not path.is_file() or not (directory / "metadata.json").is_file():
         raise ValueError(f"{directory} is not a complete checkpoint (manifest.json or metadata.json is missing); "
@@ -62,9 +69,19 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(path.read_text())
         if (content.pop("format"), content.pop("format_version")) != (FORMAT, FORMAT_VERSION):
             raise ValueError("another format or version")
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        expected = dict(manifest.files)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a version {FORMAT_VERSION} {FORMAT} manifest: {error}") from error
+    for name, size in expected.items():
+        file = directory / name
+        if not file.is_file():
+            raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing; copy it again, or name another "
+                             "checkpoint")  # fmt: skip
+        if file.stat().st_size != size:
+            raise ValueError(f"{directory} is not a complete checkpoint: {name} has {file.stat().st_size} bytes and should "
+                             f"have {size}; copy it again, or name another checkpoint")  # fmt: skip
+    return manifest
 
 
 def iteration_directory(save: Path, iteration: int) -> Path:
@@ -77,6 +94,30 @@ def complete_checkpoints(save: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
+def newest_checkpoint(save: str | Path) -> Optional[Path]:
+    """The newest checkpoint under a --save directory, or None when there is none yet.
+
+    Raises:
+        ValueError: the newest one lacks its manifest. To go on from an older one instead is for a person to decide.
+    """
+    save = Path(save)
+    found = complete_checkpoints(save)
+    newest = int(found[-1].name[5:]) if found else -1
+    broken = [p for p in save.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name) and int(p.name[5:]) > newest]
+    latest = save / LATEST
+    if not broken and latest.is_file():
+        text = latest.read_text().strip()
+        # A run that was killed between naming a checkpoint and noting it here is one checkpoint ahead of the note.
+        if not text.isdigit() or int(text) > newest:
+            broken = [iteration_directory(save, int(text)) if text.isdigit() else latest]
+    if broken:
+        path = max(broken)
+        other = f" to use {found[-1].name}" if found else ""
+        raise ValueError(f"{path} is not a complete checkpoint (manifest.json is missing); restore it, or remove it and "
+                         f"{latest.name}{other}")  # fmt: skip
+    return found[-1] if found else None
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
     """``path`` itself when it is a checkpoint, or the newest one under it. Raises ``ValueError`` when there is none."""
     path = Path(path)
@@ -85,9 +126,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (path / "manifest.json").is_file() or (path / "metadata.json").is_file():
         read_manifest(path)
         return path
-    found = complete_checkpoints(path)
-    if not found:
+    newest = newest_checkpoint(path)
+    if newest is None:
         raise ValueError(f"{path} holds no complete checkpoint (iter_*/manifest.json); was its run stopped before the first "
                          "save?")  # fmt: skip
-    read_manifest(found[-1])
-    return found[-1]
+    read_manifest(newest)
+    return newest

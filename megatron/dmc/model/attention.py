@@ -76,6 +76,8 @@ class DMCSelfAttention(SelfAttention):
             (config.attention_dropout > 0, "attention_dropout"),
             (config.attention_output_gate, "attention_output_gate"),
             (config.softmax_scale is not None, "softmax_scale"),
+            (config.softmax_type != "vanilla", "softmax_type other than vanilla"),
+            (bool(config.no_rope_freq), "no_rope_freq"),
             (config.num_query_groups < self.world_size, "tensor_model_parallel_size above num_query_groups"),
         ):
             if wrong:
@@ -119,6 +121,10 @@ class DMCSelfAttention(SelfAttention):
             step = DMCStep()
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
+        if rotary_pos_emb is None or rotary_pos_emb.size(-1) != self.hidden_size_per_attention_head:
+            raise ValueError("DMC attention needs rotary embeddings of all "
+                             f"{self.hidden_size_per_attention_head} channels of a head: position_embedding_type rope, "
+                             "rotary_percent 1")  # fmt: skip
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         # The model may have made frequencies for more rows than there are tokens (the carried row).
         angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]

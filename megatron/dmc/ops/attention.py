@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ def _efficient_backward(do, q, k, v, o, lse, padded_lse, seed, offset):
     k, v = (x.repeat_interleave(g, dim=1) if g > 1 else x for x in (k, v))
     padded_lse = padded_lse.clone()
     padded_lse[..., :s] = lse
+    # The kernel takes the rows of `o` to be np * D apart, [b, s, np, D] in memory, and does not look.
+    o = o.transpose(1, 2).contiguous().transpose(1, 2)
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         do, q, k, v, None, o, padded_lse, seed, offset, 0.0, [True, True, True, False], True
     )
@@ -91,11 +94,12 @@ def _flash_attn_backward(do, q, k, v, o, lse, rng):
     do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     scale = 1.0 / math.sqrt(q.size(-1))
-    kernel(do, q, k, v, o, lse, dq, dk, dv, 0.0, scale, True, -1, -1, 0.0, None, False, rng)
+    deterministic = torch.are_deterministic_algorithms_enabled()  # as torch's own flash kernel does
+    kernel(do, q, k, v, o, lse, dq, dk, dv, 0.0, scale, True, -1, -1, 0.0, None, deterministic, rng)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _has_flash_attn() -> bool:
     """flash-attn 2.7 or later: the functions above have had their present arguments since then."""
     try:
@@ -106,12 +110,17 @@ def _has_flash_attn() -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
-    """The kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start."""
+    """The kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start.
+
+    Raises ValueError for fp64 on CUDA, which no kernel takes.
+    """
     if device_type == "cpu":
         return Backend("torch CPU flash", _cpu_forward, _cpu_backward)
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype == torch.float64:
+        raise ValueError("no attention kernel takes torch.float64 on CUDA; use fp32, or fp64 on the CPU")
+    if dtype == torch.float32:
         return Backend("torch memory-efficient", _efficient_forward, _efficient_backward)
     if _has_flash_attn():
         return Backend("flash-attn", _flash_attn_forward, _flash_attn_backward)
@@ -128,6 +137,19 @@ def mask_unit(head_dim: int) -> float:
     return math.sqrt(head_dim) / mask_channel(head_dim)
 
 
+def _last_contiguous(x: Tensor) -> Tensor:
+    """What the kernels ask of a gradient: ``sum().backward()`` sends one with strides of 0."""
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+
+
+def _add_over_group(total: Tensor, weight: Tensor, x: Tensor) -> None:
+    """total [b, ng, s, e] += the sum over the group of weight [b, ng, g, s, 1] * x [b, ng, g, s, e]."""
+    if x.size(2) == 1:
+        total.addcmul_(weight.squeeze(2), x.squeeze(2))
+    else:
+        total += (weight * x).sum(dim=2)
+
+
 class _DMCAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
@@ -139,16 +161,15 @@ class _DMCAttention(torch.autograd.Function):
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         # The mask as the kernel saw it, rounded to the model's format. [b, ng, 1, s]
         mask = (k[..., -1].to(wide) / mask_unit(d)).unsqueeze(2)
-        score = (q[..., :-1].view(*shape, d - 1) * k[..., :-1].unsqueeze(2)).sum(-1, dtype=wide) / math.sqrt(d)
+        score = (q.view(*shape, d) * k.unsqueeze(2))[..., :-1].sum(-1, dtype=wide) / math.sqrt(d)
         lse = lse.view(shape)
         extra = score + torch.log(-torch.expm1(mask))  # -inf where nothing was lost
         lse_all = torch.logaddexp(lse, extra)
-        o = o.view(*shape, d)
-        out = o * torch.exp(lse - lse_all).to(o.dtype).unsqueeze(-1)
         weight = torch.exp(extra - lse_all)
+        out = o.view(*shape, d).mul_(torch.exp(lse - lse_all).to(o.dtype).unsqueeze(-1))
         out.addcmul_(v.unsqueeze(2), weight.to(v.dtype).unsqueeze(-1))
         kept = torch.exp(score + mask - lse_all)
-        out, lse_all = out.view(b, heads, s, d), lse_all.reshape(b, heads, s)
+        out, lse_all = o, lse_all.reshape(b, heads, s)
         ctx.backend = backend
         ctx.save_for_backward(q, k, v, out, lse_all, weight, kept)
         ctx.rest = rest
@@ -161,20 +182,18 @@ class _DMCAttention(torch.autograd.Function):
         groups = k.size(1)
         grouped = (b, groups, heads // groups, s, d)
         wide = weight.dtype
-        grad = grad.contiguous()
+        grad = _last_contiguous(grad)
         dq, dk, dv = ctx.backend.backward(grad, q, k, v, out, lse, *ctx.rest)
         grad5 = grad.view(grouped)
         # How much the row's output changes when weight moves to the own slot: do . (v - o').  [b, ng, g, s]
-        gain = (grad5 * (v.unsqueeze(2) - out.view(grouped))).sum(-1, dtype=wide)
-        d_extra = weight * gain
-        scaled = (d_extra / math.sqrt(d)).to(q.dtype).unsqueeze(-1)
-        # Channel D-1 of q and k is not part of the true diagonal score. Its gradient in k is the mask's: what the
-        # kernel gave the masked diagonal (probability `kept`) is taken back, since the mask does not reach the diagonal.
-        dk_extra = (scaled * q.view(grouped)).sum(dim=2)
-        dk_extra[..., -1] = -(kept * gain).sum(dim=2) * (mask_channel(d) / math.sqrt(d))
+        gain = (v.unsqueeze(2) - out.view(grouped)).mul_(grad5).sum(-1, dtype=wide)
+        scaled = (weight * gain / math.sqrt(d)).to(q.dtype).unsqueeze(-1)
         dq.view(grouped).addcmul_(scaled, k.unsqueeze(2))
-        dk = dk + dk_extra
-        dv = dv + (weight.to(v.dtype).unsqueeze(-1) * grad5).sum(dim=2)
+        # Channel D-1 of q and k is not part of the true diagonal score. Its gradient in k is the mask's: what the
+        # kernel gave the masked diagonal (probability `kept`) is taken back, for the mask does not reach it.
+        _add_over_group(dk[..., :-1], scaled, q.view(grouped)[..., :-1])
+        dk[..., -1] -= (kept * gain).sum(dim=2) * (mask_channel(d) / math.sqrt(d))
+        _add_over_group(dv, weight.to(v.dtype).unsqueeze(-1), grad5)
         return dq, dk, dv
 
 
@@ -211,4 +230,4 @@ class _PlainAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, o, lse = ctx.saved_tensors
-        return ctx.backend.backward(grad.contiguous(), q, k, v, o, lse, *ctx.rest)
+        return ctx.backend.backward(_last_contiguous(grad), q, k, v, o, lse, *ctx.rest)

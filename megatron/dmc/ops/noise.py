@@ -32,6 +32,13 @@ def _absorb(state: Tensor, word: Tensor | int) -> Tensor:
     return _mix(state + _GAMMA + word)
 
 
+def _logistic(bits: Tensor) -> Tensor:
+    """int64 random bits -> fp32 Logistic(0, 1), log(u / (1 - u)): symmetric, finite for all bits."""
+    # The upper 23 bits plus one half, out of 2^23: both numbers are exact in fp32, and neither is ever 0.
+    n = _shift(bits, 41).float() + 0.5
+    return (n / (2.0**23 - n)).log()
+
+
 def logistic_noise(sample_ids: Tensor, heads: range, length: int, *, seed: int, step: int, layer: int) -> Tensor:
     """Logistic(0, 1) noise, the law of the difference of two Gumbel(0, 1), for the heads of one layer.
 
@@ -53,6 +60,4 @@ def logistic_noise(sample_ids: Tensor, heads: range, length: int, *, seed: int, 
     state = _absorb(state, sample_ids)[:, None]  # [b, 1]
     state = _absorb(state, head)[:, :, None]  # [b, h, 1]
     bits = _absorb(state, position)  # [b, h, s]
-    # 24 random bits, centred: u lies in [2^-25, 1 - 2^-25], exactly representable and never 0 or 1.
-    u = (_shift(bits, 40).to(torch.float64) + 0.5) * 2.0**-24
-    return (u.log() - (1.0 - u).log()).float()
+    return _logistic(bits)

@@ -4,8 +4,9 @@ After token t the slot holds the importance-weighted mean of its segment's last 
 weight of token t-d is ``omega[t-d] * alpha[t-d+1] * ... * alpha[t]``; with hard ones this is the segment itself.
 
 For a window the coefficients form a band, and the pooling is a banded matrix product in blocks of rows: batched
-matmuls, on CPU and tensor cores alike. The coefficients are normalised in fp32 before they are rounded to the model's
-format. Without a window the same recurrence is run in blocks with a carried state.
+matmuls over overlapping windows that are never copied, on CPU and tensor cores alike. The coefficients are normalised
+in fp32 before they are rounded to the model's format. Without a window the same recurrence is run in blocks with a
+carried state.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 64  # rows per block: the band adds W-1 columns to each, and 64 x 75 is what small matmuls like
+_ROWS = 64  # of a block of the unbounded pooling: its triangular matrix is built row by row
 
 
 def _block_rows(window: int) -> int:
-    """At least W-1, so that a block's window reaches back into one block only."""
-    return _ROWS * max(1, -(-(window - 1) // _ROWS))
+    """Rows of a band block, which has W-1 more columns: a power of two near the window's, so that few are zeros.
+
+    For W = 12 the blocks are 32 x 43. On CPU 16 and 64 rows both take longer.
+    """
+    return max(32, 1 << (window - 1).bit_length())
 
 
 def _shift_right(x: Tensor, d: int) -> Tensor:
@@ -72,58 +76,76 @@ class _BandCoefficients(torch.autograd.Function):
         return d_alpha, d_omega, None
 
 
-class _BandMatmul(torch.autograd.Function):
-    """out[t] = sum_d a[d, t] x[t-d], as blocks of 64 rows times 64+W-1 columns (more rows for W > 65).
+def _skewed(entries: Tensor, rows: int, window: int) -> Tensor:
+    """[m, W] -> [m / rows, rows, rows + W - 1], zeros outside the band: row r holds its W entries at columns r...r+W-1.
 
-    a: [W, n, s] coefficients, x: [n, s, e]; n = b * h. Returns [n, s, e].
+    Rows are written one longer than the matrix is wide; read back with its own width, each is skewed by its number.
+    """
+    band = entries.new_empty(entries.size(0), rows + window)
+    band[:, :window] = entries
+    band[:, window:] = 0
+    shape = (entries.size(0) // rows, rows, rows + window - 1)
+    return band.as_strided(shape, (rows * (rows + window), rows + window - 1, 1))
+
+
+def _overlapping(x: Tensor, rows: int, window: int) -> Tensor:
+    """[m + W - 1, e] -> [m / rows, rows + W - 1, e]: windows that overlap by W - 1 rows, a view."""
+    blocks = (x.size(0) - window + 1) // rows
+    return x.as_strided((blocks, rows + window - 1, x.size(1)), (rows * x.size(1), x.size(1), 1))
+
+
+class _PoolWindow(torch.autograd.Function):
+    """Band matmul: out[t] = sum_d a[d, t] x[t-d], as blocks of rows times their windows.
+
+    All heads and sequences lie one after the other in one long run of m rows: a window that reaches back into another
+    head meets coefficients that are zero there.
     """
 
     @staticmethod
-    def _blocks(a: Tensor, blocks: int, dtype: torch.dtype) -> Tensor:
-        """[W, n, s] -> [n * blocks, 64, 64 + W - 1]; row r holds a[W-1..0] at columns r..r+W-1."""
-        window, n, s = a.shape
-        rows = _block_rows(window)
-        band = torch.zeros(n, blocks * rows, rows + window, dtype=dtype, device=a.device)
-        band[:, :s, :window] = a.flip(0).permute(1, 2, 0)
-        # Rows one longer than the matrix: reading them back with the matrix' own length skews each by its number.
-        flat = band.view(n * blocks, rows * (rows + window))[:, : rows * (rows + window - 1)]
-        return flat.view(n * blocks, rows, rows + window - 1)
+    def forward(ctx, k, v, coefficients, window):
+        b, h, s, d = k.shape
+        rows, n = _block_rows(window), b * h * s
+        m = -(-n // rows) * rows
+        x = _PoolWindow._joined(k, v, window - 1, m - n)  # [W - 1 + m, 2D]
+        entries = F.pad(coefficients.view(window, n), (0, m - n)).to(k.dtype).flip(0).t()  # oldest token first
+        out = torch.bmm(_skewed(entries, rows, window), _overlapping(x, rows, window))
+        ctx.window = window
+        ctx.save_for_backward(x, coefficients)
+        out = out.view(m, 2 * d)[:n].view(b, h, s, 2 * d)
+        return out[..., :d], out[..., d:]
 
     @staticmethod
-    def _windows(x: Tensor, blocks: int, window: int) -> Tensor:
-        """[n, s, e] -> [n * blocks, 64 + W - 1, e]: each block's rows and the W-1 before them, zeros outside."""
-        n, s, e = x.shape
+    def backward(ctx, grad_k, grad_v):
+        x, coefficients = ctx.saved_tensors
+        b, h, s, d = grad_k.shape
+        window, n = ctx.window, b * h * s
         rows = _block_rows(window)
-        padded = F.pad(x, (0, 0, window - 1, blocks * rows - s))
-        return padded.unfold(1, rows + window - 1, rows).transpose(2, 3).reshape(n * blocks, rows + window - 1, e)
-
-    @staticmethod
-    def forward(ctx, a, x):
-        window, (n, s, e) = a.size(0), x.shape
-        rows = _block_rows(window)
-        blocks = -(-s // rows)
-        matrix = _BandMatmul._blocks(a, blocks, x.dtype)
-        out = torch.bmm(matrix, _BandMatmul._windows(x, blocks, window))
-        ctx.save_for_backward(a, x)
-        return out.view(n, blocks * rows, e)[:, :s]
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, x = ctx.saved_tensors
-        window, (n, s, e) = a.size(0), x.shape
-        rows = _block_rows(window)
-        blocks = -(-s // rows)
-        columns = rows + window - 1
-        grad = F.pad(grad, (0, 0, 0, blocks * rows - s)).reshape(n * blocks, rows, e)
+        m = x.size(0) - window + 1
+        grad = _PoolWindow._joined(grad_k, grad_v, 0, m - n + window - 1)  # [m + W - 1, 2D]
         # d a: the band of grad x^T, read out by the same skew.
-        full = torch.bmm(grad, _BandMatmul._windows(x, blocks, window).transpose(1, 2))
-        band = F.pad(full.view(n * blocks, rows * columns), (0, rows)).view(n, blocks * rows, columns + 1)
-        d_a = band[:, :s, :window].permute(2, 0, 1).flip(0).to(a.dtype)
-        # d x: transposed product; the W-1 leading columns of a block belong to the block before.
-        d_windows = torch.bmm(_BandMatmul._blocks(a, blocks, x.dtype).transpose(1, 2), grad).view(n, blocks, columns, e)
-        d_x = d_windows[:, :, window - 1 :].reshape(n, blocks, rows, e)
-        d_x[:, :-1, rows - window + 1 :] += d_windows[:, 1:, : window - 1]
-        return d_a, d_x.reshape(n, blocks * rows, e)[:, :s]
+        full = torch.bmm(grad[:m].view(m // rows, rows, 2 * d), _overlapping(x, rows, window).transpose(1, 2))
+        band = full.as_strided((m // rows, rows, window), (rows * (rows + window - 1), rows + window, 1))
+        d_a = band.reshape(m, window)[:n].t().flip(0).to(coefficients.dtype)
+        # d x[t] = sum_d a[d, t+d] grad[t+d]: the same product with the band's columns, diagonals of [W, m].
+        padded = coefficients.new_zeros(window * (m + 1))
+        padded[: window * m].view(window, m)[:, :n] = coefficients.view(window, n)
+        entries = padded.as_strided((m, window), (1, m + 1)).to(x.dtype)
+        d_x = torch.bmm(_skewed(entries, rows, window), _overlapping(grad, rows, window))
+        d_x = d_x.view(m, 2 * d)[:n].view(b, h, s, 2 * d)
+        return d_x[..., :d], d_x[..., d:], d_a.reshape(coefficients.shape), None
+
+    @staticmethod
+    def _joined(k: Tensor, v: Tensor, before: int, after: int) -> Tensor:
+        """[b, h, s, D] x 2 -> [before + b*h*s + after, 2D], zeros before and after; one product pools k and v."""
+        b, h, s, d = k.shape
+        n = b * h * s
+        out = k.new_empty(before + n + after, 2 * d)
+        out[:before] = 0
+        out[before + n :] = 0
+        middle = out[before : before + n].view(b, h, s, 2 * d)
+        middle[..., :d] = k
+        middle[..., d:] = v
+        return out
 
 
 def _pool_unbounded(x: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
@@ -178,15 +200,13 @@ def pool(k: Tensor, v: Tensor, alpha: Tensor, omega: Tensor, window: Optional[in
         pooled k and v, [b, ng, s, D] in the input dtype.
     """
     b, h, s, d = k.shape
-    # [b, ng, s, D] x 2 -> [b * ng, s, 2D]: one product pools both.
+    if window == 1:
+        return k, v
+    if window is not None:
+        return _PoolWindow.apply(k, v, _BandCoefficients.apply(alpha, omega, window), window)
+    # [b, ng, s, D] x 2 -> [b * ng, s, 2D]
     kv = torch.cat((k, v), dim=-1).view(b * h, s, 2 * d)
-    if window is None:
-        wide = kv if kv.dtype == torch.float64 else kv.float()
-        pooled = _pool_unbounded(wide, alpha.reshape(b * h, s), omega.reshape(b * h, s)).to(k.dtype)
-    elif window == 1:
-        pooled = kv
-    else:
-        coefficients = _BandCoefficients.apply(alpha, omega, window)
-        pooled = _BandMatmul.apply(coefficients.view(window, b * h, s), kv)
+    wide = kv if kv.dtype == torch.float64 else kv.float()
+    pooled = _pool_unbounded(wide, alpha.reshape(b * h, s), omega.reshape(b * h, s)).to(k.dtype)
     pooled = pooled.view(b, h, s, 2 * d)
     return pooled[..., :d], pooled[..., d:]

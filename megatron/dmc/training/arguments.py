@@ -38,10 +38,16 @@ def _plain(hint: Any) -> Any:
 
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage of a hundred flags: the caller says it in one line, on one rank."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; --help lists all flags")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag for every field of every section, and ``--config``."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="megatron.dmc.training.retrofit",
         description="Pre-train, or retrofit a checkpoint with Dynamic Memory Compression, one stage at a time.",
         argument_default=argparse.SUPPRESS,
@@ -85,8 +91,14 @@ def _merge(base: dict, extra: dict) -> dict:
 
 
 def read_saved_config(checkpoint: Path) -> dict:
-    """The resolved configuration that was saved with a checkpoint, as nested dicts."""
-    return load_file(checkpoint / "config.yaml")
+    """The resolved configuration that was saved with a checkpoint, as nested dicts. Raises ``ValueError`` for none."""
+    saved = load_file(checkpoint / "config.yaml")
+    RunConfig.from_dict(saved)
+    missing = [section.name for section in dataclasses.fields(RunConfig) if section.name not in saved]
+    if missing:
+        raise ValueError(f"{checkpoint / 'config.yaml'} lacks {', '.join(missing)}; it must hold the resolved configuration "
+                         "that the checkpoint was trained with")  # fmt: skip
+    return saved
 
 
 def resolve(argv: Optional[list[str]], saved_config: typing.Callable[[dict], Optional[dict]]) -> RunConfig:
@@ -101,16 +113,19 @@ def resolve(argv: Optional[list[str]], saved_config: typing.Callable[[dict], Opt
         ValueError: unknown keys, wrong values, or a model that is not the checkpoint's.
     """
     given = vars(build_parser().parse_args(argv))
-    file = load_file(given.pop("config")) if given.get("config") else (given.pop("config", None), {})[1]
+    path = given.pop("config")
+    file = load_file(path) if path else {}
     flags, asked = _flags(), {}
     for name, value in given.items():
         asked.setdefault(flags[name][0], {})[name] = None if value == "none" else value
     RunConfig.from_dict(file)  # unknown keys are named before anything else is looked at
     asked = _merge(_merge({}, file), asked)
+    plain = RunConfig.from_dict(asked).to_dict()  # 1e-5 in YAML is a string: compare what it means
     saved = saved_config(asked)
     base = {section: saved[section] for section in _MODEL_SECTIONS} if saved else {}
     for section, values in base.items():
-        for key, value in asked.get(section, {}).items():
+        for key in asked.get(section, {}):
+            value = plain[section][key]
             # loss_weight and temperature shape training, not the checkpoint.
             if key not in ("loss_weight", "temperature") and value != values.get(key):
                 raise ValueError(f"{section}.{key} is {value!r}, but the checkpoint was trained with {values.get(key)!r}; "

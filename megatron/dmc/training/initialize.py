@@ -50,6 +50,12 @@ def initialize(config: RunConfig, timeout_minutes: int = 30) -> None:
         else:
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel = config.parallel
+    if parallel_state.is_initialized():
+        if parallel_state.get_tensor_model_parallel_world_size() != parallel.tensor_model_parallel_size or (
+            parallel_state.get_pipeline_model_parallel_world_size() != parallel.pipeline_model_parallel_size
+        ):
+            raise RuntimeError("Megatron's groups exist with another layout; call shutdown() first")
+        return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

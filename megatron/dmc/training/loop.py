@@ -210,6 +210,11 @@ class Trainer:
     def save(self) -> Path:
         """Checkpoint of this iteration under --save. At the end of zero_out the neuron's weights become exactly 0."""
         config, directory = self.config, Path(self.config.training.save)
+        if config.parallel.overlap_param_gather:
+            # The other ranks' part of the last update would only arrive with the next forward pass.
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
         if config.stage.stage == "zero_out" and self.iteration >= self.total_iters:
             for model in self.models:
                 model.zero_decision_neurons()

@@ -10,34 +10,56 @@ is written; SIGTERM and SIGUSR1 save and end with status 0.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Optional
 
 from megatron.dmc import schedule
-from megatron.dmc.checkpoint.manifest import Manifest, complete_checkpoints, read_manifest, resolve_checkpoint
+from megatron.dmc.checkpoint.manifest import Manifest, newest_checkpoint, read_manifest, resolve_checkpoint
 from megatron.dmc.config import PREDECESSORS, RunConfig
 
 Found = Optional[tuple[Path, Manifest]]
 
 
 def _find(asked: dict) -> tuple[Found, Found]:
-    """(checkpoint to resume from, checkpoint to initialise from) for what the user asked."""
+    """(checkpoint to resume from, checkpoint to initialise from) for what the user asked; at most one of them."""
     training = asked.get("training", {})
-    resume: Found = None
     if training.get("save"):
-        save = Path(training["save"])
-        if save.exists() and not save.is_dir():
-            raise ValueError(f"save {save} is not a directory")
-        found = complete_checkpoints(save)
-        if found:
-            resume = found[-1], read_manifest(found[-1])
-    init: Found = None
+        _check_writable(Path(training["save"]))
+        path = newest_checkpoint(training["save"])
+        if path is not None:
+            # --init-from is not looked at again: what a stage started from may be gone by now.
+            return (path, read_manifest(path)), None
     if training.get("init_from"):
         path = resolve_checkpoint(training["init_from"])
-        init = path, read_manifest(path)
-    return resume, init
+        return None, (path, read_manifest(path))
+    return None, None
+
+
+def _check_writable(save: Path) -> None:
+    """Refuse now what would fail at the first checkpoint, after hours."""
+    there = save.absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"save {save}: {there} is not a directory; name another place for checkpoints")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"save {save}: {there} cannot be written; name another place for checkpoints")
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Refuse options whose package is not here, before the first step rather than at the first log line."""
+    from megatron.dmc.model.layer_specs import resolve_transformer_impl
+
+    for option, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
+        value = getattr(config.training, option)
+        if value and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{option} is {value}, which needs the {package} package; pip install {package}, or leave it "
+                             "out")  # fmt: skip
+    resolve_transformer_impl(config.training.transformer_impl)
 
 
 def check_order(config: RunConfig, resume: Found, init: Found) -> None:
@@ -82,9 +104,10 @@ def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
     """
     now = config.to_dict()
     for section, keys in (("stage", None), ("optimizer", None), ("dmc", None),
-                          ("training", ("global_batch_size", "seed")), ("data", ("seq_length",))):  # fmt: skip
-        for key, value in saved[section].items():
-            if (keys is None or key in keys) and now[section][key] != value:
+                          ("training", ("global_batch_size", "bf16", "seed")), ("data", ("seq_length",))):  # fmt: skip
+        for key in keys or saved[section]:
+            value = saved[section].get(key)
+            if now[section][key] != value:
                 raise ValueError(f"{section}.{key} is {now[section][key]!r}, but {path} was written with {value!r}; resume "
                                  "with the same settings, or start a new --save directory")  # fmt: skip
 
@@ -103,18 +126,20 @@ def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Found, Found]:
     config = arguments.resolve(argv, saved_config)
     resume, init = found[-1]
     if resume is not None:
+        if not resume[1].has_optimizer:
+            raise ValueError(f"{resume[0]} holds weights only; name it with --init-from, and another --save directory")
         saved = arguments.read_saved_config(resume[0])
         # What was derived from the first --init-from need not be said again.
         for key in ("start_cr", "target_cr"):
             if getattr(config.stage, key) is None:
                 setattr(config.stage, key, saved["stage"][key])
-        init = None
     check_order(config, resume, init)
     config.check(initialize.world_size())
     if resume is not None:
         check_resume(config, saved, resume[0])
     if config.data.tokenizer is None:
         raise ValueError("tokenizer is not set; name the sentencepiece model or Hugging Face directory that made the data")
+    _check_packages(config)
     return config, resume, init
 
 
@@ -177,7 +202,12 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         if initialize.is_rank_0():
             print(banner(config), flush=True)
-        trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
+        try:
+            trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
+        except ValueError as error:
+            if initialize.is_rank_0():
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
         if resume is not None:
             trainer.logger.print(f"resumed {resume[0]} at iteration {trainer.iteration}")
         elif init is not None:
@@ -187,10 +217,6 @@ def main(argv: Optional[list[str]] = None) -> int:
         else:
             trainer.train(stop)
         trainer.close()
-    except ValueError as error:
-        if initialize.is_rank_0():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     finally:
         stop.restore()
         initialize.shutdown()
