@@ -3,7 +3,6 @@
 Checkpoints here are directories of the right form with no weights in them: all of this is refused before they are read.
 """
 
-import json
 import os
 import subprocess
 import sys

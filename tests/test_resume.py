@@ -1,11 +1,9 @@
 """Nothing is lost: killed, signalled and re-laid-out runs continue where they stood; stages follow one another."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -107,7 +105,6 @@ def test_every_optimizer_and_layout_resumes_bit_for_bit(data, chain, tmp_path, w
 ], ids=["tp2", "dp2-distributed-optimizer", "pp2"])
 def test_resumes_in_another_layout(data, chain, tmp_path, options):
     argv = command(data, "retrofit", tmp_path / "save", root_of(chain))
-    # Megatron's two optimizers keep their state in different formats; a run that may change the layout says so at once.
     shard = ["--use-distributed-optimizer"] if "use_distributed_optimizer" in options else []
     tiny.run([*argv, *shard, "--exit-interval", "2"], tmp_path / "a")
     resumed = tiny.run([*argv, *tiny.flags(**options)], tmp_path / "b", 2)
@@ -214,3 +211,22 @@ def test_target_follows_from_stage_to_stage(data, chain, tmp_path):
     assert "CR 3.00 -> 4" in text and "(target 3.000)" in text and "(target 4.000)" in text
     argv = tiny.command(data, "finetune", train_iters=1, init_from=tmp_path / "r", save=tmp_path / "f")
     assert "(target 4.000)" in tiny.run(argv, tmp_path / "b").output()
+
+
+def test_gathering_late_loses_no_step(data, chain, tmp_path):
+    """With overlap_param_gather the last step's weights arrive with the next forward: a checkpoint must not miss them."""
+    for name, more in (("plain", {}), ("overlap", dict(overlap_grad_reduce=True, overlap_param_gather=True))):
+        tiny.run(command(data, "zero_out", tmp_path / name, root_of(chain), use_distributed_optimizer=True,
+                         micro_batch_size=1, **more), tmp_path / "a", 2)
+    for iteration in (INTERVAL, ITERATIONS):
+        tiny.assert_same_checkpoint(*(tmp_path / name / f"iter_{iteration:07d}" for name in ("plain", "overlap")))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["off", "on"])
+def test_the_kind_of_optimizer_does_not_change(data, chain, tmp_path, before):
+    """Megatron's two optimizers keep their state in different formats."""
+    tiny.run([*command(data, "zero_out", tmp_path / "s", root_of(chain), use_distributed_optimizer=before),
+              "--exit-interval", "2"], tmp_path / "a")
+    run = tiny.run(command(data, "zero_out", tmp_path / "s", root_of(chain), use_distributed_optimizer=not before),
+                   tmp_path / "b", status=2)
+    assert "error: parallel.use_distributed_optimizer is" in run.output() and names(tmp_path / "s")[0] == "iter_0000002"

@@ -104,7 +104,7 @@ class Run:
     def signal(self, number: int, rank: int = 0) -> None:
         os.kill(self.ranks[rank].pid, number)
 
-    def join(self, status: Optional[int] = 0, timeout: float = 60) -> "Run":
+    def join(self, status: Optional[int] = 0, timeout: float = 60) -> Run:
         """Wait for the end; ``status`` is what every rank must exit with (None: anything)."""
         end = time.monotonic() + timeout
         for process in self.ranks:

@@ -105,7 +105,7 @@ def read_chunks(files: list[str]) -> Iterator[Chunk]:
 class Encoder:
     """Parses and tokenizes chunks; one in every worker process."""
 
-    def __init__(self, args: argparse.Namespace, tokenizer: "Tokenizer", dtype: str) -> None:
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer, dtype: str) -> None:
         self.tokenizer, self.dtype, self.key = tokenizer, dtype, args.json_key
         self.before = [tokenizer.bos_id] if args.prepend_bos else []
         self.after = [tokenizer.eod_id] if args.append_eod else []
@@ -158,7 +158,7 @@ def _encode_in_worker(chunk: Chunk) -> Encoded:
     return _encoder(chunk)
 
 
-def encode_chunks(args: argparse.Namespace, tokenizer: "Tokenizer", dtype: str) -> Iterator[tuple[Chunk, Encoded]]:
+def encode_chunks(args: argparse.Namespace, tokenizer: Tokenizer, dtype: str) -> Iterator[tuple[Chunk, Encoded]]:
     """Encode all input in order, with ``--workers`` processes and a bounded number of chunks in memory."""
     chunks = read_chunks(args.input)
     if args.workers == 1:
@@ -185,7 +185,7 @@ def encode_chunks(args: argparse.Namespace, tokenizer: "Tokenizer", dtype: str) 
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def write_dataset(args: argparse.Namespace, tokenizer: "Tokenizer", directory: Path) -> str:
+def write_dataset(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path) -> str:
     """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``. Returns a line that says how much that was."""
     import numpy
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

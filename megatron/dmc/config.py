@@ -329,7 +329,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> "RunConfig":
+    def from_dict(cls, data: dict) -> RunConfig:
         """Build from nested dicts. Unknown sections and keys raise ``ValueError`` with their names."""
         return typing.cast(RunConfig, _build(cls, data, ""))
 

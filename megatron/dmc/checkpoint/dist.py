@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Optional
@@ -14,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -150,15 +152,44 @@ def load(
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        with _steps_beside_shards(optimizer):
+            optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
     else:
         distributed.barrier()
 
 
-def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if getattr(part, "optimizer", None) is not None]
+    return [part for part in parts if getattr(part, "optimizer", None) is not None]
+
+
+def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return [part.optimizer for part in _parts(optimizer)]
+
+
+@contextmanager
+def _steps_beside_shards(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let the distributed optimizer load torch's Adam: megatron-core 0.16.1 takes ``step`` from the parameter groups, as
+    it should, and then asks the shards, which have none, for it once more (KeyError)."""
+
+    def with_step(part: DistributedOptimizer, load: Callable) -> Callable:
+        def set_states(model_param: torch.nn.Parameter, tensors: dict) -> None:
+            group, order = part.model_param_group_index_map[model_param]
+            state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+            load(model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+        return set_states
+
+    name = "_set_main_param_and_optimizer_states"
+    sharded = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    for part in sharded:
+        setattr(part, name, with_step(part, getattr(part, name)))
+    try:
+        yield
+    finally:
+        for part in sharded:
+            delattr(part, name)
 
 
 def _prime(optimizer: MegatronOptimizer) -> None:

@@ -58,7 +58,7 @@ class Sidecar:
     """Of ``.idx``, the documents' lengths: what a cached sample index depends on, besides the run's settings."""
 
     @classmethod
-    def read(cls, prefix: str | Path) -> "Sidecar":
+    def read(cls, prefix: str | Path) -> Sidecar:
         """Read ``prefix.json``. Raises ``ValueError`` when it is missing, damaged or of another version."""
         path = Path(f"{prefix}.json")
         if not path.is_file():

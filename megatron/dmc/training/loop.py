@@ -300,6 +300,7 @@ class Trainer:
 def versions() -> dict[str, str]:
     """Of what made a checkpoint."""
     import megatron.core
+
     import megatron.dmc
 
     return {"megatron.dmc": megatron.dmc.__version__, "megatron.core": megatron.core.__version__,

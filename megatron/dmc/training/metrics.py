@@ -63,7 +63,7 @@ class StepTotals:
         return total
 
     @classmethod
-    def reduce(cls, total: Tensor) -> "StepTotals":
+    def reduce(cls, total: Tensor) -> StepTotals:
         """Over the data-parallel ranks of the last stage, known to every rank afterwards."""
         total = total / parallel_state.get_tensor_model_parallel_world_size()
         distributed.all_reduce(total)

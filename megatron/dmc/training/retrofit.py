@@ -104,7 +104,9 @@ def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
     """
     now = config.to_dict()
     for section, keys in (("stage", None), ("optimizer", None), ("dmc", None),
-                          ("training", ("global_batch_size", "bf16", "seed")), ("data", ("seq_length",))):  # fmt: skip
+                          ("training", ("global_batch_size", "bf16", "seed")), ("data", ("seq_length",)),
+                          # Megatron keeps its two optimizers' states in different formats.
+                          ("parallel", ("use_distributed_optimizer",))):  # fmt: skip
         for key in keys or saved[section]:
             value = saved[section].get(key)
             if now[section][key] != value:
