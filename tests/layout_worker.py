@@ -148,13 +148,7 @@ def prepare(directory: Path) -> None:
     chunks = [unwrap(chunk) for chunk in build_model(config)]
     manifest = Manifest("zero_out", 1, 1, 0, 0, 1.0)
     dist.save(directory / "start", chunks, None, manifest, arguments.dump(config))
-    leave_layout()
-
-
-def leave_layout() -> None:
     parallel_state.destroy_model_parallel()
-    # megatron-core puts the layout's process group into the metadata that it is given, and dist.py gives it a global.
-    dist._METADATA.pop("dp_cp_group", None)
 
 
 def train(directory: Path, name: str, extra: dict) -> dict:
@@ -178,7 +172,7 @@ def train(directory: Path, name: str, extra: dict) -> dict:
     evaluation = trainer.evaluate()
     result["validation"] = [evaluation.lm_loss, evaluation.cr]
     trainer.close()
-    leave_layout()
+    parallel_state.destroy_model_parallel()
     result["saved"] = str(path)
     return result
 
@@ -193,7 +187,7 @@ def evaluate_saved(directory: Path, names: list[str]) -> dict:
         trainer = Trainer(config, FakeTokenizer(), init_from=(path, read_manifest(path)))
         evaluation = trainer.evaluate()
         results[name] = {"validation": [evaluation.lm_loss, evaluation.cr]}
-        leave_layout()
+        parallel_state.destroy_model_parallel()
     return results
 
 

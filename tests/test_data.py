@@ -406,7 +406,7 @@ def test_resumed_stream_equals_uninterrupted(workers):
 def test_stages_without_tokens_get_the_sample_ids():
     options = dict(consumed_samples=4, micro_batch_size=2, global_batch_size=4, dp_rank=0, dp_size=1)
     without = batch_iterator(None, **options)
-    for batch in batch_iterator(Numbers(12), **options):
+    for _ in batch_iterator(Numbers(12), **options):
         assert next(without).keys() == {"sample_ids"}
     without = batch_iterator(None, **options)
     assert ids_of(next(without) for _ in range(4)) == ids_of(batch_iterator(Numbers(12), **options))

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.dmc.checkpoint.manifest import LATEST, TEMPORARY, Manifest, complete_checkpoints, iteration_directory
 from megatron.dmc.model import DMCGPTModel
 
-# Copied at every use: megatron-core writes its process groups into it. The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
+# The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
+# Copied at every use: megatron-core writes its process groups into it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 

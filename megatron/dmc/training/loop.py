@@ -249,7 +249,7 @@ class Trainer:
 
     def train(self, stop: StopSignal) -> bool:
         """Train to the end of the stage, or until a signal. Returns whether the stage is finished."""
-        config, t = self.config, self.config.training
+        t = self.config.training
         iterators = self._iterators(self.train_data, self.iteration * t.global_batch_size)
         totals, steps, logged = torch.zeros(5, dtype=torch.float64, device=self.device), [], 0
         saved = self.iteration
