@@ -15,7 +15,7 @@ retrofit() {
     python -m megatron.dmc.training.retrofit --config examples/dmc/configs/quickstart.yaml \
         --data-path "$OUT/data/train" --valid-data-path "$OUT/data/valid" --tokenizer "$OUT/data/tokenizer.model" "$@"
 }
-DECAY=(--lr-decay-style cosine --min-lr 1e-4)
+DECAY=(--lr-decay-style cosine --min-lr 5e-5)
 step() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 step "1. Text: the Python standard library's own sources; a tokenizer; Megatron indexed datasets"
@@ -28,7 +28,7 @@ if [ ! -e "$OUT/data/valid.json" ]; then
 fi
 
 step "2. A small Llama, pre-trained (on a cluster: a checkpoint that tools/convert_checkpoint.py imported)"
-retrofit --stage pretrain --train-iters 260 --lr 2e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 20 \
+retrofit --stage pretrain --train-iters 360 --lr 2e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 20 \
     --save "$OUT/original"
 
 step "3a. zero_out: take the decision neuron, the last channel of q and k, out of attention"
@@ -36,20 +36,20 @@ retrofit --stage zero_out --train-iters 20 --seed 1 --init-from "$OUT/original" 
     --tensorboard-dir "$OUT/tensorboard/1-zero_out"
 
 step "3b. retrofit to 2x: the target compression ratio rises linearly; finetune there"
-retrofit --stage retrofit --target-cr 2 --train-iters 120 --seed 2 --init-from "$OUT/zero_out" --save "$OUT/retrofit-2x" \
+retrofit --stage retrofit --target-cr 2 --train-iters 90 --seed 2 --init-from "$OUT/zero_out" --save "$OUT/retrofit-2x" \
     --tensorboard-dir "$OUT/tensorboard/2-retrofit-2x"
-retrofit --stage finetune --train-iters 40 --seed 4 "${DECAY[@]}" --init-from "$OUT/retrofit-2x" --save "$OUT/dmc-2x"
+retrofit --stage finetune --train-iters 30 --seed 4 "${DECAY[@]}" --init-from "$OUT/retrofit-2x" --save "$OUT/dmc-2x"
 
 step "3c. retrofit on from 2x to 4x; finetune there"
-retrofit --stage retrofit --target-cr 4 --train-iters 120 --seed 3 --init-from "$OUT/retrofit-2x" --save "$OUT/retrofit-4x" \
+retrofit --stage retrofit --target-cr 4 --train-iters 110 --seed 3 --init-from "$OUT/retrofit-2x" --save "$OUT/retrofit-4x" \
     --tensorboard-dir "$OUT/tensorboard/3-retrofit-4x"
 retrofit --stage finetune --train-iters 80 --seed 4 "${DECAY[@]}" --init-from "$OUT/retrofit-4x" --save "$OUT/dmc-4x" \
     --tensorboard-dir "$OUT/tensorboard/4-finetune"
 
 step "3d. The control: the original model on as many tokens, with the same learning rates, without DMC"
-retrofit --stage pretrain --train-iters 140 --seed 2 --init-from "$OUT/original" --save "$OUT/control-2x-constant"
-retrofit --stage pretrain --train-iters 40 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-2x-constant" --save "$OUT/control-2x"
-retrofit --stage pretrain --train-iters 120 --seed 3 --init-from "$OUT/control-2x-constant" --save "$OUT/control-4x-constant"
+retrofit --stage pretrain --train-iters 110 --seed 2 --init-from "$OUT/original" --save "$OUT/control-2x-constant"
+retrofit --stage pretrain --train-iters 30 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-2x-constant" --save "$OUT/control-2x"
+retrofit --stage pretrain --train-iters 110 --seed 3 --init-from "$OUT/control-2x-constant" --save "$OUT/control-4x-constant"
 retrofit --stage pretrain --train-iters 80 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-4x-constant" --save "$OUT/control-4x"
 
 step "4, 5. The table and the pictures: validation with hard decisions, as inference takes them"

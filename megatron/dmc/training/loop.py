@@ -92,7 +92,7 @@ class Trainer:
         self.train_data, self.valid_data = build_datasets(
             config, tokenizer, self.total_iters * t.global_batch_size, valid_samples
         )
-        self.logger = Logger(config, self.total_iters)
+        self.logger = Logger(config, self.total_iters, self.iteration)
 
     # Data and the step's state
 
@@ -258,14 +258,16 @@ class Trainer:
             part, kept, grad_norm = self.train_step(iterators)
             totals, steps, logged = totals + part, steps + kept, logged + 1
             last = self.iteration == self.total_iters
-            if self.iteration % t.log_interval == 0 or last:
+            received = stop.agreed(self.device)
+            leave = bool(received) or (t.exit_interval is not None and self.iteration % t.exit_interval == 0)
+            save = t.save and (last or leave or (t.save_interval and self.iteration % t.save_interval == 0))
+            # A line before every checkpoint: a run that is resumed from it then logs the same lines as one that was not stopped.
+            if self.iteration % t.log_interval == 0 or last or save:
                 self._log(StepTotals.reduce(totals), steps, logged, grad_norm)
                 totals, steps, logged = torch.zeros_like(totals), [], 0
             if self.valid_data is not None and t.eval_interval and self.iteration % t.eval_interval == 0 and not last:
                 self.log_evaluation(self.evaluate())
-            received = stop.agreed(self.device)
-            leave = bool(received) or (t.exit_interval is not None and self.iteration % t.exit_interval == 0)
-            if t.save and (last or leave or (t.save_interval and self.iteration % t.save_interval == 0)):
+            if save:
                 self.save()
                 saved = self.iteration
             if leave and not last:

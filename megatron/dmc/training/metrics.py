@@ -89,7 +89,7 @@ def kept_by_head(steps: list[dict[int, Tensor]], model: ModelConfig, device: tor
 class Logger:
     """Rank 0's log lines, TensorBoard and (only when asked for) Weights & Biases."""
 
-    def __init__(self, config: RunConfig, train_iters: int) -> None:
+    def __init__(self, config: RunConfig, train_iters: int, iteration: int = 0) -> None:
         self.train_iters, self.config = train_iters, config
         self.flops = flops_per_token(config.model, config.data.seq_length)
         self.active = distributed.get_rank() == 0
@@ -98,7 +98,8 @@ class Logger:
         if self.active and t.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(t.tensorboard_dir)
+            # What a killed run logged after its last checkpoint will be logged again.
+            self.board = SummaryWriter(t.tensorboard_dir, purge_step=iteration + 1 if iteration else None)
         if self.active and t.wandb_project:
             import wandb
 
