@@ -28,29 +28,29 @@ if [ ! -e "$OUT/data/valid.json" ]; then
 fi
 
 step "2. A small Llama, pre-trained (on a cluster: a checkpoint that tools/convert_checkpoint.py imported)"
-retrofit --stage pretrain --train-iters 360 --lr 2e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 20 \
-    --save "$OUT/original"
+retrofit --stage pretrain --train-iters 300 --lr 2e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 20 \
+    --micro-batch-size 8 --global-batch-size 8 --eval-iters 25 --log-interval 20 --save "$OUT/original"
 
 step "3a. zero_out: take the decision neuron, the last channel of q and k, out of attention"
-retrofit --stage zero_out --train-iters 20 --seed 1 --init-from "$OUT/original" --save "$OUT/zero_out" \
+retrofit --stage zero_out --train-iters 40 --seed 1 --init-from "$OUT/original" --save "$OUT/zero_out" \
     --tensorboard-dir "$OUT/tensorboard/1-zero_out"
 
 step "3b. retrofit to 2x: the target compression ratio rises linearly; finetune there"
-retrofit --stage retrofit --target-cr 2 --train-iters 90 --seed 2 --init-from "$OUT/zero_out" --save "$OUT/retrofit-2x" \
+retrofit --stage retrofit --target-cr 2 --train-iters 360 --seed 2 --loss-weight 2 --init-from "$OUT/zero_out" --save "$OUT/retrofit-2x" \
     --tensorboard-dir "$OUT/tensorboard/2-retrofit-2x"
-retrofit --stage finetune --train-iters 30 --seed 4 "${DECAY[@]}" --init-from "$OUT/retrofit-2x" --save "$OUT/dmc-2x"
+retrofit --stage finetune --train-iters 80 --seed 4 --loss-weight 2 "${DECAY[@]}" --init-from "$OUT/retrofit-2x" --save "$OUT/dmc-2x"
 
 step "3c. retrofit on from 2x to 4x; finetune there"
-retrofit --stage retrofit --target-cr 4 --train-iters 110 --seed 3 --init-from "$OUT/retrofit-2x" --save "$OUT/retrofit-4x" \
+retrofit --stage retrofit --target-cr 4 --train-iters 440 --seed 3 --init-from "$OUT/retrofit-2x" --save "$OUT/retrofit-4x" \
     --tensorboard-dir "$OUT/tensorboard/3-retrofit-4x"
-retrofit --stage finetune --train-iters 80 --seed 4 "${DECAY[@]}" --init-from "$OUT/retrofit-4x" --save "$OUT/dmc-4x" \
+retrofit --stage finetune --train-iters 300 --seed 4 "${DECAY[@]}" --init-from "$OUT/retrofit-4x" --save "$OUT/dmc-4x" \
     --tensorboard-dir "$OUT/tensorboard/4-finetune"
 
 step "3d. The control: the original model on as many tokens, with the same learning rates, without DMC"
-retrofit --stage pretrain --train-iters 110 --seed 2 --init-from "$OUT/original" --save "$OUT/control-2x-constant"
-retrofit --stage pretrain --train-iters 30 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-2x-constant" --save "$OUT/control-2x"
-retrofit --stage pretrain --train-iters 110 --seed 3 --init-from "$OUT/control-2x-constant" --save "$OUT/control-4x-constant"
-retrofit --stage pretrain --train-iters 80 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-4x-constant" --save "$OUT/control-4x"
+retrofit --stage pretrain --train-iters 400 --seed 2 --init-from "$OUT/original" --save "$OUT/control-2x-constant"
+retrofit --stage pretrain --train-iters 80 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-2x-constant" --save "$OUT/control-2x"
+retrofit --stage pretrain --train-iters 440 --seed 3 --init-from "$OUT/control-2x-constant" --save "$OUT/control-4x-constant"
+retrofit --stage pretrain --train-iters 300 --seed 4 "${DECAY[@]}" --init-from "$OUT/control-4x-constant" --save "$OUT/control-4x"
 
 step "4, 5. The table and the pictures: validation with hard decisions, as inference takes them"
 python -m megatron.dmc.evaluation.report --tokenizer "$OUT/data/tokenizer.model" --data "$OUT/data/valid" \

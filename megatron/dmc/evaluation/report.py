@@ -111,6 +111,7 @@ def plot_heads(results: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
 
     shown = [r for r in results if r["target_cr"] > 1]
     if not shown:
@@ -118,12 +119,13 @@ def plot_heads(results: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(shown), figsize=(1.2 + 3.6 * len(shown), 4.2), squeeze=False, layout="constrained")
     for axis, r in zip(axes[0], shown, strict=True):
         values = r["cr_by_head"]
-        image = axis.imshow(values, cmap="viridis", vmin=1.0, aspect="auto")
-        top = max(max(row) for row in values)
+        # Rates span orders of magnitude: some heads keep everything, others a handful of slots.
+        top = max(2.0, max(max(row) for row in values))
+        image = axis.imshow(values, cmap="viridis", norm=LogNorm(vmin=1.0, vmax=top), aspect="auto")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if len(values) * len(row) <= 256:
-                    color = "black" if value > 0.6 * top else "white"
+                    color = "black" if value > top**0.6 else "white"
                     axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
         axis.set_title(f"{r['name']}: CR {r['cr']:.2f}")
         axis.set_xlabel("KV head")
