@@ -28,7 +28,7 @@ def have_transformer_engine() -> bool:
 
 
 def resolve_transformer_impl(transformer_impl: str) -> str:
-    """"auto" -> "transformer_engine" or "local". Raises ``ValueError`` when Transformer Engine is asked for in vain."""
+    """``"auto"`` -> "transformer_engine" or "local". Raises ``ValueError`` when Transformer Engine is asked for in vain."""
     if transformer_impl == "auto":
         return "transformer_engine" if have_transformer_engine() else "local"
     if transformer_impl == "transformer_engine" and not have_transformer_engine():
