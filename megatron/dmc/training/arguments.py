@@ -37,7 +37,6 @@ def _plain(hint: Any) -> Any:
     return args[0] if typing.get_origin(hint) is typing.Union else hint
 
 
-
 class _Parser(argparse.ArgumentParser):
     """Raises instead of printing the usage of a hundred flags: the caller says it in one line, on one rank."""
 
