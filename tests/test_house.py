@@ -70,10 +70,12 @@ def test_both_halves_of_the_namespace_import(place: str, tmp_path: Path) -> None
 
 @dataclass(frozen=True)
 class Rule:
-    """What the modules of an area may import: the areas of this package, and no distribution in ``never``."""
+    """What the modules of an area may import: the areas of this package, no distribution in ``never``, and where ``only`` is
+    given, no other distribution at all (the standard library is always allowed)."""
 
     areas: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
 
 MEGATRON = ("megatron.core", "megatron.training")
@@ -88,7 +90,13 @@ RULES = {
     # The serving side imports these two, and with them the package they lie in: so none of the three knows Megatron.
     "checkpoint.__init__": Rule(("checkpoint.mapping", "checkpoint.hf"), MEGATRON),
     "checkpoint.mapping": Rule(("config", "checkpoint.mapping"), MEGATRON),
-    "checkpoint.hf": Rule(("config", "checkpoint.mapping", "checkpoint.hf"), MEGATRON),
+    "checkpoint.tensors": Rule(("checkpoint.tensors",), MEGATRON),
+    "checkpoint.pickled": Rule(("checkpoint.tensors", "checkpoint.pickled"), MEGATRON),
+    "checkpoint.hf": Rule(
+        ("config", "checkpoint.mapping", "checkpoint.tensors", "checkpoint.pickled", "checkpoint.hf"), MEGATRON
+    ),
+    # Copied into exported directories, where this package is not.
+    "checkpoint.remote_code": Rule(("checkpoint.remote_code",), ("megatron.core",), ("torch", "transformers")),
     "training": Rule(("config", "schedule", "ops", "model", "checkpoint", "training")),
     "inference": Rule(
         ("config", "schedule", "ops", "kernels", "checkpoint.mapping", "checkpoint.hf", "inference"), MEGATRON
@@ -143,9 +151,12 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             found.append(f"{where}: not allowed in {area or 'megatron/dmc/__init__.py'}")
         elif within(name, "megatron.dmc"):
             inner = name.removeprefix("megatron.dmc").lstrip(".")
-            root_name = area_of(inner) is None and "." not in inner  # megatron.dmc itself, or its __version__
+            # megatron.dmc itself, or its __version__
+            root_name = area_of(inner) is None and "." not in inner and not rule.only
             if not root_name and not any(within(inner, allowed) for allowed in rule.areas):
                 found.append(f"{where}: {area} may import {', '.join(rule.areas) or 'nothing of megatron.dmc'}")
+        elif rule.only and name.split(".")[0] not in (*rule.only, *sys.stdlib_module_names):
+            found.append(f"{where}: {area} may import {', '.join(rule.only)} and the standard library")
     return found
 
 
@@ -183,6 +194,10 @@ def test_dependencies_point_one_way() -> None:
         ("checkpoint.mapping", "from megatron.core import dist_checkpointing"),
         ("checkpoint.hf", "from megatron.dmc.model import spec"),
         ("checkpoint.torch_dist", "from megatron.dmc.training import loop"),
+        ("checkpoint.remote_code.modeling_dmc", "from megatron.dmc.ops import pool"),
+        ("checkpoint.remote_code.modeling_dmc", "from megatron.dmc import __version__"),
+        ("checkpoint.remote_code.modeling_dmc", "from ..hf import read"),
+        ("checkpoint.remote_code.modeling_dmc", "import numpy"),
         ("training.loop", "import importlib\nimportlib.import_module('megatron.dmc.inference')"),
         ("inference.engine", "from megatron.dmc.checkpoint import torch_dist"),
         ("inference.engine", "from megatron.dmc.checkpoint import *"),
@@ -206,6 +221,10 @@ def test_a_wrong_import_is_caught(module: str, source: str) -> None:
         (
             "inference.engine",
             "from megatron.dmc.checkpoint.hf import read\nfrom megatron.dmc.checkpoint import mapping",
+        ),
+        (
+            "checkpoint.remote_code.modeling_dmc",
+            "import math\nimport torch\nfrom transformers import Cache\nfrom .configuration_dmc import DMCConfig",
         ),
         ("serving.server", "from ..inference.engine import LLM"),
         ("evaluation.quality", "from megatron.dmc import inference, training\nimport megatron.core"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +19,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.dmc.checkpoint.manifest import LATEST, TEMPORARY, Manifest, complete_checkpoints, iteration_directory
+from megatron.dmc.checkpoint.manifest import (
+    LATEST,
+    TEMPORARY,
+    Manifest,
+    complete_checkpoints,
+    iteration_directory,
+    write_hf_files,
+)
 from megatron.dmc.model import DMCGPTModel
 
 # The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
@@ -27,10 +34,16 @@ from megatron.dmc.model import DMCGPTModel
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+_EXTRA = "_extra_state"
+"""Transformer Engine's scaling state for fp8, which nothing here uses; converted checkpoints do not have it."""
+
+
 def _model_state(chunks: list[DMCGPTModel]) -> dict:
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=dict(_METADATA))}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        name: {k: v for k, v in chunk.sharded_state_dict(metadata=dict(_METADATA)).items() if _EXTRA not in k}
+        for name, chunk in zip(names, chunks, strict=True)
+    }
 
 
 def _state(chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer], is_loading: bool) -> dict:
@@ -55,6 +68,7 @@ def save(
     manifest: Manifest,
     config_text: str,
     keep: Optional[int] = None,
+    hf_files: Optional[Mapping[str, bytes]] = None,
 ) -> Path:
     """Write ``directory/iter_N`` by all ranks. It appears under its name only when it is complete.
 
@@ -62,6 +76,7 @@ def save(
         directory: the run's --save directory.
         config_text: the resolved configuration, saved as ``config.yaml``.
         keep: checkpoints that stay, the newest first; None keeps all.
+        hf_files: small files of the Hugging Face model at the start of the lineage, for export.
     """
     target = iteration_directory(directory, manifest.iteration)
     temporary = directory / (TEMPORARY + target.name)
@@ -76,6 +91,7 @@ def save(
     distributed.barrier()
     if _rank() == 0:
         (temporary / "config.yaml").write_text(config_text)
+        write_hf_files(temporary, hf_files or {})
         manifest.has_optimizer = optimizer is not None
         manifest.write(temporary)
         _sync(temporary)
@@ -111,7 +127,10 @@ def _remove(checkpoint: Path) -> None:
 
 def _sync(directory: Path) -> None:
     """Flush to disk: after a power cut a rename must not be all that is left."""
-    for path in directory.iterdir():
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            _sync_directory(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     _sync_directory(directory)
@@ -151,7 +170,10 @@ def load(
     ) as error:
         raise ValueError(f"checkpoint {directory} does not fit this model: {error}") from error
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
+        found = chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"], strict=False)
+        odd = [k for k in (*found.missing_keys, *found.unexpected_keys) if _EXTRA not in k]
+        if odd:
+            raise ValueError(f"checkpoint {directory} does not fit this model: {', '.join(odd[:5])}")
     if optimizer is not None:
         with _steps_beside_shards(optimizer):
             optimizer.load_state_dict(loaded["optimizer"])

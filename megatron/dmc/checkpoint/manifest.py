@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -18,6 +19,9 @@ FORMAT = "megatron.dmc.torch_dist"
 FORMAT_VERSION = 1
 LATEST = "latest_checkpointed_iteration.txt"
 TEMPORARY = ".tmp_"
+HF_FILES = "hf"
+"""Directory in a checkpoint with the small files of the Hugging Face model that it came from: config.json, tokenizer,
+generation_config.json, and ``shards.json``, the layout of its weights. Training hands it on from stage to stage."""
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Manifest:
     has_optimizer: bool = True
     files: dict[str, int] = field(default_factory=dict)
     """Bytes of every other file of the checkpoint, as :meth:`write` found them."""
+    family: Optional[str] = None
+    """``model_type`` of the Hugging Face model at the start of the lineage, whose files lie in ``hf/``."""
 
     @property
     def finished(self) -> bool:
@@ -51,7 +57,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write ``directory/manifest.json``. Comes last: it lists the files that are there."""
-        self.files = {p.name: p.stat().st_size for p in sorted(directory.iterdir()) if p.name != "manifest.json"}
+        found = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / "manifest.json")
+        self.files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in found}
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         (directory / "manifest.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -132,3 +139,16 @@ def resolve_checkpoint(path: str | Path) -> Path:
                          "save?")  # fmt: skip
     read_manifest(newest)
     return newest
+
+
+def read_hf_files(checkpoint: Path) -> dict[str, bytes]:
+    """Name -> content of the Hugging Face files that a checkpoint hands on; empty when it has none."""
+    directory = checkpoint / HF_FILES
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())} if directory.is_dir() else {}
+
+
+def write_hf_files(checkpoint: Path, files: Mapping[str, bytes]) -> None:
+    """The inverse of :func:`read_hf_files`; call it before the manifest is written, which lists them."""
+    for name, content in files.items():
+        (checkpoint / HF_FILES).mkdir(exist_ok=True)
+        (checkpoint / HF_FILES / name).write_bytes(content)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint import dist
-from megatron.dmc.checkpoint.manifest import Manifest
+from megatron.dmc.checkpoint.manifest import Manifest, read_hf_files
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCStep, compression_loss
 from megatron.dmc.training import arguments, initialize
@@ -76,6 +76,10 @@ class Trainer:
         self.iteration = 0
         self.source = self.lineage = None
         self.measured_cr: Optional[float] = None
+        self.family: Optional[str] = None
+        self.hf_files: dict[str, bytes] = {}
+        if source := resume or init_from:
+            self.family, self.hf_files = source[1].family, read_hf_files(source[0])
         if resume is not None:
             path, manifest = resume
             dist.load(path, self.models, self.optimizer)
@@ -230,9 +234,16 @@ class Trainer:
             source=self.source,
             lineage=self.lineage or [],
             versions=versions(),
+            family=self.family,
         )
         path = dist.save(
-            directory, self.models, self.optimizer, manifest, arguments.dump(config), config.training.keep_checkpoints
+            directory,
+            self.models,
+            self.optimizer,
+            manifest,
+            arguments.dump(config),
+            config.training.keep_checkpoints,
+            self.hf_files,
         )
         self.logger.print(f"saved {path}")
         self.logger.restart_clock()

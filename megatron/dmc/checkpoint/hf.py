@@ -1,0 +1,209 @@
+"""Hugging Face model directories: read tensor by tensor, written shard by shard, never a shard in memory. No Megatron."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron.dmc.checkpoint.pickled import load_lazily
+from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json")  # fmt: skip
+SHARD_BYTES = 5 * 10**9
+"""Of shards whose layout is ours to choose; transformers' own default of many years."""
+
+
+@dataclass
+class HFDirectory:
+    """A model directory: its configuration and where its tensors are. Made by :func:`open_directory`."""
+
+    path: Path
+    config: dict
+    tensors: dict[str, Lazy]
+    """In the order of the files, and of the tensors inside each."""
+    weight_map: dict[str, str]
+    """Tensor -> file name."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer files and generation configuration that are there."""
+        return [self.path / name for name in (*TOKENIZER_FILES, "generation_config.json") if (self.path / name).is_file()]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises ``ValueError`` with the file's name when it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
+    """The tensors of one file, in their order. Raises ``ValueError`` when it is damaged or a tensor is no float."""
+    try:
+        with safe_open(str(path), framework="pt") as file:  # checks the header against the file's size
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    tensors = {}
+    for name in sorted(names, key=lambda n: header[n]["data_offsets"]):
+        entry = header[name]
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} in {path} is of type {entry['dtype']}; expected {', '.join(DTYPES)} (quantized weights "
+                             "must be converted first)")  # fmt: skip
+        start, _ = entry["data_offsets"]
+        tensors[name] = FileTensor(path, 8 + length + start, entry["shape"], DTYPES[entry["dtype"]], name)
+    return tensors
+
+
+def _read_bin(path: Path) -> dict[str, Lazy]:
+    content = load_lazily(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    odd = [k for k, v in content.items() if not isinstance(v, Lazy)] if isinstance(content, dict) else [type(content).__name__]
+    if odd:
+        raise ValueError(f"{path} holds {odd[0]}, which is no dense tensor; expected a state dict")
+    for name, tensor in content.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name} in {path} is of type {tensor.dtype}; expected {', '.join(DTYPES)}")
+    return content
+
+
+def open_directory(path: str | Path) -> HFDirectory:
+    """Open a directory with ``config.json`` and weights: safetensors, or ``pytorch_model*.bin`` read without running code.
+
+    Raises:
+        ValueError: a file is missing, truncated, or does not hold what its index says; naming file and tensor.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; name a Hugging Face model directory")
+    config = read_json(path / "config.json")
+    for index, single, read in ((INDEX, SINGLE, read_safetensors), (_BIN_INDEX, _BIN_SINGLE, _read_bin)):
+        if (path / index).is_file():
+            weight_map = read_json(path / index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{path / index} has no weight_map")
+            tensors, weight_map = _read_shards(path, index, weight_map, read)
+            break
+        if (path / single).is_file():
+            tensors = dict(read(path / single))
+            weight_map = {name: single for name in tensors}
+            break
+    else:
+        raise ValueError(f"{path} holds no weights: none of {INDEX}, {SINGLE}, {_BIN_INDEX}, {_BIN_SINGLE} is there")
+    return HFDirectory(path, config, tensors, weight_map)
+
+
+def _read_shards(path: Path, index: str, weight_map: dict, read: Callable) -> tuple[dict[str, Lazy], dict[str, str]]:
+    tensors: dict[str, Lazy] = {}
+    files: dict[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        expected = {tensor for tensor, file in weight_map.items() if file == name}
+        if Path(name).name != name or not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing; {index} lists {len(expected)} tensors in it, {min(expected)} among "
+                             "them: copy it again")  # fmt: skip
+        found = read(path / name)
+        if missing := sorted(expected - set(found)):
+            raise ValueError(f"{path / name} lacks {missing[0]} (and {len(missing) - 1} more), which {index} expects there")
+        for tensor, lazy in found.items():
+            if tensor in tensors:
+                raise ValueError(f"{tensor} stands in {path / files[tensor]} and in {path / name}")
+            tensors[tensor], files[tensor] = lazy, name
+    return tensors, files
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Lazy], seen: Optional[Callable[[str, torch.Tensor], None]] = None) -> None:
+    """Write one file block by block, in the order given. ``seen`` gets every (name, block)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            for _, block in tensor.blocks():
+                if seen is not None:
+                    seen(name, block)
+                _write_all(file, block.view(torch.uint8).reshape(-1).numpy())
+        os.fsync(file.fileno())
+
+
+def _write_all(file: Any, data: Any) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def shard_layout(tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Tensor -> file for shards of at most ``shard_bytes``, in the order given; one file when everything fits."""
+    numbers: dict[str, int] = {}
+    shard, filled = 0, 0
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > shard_bytes:
+            shard, filled = shard + 1, 0
+        numbers[name], filled = shard, filled + tensor.nbytes
+    if shard == 0:
+        return {name: SINGLE for name in numbers}
+    return {name: f"model-{number + 1:05d}-of-{shard + 1:05d}.safetensors" for name, number in numbers.items()}
+
+
+def safetensors_names(weight_map: Mapping[str, str]) -> dict[str, str]:
+    """The same layout with safetensors names for ``pytorch_model-*.bin`` files."""
+
+    def rename(file: str) -> str:
+        return file.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors" if file.endswith(".bin") else file
+
+    return {tensor: rename(file) for tensor, file in weight_map.items()}
+
+
+def write_weights(directory: Path, tensors: Mapping[str, Lazy], weight_map: Mapping[str, str],
+                  seen: Optional[Callable[[str, torch.Tensor], None]] = None) -> None:  # fmt: skip
+    """Write every shard of ``weight_map``, and the index when there are several."""
+    files: dict[str, dict[str, Lazy]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, {})[name] = tensors[name]
+    for file, content in files.items():
+        write_safetensors(directory / file, content, seen)
+    if list(files) != [SINGLE]:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def compare_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
+    """Raise ``ValueError`` naming what is missing from, or too much in, ``where``."""
+    found, expected = set(found), set(expected)
+    if missing := sorted(expected - found):
+        raise ValueError(f"{where} lacks {len(missing)} tensors that its configuration asks for: {', '.join(missing[:5])}"
+                         f"{', ...' if len(missing) > 5 else ''}")  # fmt: skip
+    if extra := sorted(found - expected):
+        raise ValueError(f"{where} has {len(extra)} tensors that its configuration does not know: {', '.join(extra[:5])}"
+                         f"{', ...' if len(extra) > 5 else ''}")  # fmt: skip

@@ -1,0 +1,125 @@
+"""Configuration of a language model whose key-value cache is compressed by DMC (arXiv 2403.09636).
+
+This file lies in a model directory, beside ``modeling_dmc.py``; transformers reads both when it is told
+``trust_remote_code=True``. It was put there by the export of the megatron.dmc package, but needs nothing of it.
+
+``config.json`` is that of the plain model (Llama, Mistral, Qwen 2, Qwen 3) with a ``dmc`` block:
+
+    format_version      of this block; a file refuses what is newer than itself
+    base_model_type     the plain model's model_type
+    decision_bias       b: a token is merged when its key's last channel is above b
+    window              W: tokens that a merged slot averages over; null: all of them
+    importance_epsilon  added to every token's weight in that average
+    add_qkv_bias        the projections of query, key and value have a bias (Qwen 2)
+    qk_layernorm        every query and key head goes through an RMSNorm (Qwen 3)
+    stage, step         where in its training the model is; retrofit and finetune compress, zero_out does not yet
+    target_cr           compression ratio, tokens / slots, that it was trained to
+    measured_cr         what was measured on held-out text
+"""
+
+from transformers import PretrainedConfig
+
+FORMAT_VERSION = 1
+STAGES = {"zero_out": False, "retrofit": True, "finetune": True}  # does the stage merge tokens?
+REQUIRED = ("decision_bias", "window", "importance_epsilon", "stage")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+class DMCConfig(PretrainedConfig):
+    """The plain model's configuration and the ``dmc`` block. Raises ``ValueError`` for what the model cannot do."""
+
+    model_type = "dmc"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    has_no_defaults_at_init = True  # there is no model without a dmc block
+
+    def __init__(
+        self,
+        dmc=None,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=None,
+        head_dim=None,
+        hidden_act="silu",
+        max_position_embeddings=4096,
+        initializer_range=0.02,
+        rms_norm_eps=1e-6,
+        use_cache=True,
+        tie_word_embeddings=False,
+        rope_theta=None,
+        rope_scaling=None,
+        rope_parameters=None,
+        **kwargs,
+    ):
+        self.dmc = checked_block(dmc)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.rope_parameters = checked_rope(rope_theta, rope_scaling, rope_parameters)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def compresses(self):
+        """Whether tokens are merged; False for a model that has only been prepared for it (stage zero_out)."""
+        return STAGES[self.dmc["stage"]]
+
+    def to_diff_dict(self):
+        """What ``save_pretrained`` writes: keys that transformers does not have, or has with another default.
+
+        The inherited one compares with a configuration of defaults, of which there is none.
+        """
+        plain = PretrainedConfig().to_dict()
+        always = ("model_type", "transformers_version", "tie_word_embeddings")  # the last one's default is not Llama's
+        return {
+            key: value
+            for key, value in self.to_dict().items()
+            if key in always or (not key.startswith("_") and (key not in plain or plain[key] != value))
+        }
+
+
+def checked_block(dmc):
+    """The ``dmc`` block as a dict of its own, when this file understands it."""
+    if not isinstance(dmc, dict):
+        raise ValueError(f"config.json has no dmc block (found {dmc!r}); export the model again")
+    version = dmc.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"the dmc block has format_version {version!r}, these files read up to {FORMAT_VERSION}; take "
+                         "configuration_dmc.py and modeling_dmc.py of a newer release")  # fmt: skip
+    missing = [key for key in REQUIRED if key not in dmc]
+    if missing:
+        raise ValueError(f"the dmc block lacks {', '.join(missing)}; export the model again")
+    if dmc["stage"] not in STAGES:
+        raise ValueError(f"the model is of stage {dmc['stage']!r}, which does not compress; export one of "
+                         f"{', '.join(STAGES)}, or use the plain model")  # fmt: skip
+    window = dmc["window"]
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"the dmc block has window {window!r}; it is a number of tokens, at least 1, or null")
+    return dict(dmc)
+
+
+def checked_rope(theta, scaling, parameters):
+    """One dict from both styles: ``rope_theta`` and ``rope_scaling``, or transformers 5's ``rope_parameters``."""
+    rope = {**(scaling or {}), **(parameters or {})}
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    rope.pop("type", None)
+    rope = {"rope_type": kind, "rope_theta": theta or 10000.0, **rope}
+    needed = {"default": (), "llama3": LLAMA3}.get(kind)
+    if needed is None:
+        raise ValueError(f"rotary embeddings of type {kind!r} are unknown here; default and llama3 are known")
+    missing = [key for key in needed if key not in rope]
+    if missing:
+        raise ValueError(f"rotary embeddings of type {kind} lack {', '.join(missing)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; all channels of a head must rotate")
+    return rope

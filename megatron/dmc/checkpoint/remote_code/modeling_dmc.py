@@ -1,0 +1,497 @@
+"""A Llama-family language model whose key-value cache is compressed by DMC (arXiv 2403.09636), for inference.
+
+This file lies in a model directory, beside ``configuration_dmc.py``; transformers reads both when it is told
+``trust_remote_code=True``. It was put there by the export of the megatron.dmc package, but needs only torch and transformers.
+
+All but attention is Llama. In attention, every KV head decides at every token: *append* a slot to its cache, or *merge* the
+token into its last slot. So a cache holds tokens / CR slots, and heads hold different numbers of them.
+
+- Decision. The last channel of every key and query head is no part of attention: it is zero before and after the rotation.
+  A token is merged when its key's last channel is above the bias b; a sequence's first token is always appended.
+- Weight. omega = sigmoid(mean of the last channels of the group's queries + b) + epsilon.
+- Merging. A slot is the mean, weighted by omega, of its last W tokens' keys and values before the rotation; its key is rotated
+  to the position of the newest of them. Only the last slot of a head ever changes.
+- Attention. A query sees all slots of its head, the last one as it was right after the query's own token.
+
+A chunk of tokens (a prompt, or one token) is compressed at once and then attends: same result as token by token. Decisions,
+weights and averages are computed in fp32. Decisions are hard and have no gradient: this file evaluates and generates, and
+training is done with megatron.dmc. Shapes: b sequences, s tokens, n slots, np query heads, ng KV heads, g = np / ng, D channels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_dmc import DMCConfig
+
+POOL_ROWS = 128  # tokens that are averaged by one matrix product
+QUERY_ROWS = 512  # queries of a prompt that attend at a time, and fewer when that makes
+QUERY_SCORES = 2**26  # more scores than this
+SLOT_STEP = 16  # a cache grows by a multiple of so many slots per head
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+class DMCCacheLayer:
+    """The compressed cache of one layer. Heads are ragged: ``keys[i, j, :lengths[i, j]]`` are the slots of one.
+
+    keys, values: [b, ng, capacity, D] in the model's dtype, keys rotated; a layer's capacity is that of its longest head.
+    history, weight: [b, ng, R, 2D] and fp32 [b, ng, R], what the open (last) slot is made of, before the rotation: its last
+    W - 1 tokens, oldest first, with weight 0 for what is not of the slot; or without a window its mean and total weight.
+    """
+
+    tensors = ("keys", "values", "lengths", "history", "weight")
+
+    def __init__(self, window):
+        self.window = window
+        self.reset()
+
+    def reset(self):
+        for name in self.tensors:
+            setattr(self, name, None)
+        self.bound = 0  # no head is longer; known without asking the device
+
+    def _start(self, k):
+        b, ng, _, d = k.shape
+        self.keys, self.values = k.new_zeros(b, ng, 0, d), k.new_zeros(b, ng, 0, d)
+        self.lengths = torch.zeros(b, ng, dtype=torch.long, device=k.device)
+        remembered = 1 if self.window is None else self.window - 1
+        # A mean that is updated again and again stays in fp32; tokens are kept as they came.
+        kept_as = torch.float32 if self.window is None else k.dtype
+        self.history = torch.zeros(b, ng, remembered, 2 * d, dtype=kept_as, device=k.device)
+        self.weight = torch.zeros(b, ng, remembered, dtype=torch.float32, device=k.device)
+
+    def append(self, k, v, merge, omega, valid, cos, sin):
+        """Take a chunk of tokens.
+
+        k, v: [b, ng, s, D] before the rotation. merge: bool, omega: fp32 [b, ng, s]. valid: bool [b, s], False for padding,
+        which lies behind the tokens here. cos, sin: fp32 [b, 1, s, D/2].
+
+        Returns each token's slot, int64 [b, ng, s], and that slot's rotated key and value right after it, [b, ng, s, D].
+        """
+        if self.keys is None:
+            self._start(k)
+        before, valid = self.lengths, valid[:, None]
+        merge = merge.clone()
+        merge[..., 0] &= before > 0  # the first token of a sequence has nothing to merge with
+        opens = valid & ~merge
+        slot = before[..., None] - 1 + opens.cumsum(-1)
+        self.lengths = slot[..., -1] + 1
+        k_own, v_own = self._pool(torch.cat((k, v), dim=-1), omega * valid, slot, before - 1, valid).chunk(2, dim=-1)
+        k_own, v_own = rotate(k_own, cos, sin).to(k.dtype), v_own.to(v.dtype)
+        # A slot keeps the state after its newest token; the others go to the last column, which is no slot.
+        self._reserve(k.size(2))
+        newest = valid & F.pad((opens | ~valid)[..., 1:], (0, 1), value=True)
+        column = torch.where(newest, slot, self.keys.size(2) - 1)[..., None].expand_as(k)
+        self.keys.scatter_(2, column, k_own)
+        self.values.scatter_(2, column, v_own)
+        return slot, k_own, v_own
+
+    def _pool(self, x, omega, slot, open_slot, valid):
+        """State of every token's slot right after it, fp32 [b, ng, s, 2D], as products with a matrix of weights.
+
+        x: keys and values [b, ng, s, 2D]; omega: 0 for padding; open_slot: [b, ng], that of the history.
+        """
+        out = []
+        for start in range(0, x.size(2), POOL_ROWS):
+            here = slice(start, start + POOL_ROWS)
+            remembered, rows = self.weight.size(-1), slot[..., here]  # R, [b, ng, r]
+            tokens = torch.cat((self.history, x[:, :, here].to(self.history.dtype)), dim=2)  # [b, ng, R + r, 2D]
+            weight = torch.cat((self.weight, omega[..., here]), dim=-1)  # [b, ng, R + r]
+            home = torch.cat((open_slot[..., None].expand(-1, -1, remembered), rows), dim=-1)
+            # How many tokens column j is older than row i: [r, R + r]
+            column = torch.arange(weight.size(-1), device=x.device)
+            age = column[remembered:, None] - column
+            counts = (age >= 0) & (age < (self.window or age.size(-1)))
+            share = weight[..., None, :] * (counts & (home[..., None, :] == rows[..., None]))  # [b, ng, r, R + r]
+            total = share.sum(-1, keepdim=True)
+            share = share / total.clamp_min(1e-30)  # 0 in padding before any token
+            out.append(torch.matmul(share, tokens.float()))
+            open_slot = rows[..., -1]
+            if self.window is None:
+                self.history, self.weight = out[-1][:, :, -1:], total[:, :, -1]
+            else:  # the last R columns that are tokens; padding lies behind them
+                last = valid[..., here].sum(-1, keepdim=True) + column[:remembered]
+                last = last.expand(*rows.shape[:2], remembered)
+                self.weight = (weight * (home == open_slot[..., None])).gather(-1, last)
+                self.history = tokens.gather(2, last[..., None].expand(-1, -1, -1, x.size(-1)))
+        return torch.cat(out, dim=2)
+
+    def _reserve(self, more):
+        """Room for the slots in use and one column besides, after a chunk of ``more`` tokens."""
+        capacity, self.bound = self.keys.size(2), self.bound + more
+        if self.bound >= capacity:
+            self.bound = int(self.lengths.max())  # waits for the device; seldom, since the room grows by steps
+        if self.bound >= capacity:
+            wanted = max(self.bound + 1, capacity + capacity // 8)
+            wanted = -(-wanted // SLOT_STEP) * SLOT_STEP
+            self.keys, self.values = (F.pad(x, (0, 0, 0, wanted - capacity)) for x in (self.keys, self.values))
+
+    def select(self, indices):
+        """Keep the sequences ``indices`` (int64 [b']), in this order."""
+        if self.keys is not None:
+            for name in self.tensors:
+                value = getattr(self, name)
+                setattr(self, name, value.index_select(0, indices.to(value.device)))
+
+
+class DMCCache(Cache):
+    """The compressed cache of a model: what ``generate`` and a forward pass with ``use_cache`` return as past_key_values."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, config):
+        # Cache.__init__ makes layers of its own, of other arguments from version to version.
+        self.layers = [DMCCacheLayer(config.dmc["window"]) for _ in range(config.num_hidden_layers)]
+        self.layer_class_to_replicate, self.offloading = None, False
+        self.reset()
+
+    def reset(self):
+        for layer in self.layers:
+            layer.reset()
+        self.tokens = None  # int64 [b], tokens that each sequence has given, padding left out
+        self.columns = 0  # of the attention mask, padding counted
+
+    def take(self, valid):
+        """Count a chunk, bool [b, s]; returns the tokens that each sequence had before, int64 [b]."""
+        b, s = valid.shape
+        before = valid.new_zeros(b, dtype=torch.long) if self.tokens is None else self.tokens.to(valid.device)
+        if before.numel() != b:
+            raise ValueError(f"the cache holds {before.numel()} sequences and the input {b}; give a cache of the same batch")
+        self.tokens, self.columns = before + valid.sum(-1), self.columns + s
+        return before
+
+    def lengths(self):
+        """Slots in use: int64 [layers, b, ng], on the CPU."""
+        if self.tokens is None:
+            raise ValueError("the cache is empty; run the model with it first")
+        return torch.stack([layer.lengths.cpu() for layer in self.layers])
+
+    def compression_ratio(self):
+        """Tokens / slots, over all sequences, layers and heads."""
+        lengths = self.lengths()
+        return int(self.tokens.sum()) * lengths.size(0) * lengths.size(2) / max(1, int(lengths.sum()))
+
+    def nbytes(self):
+        """Bytes held by slots, the room to grow and the last tokens of each head."""
+        held = (getattr(layer, name) for layer in self.layers for name in layer.tensors)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    def get_seq_length(self, layer_idx=0):
+        """Columns of the attention mask that went by (tokens and padding), not slots: what ``generate`` counts in."""
+        return self.columns
+
+    def get_max_length(self, layer_idx=None):
+        return -1  # grows as needed
+
+    def get_max_cache_shape(self, layer_idx=0):
+        return -1
+
+    def __len__(self):
+        return len(self.layers)
+
+    @property
+    def is_initialized(self):
+        return self.tokens is not None
+
+    def batch_select_indices(self, indices):
+        """Keep the sequences ``indices``: int64, or bool [b]."""
+        if self.tokens is not None:
+            indices = torch.as_tensor(indices, device=self.tokens.device)
+            indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()
+            self.tokens = self.tokens[indices]
+            for layer in self.layers:
+                layer.select(indices)
+
+    def reorder_cache(self, beam_idx):
+        """Sequence i goes on from ``beam_idx[i]``, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        """Every sequence ``repeats`` times, for several answers to one prompt."""
+        if self.tokens is not None:
+            indices = torch.arange(self.tokens.numel(), device=self.tokens.device)
+            self.batch_select_indices(indices.repeat_interleave(repeats))
+
+    def crop(self, *args, **kwargs):
+        raise ValueError("a DMC cache cannot be cropped: a merge has no inverse. Keep a copy (copy.deepcopy) of the cache as "
+                         "it was, or generate without assisted decoding")  # fmt: skip
+
+    def activate_past_recording(self):
+        self.crop()
+
+    def update(self, *args, **kwargs):
+        raise ValueError("a DMC cache is filled by the attention of a DMC model only")
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def rotary_tables(config, positions):
+    """cos and sin, fp32 [b, 1, s, D/2], at ``positions`` (int64 [b, s])."""
+    rope, d = config.rope_parameters, config.head_dim
+    frequency = rope["rope_theta"] ** -(torch.arange(0, d, 2, device=positions.device).float() / d)
+    if rope["rope_type"] == "llama3":  # wavelengths beyond the original context are stretched by the factor
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (smooth + (1 - smooth) / rope["factor"])
+    angle = positions[:, None, :, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Channel i with channel i + D/2, in fp32; the last channel, the neuron, is 0 before and after. x: [b, h, s, D]."""
+    left, right = F.pad(x[..., :-1].float(), (0, 1)).chunk(2, dim=-1)
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return F.pad(turned[..., :-1], (0, 1))
+
+
+def attend(q, cache, slot, k_own, v_own):
+    """Query t over the slots [0, slot[t]) of its head and its own slot as it was after token t. Scores in fp32.
+
+    q: [b, np, s, D] rotated; slot: [b, ng, s]; k_own, v_own: [b, ng, s, D]. Returns [b, s, np * D].
+    """
+    b, heads, s, d = q.shape
+    ng = slot.size(1)
+    g, scale, out = heads // ng, 1 / math.sqrt(d), []
+    q = q.view(b, ng, g, s, d)
+    rows = max(1, min(QUERY_ROWS, QUERY_SCORES // (b * heads * (cache.bound + 1))))
+    for start in range(0, s, rows):
+        here = slice(start, start + rows)
+        # Slots that are final for some query of the block: the exact number for a prompt, no question to the device for a token.
+        n = cache.bound if s == 1 else max(0, int(slot[..., here].max()))
+        block, r = q[:, :, :, here], min(rows, s - start)
+        # Queries of a group lie one below the other: [b, ng, g * r, D] x [b, ng, D, n]
+        scores = torch.matmul(block.reshape(b, ng, g * r, d), cache.keys[:, :, :n].transpose(-1, -2))
+        scores = scores.view(b, ng, g, r, n).float() * scale
+        final = torch.arange(n, device=q.device) < slot[..., here, None]  # [b, ng, r, n]
+        scores = scores.masked_fill(~final[:, :, None], float("-inf"))
+        own = (block.float() * k_own[:, :, None, here].float()).sum(-1, keepdim=True) * scale
+        p = torch.softmax(torch.cat((scores, own), dim=-1), dim=-1).to(q.dtype)
+        mixed = torch.matmul(p[..., :n].reshape(b, ng, g * r, n), cache.values[:, :, :n]).view(b, ng, g, r, d)
+        out.append(mixed + p[..., n:] * v_own[:, :, None, here])
+    # [b, ng, g, s, D] -> [b, s, np * D]
+    return torch.cat(out, dim=3).permute(0, 3, 1, 2, 4).reshape(b, s, heads * d)
+
+
+class DMCAttention(nn.Module):
+    """Grouped-query attention over a compressed cache."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dmc, self.compresses, d = config.dmc, config.compresses, config.head_dim
+        h, np_, ng = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, bias = d, self.dmc.get("add_qkv_bias", False)
+        self.q_proj = nn.Linear(h, np_ * d, bias=bias)
+        self.k_proj = nn.Linear(h, ng * d, bias=bias)
+        self.v_proj = nn.Linear(h, ng * d, bias=bias)
+        self.o_proj = nn.Linear(np_ * d, h, bias=False)
+        if self.dmc.get("qk_layernorm", False):
+            self.q_norm, self.k_norm = (nn.RMSNorm(d, eps=config.rms_norm_eps) for _ in range(2))
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x, cos, sin, valid, cache):
+        """x: [b, s, h]; cos, sin: [b, 1, s, D/2]; valid: bool [b, s], padding last; cache: the layer's, changed in place."""
+        b, s, _ = x.shape
+        q, k, v = (project(x).view(b, s, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:  # the neuron is read after the norm
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [b, heads, s, D]
+        with torch.autocast(x.device.type, enabled=False):
+            bias = self.dmc["decision_bias"]
+            merge = k[..., -1].float() - bias > 0
+            if not self.compresses:
+                merge = torch.zeros_like(merge)
+            neuron = q[..., -1].float().view(b, k.size(1), -1, s).mean(dim=2)  # [b, np, s] -> [b, ng, g, s] -> [b, ng, s]
+            omega = torch.sigmoid(neuron + bias) + self.dmc["importance_epsilon"]
+            slot, k_own, v_own = cache.append(k, v, merge, omega, valid, cos, sin)
+            q = rotate(q, cos, sin).to(q.dtype)
+            out = attend(q, cache, slot, k_own, v_own)
+        return self.o_proj(out)
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+class DMCMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DMCDecoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = DMCAttention(config)
+        self.mlp = DMCMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, valid, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, valid, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DMCPreTrainedModel(PreTrainedModel):
+    config_class = DMCConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["DMCDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_cache_class = True  # transformers before 4.57 asks whether a cache may be handed in
+    _is_stateful = True  # the cache cannot be rolled back: transformers refuses assisted decoding
+
+
+class DMCModel(DMCPreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DMCDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    @torch.no_grad()
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                use_cache=None, output_hidden_states=None, **kwargs):  # fmt: skip
+        """See :meth:`DMCForCausalLM.forward`."""
+        if self.training:
+            raise ValueError("this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("a compressed cache has no attention weight per token; leave output_attentions out")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        b, s, _ = x.shape
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, DMCCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the DMCCache of an earlier call, or None")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is None:
+            cache = DMCCache(self.config)
+        valid = self._valid(attention_mask, cache.columns, x)
+        before = cache.take(valid)
+        if position_ids is None:
+            position_ids = before[:, None] + valid.long().cumsum(-1) - 1
+        position_ids = position_ids.expand(b, s)
+
+        order = None
+        if attention_mask is not None and s > 1:
+            # Padding goes behind the tokens, where a causal model cannot see it, and back at the end.
+            order = torch.argsort(valid.byte(), dim=-1, descending=True, stable=True)
+            x = x.gather(1, order[..., None].expand_as(x))
+            position_ids, valid = position_ids.gather(1, order), valid.gather(1, order)
+        if s > 1 and bool(((position_ids.diff(dim=-1) <= 0) & valid[:, 1:]).any()):
+            raise ValueError("position_ids do not rise from token to token; packed sequences are not supported")
+
+        cos, sin = rotary_tables(self.config, position_ids.clamp_min(0))
+        states = [x] if output_hidden_states else []
+        for layer, layer_cache in zip(self.layers, cache.layers):
+            x = layer(x, cos, sin, valid, cache=layer_cache)
+            if output_hidden_states:
+                states.append(x)
+            if not use_cache:
+                layer_cache.reset()  # one layer's slots at a time
+        x = self.norm(x)
+        states[-1:] = [x]  # as transformers has it: the last state is the normed one
+        if order is not None:
+            back = order.argsort(dim=-1)[..., None].expand_as(x)
+            states = [state.gather(1, back) for state in states]
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    @staticmethod
+    def _valid(mask, columns, x):
+        """bool [b, s], True for the tokens of this call."""
+        b, s, _ = x.shape
+        if mask is None:
+            return torch.ones(b, s, dtype=torch.bool, device=x.device)
+        if mask.dim() != 2 or mask.size(0) != b or mask.size(1) != columns + s:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be {(b, columns + s)}: one column for "
+                             "each token of the cache and of this call, 0 for padding")  # fmt: skip
+        return mask[:, columns:].to(device=x.device, dtype=torch.bool)
+
+
+class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
+    """The language model. ``generate`` uses a :class:`DMCCache`; ask for it with ``return_dict_in_generate=True``."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = DMCModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    @torch.no_grad()
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, output_hidden_states=None, logits_to_keep=0, return_dict=None,
+                **kwargs):  # fmt: skip
+        """As LlamaForCausalLM's, without gradients.
+
+        Args:
+            attention_mask: [b, columns], a column for each token of the cache and of this call, 0 for padding on any side.
+            position_ids: [b, s]; None: counted from the sequence's first token.
+            past_key_values: the DMCCache of an earlier call, which this call extends in place, or None.
+            labels: [b, s]; the loss is the mean over the positions whose next label is not -100.
+            logits_to_keep: of the last so many positions only, or of these (a tensor of indices); 0 for all.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            predicted, target = logits[:, :-1].float(), labels[:, 1:].to(logits.device)
+            loss = F.cross_entropy(predicted.flatten(0, 1), target.flatten(), ignore_index=-100)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Called by ``generate``: it would make a DynamicCache."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(f"cache_implementation is {generation_config.cache_implementation!r}; a DMC model has a cache of "
+                             "its own, leave it out")  # fmt: skip
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = DMCCache(self.config)

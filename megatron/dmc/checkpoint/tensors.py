@@ -1,0 +1,197 @@
+"""Tensors that stay in their files until they are read, rows at a time, and the views that conversion needs of them.
+
+A converter of 70B models must never hold a model, or a shard. So every format's reader gives :class:`Lazy` tensors, a
+mapping composes them (row slices, concatenations, columns), and a writer reads the result in blocks. No Megatron.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 << 20
+"""What a writer takes at a time: large enough for a disk, small against memory."""
+
+
+class Lazy(ABC):
+    """A tensor of known shape and dtype whose rows are read on demand.
+
+    Attributes:
+        shape: of the whole tensor; at least one dimension.
+        dtype: of its elements.
+        name: as an error names it, with its file where there is one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str
+
+    @abstractmethod
+    def read_into(self, out: Tensor, start: int) -> None:
+        """Fill ``out`` [n, *shape[1:]], contiguous and of this dtype, with rows ``start`` ... ``start + n - 1``."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows ``start`` ... ``stop - 1``, [stop - start, *shape[1:]]."""
+        stop = self.shape[0] if stop is None else stop
+        assert 0 <= start <= stop <= self.shape[0], f"rows {start}:{stop} of {self.name} {self.shape}"
+        out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        if out.numel():
+            self.read_into(out, start)
+        return out
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0] if self.shape[0] else 0
+
+    @property
+    def nbytes(self) -> int:
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) over the whole tensor, each of at most ``block_bytes`` but at least a row."""
+        rows = max(1, block_bytes // max(self.row_bytes, 1))
+        for start in range(0, self.shape[0], rows):
+            yield start, self.read(start, min(start + rows, self.shape[0]))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, {list(self.shape)}, {self.dtype})"
+
+
+class FileTensor(Lazy):
+    """Row-major bytes at ``offset`` of a file: of safetensors, and of the storages inside torch's zip files.
+
+    Read with ``pread``, not by mapping: pages of a mapping would count as this process' memory until it is closed.
+    """
+
+    def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype, name: str) -> None:
+        self.path, self.offset, self.shape, self.dtype = path, offset, tuple(shape), dtype
+        self.name = f"{name} in {path}"
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        view = memoryview(out.view(torch.uint8).reshape(-1).numpy())
+        position = self.offset + start * self.row_bytes
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(position)
+                done = 0
+                while done < len(view):
+                    n = file.readinto(view[done:])
+                    if not n:
+                        raise ValueError(f"{self.name}: the file ends at byte {position + done}, {len(view) - done} bytes "
+                                         "before the tensor does; it is truncated: copy it again")  # fmt: skip
+                    done += n
+        except OSError as error:
+            raise ValueError(f"{self.name} cannot be read: {os.strerror(error.errno or 0)}") from error
+
+
+class Rows(Lazy):
+    """Rows ``start`` ... ``stop - 1`` of another tensor."""
+
+    def __init__(self, base: Lazy, start: int, stop: int) -> None:
+        assert 0 <= start <= stop <= base.shape[0], f"rows {start}:{stop} of {base}"
+        self.base, self.start = base, start
+        self.shape, self.dtype, self.name = (stop - start, *base.shape[1:]), base.dtype, base.name
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        self.base.read_into(out, self.start + start)
+
+
+class Concat(Lazy):
+    """Tensors one below the other (dimension 0)."""
+
+    def __init__(self, parts: Sequence[Lazy], name: str | None = None) -> None:
+        first = parts[0]
+        for part in parts:
+            if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
+                raise ValueError(f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
+                                 f"{list(first.shape)}; they belong to one tensor")  # fmt: skip
+        self.parts = list(parts)
+        self.shape = (sum(p.shape[0] for p in parts), *first.shape[1:])
+        self.dtype, self.name = first.dtype, name or first.name
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        stop, at = start + out.shape[0], 0
+        for part in self.parts:
+            a, b = max(start, at), min(stop, at + part.shape[0])
+            if a < b:
+                part.read_into(out[a - start : b - start], a - at)
+            at += part.shape[0]
+
+
+class Columns(Lazy):
+    """Tensors side by side (dimension 1)."""
+
+    def __init__(self, parts: Sequence[Lazy], name: str | None = None) -> None:
+        first = parts[0]
+        for part in parts:
+            if len(part.shape) != 2 or part.shape[0] != first.shape[0] or part.dtype != first.dtype:
+                raise ValueError(f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
+                                 f"{list(first.shape)}; they belong to one tensor")  # fmt: skip
+        self.parts = list(parts)
+        self.shape = (first.shape[0], sum(p.shape[1] for p in parts))
+        self.dtype, self.name = first.dtype, name or first.name
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        at = 0
+        for part in self.parts:
+            out[:, at : at + part.shape[1]] = part.read(start, start + out.shape[0])
+            at += part.shape[1]
+
+
+class ColumnSlice(Lazy):
+    """Columns ``start`` ... ``stop - 1`` of a matrix. Reads whole rows of it."""
+
+    def __init__(self, base: Lazy, start: int, stop: int) -> None:
+        assert len(base.shape) == 2 and 0 <= start <= stop <= base.shape[1], f"columns {start}:{stop} of {base}"
+        self.base, self.columns = base, slice(start, stop)
+        self.shape, self.dtype, self.name = (base.shape[0], stop - start), base.dtype, base.name
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        out.copy_(self.base.read(start, start + out.shape[0])[:, self.columns])
+
+
+class Zeros(Lazy):
+    """Rows of padding."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self.name = tuple(shape), dtype, "padding"
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        out.zero_()
+
+
+class Memory(Lazy):
+    """A tensor that is in memory already."""
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor, self.shape, self.dtype, self.name = tensor, tuple(tensor.shape), tensor.dtype, name
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        out.copy_(self.tensor[start : start + out.shape[0]])
+
+
+def equal(a: Lazy, b: Lazy) -> bool:
+    """``torch.equal`` of the bits, block by block; shapes and dtypes too."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    for start, block in a.blocks():
+        other = b.read(start, start + block.shape[0])
+        # As bytes: a NaN equals itself.
+        if not torch.equal(block.view(torch.uint8), other.view(torch.uint8)):
+            return False
+    return True
+
+
+def has_only_finite(block: Tensor) -> bool:
+    """No NaN or infinity. A sum finds them at memory speed, and a sum that overflowed is looked at again."""
+    if not block.is_floating_point():
+        return True
+    return bool(torch.isfinite(block.sum(dtype=torch.float32))) or bool(torch.isfinite(block).all())
