@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.17",  # the compatibility layer for CPU touches its internals
     "psutil",  # without it a megatron-core checkpoint save hangs
     "numpy",
+    "safetensors",  # checkpoint conversion
     "pyyaml",
     "sentencepiece",
     "tqdm",
@@ -25,9 +26,9 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "serve": ["fastapi", "uvicorn", "prometheus_client", "transformers", "safetensors"],
+    "serve": ["fastapi", "uvicorn", "prometheus_client", "transformers"],
     "eval": ["lm-eval", "transformers"],
-    "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "transformers", "safetensors"],
+    "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "transformers"],
 }
 
 

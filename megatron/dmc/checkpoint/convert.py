@@ -163,6 +163,7 @@ def import_hf(source: str | Path, save: str | Path, *, overwrite: bool = False, 
     plan(f"import {source} ({family.model_type}) -> {save}", tensors, save, progress)
     run, manifest = RunConfig(model=model, dmc=dmc or DMCConfig()), _manifest(directory.config, family, source)
     run.stage.stage, run.stage.train_iters = "pretrain", 1
+    run.data.seq_length = min(run.data.seq_length, model.max_position_embeddings)
     if manifest.stage in mapping.COMPRESSED_STAGES:
         run.stage.stage, run.stage.target_cr = manifest.stage, manifest.target_cr  # type: ignore[assignment]
     with _writing(save), staged(save, overwrite) as temporary:
@@ -354,8 +355,9 @@ def _sentencepiece_files(path: Path) -> dict[str, bytes]:
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
     ids = {name: number for name, number in ids.items() if number >= 0}
     tokens = {f"{name}_token": model.id_to_piece(number) for name, number in ids.items()}
-    # As the data was prepared: documents end with EOS and begin with nothing.
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False, **tokens}
+    # As the data was prepared: documents end with EOS and begin with nothing, not even a space that the model does not add.
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False,
+              "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581"), **tokens}  # fmt: skip
     generation = {f"{name}_token_id": number for name, number in ids.items() if name != "unk"}
     return {"tokenizer.model": path.read_bytes(), "tokenizer_config.json": json.dumps(config, indent=2).encode(),
             "generation_config.json": json.dumps(generation, indent=2).encode()}  # fmt: skip

@@ -43,21 +43,22 @@ _SMALL = 1 << 20
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds the classes of a checkpoint's ``.metadata`` and nothing else."""
 
+    # Names are compared whole: a dotted one would reach into what a module imports.
     _ALLOWED = {
-        "torch.distributed.checkpoint.metadata": None,
+        "torch.distributed.checkpoint.metadata": {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata",
+                                                  "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                                                  "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-        "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool",
-                  "strided", "contiguous_format", "preserve_format", "device"},
+        "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"},
         "torch.serialization": {"_get_layout"},
-        "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING"},
         "pathlib": {"PosixPath", "PurePosixPath"},
-        "collections": {"OrderedDict", "defaultdict"},
-        "builtins": {"set", "frozenset", "list", "dict", "tuple", "int", "str"},
+        "collections": {"OrderedDict"},
+        "builtins": {"set", "frozenset"},
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = self._ALLOWED.get(module, ())
-        if allowed is None or name in allowed or (module.startswith("megatron.core.dist_checkpointing") and name[0].isupper()):
+        if name in self._ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 

@@ -123,6 +123,8 @@ def resolve(argv: Optional[list[str]], saved_config: typing.Callable[[dict], Opt
     saved = saved_config(asked)
     base = {section: saved[section] for section in _MODEL_SECTIONS} if saved else {}
     for section, values in base.items():
+        if section == "dmc" and saved and saved["stage"]["stage"] not in ("retrofit", "finetune"):
+            continue  # nothing of it is in the weights yet
         for key in asked.get(section, {}):
             value = plain[section][key]
             # loss_weight and temperature shape training, not the checkpoint.
