@@ -95,7 +95,8 @@ def plan(what: str, tensors: Mapping[str, Lazy], target: Path, progress: Progres
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
+    """Turn a disk that is full or fails into a ``ValueError`` that names the file."""
     try:
         yield
     except OSError as error:
@@ -128,17 +129,27 @@ def check_tensors(tensors: Mapping[str, Lazy], family: mapping.Family, model: Mo
     return kept
 
 
-def write_checkpoint(directory: Path, tensors: Mapping[str, Lazy], family: mapping.Family, model: ModelConfig,
-                     progress: Progress) -> None:  # fmt: skip
-    """The weights as ``torch_dist``, from checked Hugging Face tensors."""
+def write_checkpoint(directory: Path, parameter: Callable[[mapping.TensorRule, Optional[int]], Lazy], family: mapping.Family,
+                     model: ModelConfig, progress: Progress) -> None:  # fmt: skip
+    """The weights as ``torch_dist``. ``parameter`` gives Megatron's tensor for (rule, layer)."""
     writer = DistWriter(directory)
     for rule, layer in mapping.in_order(family, model):
-        parameter = views.to_megatron(rule, layer, tensors, model)
+        tensor = parameter(rule, layer)
         parts = len(rule.hf) if rule.transform == "gate_up" else 1
         stacked = None if layer is None else (layer, model.num_layers)
-        for block in writer.write(rule.megatron, parameter, layer=stacked, split=rule.split, parts=parts):
-            progress.block(parameter.name, block)
+        for block in writer.write(rule.megatron, tensor, layer=stacked, split=rule.split, parts=parts):
+            progress.block(tensor.name, block)
     writer.close()
+
+
+def imported_run(model: ModelConfig, dmc: DMCConfig, manifest: Manifest) -> RunConfig:
+    """The configuration that goes with imported weights. What it says of training is only what later stages ask for."""
+    run = RunConfig(model=model, dmc=dmc)
+    run.stage.stage, run.stage.train_iters = "pretrain", 1
+    if manifest.stage in mapping.COMPRESSED_STAGES:
+        run.stage.stage, run.stage.target_cr = manifest.stage, manifest.target_cr  # type: ignore[assignment]
+    run.data.seq_length = min(run.data.seq_length, model.max_position_embeddings)
+    return run
 
 
 def import_hf(source: str | Path, save: str | Path, *, overwrite: bool = False, progress: Optional[Progress] = None) -> Path:
@@ -161,13 +172,10 @@ def import_hf(source: str | Path, save: str | Path, *, overwrite: bool = False, 
     if dropped:
         progress.say(f"left out (computed from the configuration): {', '.join(dropped[:3])}{', ...' if dropped[3:] else ''}")
     plan(f"import {source} ({family.model_type}) -> {save}", tensors, save, progress)
-    run, manifest = RunConfig(model=model, dmc=dmc or DMCConfig()), _manifest(directory.config, family, source)
-    run.stage.stage, run.stage.train_iters = "pretrain", 1
-    run.data.seq_length = min(run.data.seq_length, model.max_position_embeddings)
-    if manifest.stage in mapping.COMPRESSED_STAGES:
-        run.stage.stage, run.stage.target_cr = manifest.stage, manifest.target_cr  # type: ignore[assignment]
-    with _writing(save), staged(save, overwrite) as temporary:
-        write_checkpoint(temporary, tensors, family, model, progress)
+    manifest = _manifest(directory.config, family, source)
+    run = imported_run(model, dmc or DMCConfig(), manifest)
+    with writing(save), staged(save, overwrite) as temporary:
+        write_checkpoint(temporary, lambda rule, layer: views.to_megatron(rule, layer, tensors, model), family, model, progress)
         files = {path.name: path.read_bytes() for path in directory.side_files()}
         files["config.json"] = (source / "config.json").read_bytes()
         layout = hf.safetensors_names({name: directory.weight_map[name] for name in tensors})
@@ -315,7 +323,7 @@ def export(load: str | Path, save: str | Path, *, overwrite: bool = False, token
     kind = f"{found.family.model_type}{' + dmc' if is_dmc else ''}"
     plan(f"export {found.checkpoint} ({kind}, stage {found.manifest.stage}) -> {save}", found.tensors, save, progress)
     side = _side_files(found, tokenizer, progress.say)
-    with _writing(save), staged(save, overwrite) as temporary:
+    with writing(save), staged(save, overwrite) as temporary:
         hf.write_weights(temporary, found.tensors, found.weight_map, progress.block)
         (temporary / "config.json").write_text(json.dumps(found.config, indent=2) + "\n", encoding="utf-8")
         for name, content in side.items():

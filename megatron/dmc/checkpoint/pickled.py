@@ -202,6 +202,8 @@ def read_rank_file(path: Path) -> RankFile:
     if not isinstance(args, dict):
         keys = f"a dict of {sorted(map(str, content))[:8]}" if isinstance(content, dict) else type(content).__name__
         raise wrong(path, f"holds {keys}", "a dict with args, the arguments of the run that saved it, and model")
+    if odd := [name for name, value in args.items() if isinstance(value, Tensor) or not isinstance(name, str)]:
+        raise wrong(path, f"args.{odd[0]} is a tensor", "plain values")
     if content.get("checkpoint_version") != 3.0:
         raise wrong(f"{path}: checkpoint_version", f"is {content.get('checkpoint_version')!r}",
                     "3.0 (older ones order the attention heads differently)")  # fmt: skip
