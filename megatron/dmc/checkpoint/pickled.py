@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -134,11 +135,25 @@ def load_lazily(path: Path, *, offset: int = 0, length: int | None = None,
     return _replace(content, path, offset, "")
 
 
+@contextmanager
+def _nothing_allowed() -> Iterator[None]:
+    """Without the classes that other code of this process has declared safe, as megatron-core does when it is imported:
+    what a file may hold must not depend on what was imported before."""
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(declared)
+
+
 def _load(part: io.BufferedReader, path: Path, allow: Optional[Callable[[str], bool]]) -> Any:
     try:
-        stand_ins: list[Any] = [] if allow is None else _stand_ins(part, allow)
-        with torch.serialization.safe_globals(stand_ins), FakeTensorMode():
-            return torch.load(part, weights_only=True)
+        with _nothing_allowed():
+            stand_ins: list[Any] = [] if allow is None else _stand_ins(part, allow)
+            with torch.serialization.safe_globals(stand_ins), FakeTensorMode():
+                return torch.load(part, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{path} is refused: it would run code when it is read ({_message(error)})") from error
     except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError, struct.error) as error:
