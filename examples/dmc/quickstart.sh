@@ -29,7 +29,7 @@ fi
 
 step "2. A small Llama, pre-trained (on a cluster: a checkpoint that tools/convert_checkpoint.py imported)"
 retrofit --stage pretrain --train-iters 300 --lr 2e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 20 \
-    --micro-batch-size 8 --global-batch-size 8 --eval-iters 25 --log-interval 20 --save "$OUT/original"
+    --micro-batch-size 8 --global-batch-size 8 --eval-iters 5 --log-interval 20 --save "$OUT/original"
 
 # From here on two runs go side by side, each on half of the cores: small steps gain little from a second thread.
 HALF=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
