@@ -52,6 +52,7 @@ bench: $(STAMP) ## the benchmarks; figures go to build/bench/*.json
 	mkdir -p $(BENCH_OUT)
 	$(PY) benchmarks/train_attention.py --json $(BENCH_OUT)/train_attention.json
 	$(PY) benchmarks/train_step.py --json $(BENCH_OUT)/train_step.json
+	$(PY) benchmarks/convert.py --json $(BENCH_OUT)/convert.json
 
 clean: ## remove .venv, build/ and caches; nothing else
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis *.egg-info
