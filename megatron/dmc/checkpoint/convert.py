@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron.dmc.checkpoint import hf, mapping, views
 from megatron.dmc.checkpoint.manifest import HF_FILES, Manifest, read_hf_files, read_manifest, resolve_checkpoint, write_hf_files
 from megatron.dmc.checkpoint.staging import staged
-from megatron.dmc.checkpoint.tensors import Lazy, equal, has_only_finite
+from megatron.dmc.checkpoint.tensors import Buffers, Lazy, equal, has_only_finite
 from megatron.dmc.checkpoint.torch_dist import CHUNK_BYTES, DistReader, DistWriter
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig, load_file
 
@@ -84,8 +84,8 @@ def plan(what: str, tensors: Mapping[str, Lazy], target: Path, progress: Progres
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    # Blocks are at most a chunk, once as read and once as cut; rows that alone are larger come whole.
-    memory = 2 * min(largest, CHUNK_BYTES) + (256 << 20)
+    # Blocks are at most a chunk (rows that alone are larger come whole); a few are in flight, and of each size.
+    memory = 2 * Buffers.DEPTH * min(largest, CHUNK_BYTES) + (256 << 20)
     progress.say(f"{what}: {len(tensors)} tensors, {elements / 1e9:.2f} billion parameters, {_size(nbytes)} to read and write; at "
                  f"most {_size(memory)} of memory beside the interpreter's; {_size(free)} free on disk; about "
                  f"{nbytes / 5e8 / 60:.0f} min at 0.5 GB/s")  # fmt: skip
@@ -132,14 +132,13 @@ def check_tensors(tensors: Mapping[str, Lazy], family: mapping.Family, model: Mo
 def write_checkpoint(directory: Path, parameter: Callable[[mapping.TensorRule, Optional[int]], Lazy], family: mapping.Family,
                      model: ModelConfig, progress: Progress) -> None:  # fmt: skip
     """The weights as ``torch_dist``. ``parameter`` gives Megatron's tensor for (rule, layer)."""
-    writer = DistWriter(directory)
-    for rule, layer in mapping.in_order(family, model):
-        tensor = parameter(rule, layer)
-        parts = len(rule.hf) if rule.transform == "gate_up" else 1
-        stacked = None if layer is None else (layer, model.num_layers)
-        for block in writer.write(rule.megatron, tensor, layer=stacked, split=rule.split, parts=parts):
-            progress.block(tensor.name, block)
-    writer.close()
+    with DistWriter(directory) as writer:
+        for rule, layer in mapping.in_order(family, model):
+            tensor = parameter(rule, layer)
+            parts = len(rule.hf) if rule.transform == "gate_up" else 1
+            stacked = None if layer is None else (layer, model.num_layers)
+            for block in writer.write(rule.megatron, tensor, layer=stacked, split=rule.split, parts=parts):
+                progress.block(tensor.name, block)
 
 
 def imported_run(model: ModelConfig, dmc: DMCConfig, manifest: Manifest) -> RunConfig:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -146,13 +146,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy], seen: Optional[Ca
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
+    behind, buffers = Behind(), Buffers()
     with open(path, "wb", buffering=0) as file:
-        _write_all(file, len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            for _, block in tensor.blocks():
-                if seen is not None:
-                    seen(name, block)
-                _write_all(file, block.view(torch.uint8).reshape(-1).numpy())
+        try:
+            _write_all(file, len(text).to_bytes(8, "little") + text)
+            for name, tensor in tensors.items():
+                for _, block in tensor.blocks(buffers=buffers):
+                    if seen is not None:
+                        seen(name, block)
+                    behind(_write_all, file, block.view(torch.uint8).reshape(-1).numpy())
+        finally:
+            behind.finish()  # before the file is closed
         os.fsync(file.fileno())
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +18,55 @@ from torch import Tensor
 
 BLOCK_BYTES = 32 << 20
 """What a writer takes at a time: large enough for a disk, small against memory."""
+
+
+class Buffers:
+    """Memory that is used again, in turn: a fresh page costs more than reading what goes into it.
+
+    A tensor is valid until :meth:`get` was called ``DEPTH`` more times for as many bytes.
+    """
+
+    DEPTH = 4
+
+    def __init__(self) -> None:
+        self._found: dict[int, list[Tensor]] = {}
+
+    def get(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Of exactly this size: ``torch.save`` writes a tensor's whole storage."""
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        ring = self._found.setdefault(nbytes, [])
+        if len(ring) < self.DEPTH:
+            ring.append(torch.empty(nbytes, dtype=torch.uint8))
+        else:
+            ring.append(ring.pop(0))
+        return ring[-1].view(dtype).view(tuple(shape))
+
+
+class Behind:
+    """Runs calls one after the other in a thread, while the caller reads what comes next.
+
+    At most two wait, so that with the one that runs and the one that is being read no more than ``Buffers.DEPTH`` are alive.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future] = deque()
+
+    def __call__(self, function: Callable, *args: object) -> None:
+        """Raises what an earlier call has raised."""
+        while len(self._waiting) >= Buffers.DEPTH - 2:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(function, *args))
+
+    def finish(self) -> None:
+        """Wait for all. Raises what one of them has raised."""
+        try:
+            while self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 class Lazy(ABC):
@@ -35,11 +86,11 @@ class Lazy(ABC):
     def read_into(self, out: Tensor, start: int) -> None:
         """Fill ``out`` [n, *shape[1:]], contiguous and of this dtype, with rows ``start`` ... ``start + n - 1``."""
 
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows ``start`` ... ``stop - 1``, [stop - start, *shape[1:]]."""
+    def read(self, start: int = 0, stop: int | None = None, buffers: Buffers | None = None) -> Tensor:
+        """Rows ``start`` ... ``stop - 1``, [stop - start, *shape[1:]]; with ``buffers`` in memory that they own."""
         stop = self.shape[0] if stop is None else stop
         assert 0 <= start <= stop <= self.shape[0], f"rows {start}:{stop} of {self.name} {self.shape}"
-        out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        out = (buffers.get if buffers else torch.empty)((stop - start, *self.shape[1:]), dtype=self.dtype)
         if out.numel():
             self.read_into(out, start)
         return out
@@ -55,11 +106,11 @@ class Lazy(ABC):
             n *= size
         return n
 
-    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, block_bytes: int = BLOCK_BYTES, buffers: Buffers | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) over the whole tensor, each of at most ``block_bytes`` but at least a row."""
         rows = max(1, block_bytes // max(self.row_bytes, 1))
         for start in range(0, self.shape[0], rows):
-            yield start, self.read(start, min(start + rows, self.shape[0]))
+            yield start, self.read(start, min(start + rows, self.shape[0]), buffers)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, {list(self.shape)}, {self.dtype})"
@@ -191,7 +242,7 @@ def equal(a: Lazy, b: Lazy) -> bool:
 
 
 def has_only_finite(block: Tensor) -> bool:
-    """No NaN or infinity. A sum finds them at memory speed, and a sum that overflowed is looked at again."""
+    """No NaN or infinity. A sum finds them at memory speed, and one that overflowed is looked at again, slowly."""
     if not block.is_floating_point():
         return True
-    return bool(torch.isfinite(block.sum(dtype=torch.float32))) or bool(torch.isfinite(block).all())
+    return bool(torch.isfinite(block.sum())) or bool(torch.isfinite(block).all())

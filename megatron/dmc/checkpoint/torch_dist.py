@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
 
 LAYERS = "decoder.layers."
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 64 << 20
 """No chunk is larger: it is held in memory when it is written."""
 SHARDS = 8
 """Tensors are cut as tensor parallelism of this size cuts them, so that no rank reads what it does not need."""
@@ -169,7 +169,7 @@ class DistReader:
 class DistWriter:
     """Writes a ``torch_dist`` checkpoint that any tensor- and pipeline-parallel layout loads.
 
-    Memory: one chunk (``CHUNK_BYTES``, twice that where columns are cut).
+    A context: what is left of it after an error is not a checkpoint. Memory: a few chunks (``CHUNK_BYTES``) of each size.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -178,6 +178,19 @@ class DistWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._files = 0
         self._file: Any = None
+        self._behind, self._blocks, self._pieces = Behind(), Buffers(), Buffers()
+
+    def __enter__(self) -> DistWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._behind.finish()
+            if kind is None:
+                self._finish()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
     def write(self, name: str, tensor: Lazy, *, layer: Optional[tuple[int, int]] = None, split: Optional[int] = None,
               parts: int = 1) -> Iterator[Tensor]:  # fmt: skip
@@ -198,21 +211,30 @@ class DistWriter:
                              f"{entry.properties.dtype} {list(entry.size[1:])}")  # fmt: skip
         for row, block in self._row_blocks(tensor, split, parts):
             yield block
-            for column, piece in _column_pieces(block, split):
+            for column, piece in self._column_pieces(block, split):
                 offsets = (row,) if column is None else (row, column)
                 if layer is not None:
                     offsets, piece = (layer[0], *offsets), piece[None]
-                self._append(name, entry, offsets, piece)
+                self._behind(self._append, name, entry, offsets, piece)
 
-    @staticmethod
-    def _row_blocks(tensor: Lazy, split: Optional[int], parts: int) -> Iterator[tuple[int, Tensor]]:
+    def _row_blocks(self, tensor: Lazy, split: Optional[int], parts: int) -> Iterator[tuple[int, Tensor]]:
         rows = tensor.shape[0]
         count = parts * SHARDS if split == 0 and rows % (parts * SHARDS) == 0 and tensor.nbytes > _SMALL else parts
         edges = [rows * i // count for i in range(count + 1)]
         step = max(1, CHUNK_BYTES // max(tensor.row_bytes, 1))
         for a, b in zip(edges, edges[1:], strict=False):
             for start in range(a, b, step):
-                yield start, tensor.read(start, min(start + step, b))
+                yield start, tensor.read(start, min(start + step, b), self._blocks)
+
+    def _column_pieces(self, block: Tensor, split: Optional[int]) -> Iterator[tuple[Optional[int], Tensor]]:
+        n = SHARDS if split == 1 and block.shape[-1] % SHARDS == 0 and block.nbytes > _SMALL else 1
+        if n == 1:
+            yield None if block.dim() == 1 else 0, block
+            return
+        width = block.shape[1] // n
+        for i in range(n):
+            piece = self._pieces.get((block.shape[0], width), block.dtype)
+            yield i * width, piece.copy_(block[:, i * width : (i + 1) * width])
 
     def _append(self, name: str, entry: TensorStorageMetadata, offsets: tuple[int, ...], piece: Tensor) -> None:
         if self._file is None or self._file.tell() >= FILE_BYTES:
@@ -220,10 +242,8 @@ class DistWriter:
             self._file = open(self.directory / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115
             self._files += 1
         start = self._file.tell()
-        # torch.save keeps a tensor's whole storage.
-        whole = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
         try:
-            torch.save(piece if whole else piece.clone(memory_format=torch.contiguous_format), self._file)
+            torch.save(piece, self._file)
         except RuntimeError as error:
             # What torch says when it closes the file that could not be written hides why.
             if isinstance(error.__context__, OSError):
@@ -240,7 +260,7 @@ class DistWriter:
             self._file.close()
             self._file = None
 
-    def close(self) -> None:
+    def _finish(self) -> None:
         """Write what says where everything is. A directory without it is not a checkpoint."""
         self._close_file()
         content = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
@@ -253,13 +273,3 @@ class DistWriter:
             pickle.dump(metadata, file)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _column_pieces(block: Tensor, split: Optional[int]) -> Iterator[tuple[Optional[int], Tensor]]:
-    if block.dim() == 1:
-        yield None, block
-        return
-    n = SHARDS if split == 1 and block.shape[1] % SHARDS == 0 and block.nbytes > _SMALL else 1
-    width = block.shape[1] // n
-    for i in range(n):
-        yield i * width, block[:, i * width : (i + 1) * width]
