@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.17",  # the compatibility layer for CPU touches its internals
     "psutil",  # without it a megatron-core checkpoint save hangs
     "numpy",
+    "apache-tvm-ffi>=0.1.15",  # binds the inference kernels, without torch's C++ ABI
     "safetensors",  # checkpoint conversion
     "pyyaml",
     "sentencepiece",
@@ -57,5 +58,6 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["dmc = megatron.dmc.inference.cli:main"]},
     zip_safe=False,
 )

@@ -44,7 +44,7 @@ elif what == "export":
 else:
     from pathlib import Path
     with staging.staged(Path(target), True) as temporary:
-        for path in sorted(Path(source).iterdir()):
+        for path in sorted(p for p in Path(source).iterdir() if p.is_file()):
             shutil.copyfile(path, temporary / path.name)
 print(json.dumps({{"seconds": time.perf_counter() - began, "bytes": resident() - before}}))
 """
