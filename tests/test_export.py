@@ -22,7 +22,7 @@ from megatron.dmc.checkpoint.manifest import read_manifest, resolve_checkpoint
 from megatron.dmc.evaluation.load import load_checkpoint
 from megatron.dmc.evaluation.reference import ReferenceDecoder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("transformers_state")]
 SIZES = dict(hidden_size=32, intermediate_size=64, vocab_size=tiny.VOCABULARY - 1, max_position_embeddings=64)
 
 
@@ -45,11 +45,6 @@ def lineage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert.export(root / "retrofit", root / "out")
     convert.import_hf(root / "out", root / "again")
     return root
-
-
-@pytest.fixture(autouse=True)
-def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 def test_what_is_exported(lineage: Path) -> None:

@@ -151,27 +151,7 @@ class Oracle:
         return out
 
 
-@pytest.fixture(autouse=True)
-def _transformers_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """transformers copies the files into a package in its cache, imports and registers them: here nothing of it stays."""
-    from transformers import dynamic_module_utils
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    for name in ("HF_HOME", "HF_MODULES_CACHE"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "HF_MODULES_CACHE"))
-    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    _forget()
-
-
-def _forget() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("transformers_state")
 
 
 def tokens(n: int, seed: int = 1) -> list[int]:
