@@ -1,0 +1,125 @@
+"""Kernels of the inference engine over the compressed paged cache of ``state.py``.
+
+A step of the engine runs T tokens of N sequences, in order, flattened: sequence i has the tokens ``cu_seqlens[i]`` to
+``cu_seqlens[i + 1]`` (one while it decodes, a chunk of its prompt before), and its cache in row ``slots[i]`` of the state. A row
+below 0 is padding: its tokens are ignored and its outputs are 0. Rows must be distinct. Hq query heads, H KV heads,
+``g = Hq / H`` of the former to one of the latter, L layers, D head dimension. Tensors may have any strides as long as their
+last axis is contiguous.
+
+Every op has one signature and two implementations: PyTorch (``reference.py``, the truth, for any device) and C++ for the CPU. The
+device chooses; :func:`use_backend`, or MEGATRON_DMC_KERNELS=reference in the environment, forces the first. A plain model runs
+through the same ops: ``compress=False`` makes every token append, and no channel is taken out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor
+
+from megatron.dmc.kernels.dispatch import active_backend, call, use_backend
+from megatron.dmc.kernels.state import CacheState, make_state
+
+
+class Appended(NamedTuple):
+    """What attention needs of a step's tokens."""
+
+    q_rot: Tensor
+    """[T, Hq, D], rotated queries, neuron out."""
+    k_part: Tensor
+    v_part: Tensor
+    """[T, H, D], the state of each token's slot right after it, rotated at the token; empty without ``partial``."""
+    slot_index: Tensor
+    """int32 [T, H], the slot that each token went to; empty without ``partial``."""
+
+
+def append(
+    state: CacheState,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    *,
+    bias: float,
+    epsilon: float,
+    window: Optional[int],
+    compress: bool = True,
+    partial: bool = True,
+) -> Appended:
+    """Decide, pool, rotate and write a step's tokens into the cache of one layer (arXiv 2403.09636, section 3).
+
+    A token whose key neuron is above ``bias`` joins its head's last slot, any other opens one, taking a page where the last
+    is full. A slot is the mean of its last ``window`` tokens, weighted by sigmoid(mean of the group's query neurons + bias) +
+    epsilon, before the rotation; its key is rotated at its newest token. Only the final state of every slot is written.
+    Arithmetic in fp32, rounded once.
+
+    Args:
+        q: [T, Hq, D]; k, v: [T, H, D], un-rotated, in the dtype of the cache.
+        cu_seqlens: int32 [N + 1]; slots: int32 [N]; positions: int32 [T]; inv_freq: fp32 [D / 2].
+        window: W, or None for the whole segment.
+        partial: False leaves out what only :func:`prefill_attention` needs.
+
+    Raises:
+        RuntimeError: when more pages are wanted than are free or than a row of the table holds; nothing is
+            written then. The engine admits work against a bound, so that this does not happen.
+        ValueError: a tensor of the wrong shape, dtype or strides (C++).
+    """
+    arguments = (q, k, v, cu_seqlens, slots, positions, inv_freq, float(bias), float(epsilon), window, compress, partial)
+    return Appended(*call("append", state, layer, *arguments))
+
+
+def decode_attention(state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """Attention of one query per sequence over all slots of its heads, ``softmax(scale * q K^T) V``.
+
+    Args:
+        q_rot: [N, Hq, D], of :func:`append`. slots: int32 [N].
+
+    Returns:
+        [N, Hq, D] in q's dtype; 0 for a head without slots.
+    """
+    return call("decode_attention", state, layer, q_rot, slots, float(scale))
+
+
+def prefill_attention(
+    state: CacheState,
+    layer: int,
+    q_rot: Tensor,
+    k_part: Tensor,
+    v_part: Tensor,
+    slot_index: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of a step's tokens after :func:`append`: token t sees the slots [0, slot_index[t]), final by now, and the state
+    of its own slot as it was right after t. The same as feeding tokens one by one, and cheaper by the compression ratio.
+
+    Args:
+        q_rot, k_part, v_part, slot_index: of :func:`append`. cu_seqlens, slots: those given to it.
+
+    Returns:
+        [T, Hq, D] in q's dtype.
+    """
+    return call("prefill_attention", state, layer, q_rot, k_part, v_part, slot_index, cu_seqlens, slots, float(scale))
+
+
+def free(state: CacheState, slots: Tensor) -> None:
+    """Return all pages of the rows ``slots`` (int32 [any], distinct; below 0: ignored), which are empty afterwards."""
+    call("free", state, slots)
+
+
+__all__ = [
+    "Appended",
+    "CacheState",
+    "active_backend",
+    "append",
+    "decode_attention",
+    "free",
+    "make_state",
+    "prefill_attention",
+    "use_backend",
+]

@@ -1,0 +1,94 @@
+"""The C++ kernels for the CPU: the same functions as ``reference.py``. Built on first use, see ``build.py``.
+
+Importing this module loads, and if need be builds, the library.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Optional
+
+import torch
+import tvm_ffi
+from torch import Tensor
+
+from megatron.dmc.kernels import build
+from megatron.dmc.kernels.state import CacheState
+
+
+def _load():
+    path = build.find_library()
+    if path is None:
+        name = build.best_instruction_set()
+        print(f"megatron.dmc: building the CPU kernels for {name}, once, about half a minute", file=sys.stderr, flush=True)
+        path = build.build_cpu([name], build.cache_directory())
+    return tvm_ffi.load_module(str(path))
+
+
+_library = _load()
+_append, _decode, _prefill, _free = (
+    _library[name] for name in ("append", "decode_attention", "prefill_attention", "free_rows")
+)
+
+
+def instruction_set() -> str:
+    """The build that this CPU runs: avx512, avx2 or base."""
+    return str(_library["isa"]())
+
+
+def append(
+    state: CacheState,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    bias: float,
+    epsilon: float,
+    window: Optional[int],
+    compress: bool,
+    partial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`megatron.dmc.kernels.append`."""
+    q_rot = torch.empty(q.shape, dtype=q.dtype)
+    shape = k.shape if partial else (0,)
+    k_part, v_part = torch.empty(shape, dtype=k.dtype), torch.empty(shape, dtype=v.dtype)
+    slot_index = torch.empty(shape[:2], dtype=torch.int32)
+    tensors = (q, k, v, cu_seqlens, slots, positions, inv_freq)
+    options = (bias, epsilon, window or 0, compress)
+    outputs = (q_rot, k_part, v_part, slot_index)
+    _append(*state.tensors(), layer, *tensors, *options, *outputs, torch.get_num_threads())
+    return outputs
+
+
+def decode_attention(state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """See :func:`megatron.dmc.kernels.decode_attention`."""
+    out = torch.empty(q_rot.shape, dtype=q_rot.dtype)
+    _decode(*state.tensors(), layer, q_rot, slots, scale, out, torch.get_num_threads())
+    return out
+
+
+def prefill_attention(
+    state: CacheState,
+    layer: int,
+    q_rot: Tensor,
+    k_part: Tensor,
+    v_part: Tensor,
+    slot_index: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """See :func:`megatron.dmc.kernels.prefill_attention`."""
+    out = torch.empty(q_rot.shape, dtype=q_rot.dtype)
+    tensors = (q_rot, k_part, v_part, slot_index, cu_seqlens, slots)
+    _prefill(*state.tensors(), layer, *tensors, scale, out, torch.get_num_threads())
+    return out
+
+
+def free(state: CacheState, slots: Tensor) -> None:
+    """See :func:`megatron.dmc.kernels.free`."""
+    _free(*state.tensors(), slots)

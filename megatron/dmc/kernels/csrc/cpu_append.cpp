@@ -1,0 +1,257 @@
+// Decide, pool, rotate and write: the tokens of a step into the cache of one layer.
+//
+// `decide` only fills scratch, so that a step which does not fit can be refused before anything was written; the launcher takes
+// the pages in between. The state of a slot is computed from its tokens each time, never added to and subtracted from.
+#include "cpu_attention.h"
+
+namespace {
+
+constexpr int64_t kBlock = 64;  // tokens of a task; each looks back over the window by itself
+
+struct Item {  // one (sequence, head)
+  int64_t i, h, begin, count, row, index;
+};
+
+INLINE Item item_of(const AppendParams& p, int64_t at) {
+  Item x;
+  x.i = at / p.cache.heads, x.h = at % p.cache.heads;
+  x.begin = p.cu_seqlens[x.i], x.count = p.cu_seqlens[x.i + 1] - x.begin, x.row = p.slots[x.i];
+  if (x.row < 0) x.count = 0;
+  x.index = x.count ? head_index(p.cache, x.row, p.layer, x.h) : 0;
+  return x;
+}
+
+template <class T> void decide(const AppendParams& p) {
+  const Cache& c = p.cache;
+  int64_t heads = c.heads, items = p.n * heads, last = c.head_dim - 1;
+#pragma omp parallel for num_threads(p.tokens * heads < 4096 ? 1 : p.threads)
+  for (int64_t at = 0; at < items; at++) {
+    Item x = item_of(p, at);
+    int32_t slot = (x.count ? c.lengths[x.index] : 0) - 1;
+    p.before[at] = slot + 1;
+    for (int64_t t = x.begin; t < x.begin + x.count; t++) {
+      bool merge = false;
+      if (p.compress) {
+        // The first token of a sequence has nothing to merge with.
+        merge = load1((const T*)p.k.data + t * p.k.token + x.h * p.k.head + last) - p.bias > 0 && slot >= 0;
+        float mean = 0;
+        for (int64_t j = 0; j < p.groups; j++)
+          mean += load1((const T*)p.q.data + t * p.q.token + (x.h * p.groups + j) * p.q.head + last);
+        p.omega[t * heads + x.h] = 1.0f / (1.0f + expf(-(mean / (float)p.groups + p.bias))) + p.epsilon;
+      }
+      slot += !merge;
+      p.merge[t * heads + x.h] = merge;
+      p.slot_index[t * heads + x.h] = slot;
+    }
+  }
+}
+
+// Branch-free, so that the compiler makes vectors of it. The fp32 angle is reduced in fp64; polynomials of Cephes' sinf and cosf.
+INLINE void sine_cosine(float angle, float* sine, float* cosine) {
+  const double magic = 0x1.8p52;
+  double n = angle * 0.63661977236758134308 + magic;  // the nearest multiple of pi / 2
+  n -= magic;
+  float r = (float)(angle - n * 1.57079632679489661923), z = r * r;
+  int quadrant = (int)n;
+  float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
+  float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
+  float a = quadrant & 1 ? c : s, b = quadrant & 1 ? s : c;
+  *sine = quadrant & 2 ? -a : a;
+  *cosine = (quadrant + 1) & 2 ? -b : b;
+}
+
+// x [D] fp32 in place; channel i turns with i + D/2.
+INLINE void rotate(float* x, const float* table, int d, int compress) {
+  int half = d / 2;
+  const float *cosine = table, *sine = table + half;
+  if (compress) x[d - 1] = 0;
+  for (int i = 0; i < half; i++) {
+    float a = x[i], b = x[i + half];
+    x[i] = a * cosine[i] - b * sine[i];
+    x[i + half] = b * cosine[i] + a * sine[i];
+  }
+  if (compress) x[d - 1] = 0;
+}
+
+template <class T> INLINE void add_row(float* sum, const T* x, int d, float weight) {
+  int c = 0;
+  for (; c + VW <= d; c += VW) store(sum + c, load(sum + c) + load(x + c) * splat(weight));
+  if (c < d) store(sum + c, load(sum + c) + load_some(x + c, d - c) * splat(weight));
+}
+
+// Where a token's raw key and value, its ring entry, and its slot lie.
+template <class T> INLINE const T* raw(const Heads& x, int64_t t, int64_t h) { return (const T*)x.data + t * x.token + h * x.head; }
+
+template <class T> void finish(const AppendParams& p, const Item& x, int64_t t, float* k, float* v) {
+  const Cache& c = p.cache;
+  int d = c.head_dim;
+  int64_t at = t * c.heads + x.h;
+  rotate(k, p.cos_sin + t * d, d, p.compress);
+  if (p.k_part.data) {
+    write_row((T*)p.k_part.data + t * p.k_part.token + x.h * p.k_part.head, k, d, 1.0f);
+    write_row((T*)p.v_part.data + t * p.v_part.token + x.h * p.v_part.head, v, d, 1.0f);
+  }
+  if (t + 1 < x.begin + x.count && p.merge[at + c.heads]) return;
+  // The newest token of its slot.
+  Slots s = slots_of(c, x.row, p.layer, x.h);
+  write_row((T*)s.key<T>(p.slot_index[at]), k, d, 1.0f);
+  write_row((T*)s.value<T>(p.slot_index[at]), v, d, 1.0f);
+}
+
+// Tokens [from, to) of one head, with a window (or none of the pooling: plain models).
+template <class T> void pool_window(const AppendParams& p, const Item& x, int64_t from, int64_t to) {
+  const Cache& c = p.cache;
+  int d = c.head_dim;
+  float k[256 + VW], v[256 + VW];
+  for (int64_t t = from; t < to; t++) {
+    int64_t at = t * c.heads + x.h;
+    if (!p.merge[at]) {
+      read_row(k, raw<T>(p.k, t, x.h), d, 1.0f);
+      read_row(v, raw<T>(p.v, t, x.h), d, 1.0f);
+    } else {
+      memset(k, 0, sizeof k);
+      memset(v, 0, sizeof v);
+      float total = 0;
+      int left = p.window;
+      int64_t u = t;
+      for (; left > 0 && u >= x.begin; u--, left--) {
+        float w = p.omega[u * c.heads + x.h];
+        add_row(k, raw<T>(p.k, u, x.h), d, w);
+        add_row(v, raw<T>(p.v, u, x.h), d, w);
+        total += w;
+        if (!p.merge[u * c.heads + x.h]) { left = 0; break; }
+      }
+      // The segment began in an earlier step: the rest of the window is in the ring.
+      for (int64_t i = c.segment[x.index] - 1; left > 0 && i >= 0; i--, left--) {
+        int64_t place = x.index * c.ring + i % c.ring;
+        add_row(k, (const T*)c.ring_k + place * d, d, c.ring_w[place]);
+        add_row(v, (const T*)c.ring_v + place * d, d, c.ring_w[place]);
+        total += c.ring_w[place];
+      }
+      for (int e = 0; e < d; e++) k[e] /= total, v[e] /= total;
+    }
+    finish<T>(p, x, t, k, v);
+  }
+}
+
+// All tokens of one head without a window: the fp32 mean of the segment moves on.
+template <class T> void pool_segment(const AppendParams& p, const Item& x) {
+  const Cache& c = p.cache;
+  int d = c.head_dim;
+  int64_t place = x.index * c.ring;
+  float *mean_k = (float*)c.ring_k + place * d, *mean_v = (float*)c.ring_v + place * d, *total = c.ring_w + place;
+  float k[256 + VW], v[256 + VW];
+  for (int64_t t = x.begin; t < x.begin + x.count; t++) {
+    int64_t at = t * c.heads + x.h;
+    read_row(k, raw<T>(p.k, t, x.h), d, 1.0f);
+    read_row(v, raw<T>(p.v, t, x.h), d, 1.0f);
+    if (p.merge[at]) {
+      *total += p.omega[at];
+      float share = p.omega[at] / *total;
+      for (int e = 0; e < d; e++) k[e] = mean_k[e] + share * (k[e] - mean_k[e]), v[e] = mean_v[e] + share * (v[e] - mean_v[e]);
+    } else {
+      *total = p.omega[at];
+    }
+    memcpy(mean_k, k, d * sizeof(float));
+    memcpy(mean_v, v, d * sizeof(float));
+    finish<T>(p, x, t, k, v);
+  }
+}
+
+// Ring and segment after the step.
+template <class T> void remember(const AppendParams& p, const Item& x) {
+  const Cache& c = p.cache;
+  int d = c.head_dim;
+  int64_t end = x.begin + x.count, since = 0;  // tokens at the end that merge
+  while (since < x.count && p.merge[(end - 1 - since) * c.heads + x.h]) since++;
+  int64_t segment = since < x.count ? since + 1 : c.segment[x.index] + x.count;
+  if (p.window)
+    for (int64_t back = 0; back < x.count && back < segment && back < c.ring; back++) {
+      int64_t t = end - 1 - back, place = x.index * c.ring + (segment - 1 - back) % c.ring;
+      memcpy((T*)c.ring_k + place * d, raw<T>(p.k, t, x.h), d * sizeof(T));
+      memcpy((T*)c.ring_v + place * d, raw<T>(p.v, t, x.h), d * sizeof(T));
+      c.ring_w[place] = p.omega[t * c.heads + x.h];
+    }
+  c.segment[x.index] = (int32_t)segment;
+}
+
+// The outputs of a token of padding.
+template <class T> void clear(const AppendParams& p, int64_t t) {
+  int d = p.cache.head_dim;
+  for (int64_t h = 0; h < p.cache.heads * p.groups; h++)
+    memset((T*)p.q_rot.data + t * p.q_rot.token + h * p.q_rot.head, 0, d * sizeof(T));
+  for (int64_t h = 0; h < p.cache.heads; h++) {
+    p.slot_index[t * p.cache.heads + h] = 0;
+    if (!p.k_part.data) continue;
+    memset((T*)p.k_part.data + t * p.k_part.token + h * p.k_part.head, 0, d * sizeof(T));
+    memset((T*)p.v_part.data + t * p.v_part.token + h * p.v_part.head, 0, d * sizeof(T));
+  }
+}
+
+template <class T> void write(const AppendParams& p) {
+  const Cache& c = p.cache;
+  int d = c.head_dim;
+  int64_t heads = c.heads, items = p.n * heads;
+  bool alone = p.tokens * heads * (p.groups + 2) * d < 32768;
+#pragma omp parallel num_threads(alone ? 1 : p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < p.tokens; t++) {
+      float* table = p.cos_sin + t * d;
+      float position = (float)p.positions[t];
+      for (int e = 0; e < d / 2; e++) sine_cosine(position * p.inv_freq[e], table + d / 2 + e, table + e);
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < p.tokens; t++) {
+      float q[256 + VW];
+      for (int64_t h = 0; h < heads * p.groups; h++) {
+        read_row(q, raw<T>(p.q, t, h), d, 1.0f);
+        rotate(q, p.cos_sin + t * d, d, p.compress);
+        write_row((T*)p.q_rot.data + t * p.q_rot.token + h * p.q_rot.head, q, d, 1.0f);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.n; i++)
+      for (int64_t t = p.cu_seqlens[i]; p.slots[i] < 0 && t < p.cu_seqlens[i + 1]; t++) clear<T>(p, t);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t at = 0; at < items; at++) {
+      Item x = item_of(p, at);
+      if (p.compress && !p.window) pool_segment<T>(p, x);
+      else if (x.count <= kBlock) pool_window<T>(p, x, x.begin, x.begin + x.count);
+    }
+    if (!p.compress || p.window)
+      for (int64_t at = 0; at < items; at++) {
+        Item x = item_of(p, at);
+        if (x.count <= kBlock) continue;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t from = 0; from < x.count; from += kBlock)
+          pool_window<T>(p, x, x.begin + from, x.begin + (from + kBlock < x.count ? from + kBlock : x.count));
+      }
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < items; at++) {
+      Item x = item_of(p, at);
+      if (p.compress && x.count) remember<T>(p, x);
+    }
+  }
+}
+
+void decide_any(const AppendParams& p) {
+  switch (p.cache.dtype) {
+    case kF32: return decide<float>(p);
+    case kBF16: return decide<bf16>(p);
+    default: return decide<f16>(p);
+  }
+}
+
+void write_any(const AppendParams& p) {
+  switch (p.cache.dtype) {
+    case kF32: return write<float>(p);
+    case kBF16: return write<bf16>(p);
+    default: return write<f16>(p);
+  }
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("hidden"))) void DMC_ISA(decide)(const dmc::AppendParams& p) { decide_any(p); }
+extern "C" __attribute__((visibility("hidden"))) void DMC_ISA(write)(const dmc::AppendParams& p) { write_any(p); }

@@ -1,0 +1,190 @@
+// Vectors of floats as wide as the instruction set of this build, in GCC's and Clang's vector extension.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own headers
+#include <immintrin.h>
+#endif
+#include "cpu.h"
+
+namespace {
+
+using namespace dmc;
+
+#if defined(__AVX512F__)
+constexpr int VW = 16;
+#elif defined(__AVX2__)
+constexpr int VW = 8;
+#else
+constexpr int VW = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VW * 4), may_alias));
+typedef float vfu __attribute__((vector_size(VW * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VW * 4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(VW * 2), may_alias));
+typedef uint16_t vhu __attribute__((vector_size(VW * 2), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+INLINE vf splat(float x) { return x - vf{}; }
+
+INLINE vf widen(vh h, bf16) { return (vf)(__builtin_convertvector(h, vi) << 16); }
+
+INLINE vf widen(vh h, f16) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+  // Exponent and mantissa in the place of fp32's, scaled by the difference of the biases; then infinity and NaN.
+  vi x = __builtin_convertvector(h, vi);
+  vf scaled = (vf)((x & 0x7fff) << 13) * splat(0x1p112f);
+  vi special = ((x & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (vf)((vi)scaled | special | ((x & 0x8000) << 16));
+#endif
+}
+
+INLINE vf load(const float* p) { return (vf)*(const vfu*)p; }
+INLINE vf load(const bf16* p) { return widen((vh)*(const vhu*)p, bf16{}); }
+INLINE vf load(const f16* p) { return widen((vh)*(const vhu*)p, f16{}); }
+
+// The first n (< VW) elements, then zeros: what lies behind a row belongs to somebody else.
+template <class T> INLINE vf load_some(const T* p, int n) {
+  T buffer[VW];
+  memset(buffer, 0, sizeof buffer);
+  memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+
+INLINE void store(float* p, vf x) { *(vfu*)p = (vfu)x; }
+INLINE void store(bf16* p, vf x) {
+  vi bits = (vi)x;
+  vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  vi nan = x != x;
+  *(vhu*)p = (vhu)__builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+}
+INLINE void store(f16* p, vf x) {
+#if defined(__AVX512F__)
+  *(vhu*)p = (vhu)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  *(vhu*)p = (vhu)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  for (int i = 0; i < VW; i++) {
+    float f = x[i], a = fabsf(f);
+    uint32_t bits, sign;
+    memcpy(&bits, &f, 4);
+    sign = (bits >> 16) & 0x8000;
+    uint16_t h;
+    if (!(a == a)) h = 0x7e00;
+    else if (a >= 65520.0f) h = 0x7c00;
+    else if (a < 0x1p-14f) h = (uint16_t)lrintf(a * 0x1p24f);  // subnormal: multiples of 2^-24
+    else {
+      memcpy(&bits, &a, 4);
+      h = (uint16_t)((bits + 0xfff + ((bits >> 13) & 1) - (112u << 23)) >> 13);
+    }
+    p[i].bits = (uint16_t)(sign | h);
+  }
+#endif
+}
+template <class T> INLINE void store_some(T* p, vf x, int n) {
+  T buffer[VW];
+  store(buffer, x);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+INLINE float load1(const float* p) { return *p; }
+INLINE float load1(const bf16* p) { return load_some(p, 1)[0]; }
+INLINE float load1(const f16* p) { return load_some(p, 1)[0]; }
+
+INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+
+// exp(x) for x <= 0: 2^n * e^r, |r| <= ln 2 / 2, a polynomial of degree 6 (error below 1e-7, relative); 0 below -87.
+INLINE vf vexp(vf x) {
+  vf low = select(splat(-87.0f) > x, splat(-87.0f), x);  // a NaN stays one
+  vf t = low * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
+  vf n = t - splat(12582912.0f);
+  vf r = low - n * splat(0.693359375f);
+  r = r + n * splat(2.12194440e-4f);
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  vi exponent = (((vi)t - (int32_t)0x4b400000) + 127) << 23;
+  return (vf)((vi)(p * (vf)exponent) & ~(x <= splat(-87.0f)));
+}
+
+#if defined(__clang__)
+#define SHUFFLE_STEP(lo, hi, a, b, w)                                                              \
+  for (int i = 0; i < VW; i++) { lo[i] = (i & w) ? b[i - w] : a[i]; hi[i] = (i & w) ? b[i] : a[i + w]; }
+#else
+#define SHUFFLE_STEP(lo, hi, a, b, w)                                                              \
+  { vi l, h;                                                                                       \
+    for (int i = 0; i < VW; i++) { l[i] = (i & w) ? VW + i - w : i; h[i] = (i & w) ? VW + i : i + w; } \
+    lo = __builtin_shuffle(a, b, l); hi = __builtin_shuffle(a, b, h); }
+#endif
+
+// Element i + w to the place of i; the others are of no interest.
+INLINE vf shifted(vf x, int w) {
+#if defined(__clang__)
+  vf y = x;
+  for (int i = 0; i + w < VW; i++) y[i] = x[i + w];
+  return y;
+#else
+  vi index;
+  for (int i = 0; i < VW; i++) index[i] = (i + w) % VW;
+  return __builtin_shuffle(x, index);
+#endif
+}
+
+INLINE float vsum(vf x) {
+#pragma GCC unroll 4
+  for (int w = VW / 2; w; w /= 2) x += shifted(x, w);
+  return x[0];
+}
+INLINE float vtop(vf x) {
+#pragma GCC unroll 4
+  for (int w = VW / 2; w; w /= 2) x = vmax(x, shifted(x, w));
+  return x[0];
+}
+
+// VW vectors -> one vector of their sums: element i is the sum of x[i].
+INLINE vf sums(vf* x) {
+#pragma GCC unroll 4
+  for (int w = 1; w < VW; w *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VW; i += 2 * w) {
+      vf lo, hi;
+      SHUFFLE_STEP(lo, hi, x[i], x[i + w], w)
+      x[i] = lo + hi;
+    }
+  }
+  return x[0];
+}
+
+constexpr int64_t align_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Floats that a thread can use until its next call; null when there is no memory. Grows, and is kept: the kernel is called often.
+INLINE float* scratch(int64_t floats) {
+  static thread_local float* memory = nullptr;
+  static thread_local int64_t size = 0;
+  if (floats > size) {
+    free(memory);
+    size = align_up(floats + floats / 4, 64);
+    memory = (float*)aligned_alloc(64, size * sizeof(float));
+    if (!memory) size = 0;
+  }
+  return memory;
+}
+
+}  // namespace

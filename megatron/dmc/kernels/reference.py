@@ -1,0 +1,292 @@
+"""The kernels in plain PyTorch: the truth that the C++ and CUDA ones are tested against, and what runs without a compiler.
+
+Vectorised over tokens, heads and sequences; it reads counts on the host, so it waits for a GPU. Attention is in fp32
+throughout, whatever the dtype of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.dmc.kernels.state import RETURNED, TAKEN, CacheState
+from megatron.dmc.ops.decisions import decision_logits, importance
+from megatron.dmc.ops.pooling import pool
+
+_QUERY_ROWS = 256  # queries of a chunk that attend at a time: bounds the scores
+
+
+class _Plan(NamedTuple):
+    """Which token goes where. N sequences have tokens and a row; T is all tokens, dropped ones too."""
+
+    sequence: Tensor  # int64 [T'], 0..N-1, of the tokens that take part
+    token: Tensor  # int64 [T'], their place among all T
+    first: Tensor  # int64 [N], place of each sequence's first token among the T'
+    count: Tensor  # int64 [N], its tokens, at least 1
+    rows: Tensor  # int64 [N], its row of the cache
+
+
+def _plan(cu_seqlens: Tensor, slots: Tensor) -> _Plan:
+    """Drops sequences without tokens and padding (a row below 0)."""
+    starts, counts, rows = cu_seqlens[:-1].long(), cu_seqlens.diff().long(), slots.long()
+    keep = (counts > 0) & (rows >= 0)
+    starts, counts, rows = starts[keep], counts[keep], rows[keep]
+    sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    token = torch.arange(sequence.numel(), device=rows.device) - (first - starts)[sequence]
+    return _Plan(sequence, token, first, counts, rows)
+
+
+def _same_length(plan: _Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of sequences with equally many tokens: (sequences [m], their tokens among the T' [m, s])."""
+    for s in plan.count.unique().tolist():
+        members = (plan.count == s).nonzero().flatten()
+        yield members, plan.first[members, None] + torch.arange(s, device=members.device)
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, compress: bool) -> Tensor:
+    """fp32 [T, h, D], rotated at ``positions`` (half-split layout); with ``compress`` the last channel is 0 before and after."""
+    angle = positions.float()[:, None, None] * inv_freq.float()
+    cos, sin = angle.cos(), angle.sin()
+    if compress:
+        x = F.pad(x[..., :-1], (0, 1))
+    left, right = x.float().chunk(2, dim=-1)
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return F.pad(turned[..., :-1], (0, 1)) if compress else turned
+
+
+def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, after: Tensor) -> None:
+    """Give every head the pages that it grows by. before, after: int64 slots [N, H].
+
+    Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages: no order of execution
+    changes who gets which page.
+    """
+    size, heads = state.page_size, before.size(1)
+    had = -(-before // size)
+    demand = (-(-after // size) - had).flatten()
+    total = int(demand.sum())
+    if after.numel() and int(after.max()) > state.max_slots:
+        raise RuntimeError(f"a head would hold {int(after.max())} slots, and its row of the page table {state.max_slots}")
+    if total > state.free_count():
+        raise RuntimeError(f"the step needs {total} pages and {state.free_count()} are free; nothing was written")
+    order = torch.arange(total, device=demand.device)
+    owner = torch.arange(demand.numel(), device=demand.device).repeat_interleave(demand)
+    column = had.flatten()[owner] + order - (demand.cumsum(0) - demand)[owner]
+    pages = state.free_pages[(state.counters[TAKEN] + order) % state.num_pages]
+    state.page_table[rows[owner // heads], layer, owner % heads, column] = pages
+    state.counters[TAKEN] += total
+
+
+def _history(state: CacheState, layer: int, rows: Tensor, window: Optional[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The open slots' tokens, oldest first and aligned to the right: k, v fp32 [m, H, R, D], omega, bool [m, H, R]."""
+    k, v, w = (x[rows, layer].float() for x in (state.ring_k, state.ring_v, state.ring_w))
+    segment, r = state.segment[rows, layer].long(), w.size(-1)
+    if window is None:
+        valid = (segment > 0)[..., None]
+    else:
+        index = segment[..., None] - torch.arange(r, 0, -1, device=w.device)  # of the segment's tokens
+        valid, at = index >= 0, index % r
+        k, v = (x.gather(2, at[..., None].expand_as(x)) for x in (k, v))
+        w = w.gather(2, at)
+    # What is not of the slot may be anything, NaN too; as a slot of its own with weight 1 it does no harm.
+    k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
+    return k, v, w.masked_fill(~valid, 1.0), valid
+
+
+def _remember(
+    state: CacheState,
+    layer: int,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    merge: Tensor,
+    k_pooled: Tensor,
+    v_pooled: Tensor,
+    window: Optional[int],
+) -> None:
+    """Ring and segment after a chunk. k, v: fp32 [m, H, R + s, D], with the history; k_pooled, v_pooled likewise."""
+    columns, r = k.size(2), state.ring_w.size(-1)
+    s = columns - r
+    age = torch.arange(s - 1, -1, -1, device=k.device)  # of the new tokens: 0 for the newest
+    since = age.masked_fill(merge, columns).amin(-1)  # tokens after the last append; columns: there was none
+    none = since == columns
+    segment = torch.where(none, state.segment[rows, layer].long() + s, since + 1)
+    if window is None:
+        inside = torch.arange(columns - 1, -1, -1, device=k.device) <= since[..., None]
+        inside[..., :r] = (none & (state.segment[rows, layer] > 0))[..., None]
+        total = (omega * inside).sum(-1, keepdim=True)
+        new = k_pooled[:, :, -1:], v_pooled[:, :, -1:], total
+    else:
+        last = segment[..., None] - 1
+        back = (last - torch.arange(r, device=k.device)) % r  # age of the token that lies at each place of the ring
+        column = columns - 1 - back
+        wide = column[..., None].expand(*column.shape, k.size(-1))
+        new = k.gather(2, wide), v.gather(2, wide), omega.gather(2, column)
+    for ring, value in zip((state.ring_k, state.ring_v, state.ring_w), new):
+        ring[rows, layer] = value.to(ring.dtype)
+    state.segment[rows, layer] = segment.to(state.segment.dtype)
+
+
+def _pool_chunks(
+    state: CacheState, layer: int, plan: _Plan, k: Tensor, v: Tensor, omega: Tensor, merge: Tensor, window: Optional[int]
+) -> tuple[Tensor, Tensor]:
+    """State of each token's slot right after it, before the rotation: fp32 [T', H, D]; ring and segment move on."""
+    k_out, v_out = torch.empty_like(k), torch.empty_like(v)
+    for members, tokens in _same_length(plan):
+        rows = plan.rows[members]
+        old_k, old_v, old_w, valid = _history(state, layer, rows, window)
+        # [m, s, H, D] -> [m, H, s, D], behind the history
+        kc, vc = (torch.cat((old, x[tokens].transpose(1, 2)), dim=2) for old, x in ((old_k, k), (old_v, v)))
+        wc = torch.cat((old_w, omega[tokens].transpose(1, 2)), dim=2)
+        mc = merge[tokens].transpose(1, 2)
+        # A remembered token merges into the one before it, if that is remembered too.
+        alpha = torch.cat((F.pad(valid[..., :-1], (1, 0)) & valid, mc), dim=2)
+        kp, vp = pool(kc, vc, alpha.to(wc.dtype), wc, window)
+        _remember(state, layer, rows, kc, vc, wc, mc, kp, vp, window)
+        r = old_w.size(-1)
+        k_out[tokens], v_out[tokens] = kp[:, :, r:].transpose(1, 2), vp[:, :, r:].transpose(1, 2)
+    return k_out, v_out
+
+
+def append(
+    state: CacheState,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    bias: float,
+    epsilon: float,
+    window: Optional[int],
+    compress: bool,
+    partial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`megatron.dmc.kernels.append`."""
+    plan, heads = _plan(cu_seqlens, slots), k.size(1)
+    where = positions[plan.token]
+    raw_k, raw_v = k[plan.token].float(), v[plan.token].float()
+    before = state.lengths[plan.rows, layer].long()  # [N, H]
+    if compress:
+        merge = decision_logits(k[plan.token, :, -1], bias) > 0
+        merge[plan.first] &= before > 0  # the first token of a sequence has nothing to merge with
+        omega = importance(q[plan.token, :, -1][..., None], heads, bias, epsilon)[..., 0]
+    else:
+        merge = torch.zeros(raw_k.shape[:2], dtype=torch.bool, device=k.device)
+    # Appends so far, within the sequence: [T', H]
+    opens = (~merge).long().cumsum(0)
+    opens = opens - F.pad(opens, (0, 0, 1, 0))[plan.first][plan.sequence]
+    slot = before[plan.sequence] - 1 + opens
+    last = plan.first + plan.count - 1
+    after = slot[last] + 1
+    _take_pages(state, layer, plan.rows, before, after)
+    state.lengths[plan.rows, layer] = after.to(state.lengths.dtype)
+    if compress:
+        raw_k, raw_v = _pool_chunks(state, layer, plan, raw_k, raw_v, omega, merge, window)
+    k_part = rotate(raw_k, where, inv_freq, compress).to(k.dtype)
+    v_part = raw_v.to(v.dtype)
+    # A slot keeps the state after its newest token: one that is its sequence's last, or that an append follows.
+    newest = torch.ones_like(merge)
+    newest[:-1] = ~merge[1:]
+    newest[last] = True
+    t, h = newest.nonzero(as_tuple=True)
+    at = slot[t, h]
+    page = state.page_table[plan.rows[plan.sequence[t]], layer, h, at // state.page_size].long()
+    state.k_pages[page, at % state.page_size] = k_part[t, h].to(state.k_pages.dtype)
+    state.v_pages[page, at % state.page_size] = v_part[t, h].to(state.v_pages.dtype)
+    q_rot = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    q_rot[plan.token] = rotate(q[plan.token], where, inv_freq, compress).to(q.dtype)
+    if not partial:
+        return q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0)
+    k_all, v_all = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    index = state.lengths.new_zeros(k.shape[:2])
+    k_all[plan.token], v_all[plan.token], index[plan.token] = k_part, v_part, slot.to(index.dtype)
+    return q_rot, k_all, v_all, index
+
+
+def _gather(state: CacheState, layer: int, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots [0, limit) of every head in fp32, [N, H, n, D]; zeros beyond. limit: int64 [N, H]."""
+    pages = -(-int(limit.max()) // state.page_size)
+    ids = state.page_table[rows, layer, :, :pages].long()
+    # Ids and slots beyond the length are garbage, and 0 * NaN is NaN.
+    used = torch.arange(pages, device=ids.device) * state.page_size < limit[..., None]
+    ids = ids.masked_fill(~used, 0)
+    inside = torch.arange(pages * state.page_size, device=ids.device) < limit[..., None]
+    # [N, H, pages, page_size, D] -> [N, H, n, D]
+    return tuple(
+        x[ids].flatten(2, 3).float().masked_fill(~inside[..., None], 0.0) for x in (state.k_pages, state.v_pages)
+    )
+
+
+def decode_attention(state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """See :func:`megatron.dmc.kernels.decode_attention`."""
+    heads, d = state.lengths.size(2), q_rot.size(-1)
+    out = torch.zeros_like(q_rot, memory_format=torch.contiguous_format)
+    limit = state.lengths[slots.clamp_min(0).long(), layer].long()
+    keep = ((slots >= 0) & (limit.amax(-1) > 0)).nonzero().flatten()
+    if not keep.numel():
+        return out
+    limit = limit[keep]
+    k, v = _gather(state, layer, slots[keep].long(), limit)
+    # [N, Hq, D] -> [N, H, g, D]
+    q = q_rot[keep].float().view(keep.numel(), heads, -1, d)
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    outside = torch.arange(k.size(2), device=k.device) >= limit[..., None]
+    p = torch.softmax(scores.masked_fill(outside[:, :, None], float("-inf")), dim=-1)
+    mixed = torch.matmul(p.masked_fill((limit == 0)[..., None, None], 0.0), v)
+    out[keep] = mixed.flatten(1, 2).to(out.dtype)
+    return out
+
+
+def prefill_attention(
+    state: CacheState,
+    layer: int,
+    q_rot: Tensor,
+    k_part: Tensor,
+    v_part: Tensor,
+    slot_index: Tensor,
+    cu_seqlens: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """See :func:`megatron.dmc.kernels.prefill_attention`."""
+    plan, heads, d = _plan(cu_seqlens, slots), k_part.size(1), q_rot.size(-1)
+    out = torch.zeros_like(q_rot, memory_format=torch.contiguous_format)
+    for members, tokens in _same_length(plan):
+        for start in range(0, tokens.size(1), _QUERY_ROWS):
+            at = plan.token[tokens[:, start : start + _QUERY_ROWS]]  # [m, s]
+            m, s = at.shape
+            # [m, s, Hq, D] -> [m, H, g, s, D]; the others [m, s, H, D] -> [m, H, 1, s, D]
+            q = q_rot[at].float().view(m, s, heads, -1, d).permute(0, 2, 3, 1, 4)
+            own_k, own_v = (x[at].float().transpose(1, 2)[:, :, None] for x in (k_part, v_part))
+            index = slot_index[at].long().transpose(1, 2)  # [m, H, s]
+            k, v = _gather(state, layer, plan.rows[members], index.amax(-1))
+            scores = torch.matmul(q, k[:, :, None].transpose(-1, -2)) * scale
+            outside = torch.arange(k.size(2), device=k.device) >= index[..., None]
+            scores = scores.masked_fill(outside[:, :, None], float("-inf"))
+            own = (q * own_k).sum(-1, keepdim=True) * scale
+            p = torch.softmax(torch.cat((scores, own), dim=-1), dim=-1)
+            mixed = torch.matmul(p[..., :-1], v[:, :, None]) + p[..., -1:] * own_v
+            # [m, H, g, s, D] -> [m, s, Hq, D]
+            out[at] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
+    return out
+
+
+def free(state: CacheState, slots: Tensor) -> None:
+    """See :func:`megatron.dmc.kernels.free`."""
+    rows = slots[slots >= 0].long()
+    pages = -(-state.lengths[rows].long() // state.page_size)
+    used = torch.arange(state.page_table.size(3), device=rows.device) < pages[..., None]
+    ids = state.page_table[rows][used]  # in the order (sequence, layer, head, page)
+    order = torch.arange(ids.numel(), device=rows.device)
+    state.free_pages[(state.counters[RETURNED] + order) % state.num_pages] = ids
+    state.counters[RETURNED] += ids.numel()
+    state.lengths[rows] = 0
+    state.segment[rows] = 0

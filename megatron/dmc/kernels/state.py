@@ -1,0 +1,184 @@
+"""The compressed cache of one engine and rank, as plain tensors that every kernel reads and writes in place.
+
+L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer, head)
+has its own number of slots, kept in pages that belong to it alone; a page holds slots of one head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PAGE_SIZES = (16, 32, 64)
+
+_HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # of Linux
+
+TAKEN, RETURNED = range(2)  # what ``counters`` counts
+
+
+@dataclass
+class CacheState:
+    """All fields but the counts are device tensors; no kernel waits for the device to read one."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    """[num_pages, page_size, D], model dtype; keys rotated at the position of their slot's newest token."""
+    page_table: Tensor
+    """int32 [rows, L, H, max_pages], page ids; what lies beyond the length is garbage."""
+    lengths: Tensor
+    """int32 [rows, L, H], slots in use; 0: no token yet."""
+    ring_k: Tensor
+    ring_v: Tensor
+    """[rows, L, H, R, D], un-rotated keys and values of the open slot. Token i of the segment lies at i mod W, in the model's
+    dtype; R = W. Without a window R = 1, and it is the fp32 mean of the segment so far. R = 0 for a plain model."""
+    ring_w: Tensor
+    """fp32 [rows, L, H, R], omega of these tokens; without a window their total."""
+    segment: Tensor
+    """int32 [rows, L, H], tokens in the open slot; 0 before the first token. Entries of the ring beyond it are garbage."""
+    free_pages: Tensor
+    """int32 [num_pages], a ring of page ids: entries [taken, returned + num_pages), modulo num_pages, are free."""
+    counters: Tensor
+    """int64 [2]: pages taken and pages returned since the start, never reset."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order in which the kernels take them."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def num_pages(self) -> int:
+        return self.k_pages.size(0)
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.size(1)
+
+    @property
+    def head_dim(self) -> int:
+        return self.k_pages.size(2)
+
+    @property
+    def max_slots(self) -> int:
+        """Slots that a head can have, by its row of the page table."""
+        return self.page_table.size(3) * self.page_size
+
+    def free_count(self) -> int:
+        """Pages that are free. Waits for the device."""
+        taken, returned = self.counters.tolist()
+        return self.num_pages - (taken - returned)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+    def check_integrity(self, held: Optional[Tensor] = None) -> None:
+        """Every page is free or owned, once. Waits for the device.
+
+        Args:
+            held: page ids that somebody else owns (int [any]), for example a snapshot.
+
+        Raises:
+            RuntimeError: what is wrong and with which page.
+        """
+        lengths, table = self.lengths.cpu().long(), self.page_table.cpu().long()
+        if int(lengths.min()) < 0 or int(lengths.max()) > self.max_slots:
+            raise RuntimeError(f"lengths are outside of 0..{self.max_slots}: {int(lengths.min())}..{int(lengths.max())}")
+        pages = -(-lengths // self.page_size)
+        owned = table[torch.arange(table.size(3)) < pages[..., None]]
+        if held is not None:
+            owned = torch.cat((owned, held.cpu().long().flatten()))
+        taken, returned = self.counters.tolist()
+        if not 0 <= taken - returned <= self.num_pages:
+            raise RuntimeError(f"{taken} pages were taken and {returned} returned, of {self.num_pages}")
+        order = torch.arange(taken, returned + self.num_pages) % self.num_pages
+        free = self.free_pages.cpu().long()[order]
+        every = torch.cat((free, owned))
+        wrong = every[(every < 0) | (every >= self.num_pages)]
+        if wrong.numel():
+            raise RuntimeError(f"page id {int(wrong[0])} is not one of {self.num_pages} pages")
+        if every.numel() != self.num_pages:
+            raise RuntimeError(f"{free.numel()} free + {owned.numel()} used pages are not {self.num_pages}")
+        counts = every.bincount(minlength=self.num_pages)
+        if int(counts.max()) > 1:
+            page = int(counts.argmax())
+            where = "free and used" if bool((free == page).any()) and bool((owned == page).any()) else "held twice"
+            raise RuntimeError(f"page {page} is {where}")
+
+
+def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros, in huge pages of the operating system where it has them: heads' pages lie in any order, and with 4 KiB each of them
+    would cost a walk through the translation tables."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    size = x.numel() * x.element_size()
+    if x.device.type == "cpu" and size >= 2 * _HUGE_PAGE and sys.platform == "linux":
+        begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (x.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
+        # Before the first touch. It is a wish: a kernel without huge pages returns an error, and nothing is lost.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
+    return x.zero_()
+
+
+def make_state(
+    *,
+    num_pages: int,
+    max_seqs: int,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_slots: int,
+    page_size: int = 16,
+    window: Optional[int] = 12,
+    compress: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> CacheState:
+    """An empty cache.
+
+    Args:
+        num_pages: single-head pages of the pool, for all layers.
+        max_seqs: rows.
+        max_slots: longest cache of one head, in slots: for a model that may not compress, its longest sequence.
+        window: W, or None for an unbounded one. compress: False for a plain model, which needs no ring.
+
+    Raises:
+        ValueError: a shape, dtype or page size that the kernels do not take.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"a cache of {dtype} is not possible; use one of {', '.join(map(str, DTYPES))}")
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size {page_size} is not possible; use one of {PAGE_SIZES}")
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"head_dim {head_dim} is not possible; the kernels take multiples of 8 up to 256")
+    if window is not None and not 1 <= window <= 64:
+        raise ValueError(f"a pooling window of {window} is not possible; the kernels take 1 to 64, or None")
+    sizes = {"num_pages": num_pages, "max_seqs": max_seqs, "num_layers": num_layers, "num_kv_heads": num_kv_heads}
+    for name, value in {**sizes, "max_slots": max_slots}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if num_pages >= 2**31:
+        raise ValueError(f"num_pages is {num_pages}; page ids are 32-bit")
+    ring = 0 if not compress else 1 if window is None else window
+    ring_dtype = torch.float32 if window is None else dtype
+    heads = (max_seqs, num_layers, num_kv_heads)
+
+    def zeros(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=of, device=device)
+
+    return CacheState(
+        k_pages=_pool((num_pages, page_size, head_dim), dtype, device),
+        v_pages=_pool((num_pages, page_size, head_dim), dtype, device),
+        page_table=zeros(*heads, -(-max_slots // page_size)),
+        lengths=zeros(*heads),
+        ring_k=zeros(*heads, ring, head_dim, of=ring_dtype),
+        ring_v=zeros(*heads, ring, head_dim, of=ring_dtype),
+        ring_w=zeros(*heads, ring, of=torch.float32),
+        segment=zeros(*heads),
+        free_pages=torch.arange(num_pages, dtype=torch.int32, device=device),
+        counters=zeros(2, of=torch.int64),
+    )
