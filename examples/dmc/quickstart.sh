@@ -77,12 +77,12 @@ python -m megatron.dmc.evaluation.report --tokenizer "$OUT/data/tokenizer.model"
     --row "DMC 4x=$OUT/dmc-4x:control, tokens of 4x" \
     --curves "$OUT"/tensorboard/* --output "$OUT/report"
 
-step "6. Text from the compressed cache, one token at a time"
-python -m megatron.dmc.evaluation.generate --load "$OUT/dmc-4x" --tokenizer "$OUT/data/tokenizer.model" \
-    --prompt $'class Server:\n    """A simple server.\n\n    The server' --max-tokens 160 --temperature 0.7 --top-p 0.9
-
-step "7. A Hugging Face directory: for transformers (trust_remote_code=True), lm-eval and the server"
+step "6. A Hugging Face directory: for the engine, transformers (trust_remote_code=True) and lm-eval"
 python tools/convert_checkpoint.py export --load "$OUT/dmc-4x" --save "$OUT/hf" --overwrite
 python tools/convert_checkpoint.py inspect "$OUT/hf"
+
+step "7. Text from the compressed cache"
+dmc generate "$OUT/hf" --prompt $'class Server:\n    """A simple server.\n\n    The server' \
+    --max-tokens 160 --temperature 0.7 --top-p 0.9 --seed 1 --stats
 
 step "done: $OUT/report holds report.md, cr_by_head.png and curves.png"

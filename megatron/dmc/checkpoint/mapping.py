@@ -15,6 +15,7 @@ from megatron.dmc.config import DMCConfig, ModelConfig
 
 DMC_FORMAT_VERSION = 1
 DMC_MODEL_TYPE = "dmc"
+_DMC_KEYS = ("base_model_type", "decision_bias", "window", "importance_epsilon", "stage")
 DMC_ARCHITECTURE = "DMCForCausalLM"
 DMC_AUTO_MAP = {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"}
 COMPRESSED_STAGES = ("retrofit", "finetune")
@@ -233,6 +234,9 @@ def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
     if block.get("format_version") != DMC_FORMAT_VERSION:
         raise ValueError(f"config.json: dmc.format_version is {block.get('format_version')!r}; this version reads "
                          f"{DMC_FORMAT_VERSION}")  # fmt: skip
+    missing = [key for key in _DMC_KEYS if key not in block]
+    if missing:
+        raise ValueError(f"config.json: dmc.{missing[0]} is missing; the block needs {', '.join(_DMC_KEYS)}")
     dmc = DMCConfig(decision_bias=block["decision_bias"], window=block["window"], importance_epsilon=block["importance_epsilon"])
     dmc.check()
     return dmc

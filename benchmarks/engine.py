@@ -1,0 +1,189 @@
+"""Decoding with the inference engine: CR 4 against CR 1 at the same cache memory, and the plain model against transformers.
+
+A random Llama whose heads merge three tokens of four, each head others: the decision neuron reads channels of the embedding that
+nothing else writes. The plain model has the same weights. Ratios are of interleaved rounds in one run.
+
+1. Cache memory for ``--sequences`` contexts at CR 1. Both engines take in as many sequences of ``--context`` tokens as fit, then
+   decode: tokens per second of all sequences together, sequences, share of empty slots in the pages.
+2. The plain model in the engine and in transformers' ``generate`` with its dynamic cache: same prompts, greedy, batch 1 and 16.
+
+Targets (--check): 1. at least 3.6 times the sequences and 3 times the tokens per second. 2. at least 1.5 times the tokens per
+second at both batch sizes, and the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _common import ROOT, add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+
+sys.path.insert(0, str(ROOT))
+from megatron.dmc.inference import LLM, SamplingParams  # noqa: E402
+from megatron.dmc.kernels import active_backend  # noqa: E402
+
+SEQUENCES_TARGET, DECODE_TARGET, TRANSFORMERS_TARGET = 3.6, 3.0, 1.5
+SIGNALS = 64  # channels of the embedding that decide
+STEPS = 4  # decoding steps per measurement
+
+
+def write_models(directory: Path, args: argparse.Namespace, dtype: torch.dtype) -> tuple[Path, Path]:
+    """The same random weights as a DMC and as a plain directory."""
+    from safetensors.torch import save_file
+
+    h, heads, d, ffn, vocabulary = args.hidden, args.heads, args.head_dim, 2 * args.hidden, 1024
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    embedding = torch.randn(vocabulary, h, generator=generator)
+    # A token says "append" in a quarter of these channels.
+    embedding[:, :SIGNALS] = torch.where(torch.rand(vocabulary, SIGNALS, generator=generator) < 0.25, -1.0, 1.0)
+    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(h), "lm_head.weight": draw(vocabulary, h)}
+    for n in range(args.layers):
+        name = f"model.layers.{n}."
+        for projection in "qkv":
+            weights[f"{name}self_attn.{projection}_proj.weight"] = draw(heads * d, h)
+        neurons = weights[f"{name}self_attn.k_proj.weight"].view(heads, d, h)[:, -1]
+        neurons.zero_()
+        neurons[torch.arange(heads), (torch.arange(heads) + n * heads) % SIGNALS] = 1.0
+        shapes = {"self_attn.o_proj": (h, heads * d), "mlp.gate_proj": (ffn, h), "mlp.up_proj": (ffn, h), "mlp.down_proj": (h, ffn)}
+        for part, (rows, columns) in shapes.items():
+            weights[f"{name}{part}.weight"] = draw(rows, columns)
+        for part in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"{name}{part}.weight"][:SIGNALS] = 0
+        weights |= {f"{name}{norm}.weight": torch.ones(h) for norm in ("input_layernorm", "post_attention_layernorm")}
+    plain = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=h, intermediate_size=ffn, rope_theta=1e4,
+                 num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=d, rms_norm_eps=1e-5,
+                 vocab_size=vocabulary, max_position_embeddings=args.context + 4096, tie_word_embeddings=False, hidden_act="silu",
+                 torch_dtype=str(dtype).removeprefix("torch."))  # fmt: skip
+    block = dict(format_version=1, base_model_type="llama", decision_bias=0.0, window=12, importance_epsilon=2.0**-7,
+                 add_qkv_bias=False, qk_layernorm=False, stage="finetune", step=1, target_cr=4.0, measured_cr=4.0)  # fmt: skip
+    compressed = {**plain, "architectures": ["DMCForCausalLM"], "model_type": "dmc", "dmc": block}
+    for name, config in (("dmc", compressed), ("plain", plain)):
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text(json.dumps(config))
+        file = directory / name / "model.safetensors"
+        save_file({key: value.to(dtype).contiguous() for key, value in weights.items()}, file, {"format": "pt"})
+    return directory / "dmc", directory / "plain"
+
+
+def prompts(count: int, length: int, seed: int = 1) -> list[list[int]]:
+    return torch.randint(1, 1024, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def filled(path: Path, args: argparse.Namespace, device: torch.device) -> LLM:
+    """An engine with as many decoding sequences as its cache takes. The rest of the requests is gone."""
+    heads = args.layers * args.heads
+    # A few pages more per head, for what is decoded while others are still read.
+    pages = args.sequences * heads * (-(-args.context // 16) + 5)
+    llm = LLM(path, device=device.type, num_pages=pages, max_num_seqs=6 * args.sequences, max_num_batched_tokens=args.step_tokens)
+    engine = llm.engine
+    for i, prompt in enumerate(prompts(6 * args.sequences, args.context)):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True))
+    while True:
+        before = list(engine.scheduler.running)
+        all_decode = bool(before) and all(sequence.remaining == 1 for sequence in before)
+        engine.step()
+        if all_decode and engine.scheduler.running == before:
+            break  # there was nothing to read, and still no room for another
+    for sequence in list(engine.scheduler.waiting):
+        engine.abort(sequence.request_id)
+    return llm
+
+
+def fixed_memory(dmc: Path, plain: Path, args: argparse.Namespace, device: torch.device) -> tuple[dict, list[str]]:
+    engines = {"CR 4": filled(dmc, args, device).engine, "CR 1": filled(plain, args, device).engine}
+    before = {name: engine.stats() for name, engine in engines.items()}
+
+    def run(engine):
+        return lambda: [engine.step() for _ in range(STEPS)]
+
+    # So few rounds that what is decoded stays within the pages that are left.
+    times = interleave({name: run(engine) for name, engine in engines.items()}, device, seconds=args.seconds, rounds=(2, 3))
+    after = {name: engine.stats() for name, engine in engines.items()}
+    assert all(after[name].running == stats.running and not after[name].preemptions for name, stats in before.items())
+    per_token = {name: [t / before[name].running for t in series] for name, series in times.items()}
+    figures = {
+        name: {"sequences": s.running, "compression_ratio": s.compression_ratio, "waste": s.waste, "pages": s.pages,
+               "tokens_per_second": spread([1e3 * STEPS / t for t in per_token[name]]),
+               "step_ms": spread([t / STEPS for t in times[name]])}
+        for name, s in before.items()
+    }  # fmt: skip
+    more, faster = before["CR 4"].running / before["CR 1"].running, ratio(per_token["CR 1"], per_token["CR 4"])
+    rows = [(name, f["sequences"], f["compression_ratio"], f"{f['waste']:.1%}", f["step_ms"]["median"],
+             f["tokens_per_second"]["median"]) for name, f in figures.items()]  # fmt: skip
+    print(table(("", "sequences", "CR", "empty", "ms/step", "tokens/s"), rows))
+    print(f"{more:.2f} times the sequences, {faster['median']:.2f} times the tokens/s [{faster['min']:.2f}, {faster['max']:.2f}]\n")
+    missed = [f"{more:.2f} times the sequences, not {SEQUENCES_TARGET}"] if more < SEQUENCES_TARGET else []
+    if faster["median"] < DECODE_TARGET:
+        missed.append(f"{faster['median']:.2f} times the tokens per second of CR 1, not {DECODE_TARGET}")
+    return {**figures, "sequences_ratio": more, "tokens_ratio": faster}, missed
+
+
+def against_transformers(plain: Path, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[dict, list[str]]:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype).to(device).eval()
+    llm = LLM(plain, device=device.type, max_num_seqs=16, max_num_batched_tokens=args.step_tokens,
+              num_pages=16 * args.layers * args.heads * (-(-(args.prompt + args.new_tokens) // 16) + 1))  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
+    figures, missed, rows = {}, [], []
+    for batch in (1, 16):
+        ids = prompts(batch, args.prompt, seed=batch)
+        tensor, found = torch.tensor(ids, device=device), {}
+
+        def engine(ids=ids, found=found):
+            found["engine"] = [r.outputs[0].token_ids for r in llm.generate(ids, params)]
+
+        def transformers(tensor=tensor, found=found):
+            out = reference.generate(tensor, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=False,
+                                     attention_mask=torch.ones_like(tensor), pad_token_id=0)  # fmt: skip
+            found["transformers"] = out[:, args.prompt :].tolist()
+
+        times = interleave({"engine": engine, "transformers": transformers}, device, seconds=args.seconds, rounds=(3, 9))
+        faster = ratio(times["transformers"], times["engine"])
+        same = sum(a == b for one, two in zip(found["engine"], found["transformers"]) for a, b in zip(one, two))
+        same /= batch * args.new_tokens
+        speed = {name: spread([1e3 * batch * args.new_tokens / t for t in series]) for name, series in times.items()}
+        figures[f"batch {batch}"] = {"tokens_per_second": speed, "ratio": faster, "same_tokens": same}
+        rows.append((batch, speed["engine"]["median"], speed["transformers"]["median"], faster["median"], f"{same:.1%}"))
+        if faster["median"] < TRANSFORMERS_TARGET:
+            missed.append(f"batch {batch}: {faster['median']:.2f} times transformers' tokens per second, not {TRANSFORMERS_TARGET}")
+        if dtype == torch.float32 and same < 1:
+            missed.append(f"batch {batch}: {same:.1%} of the tokens are transformers'")
+    print(table(("batch", "engine tokens/s", "transformers", "ratio", "same tokens"), rows))
+    return figures, missed
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    add_device(parser)
+    for name, value, text in (
+        ("layers", 4, ""), ("hidden", 512, ""), ("heads", 32, "query and KV heads"), ("head-dim", 64, ""),
+        ("context", 2048, "tokens of a sequence before it decodes"), ("sequences", 4, "that the cache holds at CR 1"),
+        ("step-tokens", 512, "of a step"), ("prompt", 512, "tokens, against transformers"),
+        ("new-tokens", 64, "against transformers"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, help=text)
+    parser.add_argument("--seconds", type=float, default=30, help="of each comparison")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    device, dtype = resolve_device(args)
+    backend = active_backend(device.type)
+    print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, {dtype}, kernels: {backend}\n")
+    with tempfile.TemporaryDirectory() as name:
+        dmc, plain = write_models(Path(name), args, dtype)
+        memory, missed = fixed_memory(dmc, plain, args, device)
+        reference, more = against_transformers(plain, args, device, dtype)
+    finish(args, "engine", {"kernels": backend, "fixed_memory": memory, "transformers": reference}, [*missed, *more], began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Settings of the engine. Names are vLLM's where a concept is the same."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from megatron.dmc.config import ModelConfig
+from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.inference.weights import ModelInfo
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may use. ``None``: chosen from the model and the machine."""
+
+    dtype: str | torch.dtype = "auto"
+    """auto (that of the files), float32, bfloat16, float16."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    tensor_parallel_size: int = 1
+    max_model_len: Optional[int] = None
+    """Longest sequence, prompt and answer, in tokens. None: the model's."""
+    max_num_seqs: Optional[int] = None
+    """Sequences that are in the cache at a time. None: 256 on a GPU, 32 on a CPU, fewer for a short memory."""
+    max_num_batched_tokens: Optional[int] = None
+    """Tokens of one step. None: 2048 on a GPU, 512 on a CPU."""
+    block_size: int = 16
+    """Slots of a page."""
+    num_pages: Optional[int] = None
+    """Single-head pages of the pool, on each rank; instead of bytes."""
+    kv_cache_memory_bytes: Optional[int] = None
+    """Of the cache on each rank, tables and all. None: on a GPU what ``gpu_memory_utilization`` leaves, on a CPU at most 4 GiB and
+    half of what is free; never more than ``max_num_seqs`` of the longest sequences need."""
+    gpu_memory_utilization: float = 0.9
+    seed: int = 0
+    """Of requests that have none."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages",
+                     "kv_cache_memory_bytes"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be an integer, at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1")
+
+    def torch_device(self) -> torch.device:
+        """Raises ``ValueError`` when it is not there."""
+        if self.device == "auto":
+            return self._of_this_rank(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {self.device!r}; use auto, cpu or cuda") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device!r}, and no GPU can be used here; use cpu")
+        return self._of_this_rank(device)
+
+    def _of_this_rank(self, device: torch.device) -> torch.device:
+        """torchrun's processes have a GPU each."""
+        if device.type == "cuda" and device.index is None and self.tensor_parallel_size > 1:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return device
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What ``None`` came to."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_pages: int
+    page_bytes: int
+    row_bytes: int
+
+
+def _available_bytes(config: EngineConfig, device: torch.device) -> int:
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, free - int((1 - config.gpu_memory_utilization) * total))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(4 << 30, free // 2)
+
+
+def _rows(config: EngineConfig, device: torch.device, each: int, available: int, tokens: int) -> int:
+    """Rows whose tables and rings take at most an eighth of the memory, when the number is left to us."""
+    if config.max_num_seqs is not None:
+        return config.max_num_seqs
+    most = 256 if device.type == "cuda" else 32
+    return max(1, min(most, tokens, available // 8 // each)) if config.num_pages is None else min(most, tokens)
+
+
+def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Sizes:
+    """Sizes for this model on this machine.
+
+    Raises:
+        ValueError: a longer sequence than the model has positions for, or a memory without room for one page per head.
+    """
+    model: ModelConfig = info.model
+    longest = config.max_model_len or model.max_position_embeddings
+    if longest > model.max_position_embeddings:
+        raise ValueError(f"max_model_len is {longest}; the model has {model.max_position_embeddings} positions")
+    tokens = config.max_num_batched_tokens or (2048 if device.type == "cuda" else 512)
+    heads = model.num_layers * model.kv_heads // config.tensor_parallel_size
+    ring = 0 if not info.compresses else 1 if info.window is None else info.window
+    per_row = row_bytes(heads, model.head_dim, longest, config.block_size, ring, torch.float32 if info.window is None else dtype)
+    per_page = page_bytes(config.block_size, model.head_dim, dtype)
+    available = _available_bytes(config, device)
+    rows = _rows(config, device, per_row, available, tokens)
+    if tokens < rows:
+        raise ValueError(f"max_num_batched_tokens is {tokens}, less than max_num_seqs {rows}; every sequence needs one per step")
+    pages = config.num_pages or (available - rows * per_row) // (per_page + 4)
+    if pages < heads:
+        needed = heads * (per_page + 4) + rows * per_row
+        raise ValueError(f"the cache would have {max(0, pages)} pages, and the {heads} heads of all layers take one each for a "
+                         f"first token; give kv_cache_memory_bytes {needed} or more")  # fmt: skip
+    most = rows * heads * -(-longest // config.block_size)
+    return Sizes(longest, rows, tokens, min(pages, most), per_page, per_row)

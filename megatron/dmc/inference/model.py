@@ -1,0 +1,209 @@
+"""The serving model: a Llama-family decoder in plain PyTorch over the paged compressed cache. Plain models run at CR 1.
+
+A step is one flat run of T tokens of n sequences: decoding ones with one token each come first, chunks of prompts follow.
+h hidden, Hq query heads, H KV heads, D head dimension; heads are those of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.dmc import kernels
+from megatron.dmc.checkpoint import hf
+from megatron.dmc.inference.parallel import TensorParallel
+from megatron.dmc.inference.weights import ModelInfo, Reader, read_info
+from megatron.dmc.kernels.state import CacheState
+from megatron.dmc.ops import rotary_frequencies
+
+
+class Piece(NamedTuple):
+    """Some tokens of one sequence."""
+
+    row: int
+    """Of the cache."""
+    start: int
+    """Position of the first token."""
+    tokens: Sequence[int]
+    logits: int
+    """Of the last so many tokens."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The input of one step, on the model's device."""
+
+    tokens: Tensor
+    """int64 [T]."""
+    positions: Tensor
+    """int32 [T], of each token in its sequence."""
+    cu_seqlens: Tensor
+    """int32 [n + 1], where each sequence's tokens begin."""
+    rows: Tensor
+    """int32 [n], each sequence's row of the cache."""
+    decoding: int
+    """The first so many sequences have one token each."""
+    logits_at: Tensor
+    """int64 [m], the tokens whose logits are wanted."""
+
+    @classmethod
+    def build(cls, pieces: Sequence[Piece], device: torch.device) -> Batch:
+        """``pieces``: those with one token first."""
+        counts = [len(piece.tokens) for piece in pieces]
+        ends = torch.tensor([0, *counts]).cumsum(0)
+        wanted: list[int] = []
+        for piece, end in zip(pieces, ends[1:].tolist()):
+            wanted += range(end - piece.logits, end)
+        decoding = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        assert all(count > 1 for count in counts[decoding:])
+        at = [position for piece in pieces for position in range(piece.start, piece.start + len(piece.tokens))]
+        positions = torch.tensor(at, dtype=torch.int32)
+        flat = torch.tensor([token for piece in pieces for token in piece.tokens])
+        rows = torch.tensor([piece.row for piece in pieces], dtype=torch.int32)
+        moved = (x.to(device, non_blocking=True) for x in (flat, positions, ends.to(torch.int32), rows))
+        return cls(*moved, decoding, torch.tensor(wanted, dtype=torch.long).to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer, this rank's part."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    """[(Hq + 2 H) D, h]: queries, keys, values."""
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    """[D]"""
+    out: Tensor
+    """[h, Hq D]"""
+    mlp_norm: Tensor
+    gate_up: Tensor
+    """[2 F, h]: gates, then ups."""
+    down: Tensor
+    """[h, F]"""
+
+
+def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool) -> Layer:
+    name = f"model.layers.{n}."
+    attention, mlp = name + "self_attn.", name + "mlp."
+    return Layer(
+        input_norm=reader.whole(name + "input_layernorm.weight"),
+        qkv=reader.rows([f"{attention}{x}_proj.weight" for x in "qkv"]),
+        qkv_bias=reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None,
+        q_norm=reader.whole(attention + "q_norm.weight") if qk_norm else None,
+        k_norm=reader.whole(attention + "k_norm.weight") if qk_norm else None,
+        out=reader.columns(attention + "o_proj.weight"),
+        mlp_norm=reader.whole(name + "post_attention_layernorm.weight"),
+        gate_up=reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")]),
+        down=reader.columns(mlp + "down_proj.weight"),
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: [T, in], [out, in] -> [T, out].
+
+    On a CPU in fp32, the product of 2 to 8 rows is 2 to 4 times faster the other way round: MKL then reads the weight as it lies,
+    where ``F.linear`` packs it first.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and 2 <= x.size(0) <= 8:
+        y = torch.mm(weight, x.t()).t().contiguous()
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+class Model:
+    """Weights and the forward pass. Holds nothing of any sequence: that is all in the :class:`CacheState`."""
+
+    def __init__(self, directory: hf.HFDirectory, info: ModelInfo, parallel: TensorParallel, dtype: torch.dtype,
+                 device: torch.device) -> None:  # fmt: skip
+        """Read this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
+        parallel.check(info.model)
+        self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
+        c = info.model
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads // parallel.size, c.kv_heads // parallel.size, c.head_dim
+        reader = Reader(directory, info, parallel, dtype, device)
+        self.embedding = reader.rows(["model.embed_tokens.weight"])
+        self.first_token = parallel.part(c.vocab_size)[0]
+        self.layers = [_read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm) for n in range(c.num_layers)]
+        self.norm = reader.whole("model.norm.weight")
+        self.head = reader.rows(["lm_head.weight"]) if c.untie_embeddings_and_output_weights else self.embedding
+        self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
+
+    def nbytes(self) -> int:
+        """Bytes of the weights on this rank."""
+        tensors = [self.embedding, self.norm, *(x for layer in self.layers for x in vars(layer).values() if x is not None)]
+        if self.head is not self.embedding:
+            tensors.append(self.head)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, state: CacheState) -> Tensor:
+        """Take the tokens into the cache; logits of the wanted ones, fp32 [m, vocabulary]."""
+        x = self._embed(batch.tokens)
+        for n, layer in enumerate(self.layers):
+            x = x + self.parallel.sum(self._attend(n, layer, self._normed(x, layer.input_norm), batch, state))
+            gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            x = x + self.parallel.sum(linear(F.silu(gate) * up, layer.down))
+        return self._logits(self._normed(x[batch.logits_at], self.norm))
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.info.model.norm_epsilon)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[T] -> [T, h]; a rank adds the rows that it holds."""
+        if self.parallel.size == 1:
+            return F.embedding(tokens, self.embedding)
+        local = tokens - self.first_token
+        here = (local >= 0) & (local < self.embedding.size(0))
+        x = F.embedding(local.masked_fill(~here, 0), self.embedding).masked_fill(~here[:, None], 0.0)
+        return self.parallel.sum(x)
+
+    def _attend(self, n: int, layer: Layer, x: Tensor, batch: Batch, state: CacheState) -> Tensor:
+        """[T, h] -> [T, h], this rank's share of the sum."""
+        q, k, v = self._project(layer, x)
+        dmc, chunks = self.info.dmc, batch.decoding < batch.rows.numel()
+        q, k_part, v_part, slot = kernels.append(
+            state, n, q, k, v, batch.cu_seqlens, batch.rows, batch.positions, self.inv_freq, bias=self.info.decision_bias,
+            epsilon=dmc.importance_epsilon if dmc else 0.0, window=self.info.window, compress=self.info.compresses, partial=chunks,
+        )  # fmt: skip
+        scale, d = 1 / math.sqrt(self.head_dim), batch.decoding
+        parts = []
+        if d:
+            parts.append(kernels.decode_attention(state, n, q[:d], batch.rows[:d], scale))
+        if chunks:
+            bounds = batch.cu_seqlens[d:] - d  # a decoding sequence has one token
+            parts.append(
+                kernels.prefill_attention(state, n, q[d:], k_part[d:], v_part[d:], slot[d:], bounds, batch.rows[d:], scale)
+            )
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # [T, Hq, D] -> [T, Hq D]
+        return linear(mixed.flatten(1), layer.out)
+
+    def _project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, h] -> queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
+        qkv = linear(x, layer.qkv, layer.qkv_bias).view(x.size(0), -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:  # the neuron is read after the norm
+            q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
+        return q, k, v
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[m, h] -> fp32 [m, vocabulary]"""
+        local, total = linear(x, self.head).float(), self.info.model.vocab_size
+        if self.parallel.size == 1:
+            return local
+        each = -(-total // self.parallel.size)
+        return self.parallel.columns(F.pad(local, (0, each - local.size(-1))), total)
+
+
+def load(path: str, parallel: TensorParallel, dtype: torch.dtype, device: torch.device) -> Model:
+    """The model of a Hugging Face directory, plain or exported. Raises ``ValueError``."""
+    directory = hf.open_directory(path)
+    return Model(directory, read_info(directory), parallel, dtype, device)

@@ -1,0 +1,95 @@
+"""Tokenizers and text: loading one, and turning tokens into text as they come, with stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.dmc.checkpoint import hf
+
+CONTEXT = 6  # tokens of the prompt that are decoded along: some tokenizers drop a leading space without them
+PENDING = 16  # tokens that may wait for the rest of a character
+
+
+def load_tokenizer(path: str | Path) -> Optional[Any]:
+    """transformers' tokenizer of a model directory; None where there are no tokenizer files.
+
+    Raises:
+        ValueError: transformers cannot load it.
+    """
+    path = Path(path)
+    if not any((path / name).is_file() for name in hf.TOKENIZER_FILES):
+        return None
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = None
+    if (path / "config.json").is_file():
+        block = hf.read_json(path / "config.json").get("dmc")
+        # An exported directory's model_type is not one that transformers knows: it would ask whether to run the modelling file.
+        config = AutoConfig.for_model(block["base_model_type"]) if isinstance(block, dict) and "base_model_type" in block else None
+    try:
+        return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types
+        raise ValueError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+class Detokenizer:
+    """Text of one answer, token by token.
+
+    ``text`` never ends in half a character and never holds a stop string. :meth:`take` gives what has not been given yet,
+    less what may still become a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool = True, stop: Sequence[str] = (),
+                 include_stop: bool = False) -> None:  # fmt: skip
+        self.tokenizer, self.skip, self.stop, self.include = tokenizer, skip_special_tokens, tuple(stop), include_stop
+        self.text = ""
+        self.stopped: Optional[str] = None
+        """The stop string that was met."""
+        self._ids = list(prompt[-CONTEXT:])
+        self._prefix, self._read = 0, len(self._ids)
+        self._given = 0
+        self._held = max((len(s) for s in self.stop), default=1) - 1
+
+    def push(self, token: int, check_stop: bool = True) -> None:
+        """Take one token; sets ``stopped`` when a stop string is complete."""
+        self._ids.append(token)
+        before = self._decode(self._prefix, self._read)
+        now = self._decode(self._prefix, len(self._ids))
+        waiting = now.endswith("\ufffd") and len(self._ids) - self._read < PENDING
+        if waiting or len(now) <= len(before):
+            return
+        self._prefix, self._read = self._read, len(self._ids)
+        self._append(now[len(before) :], check_stop)
+
+    def flush(self) -> None:
+        """The answer has ended: half a character is shown as what it is."""
+        if self.stopped is None:
+            before, now = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._ids))
+            self._append(now[len(before) :], check_stop=False)
+            self._prefix, self._read = self._read, len(self._ids)
+        self._held = 0
+
+    def take(self) -> str:
+        """Text since the last call."""
+        end = max(self._given, len(self.text) - self._held)
+        start, self._given = self._given, end
+        return self.text[start:end]
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=self.skip) if start < stop else ""
+
+    def _append(self, more: str, check_stop: bool) -> None:
+        old, self.text = len(self.text), self.text + more
+        if not check_stop or not self.stop:
+            return
+        found = []
+        for text in self.stop:
+            at = self.text.find(text, max(0, old - len(text) + 1))
+            if at >= 0:
+                found.append((at, text))
+        if found:
+            at, self.stopped = min(found)
+            self.text = self.text[: at + (len(self.stopped) if self.include else 0)]
+            self._held = 0

@@ -1,0 +1,153 @@
+"""Weights of a Hugging Face directory, plain or exported, streamed into the serving model's tensors. No file is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.checkpoint import hf, mapping
+from megatron.dmc.config import DMCConfig, ModelConfig
+from megatron.dmc.inference.parallel import TensorParallel
+
+NEVER = 1e9
+"""A decision bias above any logit: a model of stage zero_out appends every token, with the neuron out of attention."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What ``config.json`` says."""
+
+    path: Path
+    model: ModelConfig
+    dmc: Optional[DMCConfig]
+    """None: a plain model."""
+    stage: Optional[str]
+    expected_cr: float
+    """Tokens per slot that the model was measured, or trained, to reach; 1 for what does not merge."""
+    dtype: torch.dtype
+    """Of the weights in the files."""
+    eos: tuple[int, ...]
+    """Token ids that end a text."""
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the decision neuron is out of attention (a model of stage zero_out never merges, all the same)."""
+        return self.dmc is not None
+
+    @property
+    def decision_bias(self) -> float:
+        if self.dmc is None:
+            return NEVER
+        return self.dmc.decision_bias if self.stage in mapping.COMPRESSED_STAGES else NEVER
+
+    @property
+    def window(self) -> Optional[int]:
+        """W of the pooling; 1 where nothing is ever pooled, so that nothing is kept for it."""
+        return self.dmc.window if self.dmc is not None and self.stage in mapping.COMPRESSED_STAGES else 1
+
+
+def _dmc(config: dict) -> tuple[Optional[DMCConfig], Optional[str], float]:
+    """(settings, stage, expected CR) from the ``dmc`` block; (None, None, 1) for a plain model."""
+    if "dmc" not in config:
+        if config.get("model_type") == mapping.DMC_MODEL_TYPE:
+            raise ValueError("config.json is of a DMC model and has no dmc block; export the model again")
+        return None, None, 1.0
+    block = config["dmc"]
+    if not isinstance(block, dict):
+        raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
+    needed = ("format_version", "decision_bias", "window", "importance_epsilon", "stage", "base_model_type")
+    version = block.get("format_version")
+    if version == mapping.DMC_FORMAT_VERSION and (missing := [key for key in needed if key not in block]):
+        raise ValueError(f"config.json: the dmc block lacks {', '.join(missing)}; export the model again")
+    dmc, stage = mapping.dmc_from_hf_config(config), block["stage"]
+    if stage not in (*mapping.COMPRESSED_STAGES, "zero_out"):
+        raise ValueError(f"config.json: dmc.stage is {stage!r}; zero_out, retrofit and finetune can be served")
+    cr = block.get("measured_cr") or block.get("target_cr") or 1.0
+    return dmc, stage, max(1.0, float(cr)) if stage in mapping.COMPRESSED_STAGES else 1.0
+
+
+def _eos(path: Path, config: dict) -> tuple[int, ...]:
+    found: list[int] = []
+    generation = hf.read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    for source in (generation, config):
+        value = source.get("eos_token_id")
+        found += value if isinstance(value, list) else [value] if value is not None else []
+    return tuple(dict.fromkeys(found))
+
+
+def read_info(directory: hf.HFDirectory) -> ModelInfo:
+    """Raises ``ValueError`` for a configuration that the serving model does not compute, naming key and value."""
+    path, config = directory.path, directory.config
+    dmc, stage, cr = _dmc(config)
+    model = mapping.from_hf_config(config)
+    dtype = next(iter(directory.tensors.values())).dtype
+    return ModelInfo(path, model, dmc, stage, cr, dtype, _eos(path, config))
+
+
+class Reader:
+    """Reads tensors, or a rank's part of them, and checks names, shapes and values on the way."""
+
+    def __init__(self, directory: hf.HFDirectory, info: ModelInfo, parallel: TensorParallel, dtype: torch.dtype,
+                 device: torch.device) -> None:  # fmt: skip
+        self.parallel, self.dtype, self.device = parallel, dtype, device
+        family = mapping.family_of(directory.config)
+        self.shapes = mapping.hf_shapes(family, info.model)
+        tensors = {name: lazy for name, lazy in directory.tensors.items() if not name.endswith(family.dropped)}
+        if not info.model.untie_embeddings_and_output_weights:
+            tensors.pop("lm_head.weight", None)  # a copy of the embedding, in older files
+        hf.compare_names(tensors, self.shapes, str(directory.path))
+        for name, shape in self.shapes.items():
+            if tuple(tensors[name].shape) != tuple(shape):
+                raise ValueError(f"{tensors[name].name} has shape {list(tensors[name].shape)}; config.json asks for {list(shape)}")
+        self.tensors = tensors
+
+    def _fill(self, out: Tensor, name: str, rows: slice, columns: slice) -> None:
+        """Block by block: what is read is converted, moved and forgotten."""
+        lazy = self.tensors[name]
+        step = max(1, (32 << 20) // max(1, lazy.row_bytes))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            block = lazy.read(start, stop)
+            if not torch.isfinite(block.sum(dtype=torch.float32)) and not torch.isfinite(block).all():
+                raise ValueError(f"{lazy.name} holds NaN or infinite values (rows {start} to {stop - 1}); copy or export it again")
+            out[start - rows.start : stop - rows.start] = block[..., columns] if block.dim() > 1 else block
+
+    def whole(self, name: str) -> Tensor:
+        return self.rows([name], lambda n: (0, n))
+
+    def rows(self, names: list[str], part: Optional[Callable[[int], tuple[int, int]]] = None) -> Tensor:
+        """This rank's rows of each tensor, one below the other, in the model's dtype and on its device."""
+        part = part or self.parallel.part
+        slices = [slice(*part(self.shapes[name][0])) for name in names]
+        total = sum(rows.stop - rows.start for rows in slices)
+        out = torch.empty((total, *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
+        at = 0
+        for name, rows in zip(names, slices, strict=True):
+            self._fill(out[at : at + rows.stop - rows.start], name, rows, slice(None))
+            at += rows.stop - rows.start
+        return out
+
+    def columns(self, name: str) -> Tensor:
+        """This rank's columns of a matrix."""
+        rows, total = self.shapes[name]
+        start, stop = self.parallel.part(total)
+        out = torch.empty((rows, stop - start), dtype=self.dtype, device=self.device)
+        self._fill(out, name, slice(0, rows), slice(start, stop))
+        return out
+
+
+def dtype_of(name: str | torch.dtype, info: ModelInfo, device: torch.device) -> torch.dtype:
+    """What "auto" or a name asks for. auto: that of the files; on a CPU, fp32 for fp16, which few CPUs compute in."""
+    if isinstance(name, torch.dtype):
+        return name
+    known: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" and info.dtype == torch.float16 else info.dtype
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; use auto, {', '.join(known)}")
+    return known[name]
