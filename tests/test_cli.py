@@ -216,7 +216,9 @@ def test_stages_need_what_they_start_from(refused, data, tmp_path):
 def test_another_model(refused, data, tmp_path):
     checkpoint(tmp_path / "p", "pretrain")
     refused(tiny.command(data, "zero_out", init_from="p", save="z", hidden_size=64), "model.hidden_size is 64", "with 32")
-    refused(tiny.command(data, "zero_out", init_from="p", save="z", decision_bias=4), "dmc.decision_bias is 4.0", "with 5.0")
+    # How a model decides is its own from the first stage that compresses.
+    checkpoint(tmp_path / "r", "retrofit", target_cr=2.0)
+    refused(tiny.command(data, "finetune", init_from="r", save="f", decision_bias=4), "dmc.decision_bias is 4.0", "with 5.0")
 
 
 @pytest.mark.parametrize("change, says", [

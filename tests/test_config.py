@@ -233,6 +233,15 @@ def test_a_model_other_than_the_checkpoints_is_refused(tmp_path):
     assert resolve("--config", str(path), saved=saved).model == RunConfig().model
 
 
+def test_decisions_may_be_chosen_until_a_stage_compresses():
+    saved = RunConfig().to_dict()
+    saved["stage"]["stage"] = "pretrain"  # as of an imported model
+    assert resolve("--decision-bias", "3", saved=saved).dmc.decision_bias == 3.0
+    saved["stage"]["stage"] = "finetune"
+    with pytest.raises(ValueError, match="dmc.decision_bias is 3.0, but the checkpoint was trained with 5.0"):
+        resolve("--decision-bias", "3", saved=saved)
+
+
 def test_rope_scaling_and_switches_by_flag():
     scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=8192)
