@@ -130,7 +130,8 @@ _INERT = {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_t
           "output_hidden_states", "return_dict", "return_dict_in_generate", "torchscript", "chunk_size_feed_forward", "id2label",
           "label2id", "problem_type", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
           "is_encoder_decoder", "is_decoder", "max_sequence_length", "model_max_length", "tokenizer_class", "task_specific_params",
-          "unsloth_version", "unsloth_fixed", "keys_to_ignore_at_inference"}  # fmt: skip
+          "unsloth_version", "unsloth_fixed", "keys_to_ignore_at_inference", "max_length", "do_sample", "temperature", "top_p",
+          "top_k"}  # fmt: skip
 
 
 def base_config(config: dict) -> dict:
