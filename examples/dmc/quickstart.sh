@@ -67,6 +67,7 @@ retrofit --stage finetune --train-iters 240 --seed 4 --loss-weight 0.5 "${DECAY[
 step "3d. Wait for the control"
 wait "$CONTROL" || { tail "$OUT/control.log" >&2; exit 1; }
 trap - EXIT
+unset OMP_NUM_THREADS
 
 step "4, 5. The table and the pictures: validation with hard decisions, as inference takes them"
 python -m megatron.dmc.evaluation.report --tokenizer "$OUT/data/tokenizer.model" --data "$OUT/data/valid" \
