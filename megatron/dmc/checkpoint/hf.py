@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy, PieceWriter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -149,21 +149,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy], seen: Optional[Ca
     behind, buffers = Behind(), Buffers()
     with open(path, "wb", buffering=0) as file:
         try:
-            _write_all(file, len(text).to_bytes(8, "little") + text)
+            out = PieceWriter(file)
+            out.write(len(text).to_bytes(8, "little") + text)
             for name, tensor in tensors.items():
                 for _, block in tensor.blocks(buffers=buffers):
                     if seen is not None:
                         seen(name, block)
-                    behind(_write_all, file, block.view(torch.uint8).reshape(-1).numpy())
+                    behind(out.write, block.view(torch.uint8).reshape(-1).numpy())
         finally:
             behind.finish()  # before the file is closed
         os.fsync(file.fileno())
-
-
-def _write_all(file: Any, data: Any) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[file.write(view) :]
 
 
 def shard_layout(tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:

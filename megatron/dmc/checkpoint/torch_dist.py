@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy, PieceWriter
 
 LAYERS = "decoder.layers."
 CHUNK_BYTES = 64 << 20
@@ -243,7 +243,7 @@ class DistWriter:
             self._files += 1
         start = self._file.tell()
         try:
-            torch.save(piece, self._file)
+            torch.save(piece, PieceWriter(self._file))
         except RuntimeError as error:
             # What torch says when it closes the file that could not be written hides why.
             if isinstance(error.__context__, OSError):
