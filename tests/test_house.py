@@ -92,8 +92,9 @@ RULES = {
     "checkpoint.mapping": Rule(("config", "checkpoint.mapping"), MEGATRON),
     "checkpoint.tensors": Rule(("checkpoint.tensors",), MEGATRON),
     "checkpoint.pickled": Rule(("checkpoint.tensors", "checkpoint.pickled"), MEGATRON),
+    "checkpoint.direct": Rule((), ("torch", *MEGATRON)),
     "checkpoint.hf": Rule(
-        ("config", "checkpoint.mapping", "checkpoint.tensors", "checkpoint.pickled", "checkpoint.hf"), MEGATRON
+        ("config", *(f"checkpoint.{name}" for name in ("mapping", "tensors", "direct", "pickled", "hf"))), MEGATRON
     ),
     # Copied into exported directories, where this package is not.
     "checkpoint.remote_code": Rule(("checkpoint.remote_code",), ("megatron.core",), ("torch", "transformers")),

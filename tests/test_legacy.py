@@ -25,8 +25,9 @@ import convert_checkpoint
 from megatron.dmc.checkpoint import convert, legacy, tensors
 from megatron.dmc.checkpoint.convert import Progress
 from megatron.dmc.checkpoint.describe import describe
+from megatron.dmc.checkpoint.legacy_file import megatron_objects
 from megatron.dmc.checkpoint.manifest import read_manifest
-from megatron.dmc.checkpoint.pickled import load_lazily, megatron_objects
+from megatron.dmc.checkpoint.pickled import load_lazily
 from megatron.dmc.checkpoint.torch_dist import DistReader
 from megatron.dmc.config import DMCConfig, ModelConfig
 

@@ -199,7 +199,7 @@ def _hang(where: str, marker: Path) -> None:
         "pause": (Trainer, "_loss"),
         "metadata": (serialization, "save_config"),
         "manifest": (dist.Manifest, "write"),
-        "rename": (dist, "_sync"),
+        "rename": (dist, "sync_tree"),
     }[name]
     inner, count = getattr(owner, attribute), 0
 

@@ -7,7 +7,7 @@
     convert_checkpoint.py verify  --hf DIR --load DIR [--logits]
     convert_checkpoint.py inspect DIR                          # what is this?
 
-Streams: memory stays below a gigabyte for any size. Wrong input ends with one message and status 2, and leaves nothing.
+Streams: memory does not grow with the model. Wrong input ends with one message and status 2, and leaves nothing.
 """
 
 from __future__ import annotations

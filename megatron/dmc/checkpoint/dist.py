@@ -27,6 +27,7 @@ from megatron.dmc.checkpoint.manifest import (
     iteration_directory,
     write_hf_files,
 )
+from megatron.dmc.checkpoint.staging import sync, sync_tree
 from megatron.dmc.model import DMCGPTModel
 
 # The layout-free format of the distributed optimizer: any data-, tensor- and pipeline-parallel size may load it.
@@ -94,11 +95,11 @@ def save(
         write_hf_files(temporary, hf_files or {})
         manifest.has_optimizer = optimizer is not None
         manifest.write(temporary)
-        _sync(temporary)
+        sync_tree(temporary)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
-        _sync_directory(directory)
+        sync(directory)
         latest = directory / (LATEST + ".tmp")
         latest.write_text(f"{manifest.iteration}\n")
         os.replace(latest, directory / LATEST)
@@ -125,30 +126,10 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _sync(directory: Path) -> None:
-    """Flush to disk: after a power cut a rename must not be all that is left."""
-    for path in directory.rglob("*"):
-        if path.is_dir():
-            _sync_directory(path)
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def load(
     directory: Path,
     chunks: list[DMCGPTModel],
     optimizer: Optional[MegatronOptimizer] = None,
-    before_optimizer: Optional[Callable[[], None]] = None,
 ) -> None:
     """Load weights, and the optimizer's state when it is given, from one checkpoint, in any layout.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron.dmc.checkpoint.direct import DirectFile
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy, PieceWriter
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -147,18 +147,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Lazy], seen: Optional[Ca
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     behind, buffers = Behind(), Buffers()
-    with open(path, "wb", buffering=0) as file:
+    with DirectFile(path) as file:
         try:
-            out = PieceWriter(file)
-            out.write(len(text).to_bytes(8, "little") + text)
+            file.write(len(text).to_bytes(8, "little") + text)
             for name, tensor in tensors.items():
                 for _, block in tensor.blocks(buffers=buffers):
                     if seen is not None:
                         seen(name, block)
-                    behind(out.write, block.view(torch.uint8).reshape(-1).numpy())
+                    behind(file.write, block.view(torch.uint8).reshape(-1).numpy())
         finally:
             behind.finish()  # before the file is closed
-        os.fsync(file.fileno())
 
 
 def shard_layout(tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:

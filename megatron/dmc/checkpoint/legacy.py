@@ -24,9 +24,9 @@ import torch
 
 from megatron.dmc.checkpoint import convert, hf, mapping, views
 from megatron.dmc.checkpoint.convert import Progress, Say
+from megatron.dmc.checkpoint.legacy_file import RankFile, int_arg, read_rank_file, wrong
 from megatron.dmc.checkpoint.manifest import LATEST, Manifest
 from megatron.dmc.checkpoint.mapping import TensorRule
-from megatron.dmc.checkpoint.pickled import RankFile, int_arg, read_rank_file, wrong
 from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Columns, Concat, Lazy, Rows, Zeros, equal
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig

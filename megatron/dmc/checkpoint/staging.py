@@ -42,9 +42,7 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    for path in temporary.rglob("*"):
-        _sync(path)
-    _sync(temporary)
+    sync_tree(temporary)
     if not target.exists():
         os.rename(temporary, target)
     elif not _exchange(temporary, target):
@@ -54,7 +52,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         os.rename(target, doomed)
         os.rename(temporary, target)
         shutil.rmtree(doomed, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -66,7 +64,15 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
-def _sync(path: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """:func:`sync` of everything in it, and of itself."""
+    for path in directory.rglob("*"):
+        sync(path)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to disk: after a power cut a rename must not be all that is left."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,33 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 BLOCK_BYTES = 32 << 20
 """What a writer takes at a time: large enough for a disk, small against memory."""
-
-
-class PieceWriter:
-    """A binary file whose writes are cut into pieces. One ``write`` of 64 MiB runs at a fifth of the speed of 64 of 1 MiB on ext4
-    (0.4 against 2.5 GB/s, synced; Linux 6, measured 2026-11-21)."""
-
-    PIECE = 1 << 20
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done : done + self.PIECE])
-        return done
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 class Buffers:
@@ -218,18 +197,6 @@ class Columns(Lazy):
             at += part.shape[1]
 
 
-class ColumnSlice(Lazy):
-    """Columns ``start`` ... ``stop - 1`` of a matrix. Reads whole rows of it."""
-
-    def __init__(self, base: Lazy, start: int, stop: int) -> None:
-        assert len(base.shape) == 2 and 0 <= start <= stop <= base.shape[1], f"columns {start}:{stop} of {base}"
-        self.base, self.columns = base, slice(start, stop)
-        self.shape, self.dtype, self.name = (base.shape[0], stop - start), base.dtype, base.name
-
-    def read_into(self, out: Tensor, start: int) -> None:
-        out.copy_(self.base.read(start, start + out.shape[0])[:, self.columns])
-
-
 class Zeros(Lazy):
     """Rows of padding."""
 
@@ -240,26 +207,19 @@ class Zeros(Lazy):
         out.zero_()
 
 
-class Memory(Lazy):
-    """A tensor that is in memory already."""
-
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self.tensor, self.shape, self.dtype, self.name = tensor, tuple(tensor.shape), tensor.dtype, name
-
-    def read_into(self, out: Tensor, start: int) -> None:
-        out.copy_(self.tensor[start : start + out.shape[0]])
-
-
 def equal(a: Lazy, b: Lazy) -> bool:
     """``torch.equal`` of the bits, block by block; shapes and dtypes too."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     for start, block in a.blocks():
-        other = b.read(start, start + block.shape[0])
-        # As bytes: a NaN equals itself.
-        if not torch.equal(block.view(torch.uint8), other.view(torch.uint8)):
+        if not same_bits(block, b.read(start, start + block.shape[0])):
             return False
     return True
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """``torch.equal`` as bytes: a NaN equals itself."""
+    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def has_only_finite(block: Tensor) -> bool:

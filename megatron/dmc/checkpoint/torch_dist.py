@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy, PieceWriter
+from megatron.dmc.checkpoint.direct import DirectFile
+from megatron.dmc.checkpoint.pickled import TensorFinder
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
 
 LAYERS = "decoder.layers."
 CHUNK_BYTES = 64 << 20
@@ -66,13 +67,14 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _Chunk(Lazy):
     """One stored chunk of a stacked or plain tensor; the place of its data in the file is looked up when it is read."""
 
-    def __init__(self, path: Path, info: _StorageInfo, shape: Sequence[int], dtype: torch.dtype, name: str) -> None:
-        self.path, self.info, self.shape, self.dtype = path, info, tuple(shape), dtype
+    def __init__(self, path: Path, info: _StorageInfo, shape: Sequence[int], dtype: torch.dtype, name: str,
+                 find: TensorFinder) -> None:  # fmt: skip
+        self.path, self.info, self.shape, self.dtype, self._find = path, info, tuple(shape), dtype, find
         self.name = f"{name} in {path}"
 
     @cached_property
     def _data(self) -> FileTensor:
-        found = load_lazily(self.path, offset=self.info.offset, length=self.info.length)
+        found = self._find(self.path, self.info.offset, self.info.length)
         if not isinstance(found, FileTensor) or found.dtype != self.dtype or found.nbytes != self.nbytes:
             raise ValueError(f"{self.name}: .metadata says {self.dtype} {list(self.shape)} and the file holds {found}; the "
                              "checkpoint is damaged")  # fmt: skip
@@ -127,7 +129,7 @@ class DistReader:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self._find = directory, TensorFinder()
         path = directory / ".metadata"
         try:
             content = path.read_bytes()
@@ -157,7 +159,8 @@ class DistReader:
         boxes: list[tuple[tuple[int, ...], Lazy]] = []
         for index, info in self._chunks[name]:
             offsets = tuple(index.offset or (0,) * len(entry.size))
-            chunk = _Chunk(self.directory / info.relative_path, info, sizes[offsets], entry.properties.dtype, name)
+            chunk = _Chunk(self.directory / info.relative_path, info, sizes[offsets], entry.properties.dtype, name,
+                           self._find)  # fmt: skip
             if layer is None:
                 boxes.append((offsets, chunk))
             elif offsets[0] <= layer < offsets[0] + chunk.shape[0]:
@@ -177,7 +180,7 @@ class DistWriter:
         self._entries: dict[str, TensorStorageMetadata] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._files = 0
-        self._file: Any = None
+        self._file: Optional[DirectFile] = None
         self._behind, self._blocks, self._pieces = Behind(), Buffers(), Buffers()
 
     def __enter__(self) -> DistWriter:
@@ -190,7 +193,7 @@ class DistWriter:
                 self._finish()
         finally:
             if self._file is not None:
-                self._file.close()
+                self._file.close(complete=False)
 
     def write(self, name: str, tensor: Lazy, *, layer: Optional[tuple[int, int]] = None, split: Optional[int] = None,
               parts: int = 1) -> Iterator[Tensor]:  # fmt: skip
@@ -239,11 +242,11 @@ class DistWriter:
     def _append(self, name: str, entry: TensorStorageMetadata, offsets: tuple[int, ...], piece: Tensor) -> None:
         if self._file is None or self._file.tell() >= FILE_BYTES:
             self._close_file()
-            self._file = open(self.directory / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115
+            self._file = DirectFile(self.directory / f"__0_{self._files}.distcp")
             self._files += 1
         start = self._file.tell()
         try:
-            torch.save(piece, PieceWriter(self._file))
+            torch.save(piece, self._file)
         except RuntimeError as error:
             # What torch says when it closes the file that could not be written hides why.
             if isinstance(error.__context__, OSError):
@@ -255,8 +258,6 @@ class DistWriter:
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron.dmc.checkpoint import convert, hf, mapping
 from megatron.dmc.checkpoint.convert import Progress
+from megatron.dmc.checkpoint.tensors import same_bits
 
 
 def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
@@ -40,7 +41,7 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
             raise ValueError(f"{name} is {tensor.dtype} in {source} and {other.dtype} in {found.checkpoint}")
         for start, block in tensor.blocks():
             progress.block(name, block)
-            if not _same_bits(block, other.read(start, start + block.shape[0])):
+            if not same_bits(block, other.read(start, start + block.shape[0])):
                 differing.append(name)
                 break
     if differing:
@@ -48,9 +49,3 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
                          f"{', '.join(differing[:5])}{', ...' if differing[5:] else ''}")  # fmt: skip
     progress.warn()
     return f"identical: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values())} bytes, same names, shapes and dtypes"
-
-
-def _same_bits(a, b) -> bool:
-    import torch
-
-    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
