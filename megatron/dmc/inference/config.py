@@ -116,9 +116,9 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
     rows = _rows(config, device, per_row, available, tokens)
     if tokens < rows:
         raise ValueError(f"max_num_batched_tokens is {tokens}, less than max_num_seqs {rows}; every sequence needs one per step")
-    pages = config.num_pages or (available - rows * per_row) // (per_page + 4)
+    pages = config.num_pages or (available - rows * per_row) // (per_page + 8)
     if pages < heads:
-        needed = heads * (per_page + 4) + rows * per_row
+        needed = heads * (per_page + 8) + rows * per_row
         raise ValueError(f"the cache would have {max(0, pages)} pages, and the {heads} heads of all layers take one each for a "
                          f"first token; give kv_cache_memory_bytes {needed} or more")  # fmt: skip
     most = rows * heads * -(-longest // config.block_size)

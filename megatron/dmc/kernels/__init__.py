@@ -107,8 +107,27 @@ def prefill_attention(
     return call("prefill_attention", state, layer, q_rot, k_part, v_part, slot_index, cu_seqlens, slots, float(scale))
 
 
+def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
+    """Make the row ``target[i]`` a copy of the row ``source[i]``: both go on from there, each for itself.
+
+    Pages that can no longer be written are shared. The page of a head with a slot that may still be written (a compressing
+    model's last slot; the next slot of a plain model whose last page is not full) is copied into a page that is taken in the
+    order (pair, layer, head). Length, open segment and ring are copied.
+
+    Args:
+        source: int32 [n], may name a row several times. target: int32 [n], distinct empty rows that are no sources. A pair with a
+            row below 0 is ignored.
+
+    Raises:
+        RuntimeError: when more pages are wanted than are free; nothing is written then.
+        ValueError: a target that is not empty, there twice or a source (on the CPU).
+    """
+    call("fork", state, source, target)
+
+
 def free(state: CacheState, slots: Tensor) -> None:
-    """Return all pages of the rows ``slots`` (int32 [any], distinct; below 0: ignored), which are empty afterwards."""
+    """Empty the rows ``slots`` (int32 [any], distinct; below 0: ignored). Pages that no row holds any more are free, in the order
+    (row as given, layer, head, page) of the last row that held them."""
     call("free", state, slots)
 
 
@@ -118,6 +137,7 @@ __all__ = [
     "active_backend",
     "append",
     "decode_attention",
+    "fork",
     "free",
     "make_state",
     "prefill_attention",

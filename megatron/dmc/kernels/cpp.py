@@ -26,8 +26,8 @@ def _load():
 
 
 _library = _load()
-_append, _decode, _prefill, _free = (
-    _library[name] for name in ("append", "decode_attention", "prefill_attention", "free_rows")
+_append, _decode, _prefill, _fork, _free = (
+    _library[name] for name in ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows")
 )
 
 
@@ -87,6 +87,11 @@ def prefill_attention(
     tensors = (q_rot, k_part, v_part, slot_index, cu_seqlens, slots)
     _prefill(*state.tensors(), layer, *tensors, scale, out, torch.get_num_threads())
     return out
+
+
+def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
+    """See :func:`megatron.dmc.kernels.fork`."""
+    _fork(*state.tensors(), source, target)
 
 
 def free(state: CacheState, slots: Tensor) -> None:

@@ -78,6 +78,7 @@ def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, aft
     column = had.flatten()[owner] + order - (demand.cumsum(0) - demand)[owner]
     pages = state.free_pages[(state.counters[TAKEN] + order) % state.num_pages]
     state.page_table[rows[owner // heads], layer, owner % heads, column] = pages
+    state.refcounts[pages.long()] = 1
     state.counters[TAKEN] += total
 
 
@@ -279,14 +280,51 @@ def prefill_attention(
     return out
 
 
+def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
+    """See :func:`megatron.dmc.kernels.fork`."""
+    keep = (source >= 0) & (target >= 0)
+    source, target = source[keep].long(), target[keep].long()
+    if target.unique().numel() != target.numel() or bool(torch.isin(source, target).any()) or bool(state.lengths[target].any()):
+        raise ValueError(f"target is {target.tolist()}; it must be distinct empty rows that are no sources")
+    lengths = state.lengths[source].long()  # [n, L, H]
+    final = (lengths - 1).clamp_min(0) if state.compresses else lengths  # slots that nobody writes any more
+    held, shared = -(-lengths // state.page_size), final // state.page_size
+    copied = held > shared
+    total = int(copied.sum())
+    if total > state.free_count():
+        raise RuntimeError(f"the copies need {total} pages and {state.free_count()} are free; nothing was written")
+    column = torch.arange(state.page_table.size(3), device=lengths.device)
+    old = state.page_table[source]
+    # Beyond the length the target's table stays what it was.
+    table = torch.where(column < held[..., None], old, state.page_table[target])
+    every = old[column < shared[..., None]].long()
+    state.refcounts.index_add_(0, every, torch.ones_like(every, dtype=torch.int32))
+    order = (state.counters[TAKEN] + torch.arange(total, device=lengths.device)) % state.num_pages
+    pages, at = state.free_pages[order], copied.nonzero(as_tuple=True)  # in the order (pair, layer, head)
+    before = old[(*at, shared[at])].long()
+    table[(*at, shared[at])] = pages
+    for x in (state.k_pages, state.v_pages):
+        x[pages.long()] = x[before]
+    state.refcounts[pages.long()] = 1
+    state.counters[TAKEN] += total
+    state.page_table[target] = table
+    for x in (state.lengths, state.segment, state.ring_k, state.ring_v, state.ring_w):
+        x[target] = x[source]
+
+
 def free(state: CacheState, slots: Tensor) -> None:
     """See :func:`megatron.dmc.kernels.free`."""
     rows = slots[slots >= 0].long()
     pages = -(-state.lengths[rows].long() // state.page_size)
     used = torch.arange(state.page_table.size(3), device=rows.device) < pages[..., None]
-    ids = state.page_table[rows][used]  # in the order (sequence, layer, head, page)
+    ids = state.page_table[rows][used].long()  # in the order (row, layer, head, page)
+    state.refcounts.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
+    # Rows may share a page: it is returned where the last of them lets go.
     order = torch.arange(ids.numel(), device=rows.device)
-    state.free_pages[(state.counters[RETURNED] + order) % state.num_pages] = ids
+    last = order.new_zeros(state.num_pages).scatter_reduce_(0, ids, order, "amax")
+    ids = ids[(state.refcounts[ids] == 0) & (last[ids] == order)]
+    order = order[: ids.numel()]
+    state.free_pages[(state.counters[RETURNED] + order) % state.num_pages] = ids.to(torch.int32)
     state.counters[RETURNED] += ids.numel()
     state.lengths[rows] = 0
     state.segment[rows] = 0

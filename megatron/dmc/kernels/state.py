@@ -1,7 +1,8 @@
 """The compressed cache of one engine and rank, as plain tensors that every kernel reads and writes in place.
 
 L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer, head)
-has its own number of slots, kept in pages that belong to it alone; a page holds slots of one head.
+has its own number of slots, kept in pages; a page holds slots of one head. Rows that share a prefix share its full pages, which
+nobody writes any more; a page with a slot that may still be written belongs to one row.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class CacheState:
     """int32 [rows, L, H], tokens in the open slot; 0 before the first token. Entries of the ring beyond it are garbage."""
     free_pages: Tensor
     """int32 [num_pages], a ring of page ids: entries [taken, returned + num_pages), modulo num_pages, are free."""
+    refcounts: Tensor
+    """int32 [num_pages], rows that hold a page; 0: it is free."""
     counters: Tensor
     """int64 [2]: pages taken and pages returned since the start, never reset."""
 
@@ -68,6 +71,11 @@ class CacheState:
         """Slots that a head can have, by its row of the page table."""
         return self.page_table.size(3) * self.page_size
 
+    @property
+    def compresses(self) -> bool:
+        """Whether the last slot of a head may be written again: only a model that merges has a ring."""
+        return self.ring_w.size(3) > 0
+
     def free_count(self) -> int:
         """Pages that are free. Waits for the device."""
         taken, returned = self.counters.tolist()
@@ -77,11 +85,9 @@ class CacheState:
         """Bytes of all tensors."""
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
-    def check_integrity(self, held: Optional[Tensor] = None) -> None:
-        """Every page is free or owned, once. Waits for the device.
-
-        Args:
-            held: page ids that somebody else owns (int [any]), for example a snapshot.
+    def check_integrity(self) -> None:
+        """Every page is free, or held by as many rows as its count says, at the same place of each; a page that may still be
+        written is held by one. Waits for the device.
 
         Raises:
             RuntimeError: what is wrong and with which page.
@@ -90,9 +96,8 @@ class CacheState:
         if int(lengths.min()) < 0 or int(lengths.max()) > self.max_slots:
             raise RuntimeError(f"lengths are outside of 0..{self.max_slots}: {int(lengths.min())}..{int(lengths.max())}")
         pages = -(-lengths // self.page_size)
-        owned = table[torch.arange(table.size(3)) < pages[..., None]]
-        if held is not None:
-            owned = torch.cat((owned, held.cpu().long().flatten()))
+        used = torch.arange(table.size(3)) < pages[..., None]
+        owned = table[used]
         taken, returned = self.counters.tolist()
         if not 0 <= taken - returned <= self.num_pages:
             raise RuntimeError(f"{taken} pages were taken and {returned} returned, of {self.num_pages}")
@@ -102,13 +107,28 @@ class CacheState:
         wrong = every[(every < 0) | (every >= self.num_pages)]
         if wrong.numel():
             raise RuntimeError(f"page id {int(wrong[0])} is not one of {self.num_pages} pages")
-        if every.numel() != self.num_pages:
-            raise RuntimeError(f"{free.numel()} free + {owned.numel()} used pages are not {self.num_pages}")
-        counts = every.bincount(minlength=self.num_pages)
-        if int(counts.max()) > 1:
-            page = int(counts.argmax())
-            where = "free and used" if bool((free == page).any()) and bool((owned == page).any()) else "held twice"
-            raise RuntimeError(f"page {page} is {where}")
+        free_counts, counts = (ids.bincount(minlength=self.num_pages) for ids in (free, owned))
+        _none(free_counts > 1, "page {} is free twice")
+        _none((free_counts > 0) & (counts > 0), "page {} is free and used")
+        _none((free_counts == 0) & (counts == 0), "page {} is neither free nor used: it is lost")
+        refcounts = self.refcounts.cpu().long()
+        _none(refcounts != counts, "page {} is held by {} rows, and its count is {}", counts, refcounts)
+        # Where each page lies in a row: (layer, head, column).
+        place = torch.arange(used[0].numel()).view(used[0].shape).expand_as(used)[used]
+        first = torch.empty(self.num_pages, dtype=torch.long)
+        first[owned] = place
+        _none(torch.zeros_like(first).index_add_(0, owned, (first[owned] != place).long()) > 0, "page {} is held at two places")
+        last = (lengths - 1 if self.compresses else lengths) // self.page_size  # the page with the next slot to be written
+        open_ = (used & (torch.arange(table.size(3)) == last[..., None]))[used]
+        writable = torch.zeros_like(counts).index_add_(0, owned, open_.long()) > 0
+        _none(writable & (counts > 1), "page {} may still be written and is shared by {} rows", counts)
+
+
+def _none(wrong: Tensor, message: str, *numbers: Tensor) -> None:
+    """Raise ``RuntimeError`` for the first page that is ``wrong`` (bool [num_pages]), with its numbers."""
+    if bool(wrong.any()):
+        page = int(wrong.int().argmax())
+        raise RuntimeError(message.format(page, *(int(x[page]) for x in numbers)))
 
 
 def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -180,5 +200,6 @@ def make_state(
         ring_w=zeros(*heads, ring, of=torch.float32),
         segment=zeros(*heads),
         free_pages=torch.arange(num_pages, dtype=torch.int32, device=device),
+        refcounts=zeros(num_pages),
         counters=zeros(2, of=torch.int64),
     )

@@ -20,6 +20,7 @@ struct Cache {
   float* ring_w;        // [S, L, H, R]
   int32_t* segment;     // [S, L, H]
   int32_t* free_pages;  // [num_pages]
+  int32_t* refcounts;   // [num_pages]
   int64_t* counters;    // [2]
   int64_t num_pages, rows, layers, heads, max_pages, ring;
   int page_size, head_dim;

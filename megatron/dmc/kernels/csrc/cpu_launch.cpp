@@ -2,6 +2,7 @@
 //
 // The order of a state's tensors is that of CacheState.tensors() in state.py.
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 #include <string>
@@ -114,7 +115,7 @@ Heads heads(const TensorView& x, const Cache& c, int64_t tokens, int64_t count, 
 }
 
 struct State {
-  TensorView k_pages, v_pages, page_table, lengths, ring_k, ring_v, ring_w, segment, free_pages, counters;
+  TensorView k_pages, v_pages, page_table, lengths, ring_k, ring_v, ring_w, segment, free_pages, refcounts, counters;
 
   Cache cache() const {
     Cache c;
@@ -137,6 +138,7 @@ struct State {
     check(contiguous(ring_v) && ring_v.numel() == ring_k.numel(), "ring_v", ring_v, "[rows, L, H, R, D]");
     c.ring_k = ring_k.data_ptr(), c.ring_v = ring_v.data_ptr();
     c.free_pages = ints<int32_t>(free_pages, c.num_pages, "free_pages", "int32 [num_pages]");
+    c.refcounts = ints<int32_t>(refcounts, c.num_pages, "refcounts", "int32 [num_pages]");
     c.counters = ints<int64_t>(counters, 2, "counters", "int64 [2]");
     return c;
   }
@@ -144,17 +146,17 @@ struct State {
 
 #define STATE_ARGS                                                                                                       \
   TensorView k_pages, TensorView v_pages, TensorView page_table, TensorView lengths, TensorView ring_k, TensorView ring_v, \
-      TensorView ring_w, TensorView segment, TensorView free_pages, TensorView counters
-#define STATE State{k_pages, v_pages, page_table, lengths, ring_k, ring_v, ring_w, segment, free_pages, counters}
+      TensorView ring_w, TensorView segment, TensorView free_pages, TensorView refcounts, TensorView counters
+#define STATE State{k_pages, v_pages, page_table, lengths, ring_k, ring_v, ring_w, segment, free_pages, refcounts, counters}
 
 void check_layer(const Cache& c, int64_t layer) {
   if (layer < 0 || layer >= c.layers) TVM_FFI_THROW(ValueError) << "layer " << layer << " is none of " << c.layers;
 }
 
-const int32_t* check_rows(const Cache& c, const TensorView& slots) {
-  const int32_t* rows = ints<int32_t>(slots, -1, "slots", "int32 [N], contiguous");
+const int32_t* check_rows(const Cache& c, const TensorView& slots, const char* name = "slots") {
+  const int32_t* rows = ints<int32_t>(slots, -1, name, "int32 [N], contiguous");
   for (int64_t i = 0; i < slots.numel(); i++)
-    if (rows[i] >= c.rows) TVM_FFI_THROW(ValueError) << "slots[" << i << "] is " << rows[i] << ", and the cache has " << c.rows << " rows";
+    if (rows[i] >= c.rows) TVM_FFI_THROW(ValueError) << name << "[" << i << "] is " << rows[i] << ", and the cache has " << c.rows << " rows";
   return rows;
 }
 
@@ -175,30 +177,37 @@ void done(int failed) {
   if (failed) TVM_FFI_THROW(MemoryError) << "no memory for the scratch of attention";
 }
 
+int64_t pages_of(const Cache& c, int64_t slots) { return (slots + c.page_size - 1) / c.page_size; }
+
+int64_t available(const Cache& c) { return c.num_pages - (c.counters[0] - c.counters[1]); }
+
+int32_t take_page(const Cache& c) {
+  int32_t page = c.free_pages[c.counters[0]++ % c.num_pages];
+  c.refcounts[page] = 1;
+  return page;
+}
+
 // Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages.
 void take_pages(const AppendParams& p) {
   const Cache& c = p.cache;
-  auto pages = [&](int64_t slots) { return (slots + c.page_size - 1) / c.page_size; };
   auto after = [&](int64_t i, int64_t h) { return (int64_t)p.slot_index[(p.cu_seqlens[i + 1] - 1) * c.heads + h] + 1; };
-  int64_t total = 0, longest = 0, available = c.num_pages - (c.counters[0] - c.counters[1]);
+  int64_t total = 0, longest = 0;
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads && p.slots[i] >= 0 && p.cu_seqlens[i] < p.cu_seqlens[i + 1]; h++) {
       longest = std::max(longest, after(i, h));
-      total += pages(after(i, h)) - pages(p.before[i * c.heads + h]);
+      total += pages_of(c, after(i, h)) - pages_of(c, p.before[i * c.heads + h]);
     }
   if (longest > c.max_pages * c.page_size)
     TVM_FFI_THROW(RuntimeError) << "a head would hold " << longest << " slots, and its row of the page table " << c.max_pages * c.page_size;
-  if (total > available)
-    TVM_FFI_THROW(RuntimeError) << "the step needs " << total << " pages and " << available << " are free; nothing was written";
-  int64_t next = c.counters[0];
+  if (total > available(c))
+    TVM_FFI_THROW(RuntimeError) << "the step needs " << total << " pages and " << available(c) << " are free; nothing was written";
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads && p.slots[i] >= 0 && p.cu_seqlens[i] < p.cu_seqlens[i + 1]; h++) {
       int64_t index = (p.slots[i] * c.layers + p.layer) * c.heads + h;
-      for (int64_t page = pages(p.before[i * c.heads + h]); page < pages(after(i, h)); page++)
-        c.page_table[index * c.max_pages + page] = c.free_pages[next++ % c.num_pages];
+      for (int64_t page = pages_of(c, p.before[i * c.heads + h]); page < pages_of(c, after(i, h)); page++)
+        c.page_table[index * c.max_pages + page] = take_page(c);
       c.lengths[index] = (int32_t)after(i, h);
     }
-  c.counters[0] = next;
 }
 
 void append(STATE_ARGS, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView cu_seqlens, TensorView slots,
@@ -272,14 +281,63 @@ void prefill_attention(STATE_ARGS, int64_t layer, TensorView q, TensorView k_par
   done(kernels().prefill(p));
 }
 
+void fork_rows(STATE_ARGS, TensorView source, TensorView target) {
+  Cache c = STATE.cache();
+  const int32_t *from = check_rows(c, source, "source"), *to = check_rows(c, target, "target");
+  check(target.numel() == source.numel(), "target", target, "as long as source");
+  int64_t all = c.layers * c.heads, total = 0;
+  // A compressing model may write its last slot again, any model the slot after it: pages before that are shared.
+  auto shared = [&](int64_t length) { return (c.ring && length ? length - 1 : length) / c.page_size; };
+  std::vector<bool> taken(c.rows);
+  for (int64_t i = 0; i < source.numel(); i++)
+    if (from[i] >= 0 && to[i] >= 0) taken[from[i]] = true;
+  for (int64_t i = 0; i < source.numel(); i++) {
+    if (from[i] < 0 || to[i] < 0) continue;
+    bool empty = !taken[to[i]];
+    taken[to[i]] = true;
+    for (int64_t e = 0; e < all; e++) {
+      int64_t length = c.lengths[from[i] * all + e];
+      empty = empty && !c.lengths[to[i] * all + e];
+      total += pages_of(c, length) - shared(length);
+    }
+    check(empty, "target", target, "distinct empty rows that are no sources");
+  }
+  if (total > available(c))
+    TVM_FFI_THROW(RuntimeError) << "the copies need " << total << " pages and " << available(c) << " are free; nothing was written";
+  auto copy = [](void* base, int64_t a, int64_t b, int64_t bytes) {
+    memcpy((char*)base + b * bytes, (char*)base + a * bytes, bytes);
+  };
+  int64_t width = c.dtype == kF32 ? 4 : 2, page_bytes = c.page_size * c.head_dim * width;
+  int64_t ring_bytes = c.ring * c.head_dim * (ring_k.dtype().bits / 8);
+  for (int64_t i = 0; i < source.numel(); i++)
+    for (int64_t e = 0; from[i] >= 0 && to[i] >= 0 && e < all; e++) {
+      int64_t a = from[i] * all + e, b = to[i] * all + e, column = 0;
+      const int32_t* old = c.page_table + a * c.max_pages;
+      int32_t* table = c.page_table + b * c.max_pages;
+      for (; column < shared(c.lengths[a]); column++) c.refcounts[table[column] = old[column]]++;
+      if (column < pages_of(c, c.lengths[a])) {
+        table[column] = take_page(c);
+        copy(c.k_pages, old[column], table[column], page_bytes);
+        copy(c.v_pages, old[column], table[column], page_bytes);
+      }
+      c.lengths[b] = c.lengths[a], c.segment[b] = c.segment[a];
+      copy(c.ring_k, a, b, ring_bytes);
+      copy(c.ring_v, a, b, ring_bytes);
+      copy(c.ring_w, a, b, c.ring * sizeof(float));
+    }
+}
+
 void free_rows(STATE_ARGS, TensorView slots) {
   Cache c = STATE.cache();
   const int32_t* rows = check_rows(c, slots);
   int64_t next = c.counters[1];
   for (int64_t i = 0; i < slots.numel(); i++)
     for (int64_t e = 0; rows[i] >= 0 && e < c.layers * c.heads; e++) {
-      int64_t index = rows[i] * c.layers * c.heads + e, pages = (c.lengths[index] + c.page_size - 1) / c.page_size;
-      for (int64_t page = 0; page < pages; page++) c.free_pages[next++ % c.num_pages] = c.page_table[index * c.max_pages + page];
+      int64_t index = rows[i] * c.layers * c.heads + e, pages = pages_of(c, c.lengths[index]);
+      for (int64_t page = 0; page < pages; page++) {
+        int32_t id = c.page_table[index * c.max_pages + page];
+        if (--c.refcounts[id] == 0) c.free_pages[next++ % c.num_pages] = id;
+      }
       c.lengths[index] = c.segment[index] = 0;
     }
   c.counters[1] = next;
@@ -292,5 +350,6 @@ tvm::ffi::String isa() { return kernels().name; }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, append);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_attention, decode_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefill_attention, prefill_attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fork_rows, fork_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(free_rows, free_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, isa);
