@@ -167,7 +167,7 @@ def test_logprobs() -> None:
     ("n", 0, "at least 1"), ("temperature", -0.1, "at least 0"), ("temperature", math.nan, "at least 0"), ("top_p", 0, "above 0"),
     ("top_p", 1.1, "at most 1"), ("top_k", -2, "at least -1"), ("top_k", 1.5, "an integer"), ("min_p", 2, "at most 1"),
     ("repetition_penalty", 0, "above 0"), ("presence_penalty", 3, "at most 2"), ("frequency_penalty", -3, "at least -2"),
-    ("max_tokens", 0, "at least 1"), ("min_tokens", -1, "at least 0"), ("logprobs", -1, "at least 0"), ("seed", "x", "an integer"),
+    ("max_tokens", -1, "at least 0"), ("min_tokens", -1, "at least 0"), ("logprobs", -1, "at least 0"), ("seed", "x", "an integer"),
     ("prompt_logprobs", 1000, "at most 100"), ("stop", ["a", ""], "not empty"), ("stop_token_ids", [-1], "at least 0"),
     ("logit_bias", {3: 101}, "at most 100"), ("logit_bias", {"a": 1}, "an integer"), ("temperature", True, "a number"),
 ])  # fmt: skip

@@ -134,9 +134,10 @@ class Engine:
         for at, token in enumerate(ids):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
                 raise ValueError(f"token {at} of the prompt is {token!r}; the model has the tokens 0 to {size - 1}")
-        if len(ids) >= longest:
-            raise ValueError(f"the prompt has {len(ids)} tokens; with room for an answer it may have {longest - 1} (max_model_len "
-                             f"{longest})")  # fmt: skip
+        room = 0 if params.max_tokens == 0 else 1
+        if len(ids) + room > longest:
+            raise ValueError(f"the prompt has {len(ids)} tokens; {'with room for an answer ' * room}it may have {longest - room} "
+                             f"(max_model_len {longest})")  # fmt: skip
         params.check_vocabulary(size)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {list(params.stop)}, and there is no tokenizer; use stop_token_ids")
@@ -243,6 +244,8 @@ class Engine:
         """One more token of an answer, and whether it is the last."""
         if token is None:
             return self._finish(sequence, "error", error=f"the model's logits after {len(sequence.tokens)} tokens are not finite")
+        if sequence.limit == sequence.prompt_length:  # max_tokens 0: the prompt was all
+            return self._finish(sequence, "length", prompt_logprobs=tuple(sequence.prompt_logprobs))
         first = sequence.generated == 0
         sequence.tokens.append(token)
         sequence.sampler.take(token)

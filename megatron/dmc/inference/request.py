@@ -82,7 +82,7 @@ class StepOutput:
     logprobs: tuple[Logprobs, ...] = ()
     """Of ``tokens``, when asked for."""
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    """With the first token, when asked for."""
+    """With the first token (or the end, when there is none), when asked for."""
     finish_reason: Optional[FinishReason] = None
     stop_reason: int | str | None = None
     """The stop token or string; None for the end-of-sequence token."""

@@ -62,7 +62,7 @@ class SamplingParams:
     logit_bias: Optional[Mapping[int, float]] = None
     """Token id -> what is added to its logit."""
     max_tokens: Optional[int] = 16
-    """None: up to the model's window."""
+    """None: up to the model's window. 0: the prompt is read, for its log-probabilities, and nothing is drawn."""
     min_tokens: int = 0
     """No end-of-sequence and no ``stop_token_ids`` before so many."""
     stop: Sequence[str] = ()
@@ -83,7 +83,7 @@ class SamplingParams:
         _integer("n", self.n, 1, 128)
         _number("temperature", self.temperature, 0)
         _number("top_p", self.top_p, 0, 1, open_low=True)
-        _integer("top_k", self.top_k, -1)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0, 1)
         _number("repetition_penalty", self.repetition_penalty, 0, open_low=True)
         _number("presence_penalty", self.presence_penalty, -2, 2)
@@ -95,7 +95,7 @@ class SamplingParams:
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
+            _integer("max_tokens", self.max_tokens, 0)
         _integer("min_tokens", self.min_tokens, 0)
         _require(self.max_tokens is None or self.min_tokens <= self.max_tokens,
                  f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")  # fmt: skip
