@@ -27,9 +27,13 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "serve": ["fastapi", "uvicorn", "prometheus_client", "transformers"],
+    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2"],  # jinja2: chat templates
     "eval": ["lm-eval", "transformers"],
-    "dev": ["pytest>=8", "hypothesis", "ruff>=0.9", "transformers"],
+    # The second line is "serve", whose tests need it.
+    "dev": [
+        "pytest>=8", "hypothesis", "ruff>=0.9", "openai", "schemathesis>=4",
+        "fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2",
+    ],  # fmt: skip
 }
 
 
@@ -54,10 +58,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_namespace_packages(include=["megatron.dmc", "megatron.dmc.*"], exclude=["*.__pycache__"]),
-    package_data={"": ["*.cpp", "*.cu", "*.cuh", "*.h"]},
+    package_data={"": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["dmc = megatron.dmc.inference.cli:main"]},
+    entry_points={"console_scripts": ["dmc = megatron.dmc.serving.cli:main"]},
     zip_safe=False,
 )

@@ -313,7 +313,8 @@ def setup_requirements() -> list[Requirement]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()
         if isinstance(node.value, (ast.List, ast.Dict))
     }
-    return [Requirement(line) for line in (*values["INSTALL_REQUIRES"], *values["EXTRAS_REQUIRE"]["dev"])]
+    extras = values["EXTRAS_REQUIRE"]
+    return [Requirement(line) for line in (*values["INSTALL_REQUIRES"], *extras["serve"], *extras["dev"])]
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])

@@ -1,0 +1,60 @@
+"""What a client is told when a request is not answered: OpenAI's error object, and the HTTP status that goes with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Optional
+
+
+class APIError(Exception):
+    """A request that ends without its answer."""
+
+    def __init__(self, status: int, message: str, *, type: str = "invalid_request_error", param: Optional[str] = None,
+                 code: Optional[str] = None, headers: Optional[Mapping[str, str]] = None) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {"message", "type", "param", "code"}}``"""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: Optional[str] = None, code: Optional[str] = None) -> APIError:
+    """400: the request is wrong, and will be wrong the next time."""
+    return APIError(400, message, param=param, code=code)
+
+
+def of_value_error(error: ValueError) -> APIError:
+    """400 from one of the engine's, which begin with the name of the wrong value."""
+    message = str(error)
+    named = re.match(r"([a-z_]+)(\[\w+\])? (is|holds) ", message)
+    too_long = re.match(r"the prompt has \d+ tokens", message)
+    param = named[1] if named else "prompt" if re.search(r"\bthe prompt\b", message) else None
+    return invalid(message, param, "context_length_exceeded" if too_long else None)
+
+
+def overloaded(message: str, retry_after: int = 1) -> APIError:
+    """503: the same request may be answered later."""
+    return APIError(503, message, type="service_unavailable", code="overloaded", headers={"Retry-After": str(retry_after)})
+
+
+def shutting_down() -> APIError:
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return APIError(503, "the server is shutting down", type="service_unavailable", code="shutting_down", headers=headers)
+
+
+def engine_failed() -> APIError:
+    """500 of a request that the engine took down with it. The cause is in the server's log, not in the answer."""
+    return APIError(500, "the engine has failed; the cause is in the server's log", type="server_error", code="engine_failed")
+
+
+def engine_down() -> APIError:
+    """503 of a request that came after the engine failed."""
+    return APIError(503, "the engine has failed; start the server again", type="service_unavailable", code="engine_failed")
+
+
+def not_answered(reason: str) -> APIError:
+    """500 of a request that the engine gave up: no room in the cache for it alone, or logits that are no numbers."""
+    return APIError(500, reason, type="server_error", code="not_answered")
