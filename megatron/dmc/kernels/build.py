@@ -28,17 +28,24 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
 CPU_SOURCES = ("cpu_append.cpp", "cpu_decode.cpp", "cpu_prefill.cpp")
-CPU_HEADERS = ("cpu.h", "cpu_attention.h", "cpu_vec.h")
+CPU_HEADERS = ("cpu.h", "cpu_attention.h", "cpu_rows.h", "cpu_vec.h")
 CPU_LAUNCHER = "cpu_launch.cpp"
 
 # No errno and no trapping: both keep loops from becoming vectors. Nothing that changes results: no -ffast-math.
 FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 X86 = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "avx512bf16": (*AVX512, "-mavx512bf16"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "base": (),
 }
-CPU_FLAGS_OF = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}, "base": set()}
+CPU_FLAGS_OF = {
+    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "base": set(),
+}
 
 
 class BuildError(RuntimeError):

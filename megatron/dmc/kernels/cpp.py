@@ -32,7 +32,7 @@ _append, _decode, _prefill, _fork, _free = (
 
 
 def instruction_set() -> str:
-    """The build that this CPU runs: avx512, avx2 or base."""
+    """The build that this CPU runs: avx512bf16, avx512, avx2 or base."""
     return str(_library["isa"]())
 
 

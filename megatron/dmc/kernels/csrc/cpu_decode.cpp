@@ -16,7 +16,7 @@ struct Task {
 
 template <class T> int decode(const DecodeParams& p) {
   const Cache& c = p.cache;
-  int d = c.head_dim, g = (int)p.groups, dp = (int)align_up(d, VW);
+  int d = c.head_dim, g = (int)p.groups, dp = padded<T>(d);
   int64_t tasks = 0, partials = 0, slots = 0;
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads; h++) {
@@ -60,11 +60,10 @@ template <class T> int decode(const DecodeParams& p) {
         continue;
       }
       const T* from = (const T*)q.data + task.sequence * q.token + task.head * g * q.head;
-      for (int j = 0; j < g; j++) read_row(own + j * dp, from + j * q.head, d, 1.0f);
       float* acc = task.partial ? task.partial : own + g * dp;
       float *top = acc + g * dp, *total = top + g;
       Slots s = slots_of(c, p.slots[task.sequence], p.layer, task.head);
-      attend_range<T>(s, task.begin, task.end, own, g, d, dp, p.scale, acc, top, total);
+      attend_range<T>(s, task.begin, task.end, from, q.head, g, d, p.scale, own, acc, top, total);
       if (!task.partial)
         for (int j = 0; j < g; j++) write_row(to + j * out.head, acc + j * dp, d, 1.0f / total[j]);
     }
@@ -81,7 +80,7 @@ template <class T> int decode(const DecodeParams& p) {
         for (int e = 0; e < dp; e++) own[e] = 0;
         for (int64_t s = 0; s < splits; s++) {
           float* part = parts + s * each;
-          float factor = expf(part[g * dp + j] - top);
+          float factor = exp2f(part[g * dp + j] - top);
           total += factor * part[g * dp + g + j];
           for (int e = 0; e < dp; e += VW) store(own + e, load(own + e) + splat(factor) * load(part + j * dp + e));
         }

@@ -24,6 +24,9 @@
   }                                                                                             \
   static const dmc::Kernels table_##isa = {#isa, dmc_decode_##isa, dmc_prefill_##isa, dmc_decide_##isa, dmc_write_##isa};
 
+#ifdef DMC_WITH_avx512bf16
+DMC_TABLE(avx512bf16)
+#endif
 #ifdef DMC_WITH_avx512
 DMC_TABLE(avx512)
 #endif
@@ -44,10 +47,15 @@ const Kernels& kernels() {
   static const Kernels* best = [] {
     const char* wish = getenv("MEGATRON_DMC_ISA");
     std::vector<const Kernels*> usable;
+#if defined(DMC_WITH_avx512) || defined(DMC_WITH_avx512bf16)
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef DMC_WITH_avx512bf16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back(&table_avx512bf16);
+#endif
 #ifdef DMC_WITH_avx512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      usable.push_back(&table_avx512);
+    if (avx512) usable.push_back(&table_avx512);
 #endif
 #ifdef DMC_WITH_avx2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))

@@ -58,9 +58,9 @@ INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scal
       best = vmax(s, best);
     }
     vf base = select(best == splat(-INFINITY), vf{}, best);  // a query that sees nothing yet
-    vf factor = vexp(before - base), total = load(b.total + at) * factor;
+    vf factor = vexp2(before - base), total = load(b.total + at) * factor;
     for (int r = 0; r < n; r++) {
-      vf p = vexp(load(b.scores + r * kRows + at) - base);
+      vf p = vexp2(load(b.scores + r * kRows + at) - base);
       total += p;
       store(b.scores + r * kRows + at, p);
     }
@@ -91,6 +91,7 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
   int d = c.head_dim, g = (int)p.groups, rows = count * g, columns = (int)align_up(rows, kPair);
   Slots s = slots_of(c, row, p.layer, head);
   int32_t least = INT32_MAX, most = 0;
+  float scale = p.scale * 1.44269504f;  // weights are powers of 2
   float line[256 + VW];
   for (int i = 0; i < columns; i++) {
     int64_t t = first + i / g;
@@ -110,7 +111,7 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
     int n = most - at < kTile ? (int)(most - at) : kTile;
     read_tile<T>(b.k, s, true, at, n, d);
     product<false>(b.scores, b.k, d, 1, b.q, (int)align_up(n, kBroadcast), d, columns);
-    weigh(b, at, n, d, columns, p.scale, at + n > least);
+    weigh(b, at, n, d, columns, scale, at + n > least);
     read_tile<T>(b.v, s, false, at, n, d);
     product<true>(b.sum, b.v, 1, d, b.scores, d, n, columns);
   }
@@ -121,9 +122,9 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
     read_row(own_v, (const T*)p.v_part.data + t * p.v_part.token + head * p.v_part.head, d, 1.0f);
     float score = 0;
     for (int e = 0; e < d; e++) score += line[e] * b.q[e * kRows + i];
-    score *= p.scale;
+    score *= scale;
     float top = score > b.top[i] ? score : b.top[i];
-    float factor = expf(b.top[i] - top), weight = expf(score - top), total = b.total[i] * factor + weight;
+    float factor = exp2f(b.top[i] - top), weight = exp2f(score - top), total = b.total[i] * factor + weight;
     for (int e = 0; e < d; e++) line[e] = b.sum[e * kRows + i] * factor + weight * own_v[e];
     write_row((T*)p.out.data + t * p.out.token + (head * g + i % g) * p.out.head, line, d, 1.0f / total);
   }
@@ -131,12 +132,11 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
 
 // The last token of a sequence: its own slot is final and holds its partial state, so this is decoding.
 template <class T> void attend_token(const PrefillParams& p, int64_t row, int64_t head, int64_t t, float* memory) {
-  int d = p.cache.head_dim, g = (int)p.groups, dp = (int)align_up(d, VW);
-  float *q = memory, *acc = q + g * dp, *top = acc + g * dp, *total = top + g;
+  int d = p.cache.head_dim, g = (int)p.groups, dp = padded<T>(d);
+  float *packed = memory, *acc = packed + g * dp, *top = acc + g * dp, *total = top + g;
   const T* from = (const T*)p.q.data + t * p.q.token + head * g * p.q.head;
-  for (int j = 0; j < g; j++) read_row(q + j * dp, from + j * p.q.head, d, 1.0f);
   Slots s = slots_of(p.cache, row, p.layer, head);
-  attend_range<T>(s, 0, p.slot_index[t * p.cache.heads + head] + 1, q, g, d, dp, p.scale, acc, top, total);
+  attend_range<T>(s, 0, p.slot_index[t * p.cache.heads + head] + 1, from, p.q.head, g, d, p.scale, packed, acc, top, total);
   T* to = (T*)p.out.data + t * p.out.token + head * g * p.out.head;
   for (int j = 0; j < g; j++) write_row(to + j * p.out.head, acc + j * dp, d, 1.0f / total[j]);
 }
@@ -168,7 +168,7 @@ template <class T> int prefill(const PrefillParams& p) {
       for (int64_t h = 0; h < c.heads; h++)
         list[tasks++] = {p.slots[i], (int32_t)h, (int32_t)(count - at < each ? count - at : each), begin + at, at + 1 == count};
   }
-  int64_t single = (int64_t)g * (2 * align_up(d, VW) + 2), floats = Block::floats(d);
+  int64_t single = (int64_t)g * (2 * padded<T>(d) + 2), floats = Block::floats(d);
   if (single > floats) floats = single;
   int failed = 0;
 #pragma omp parallel num_threads(tasks < 2 ? 1 : p.threads) reduction(| : failed)

@@ -106,33 +106,20 @@ INLINE float load1(const f16* p) { return load_some(p, 1)[0]; }
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 
-// exp(x) for x <= 0: 2^n * e^r, |r| <= ln 2 / 2, a polynomial of degree 6 (error below 1e-7, relative); 0 below -87.
-INLINE vf vexp(vf x) {
-  vf low = select(splat(-87.0f) > x, splat(-87.0f), x);  // a NaN stays one
-  vf t = low * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
-  vf n = t - splat(12582912.0f);
-  vf r = low - n * splat(0.693359375f);
-  r = r + n * splat(2.12194440e-4f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  vi exponent = (((vi)t - (int32_t)0x4b400000) + 127) << 23;
-  return (vf)((vi)(p * (vf)exponent) & ~(x <= splat(-87.0f)));
+// 2^x for x <= 0: 2^n * 2^f, |f| <= 1/2, a polynomial of degree 5 (minimax; error below 2e-7, relative); 0 from -126 on.
+INLINE vf vexp2(vf x) {
+  vf low = select(splat(-126.0f) > x, splat(-126.0f), x);  // a NaN stays one
+  vf t = low + splat(12582912.0f);                         // 1.5 * 2^23: rounds to the nearest integer
+  vf f = low - (t - splat(12582912.0f));
+  vf p = splat(1.326472731307149e-3f);
+  p = p * f + splat(9.671512991189957e-3f);
+  p = p * f + splat(5.550733581185341e-2f);
+  p = p * f + splat(2.4022242426872253e-1f);
+  p = p * f + splat(6.931470036506653e-1f);
+  p = p * f + splat(1.0f);
+  vi power = ((vi)t << 23) + 0x3f800000;  // the low bits of t are n
+  return (vf)((vi)(p * (vf)power) & ~(x <= splat(-126.0f)));
 }
-
-#if defined(__clang__)
-#define SHUFFLE_STEP(lo, hi, a, b, w)                                                              \
-  for (int i = 0; i < VW; i++) { lo[i] = (i & w) ? b[i - w] : a[i]; hi[i] = (i & w) ? b[i] : a[i + w]; }
-#else
-#define SHUFFLE_STEP(lo, hi, a, b, w)                                                              \
-  { vi l, h;                                                                                       \
-    for (int i = 0; i < VW; i++) { l[i] = (i & w) ? VW + i - w : i; h[i] = (i & w) ? VW + i : i + w; } \
-    lo = __builtin_shuffle(a, b, l); hi = __builtin_shuffle(a, b, h); }
-#endif
 
 // Element i + w to the place of i; the others are of no interest.
 INLINE vf shifted(vf x, int w) {
@@ -155,20 +142,6 @@ INLINE float vsum(vf x) {
 INLINE float vtop(vf x) {
 #pragma GCC unroll 4
   for (int w = VW / 2; w; w /= 2) x = vmax(x, shifted(x, w));
-  return x[0];
-}
-
-// VW vectors -> one vector of their sums: element i is the sum of x[i].
-INLINE vf sums(vf* x) {
-#pragma GCC unroll 4
-  for (int w = 1; w < VW; w *= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < VW; i += 2 * w) {
-      vf lo, hi;
-      SHUFFLE_STEP(lo, hi, x[i], x[i + w], w)
-      x[i] = lo + hi;
-    }
-  }
   return x[0];
 }
 

@@ -1,0 +1,125 @@
+// How rows of keys and values are multiplied, by dtype: products of 128-bit blocks of keys, and sums of weighted values.
+//
+// A block is 128 bits of a row. Scores are made from vectors that hold the same block of VW / 4 slots, so that what is left to add
+// across lanes is four numbers. bf16 is never widened: its pairs go into the CPU's dot product where it has one
+// (AVX512_BF16: pairs of fp32 products, sums in fp32 to nearest, denormals are zero), and else the even and the odd channels
+// are cut out of the pairs, which takes half as many steps as widening.
+#pragma once
+#include "cpu_vec.h"
+
+namespace {
+
+// 128 bits in every 128-bit lane.
+INLINE vf four(const float* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_broadcast_ps((const __m128*)p);
+#else
+  return load(p);
+#endif
+}
+
+constexpr int kLanes = VW / 4;  // blocks of a vector
+
+// [slot][block] -> [block][slot]
+INLINE void transpose_blocks(vf* x) {
+#if defined(__AVX512F__)
+  __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
+  __m512 c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+  x[0] = (vf)_mm512_shuffle_f32x4(a, b, 0x88), x[1] = (vf)_mm512_shuffle_f32x4(a, b, 0xdd);
+  x[2] = (vf)_mm512_shuffle_f32x4(c, d, 0x88), x[3] = (vf)_mm512_shuffle_f32x4(c, d, 0xdd);
+#elif defined(__AVX2__)
+  __m256 a = _mm256_permute2f128_ps(x[0], x[1], 0x20), b = _mm256_permute2f128_ps(x[0], x[1], 0x31);
+  x[0] = (vf)a, x[1] = (vf)b;
+#else
+  (void)x;
+#endif
+}
+
+// Four vectors -> the sums of their blocks: block k of x[a] goes to lane 4 k + a.
+INLINE vf block_sums(const vf* x) {
+#if defined(__AVX512F__)
+#define DMC_PAIRS(a, b) (vf)_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd))
+#elif defined(__AVX2__)
+#define DMC_PAIRS(a, b) (vf)_mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd))
+#else
+#define DMC_PAIRS(a, b) vf{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}
+#endif
+  vf ab = DMC_PAIRS(x[0], x[1]), cd = DMC_PAIRS(x[2], x[3]);
+  return DMC_PAIRS(ab, cd);
+#undef DMC_PAIRS
+}
+
+// fp32, and fp16, which is widened as it is loaded.
+template <class T> struct Rows {
+  static constexpr int kChannels = VW;     // of a vector of a row
+  static constexpr int kSums = 1;          // vectors of sums for one vector of a row
+  static constexpr int kTogether = 1;      // slots that are added at once
+  static constexpr int kQuery = 4;         // floats that a block of a query takes
+  static constexpr int kBlock = 4;         // channels of a block
+
+  static void pack_query(float* to, const float* q, int channels) { memcpy(to, q, channels * sizeof(float)); }
+  INLINE vf row(const T* p) { return load(p); }
+  INLINE vf row(const T* p, int left) { return load_some(p, left); }
+  INLINE vf dot(vf sum, vf x, const float* q) { return sum + x * four(q); }
+
+  INLINE void split(const vf* row, vf* parts) { parts[0] = row[0]; }
+  INLINE vf weight(const float* w, int slot) { return splat(w[slot]); }
+  INLINE vf add(vf sum, vf w, vf part) { return sum + w * part; }
+  static void restore(float*) {}
+};
+
+template <> struct Rows<bf16> {
+  static constexpr int kChannels = 2 * VW, kSums = 2, kBlock = 8;
+  INLINE vf row(const bf16* p) { return load((const float*)p); }
+  INLINE vf row(const bf16* p, int left) {
+    bf16 buffer[kChannels];
+    memset(buffer, 0, sizeof buffer);
+    memcpy(buffer, p, left * sizeof(bf16));
+    return row(buffer);
+  }
+#if defined(__AVX512BF16__)
+  static constexpr int kTogether = 2, kQuery = 4;
+
+  static void pack_query(float* to, const float* q, int channels) {
+    for (int c = 0; c < channels; c += VW) store((bf16*)to + c, load(q + c));
+  }
+  INLINE vf dot(vf sum, vf x, const float* q) { return add(sum, four(q), x); }
+  // Of slots s and s + 1: channels 8 b ... 8 b + 3 of both in block b, then channels 8 b + 4 ... 8 b + 7.
+  INLINE void split(const vf* row, vf* parts) {
+    parts[0] = (vf)_mm512_unpacklo_epi16((__m512i)row[0], (__m512i)row[1]);
+    parts[1] = (vf)_mm512_unpackhi_epi16((__m512i)row[0], (__m512i)row[1]);
+  }
+  INLINE vf weight(const float* w, int slot) {
+    int32_t pair;
+    memcpy(&pair, w + slot / 2, sizeof pair);
+    return (vf)_mm512_set1_epi32(pair);
+  }
+  INLINE vf add(vf sum, vf w, vf part) { return (vf)_mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)part); }
+  static void restore(float* sums) {
+    float x[kChannels];
+    memcpy(x, sums, sizeof x);
+    for (int c = 0; c < kChannels; c++) sums[c] = x[c / 8 * 4 + c % 4 + (c & 4 ? VW : 0)];
+  }
+#else
+  static constexpr int kTogether = 1, kQuery = 8;
+
+  static void pack_query(float* to, const float* q, int channels) {
+    for (int c = 0; c < channels; c++) to[c / 8 * 8 + c % 8 / 2 + (c & 1) * 4] = q[c];
+  }
+  INLINE vf even(vf x) { return (vf)((vi)x << 16); }
+  INLINE vf odd(vf x) { return (vf)((vi)x & (int32_t)0xffff0000); }
+  INLINE vf dot(vf sum, vf x, const float* q) { return sum + even(x) * four(q) + odd(x) * four(q + 4); }
+  INLINE void split(const vf* row, vf* parts) { parts[0] = even(row[0]), parts[1] = odd(row[0]); }
+  INLINE vf weight(const float* w, int slot) { return splat(w[slot]); }
+  INLINE vf add(vf sum, vf w, vf part) { return sum + w * part; }
+  static void restore(float* sums) {
+    float x[kChannels];
+    memcpy(x, sums, sizeof x);
+    for (int c = 0; c < kChannels; c++) sums[c] = x[c / 2 + (c & 1 ? VW : 0)];
+  }
+#endif
+};
+
+}  // namespace
