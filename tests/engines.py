@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from test_remote_code import CASES, VOCABULARY, Exported, tokens
+from exported import CASES, VOCABULARY, Exported, tokens
 from torch import Tensor
 
 from megatron.dmc.inference import Engine, EngineConfig, SamplingParams, StepOutput

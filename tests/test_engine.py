@@ -9,9 +9,9 @@ import families
 import pytest
 import torch
 from engines import GREEDY, Model, all_back, drain, full_logprobs, ids_of
+from exported import CASES, GROUPS, LAYERS, VOCABULARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_remote_code import CASES, GROUPS, LAYERS, VOCABULARY
 
 from megatron.dmc import kernels
 from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 from engines import GREEDY, Model, all_back, drain, ids_of
-from test_remote_code import VOCABULARY
+from exported import VOCABULARY
 
 from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.inference.cli import COMMANDS, Command, main

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import builtins
 import dataclasses
 import json
 import os
-import pickle
 import sys
 import zipfile
 from collections.abc import Callable
@@ -25,9 +23,7 @@ import convert_checkpoint
 from megatron.dmc.checkpoint import convert, legacy, tensors
 from megatron.dmc.checkpoint.convert import Progress
 from megatron.dmc.checkpoint.describe import describe
-from megatron.dmc.checkpoint.legacy_file import megatron_objects
 from megatron.dmc.checkpoint.manifest import read_manifest
-from megatron.dmc.checkpoint.pickled import load_lazily
 from megatron.dmc.checkpoint.torch_dist import DistReader
 from megatron.dmc.config import DMCConfig, ModelConfig
 
@@ -35,6 +31,16 @@ MODEL = ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attent
                     vocab_size=90, make_vocab_size_divisible_by=16, max_position_embeddings=64)  # fmt: skip
 PADDED = 128
 """Not what we pad to: 90 rows are 96 here."""
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable, *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.args
 
 
 def imported(source: Path, save: Path, **options: Any) -> str:
@@ -442,86 +448,6 @@ def test_save_exists(tmp_path: Path) -> None:
         imported(tmp_path / "old", tmp_path / "new")
     imported(tmp_path / "old", tmp_path / "new", overwrite=True)
     assert_same(tmp_path / "new", full, MODEL)
-
-
-# --------------------------------------------------------------------------------------------------------- code in files
-
-
-class Call:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function: Callable, *args: Any) -> None:
-        self.function, self.args = function, args
-
-    def __reduce__(self) -> tuple:
-        return self.function, self.args
-
-
-@pytest.mark.parametrize(
-    "function, named",
-    [(os.system, "posix.system"), (builtins.eval, "builtins.eval"), (builtins.exec, "builtins.exec"), (builtins.__import__,
-     "builtins.__import__"), (torch.load, "torch.serialization.load"), (pickle.loads, "pickle.loads")],
-)  # fmt: skip
-@pytest.mark.parametrize("place", ["args", "model", "optimizer", "rng_state"])
-def test_code_is_refused(function: Callable, named: str, place: str, tmp_path: Path) -> None:
-    _, full = variant()
-    marker, call = tmp_path / "was_run", Call(function, f"touch {tmp_path / 'was_run'}")
-
-    def plant(content: dict, t: int, p: int) -> None:
-        if (t, p) == (1, 0):
-            if place == "args":
-                content["args"].hidden_size = call
-            else:
-                content[place] = call
-
-    source = megatron.write(tmp_path / "old", full, MODEL, tp=2, vocab_size=90, change=plant)
-    refused(tmp_path / "old", source / "mp_rank_01" / legacy.FILE, "is refused", "would run code", named)
-    assert not marker.exists()
-
-
-def test_code_disguised_as_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of that name is there and would run: it is not even imported."""
-    _, full = variant()
-    marker, package = tmp_path / "was_run", tmp_path / "path" / "megatron" / "trap"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\ndef run(*args): pass\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "path"))
-
-    def run(*args: Any) -> None:
-        marker.touch()
-
-    def plant(content: dict, t: int, p: int) -> None:
-        content["args"].trap = Call(run, "x")
-        content["model"]["decoder.layers.0.trap._extra_state"] = Call(run, "x")
-
-    with megatron.temporary_module("megatron.trap", run):
-        run.__qualname__ = "run"
-        megatron.write(tmp_path / "old", full, MODEL, vocab_size=90, change=plant)
-    imported(tmp_path / "old", tmp_path / "new")
-    assert_same(tmp_path / "new", full, MODEL)
-    assert not marker.exists() and "megatron.trap" not in sys.modules and megatron.ENUM_MODULE not in sys.modules
-    content = load_lazily(tmp_path / "old" / "iter_0000100" / "mp_rank_00" / legacy.FILE, allow=megatron_objects)
-    assert repr(content["args"].state["trap"]) == "megatron.trap.run('x')"
-    assert repr(content["args"].state["model_type"]) == f"{megatron.ENUM_MODULE}.ModelType(1)"
-
-
-def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
-    _, full = variant()
-    source = megatron.write(tmp_path / "old", full, MODEL, vocab_size=90, optimizer=False)
-    path = source / "mp_rank_00" / legacy.FILE
-    path.write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path / 'was_run'}"), protocol=2))
-    refused(tmp_path / "old", path, "zip format")
-    assert not (tmp_path / "was_run").exists()
-
-
-@pytest.mark.parametrize("name", ["os.system", "posix.system", "megatronx.run", "subprocess.Popen", "builtins.eval", "torch.load",
-                                  "operator.attrgetter", "numpy.load", "numpy.core.multiarray.fromfile"])  # fmt: skip
-def test_what_may_not_stand_in_a_file(name: str) -> None:
-    assert not megatron_objects(name)
-
-
-def test_numpy_1_random_state() -> None:
-    assert megatron_objects("numpy.core.multiarray._reconstruct") and megatron_objects("numpy._core.multiarray._reconstruct")
 
 
 # ------------------------------------------------------------------------------------------------------- the command line

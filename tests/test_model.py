@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import megatron_in_process
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
@@ -17,7 +18,7 @@ from megatron.dmc.config import DMCConfig, RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep, get_dmc_layer_spec, have_transformer_engine
 from megatron.dmc.model.carry import read_count, write_count
 from megatron.dmc.ops import OracleCache, rotary_frequencies
-from megatron.dmc.training import cpu, initialize
+from megatron.dmc.training import initialize
 from megatron.dmc.training.model import transformer_config
 
 EXACT = 1e-5
@@ -29,20 +30,8 @@ VOCAB = 96
 @pytest.fixture(scope="module", autouse=True)
 def megatron():
     """Megatron in this process, and no trace of it (nor of the CPU layer's patches) for the files after this one."""
-    from megatron.core.tensor_parallel import random as mcore_random
-
-    places = [(torch.cuda, "current_device"), (torch.cuda, "synchronize"),
-              (mcore_random, "_get_cuda_rng_state"), (mcore_random, "_set_cuda_rng_state")]  # fmt: skip
-    saved = [getattr(*place) for place in places]
-    patched_before = cpu._mode is not None
-    initialize.initialize(run_config())
-    yield
-    initialize.shutdown()
-    if cpu._mode is not None and not patched_before:
-        cpu._mode.__exit__(None, None, None)
-        cpu._mode = None
-        for (module, name), value in zip(places, saved):
-            setattr(module, name, value)
+    with megatron_in_process(run_config()):
+        yield
 
 
 def run_config(dmc: dict | None = None, **model) -> RunConfig:

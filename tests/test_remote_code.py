@@ -5,157 +5,19 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from exported import CASES, EPSILON, GROUPS, HIDDEN, LAYERS, REMOTE_CODE, VOCABULARY, D, Exported, Oracle, tokens
 from torch import Tensor
 
-from megatron.dmc import checkpoint
-from megatron.dmc.ops import OracleCache, rotary_frequencies
-
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
-
-REMOTE_CODE = Path(checkpoint.__file__).parent / "remote_code"
-EPSILON, VOCABULARY, HIDDEN, LAYERS, GROUPS, D = 2.0**-7, 61, 32, 2, 2, 16
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
-
-# decision_bias sets how often tokens merge: the neuron's rows below give keys[D-1] of about N(0, 1).
-CASES = {
-    "half": dict(bias=0.0),
-    "window": dict(bias=-1.6),
-    "unbounded": dict(bias=-1.6, window=None, g=1),
-    "window of one": dict(bias=-0.5, window=1),
-    "every head": dict(bias=-0.5, g=4, tied=True),
-    "qwen 2": dict(bias=-1.6, qkv_bias=True, window=3),
-    "qwen 3": dict(bias=-0.8, qk_norm=True, head_dim=24),
-    "llama 3": dict(bias=-0.8, rope=LLAMA3, g=4, window=None),
-    "rope_parameters": dict(bias=-0.8, rope=LLAMA3, new_style=True),
-    "no merging": dict(bias=50.0),
-    "one slot": dict(bias=-50.0),
-    "zero_out": dict(bias=-1.6, stage="zero_out"),
-}
-
-
-class Exported:
-    """A small random model: its directory, and the same model as plain PyTorch over :class:`OracleCache`."""
-
-    def __init__(self, directory: Path, *, bias: float, window: int | None = 12, g: int = 2, qkv_bias: bool = False,
-                 qk_norm: bool = False, tied: bool = False, head_dim: int | None = None, rope: dict | None = None,
-                 new_style: bool = False, stage: str = "finetune", seed: int = 0) -> None:  # fmt: skip
-        self.directory, self.bias, self.window, self.g, self.d, self.stage = directory, bias, window, g, head_dim or D, stage
-        self.inv_freq = rotary_frequencies(self.d, 5e4, rope)
-        self.dmc = {"format_version": 1, "base_model_type": "llama", "decision_bias": bias, "window": window,
-                    "importance_epsilon": EPSILON, "add_qkv_bias": qkv_bias, "qk_layernorm": qk_norm, "stage": stage,
-                    "step": 2000, "target_cr": 4.0, "measured_cr": 4.03}  # fmt: skip
-        self.config = {
-            "architectures": ["DMCForCausalLM"], "model_type": "dmc", "dmc": self.dmc, "dtype": "float32",
-            "auto_map": {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"},
-            "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": GROUPS * g,
-            "num_key_value_heads": GROUPS, "head_dim": self.d, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY,
-            "max_position_embeddings": 256, "tie_word_embeddings": tied, "hidden_act": "silu",
-        }  # fmt: skip
-        if new_style:
-            self.config["rope_parameters"] = {"rope_theta": 5e4, **(rope or {"rope_type": "default"})}
-        else:
-            self.config |= {"rope_theta": 5e4, "rope_scaling": rope}
-        self.weights = self.random_weights(torch.Generator().manual_seed(seed), qkv_bias, qk_norm, tied)
-        directory.mkdir(parents=True)
-        (directory / "config.json").write_text(json.dumps(self.config))
-        safetensors_torch.save_file(self.weights, directory / "model.safetensors", {"format": "pt"})
-        for file in REMOTE_CODE.glob("*.py"):
-            shutil.copy(file, directory)
-
-    def random_weights(self, generator: torch.Generator, qkv_bias: bool, qk_norm: bool, tied: bool) -> dict[str, Tensor]:
-        def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(*shape, generator=generator) * scale
-
-        d, weights = self.d, {"model.embed_tokens.weight": draw(VOCABULARY, HIDDEN), "model.norm.weight": 1 + draw(HIDDEN) / 9}
-        for n in range(LAYERS):
-            name = f"model.layers.{n}."
-            for projection, heads in (("q", GROUPS * self.g), ("k", GROUPS), ("v", GROUPS)):
-                weights[f"{name}self_attn.{projection}_proj.weight"] = draw(heads * d, HIDDEN, scale=HIDDEN**-0.5)
-                if qkv_bias:
-                    weights[f"{name}self_attn.{projection}_proj.bias"] = draw(heads * d, scale=0.3)
-                if qk_norm and projection != "v":
-                    weights[f"{name}self_attn.{projection}_norm.weight"] = 1 + draw(d) / 9
-            weights[f"{name}self_attn.o_proj.weight"] = draw(HIDDEN, GROUPS * self.g * d, scale=HIDDEN**-0.5)
-            weights[f"{name}mlp.gate_proj.weight"] = draw(48, HIDDEN, scale=HIDDEN**-0.5)
-            weights[f"{name}mlp.up_proj.weight"] = draw(48, HIDDEN, scale=HIDDEN**-0.5)
-            weights[f"{name}mlp.down_proj.weight"] = draw(HIDDEN, 48, scale=48**-0.5)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                weights[f"{name}{norm}.weight"] = 1 + draw(HIDDEN) / 9
-        if not tied:
-            weights["lm_head.weight"] = draw(VOCABULARY, HIDDEN, scale=HIDDEN**-0.5)
-        return weights
-
-    def load(self, **named):
-        return transformers.AutoModelForCausalLM.from_pretrained(self.directory, trust_remote_code=True, **named)
-
-    def oracle(self) -> Oracle:
-        return Oracle(self)
-
-
-class Oracle:
-    """One sequence, token by token: Llama in plain PyTorch with one :class:`OracleCache` per layer."""
-
-    def __init__(self, model: Exported) -> None:
-        self.model = model
-        # Above any logit: a model of zero_out appends always, with the neuron out of attention.
-        bias = model.bias if model.stage != "zero_out" else 1e9
-        self.caches = [
-            OracleCache(1, GROUPS, model.inv_freq, decision_bias=bias, epsilon=EPSILON, window=model.window)
-            for _ in range(LAYERS)
-        ]
-
-    def lengths(self) -> Tensor:
-        return torch.stack([cache.lengths()[0] for cache in self.caches])
-
-    def step(self, token: int) -> Tensor:
-        """Logits of the next token: fp32 [vocabulary]."""
-        w, d = self.model.weights, self.model.d
-        x = w["model.embed_tokens.weight"][token][None]  # [1, h]
-        for n, cache in enumerate(self.caches):
-            name = f"model.layers.{n}."
-            y = self.norm(x, name + "input_layernorm")
-            q, k, v = (
-                F.linear(y, w[f"{name}self_attn.{p}_proj.weight"], w.get(f"{name}self_attn.{p}_proj.bias")).view(1, -1, d)
-                for p in "qkv"
-            )
-            if f"{name}self_attn.q_norm.weight" in w:
-                q, k = self.norm(q, f"{name}self_attn.q_norm"), self.norm(k, f"{name}self_attn.k_norm")
-            x = x + F.linear(cache.step(q, k, v).view(1, -1), w[f"{name}self_attn.o_proj.weight"])
-            y = self.norm(x, name + "post_attention_layernorm")
-            gate, up = F.linear(y, w[f"{name}mlp.gate_proj.weight"]), F.linear(y, w[f"{name}mlp.up_proj.weight"])
-            x = x + F.linear(F.silu(gate) * up, w[f"{name}mlp.down_proj.weight"])
-        head = w["model.embed_tokens.weight"] if self.model.config["tie_word_embeddings"] else w["lm_head.weight"]
-        return F.linear(self.norm(x, "model.norm"), head)[0]
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.model.weights[f"{name}.weight"], 1e-5)
-
-    def run(self, tokens: list[int]) -> Tensor:
-        """[tokens, vocabulary]"""
-        return torch.stack([self.step(token) for token in tokens])
-
-    def generate(self, prompt: list[int], more: int) -> list[int]:
-        logits, out = self.run(prompt)[-1], []
-        for _ in range(more):
-            out.append(int(logits.argmax()))
-            logits = self.step(out[-1])
-        return out
-
+from megatron.dmc.ops import OracleCache
 
 pytestmark = pytest.mark.usefixtures("transformers_state")
-
-
-def tokens(n: int, seed: int = 1) -> list[int]:
-    return torch.randint(1, VOCABULARY, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def test_files_need_nothing_but_torch_and_transformers() -> None:
@@ -515,25 +377,14 @@ def test_bf16_generation(tmp_path: Path) -> None:
 @pytest.fixture
 def megatron():
     """Megatron in this process for one test, and no trace of it afterwards."""
-    from megatron.core.tensor_parallel import random as mcore_random
+    from in_process import megatron_in_process
     from test_model import run_config
-
-    from megatron.dmc.training import cpu, initialize
 
     run = run_config(dict(decision_bias=-0.8), hidden_size=HIDDEN, ffn_hidden_size=48, num_attention_heads=GROUPS * 2,
                      num_query_groups=GROUPS, kv_channels=D, vocab_size=VOCABULARY, rotary_base=5e4,
                      add_qkv_bias=True, qk_layernorm=True)  # fmt: skip
-    places = [(torch.cuda, "current_device"), (torch.cuda, "synchronize"),
-              (mcore_random, "_get_cuda_rng_state"), (mcore_random, "_set_cuda_rng_state")]  # fmt: skip
-    saved, patched_before = [getattr(*place) for place in places], cpu._mode is not None
-    initialize.initialize(run)
-    yield run
-    initialize.shutdown()
-    if cpu._mode is not None and not patched_before:
-        cpu._mode.__exit__(None, None, None)
-        cpu._mode = None
-        for (module, name), value in zip(places, saved):
-            setattr(module, name, value)
+    with megatron_in_process(run):
+        yield run
 
 
 @torch.no_grad()
