@@ -100,7 +100,7 @@ RULES = {
     "checkpoint.remote_code": Rule(("checkpoint.remote_code",), ("megatron.core",), ("torch", "transformers")),
     "training": Rule(("config", "schedule", "ops", "model", "checkpoint", "training")),
     "inference": Rule(
-        ("config", "schedule", "ops", "kernels", "checkpoint.mapping", "checkpoint.hf", "inference"), MEGATRON
+        ("config", "schedule", "ops", "kernels", "checkpoint.mapping", "checkpoint.tensors", "checkpoint.hf", "inference"), MEGATRON
     ),
     "serving": Rule(("config", "checkpoint.mapping", "checkpoint.hf", "inference", "serving"), MEGATRON),
 }

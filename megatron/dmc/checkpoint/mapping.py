@@ -228,10 +228,12 @@ def from_hf_config(config: dict) -> ModelConfig:
 
 
 def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
-    """The ``dmc`` block of an exported model; None for a plain one. Raises ``ValueError`` for a newer format."""
+    """The ``dmc`` block of an exported model; None for a plain one. Raises ``ValueError`` for a newer format or a damaged block."""
     if "dmc" not in config:
         return None
     block = config["dmc"]
+    if not isinstance(block, dict):
+        raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
     if block.get("format_version") != DMC_FORMAT_VERSION:
         raise ValueError(f"config.json: dmc.format_version is {block.get('format_version')!r}; this version reads "
                          f"{DMC_FORMAT_VERSION}")  # fmt: skip

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import hf, mapping
+from megatron.dmc.checkpoint.tensors import has_only_finite
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.inference.parallel import TensorParallel
+from megatron.dmc.kernels.state import in_huge_pages
 
 NEVER = 1e9
 """A decision bias above any logit: a model of stage zero_out appends every token, with the neuron out of attention."""
@@ -53,18 +55,13 @@ class ModelInfo:
 
 def _dmc(config: dict) -> tuple[Optional[DMCConfig], Optional[str], float]:
     """(settings, stage, expected CR) from the ``dmc`` block; (None, None, 1) for a plain model."""
-    if "dmc" not in config:
+    dmc = mapping.dmc_from_hf_config(config)
+    if dmc is None:
         if config.get("model_type") == mapping.DMC_MODEL_TYPE:
             raise ValueError("config.json is of a DMC model and has no dmc block; export the model again")
         return None, None, 1.0
     block = config["dmc"]
-    if not isinstance(block, dict):
-        raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
-    needed = ("format_version", "decision_bias", "window", "importance_epsilon", "stage", "base_model_type")
-    version = block.get("format_version")
-    if version == mapping.DMC_FORMAT_VERSION and (missing := [key for key in needed if key not in block]):
-        raise ValueError(f"config.json: the dmc block lacks {', '.join(missing)}; export the model again")
-    dmc, stage = mapping.dmc_from_hf_config(config), block["stage"]
+    stage = block["stage"]
     if stage not in (*mapping.COMPRESSED_STAGES, "zero_out"):
         raise ValueError(f"config.json: dmc.stage is {stage!r}; zero_out, retrofit and finetune can be served")
     cr = block.get("measured_cr") or block.get("target_cr") or 1.0
@@ -113,7 +110,7 @@ class Reader:
         for start in range(rows.start, rows.stop, step):
             stop = min(start + step, rows.stop)
             block = lazy.read(start, stop)
-            if not torch.isfinite(block.sum(dtype=torch.float32)) and not torch.isfinite(block).all():
+            if not has_only_finite(block):
                 raise ValueError(f"{lazy.name} holds NaN or infinite values (rows {start} to {stop - 1}); copy or export it again")
             out[start - rows.start : stop - rows.start] = block[..., columns] if block.dim() > 1 else block
 
@@ -125,7 +122,7 @@ class Reader:
         part = part or self.parallel.part
         slices = [slice(*part(self.shapes[name][0])) for name in names]
         total = sum(rows.stop - rows.start for rows in slices)
-        out = torch.empty((total, *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
+        out = in_huge_pages((total, *self.shapes[names[0]][1:]), self.dtype, self.device)
         at = 0
         for name, rows in zip(names, slices, strict=True):
             self._fill(out[at : at + rows.stop - rows.start], name, rows, slice(None))
@@ -136,7 +133,7 @@ class Reader:
         """This rank's columns of a matrix."""
         rows, total = self.shapes[name]
         start, stop = self.parallel.part(total)
-        out = torch.empty((rows, stop - start), dtype=self.dtype, device=self.device)
+        out = in_huge_pages((rows, stop - start), self.dtype, self.device)
         self._fill(out, name, slice(0, rows), slice(start, stop))
         return out
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -131,17 +132,17 @@ def _none(wrong: Tensor, message: str, *numbers: Tensor) -> None:
         raise RuntimeError(message.format(page, *(int(x[page]) for x in numbers)))
 
 
-def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros, in huge pages of the operating system where it has them: heads' pages lie in any order, and with 4 KiB each of them
-    would cost a walk through the translation tables."""
-    x = torch.empty(shape, dtype=dtype, device=device)
+def in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Uninitialised memory, in huge pages of the operating system where it has them: a step of decoding reads all weights, and
+    heads' pages in any order, and each 4 KiB of them would cost a walk through the translation tables."""
+    x = torch.empty(tuple(shape), dtype=dtype, device=device)
     size = x.numel() * x.element_size()
     if x.device.type == "cpu" and size >= 2 * _HUGE_PAGE and sys.platform == "linux":
         begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         end = (x.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
         # Before the first touch. It is a wish: a kernel without huge pages returns an error, and nothing is lost.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
-    return x.zero_()
+    return x
 
 
 def make_state(
@@ -191,8 +192,8 @@ def make_state(
         return torch.zeros(shape, dtype=of, device=device)
 
     return CacheState(
-        k_pages=_pool((num_pages, page_size, head_dim), dtype, device),
-        v_pages=_pool((num_pages, page_size, head_dim), dtype, device),
+        k_pages=in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
+        v_pages=in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
         page_table=zeros(*heads, -(-max_slots // page_size)),
         lengths=zeros(*heads),
         ring_k=zeros(*heads, ring, head_dim, of=ring_dtype),
