@@ -17,8 +17,9 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
-from megatron.dmc.kernels.dispatch import active_backend, call, use_backend
+from megatron.dmc.kernels.dispatch import active_backend, use_backend
 from megatron.dmc.kernels.state import CacheState, make_state
+from megatron.dmc.kernels.torch_ops import call
 
 
 class Appended(NamedTuple):

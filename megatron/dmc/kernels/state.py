@@ -53,7 +53,7 @@ class CacheState:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the kernels take them."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple([getattr(self, name) for name in _FIELDS])
 
     @property
     def num_pages(self) -> int:
@@ -123,6 +123,9 @@ class CacheState:
         open_ = (used & (torch.arange(table.size(3)) == last[..., None]))[used]
         writable = torch.zeros_like(counts).index_add_(0, owned, open_.long()) > 0
         _none(writable & (counts > 1), "page {} may still be written and is shared by {} rows", counts)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(CacheState))
 
 
 def _none(wrong: Tensor, message: str, *numbers: Tensor) -> None:
