@@ -28,10 +28,10 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2"],  # jinja2: chat templates
-    "eval": ["lm-eval", "transformers"],
+    "eval": ["lm-eval[api]", "transformers"],
     # The second line is "serve", whose tests need it.
     "dev": [
-        "pytest>=8", "hypothesis", "ruff>=0.9", "openai", "schemathesis>=4",
+        "pytest>=8", "hypothesis", "ruff>=0.9", "openai", "schemathesis>=4", "lm-eval[api]",
         "fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2",
     ],  # fmt: skip
 }

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from engines import Model
+import uvicorn
+from engines import Model, all_back
+
+from megatron.dmc.inference import Engine, EngineConfig
+from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving.app import create_app
+from megatron.dmc.serving.async_engine import Limits
+from megatron.dmc.serving.server import Server, bind, make_service
 
 EOS = 60
 TEMPLATE = (
@@ -35,3 +47,83 @@ def make_model(directory: Path, case: str = "half") -> Model:
     made = Model(directory, case)
     add_tokenizer(directory)
     return made
+
+
+class Running:
+    """A server in a thread of this process, on a free port of the loopback; ``service`` and ``engine`` can be looked into."""
+
+    def __init__(self, path: str, *, limits: Limits | None = None, keys: tuple[str, ...] = (), max_body_bytes: int = 1 << 20,
+                 metrics_prefix: str = "dmc", timeout: float = 20, **settings: object) -> None:  # fmt: skip
+        self.engine = Engine(path, EngineConfig(**settings), load_tokenizer(path))
+        self._options = dict(model_name="m", keys=keys, limits=limits or Limits(), max_body_bytes=max_body_bytes,
+                             metrics_prefix=metrics_prefix)  # fmt: skip
+        self._timeout, self._ready = timeout, threading.Event()
+        self.sock = bind("127.0.0.1", 0)
+        self.port = self.sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    async def _run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.service = make_service(self.engine, **self._options)
+        config = uvicorn.Config(create_app(self.service), log_config=None, access_log=False, lifespan="off",
+                                timeout_graceful_shutdown=5)  # fmt: skip
+        self.server = Server(config, self.service, self._timeout)
+        self._ready.set()
+        try:
+            await self.server.serve([self.sock])
+        finally:
+            await self.service.runner.stop()
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        assert self._ready.wait(30)
+        deadline = time.monotonic() + 30
+        while not self.server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.server.stop)
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def ask(self, path: str, body: object = None, *, raw: bytes | None = None, headers: dict | None = None,
+            method: str | None = None) -> tuple[int, dict[str, str], str]:  # fmt: skip
+        """(status, headers in lower case, text). ``body``: as JSON; ``raw``: as it is."""
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method or ("GET" if data is None else "POST"), path, data,
+                               {"Content-Type": "application/json", **(headers or {})})  # fmt: skip
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode()
+        finally:
+            connection.close()
+
+    def json(self, path: str, body: object = None, status: int = 200) -> dict:
+        found, _, text = self.ask(path, body)
+        assert found == status, text
+        return json.loads(text)
+
+    def events(self, path: str, body: dict) -> list[dict]:
+        """The chunks of a stream, which ends with [DONE]."""
+        status, headers, text = self.ask(path, body | {"stream": True})
+        assert status == 200 and headers["content-type"].startswith("text/event-stream"), text
+        lines = text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def call(self, function: Callable[[Engine], object]) -> object:
+        """On the engine's thread, between two steps."""
+        return asyncio.run_coroutine_threadsafe(self.service.runner.call(function), self.loop).result(60)
+
+    def settle(self) -> None:
+        """Wait until nothing runs; then every page and every place in the queue must be free."""
+        deadline = time.monotonic() + 30
+        runner = self.service.runner
+        while (runner.unfinished or self.service.gate.in_flight) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.call(all_back)
+        assert (runner.unfinished, runner.queued_answers, runner.queued_tokens, self.service.gate.in_flight) == (0, 0, 0, 0)
+        assert not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._answers

@@ -48,6 +48,8 @@ class EngineStats:
     """Of the running sequences, tokens / slots; 1 when there are none."""
     waste: float
     """Share of the used pages' slots that is empty."""
+    layer_compression_ratios: tuple[float, ...]
+    """Of the running sequences, by layer."""
 
 
 class Engine:
@@ -292,11 +294,15 @@ class Engine:
         pages, slots = cache.num_pages * self.parallel.size, int(cache.lengths.sum())
         used = pages - int(cache.free_pages().sum())
         held, heads = int(cache.tokens.sum()), cache.lengths[0].size
+        # [rows, ranks, L H] -> [L]
+        layers = cache.lengths.sum((0, 1)).reshape(cache.shape).sum(1).tolist()
+        states = held * heads // len(layers)
         return EngineStats(
             running=len(self.scheduler.running), waiting=len(self.scheduler.waiting), steps=self._steps,
             prompt_tokens=self._prompt_tokens, generation_tokens=self._generated, preemptions=self.scheduler.preemptions,
             pages=pages, pages_used=used, slots_used=slots, tokens_held=held,
             compression_ratio=held * heads / slots if slots else 1.0, waste=1 - slots / (used * cache.page_size) if used else 0.0,
+            layer_compression_ratios=tuple(states / n if n else 1.0 for n in layers),
         )  # fmt: skip
 
 

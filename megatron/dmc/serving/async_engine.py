@@ -114,6 +114,9 @@ class Stream:
                 found[update.prompt].add(update.output)
         return found
 
+    def request(self, request_id: str) -> Request:
+        return self.requests[self._index[request_id]]
+
     def close(self) -> None:
         """May be called twice, and after the end."""
         self._owner._leave(self)
@@ -121,11 +124,11 @@ class Stream:
     # Called on the event loop by the engine's side.
 
     def _put(self, output: StepOutput, use: Optional[CacheUse]) -> None:
+        if output.finished:
+            self._unfinished.discard((output.request_id, output.index))
         if output.error is not None:
             self._fail(not_answered(output.error))
             return
-        if output.finished:
-            self._unfinished.discard((output.request_id, output.index))
         self._items.append(Update(self._index[output.request_id], output, use))
         self._news.set()
 
@@ -149,7 +152,7 @@ Observer = Callable[[Stream, StepOutput], None]
 class AsyncEngine:
     """Drives an engine. Make it on the event loop that uses it.
 
-    ``observe`` is called on the event loop with every output, before its stream sees it.
+    ``observe`` is called on the event loop with every output, before its stream sees it, and when an answer is left.
     """
 
     def __init__(self, engine: Engine, limits: Limits = Limits(), observe: Optional[Observer] = None) -> None:  # noqa: B008
@@ -232,6 +235,8 @@ class AsyncEngine:
         self.release(stream._ticket)
         for name, index in stream._unfinished:
             self._waiting.pop((name, index), None)
+            if names and self.observe is not None:
+                self.observe(stream, StepOutput(name, index, finish_reason="error" if self.failure else "abort"))
         if stream._unfinished and names and self.failure is None:
             self._command(lambda: self._abort(names))
 

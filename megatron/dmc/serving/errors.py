@@ -35,6 +35,11 @@ def of_value_error(error: ValueError) -> APIError:
     return invalid(message, param, "context_length_exceeded" if too_long else None)
 
 
+def wrong_key() -> APIError:
+    headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+    return APIError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key", headers=headers)
+
+
 def overloaded(message: str, retry_after: int = 1) -> APIError:
     """503: the same request may be answered later."""
     return APIError(503, message, type="service_unavailable", code="overloaded", headers={"Retry-After": str(retry_after)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from megatron.dmc.inference import SamplingParams
 from megatron.dmc.serving.errors import APIError, invalid, of_value_error
@@ -164,6 +164,15 @@ class TokenizeChatRequest(ChatFields):
     return_token_strs: bool = False
 
 
+def _tokenize_kind(body: Any) -> str:
+    return "chat" if isinstance(body, TokenizeChatRequest) or isinstance(body, dict) and "messages" in body else "text"
+
+
+AnyTokenizeRequest = Annotated[
+    Union[Annotated[TokenizeRequest, Tag("text")], Annotated[TokenizeChatRequest, Tag("chat")]], Discriminator(_tokenize_kind)
+]
+
+
 class DetokenizeRequest(Strict):
     """``POST /detokenize``"""
 
@@ -183,7 +192,7 @@ def of_validation(errors: Any) -> APIError:
     """400 from pydantic's list of errors, of which the first is told."""
     unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
     first = unknown or errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = _path(first)
     param = path[0][:100] if path else None
     if first["type"] == "json_invalid" or not path:
         return invalid("the body is not a JSON object; send one with Content-Type: application/json")
@@ -191,8 +200,16 @@ def of_validation(errors: Any) -> APIError:
         return invalid(f"unknown parameter: {'.'.join(path)[:200]!r}", param, "unknown_parameter")
     if first["type"] == "missing":
         return invalid(f"missing parameter: {'.'.join(path)[:200]!r}", param, "missing_required_parameter")
-    wanted = dict.fromkeys(e["msg"] for e in errors if [str(p) for p in e["loc"] if p != "body"][:1] == path[:1])
+    wanted = dict.fromkeys(e["msg"] for e in errors if _path(e)[:1] == path[:1])
     return invalid(f"{param or 'the body'} is wrong: {'; or: '.join(wanted)[:400]}", param, "invalid_type")
+
+
+def _path(error: Any) -> list[str]:
+    """Names and indices that lead to the wrong value, without the words that FastAPI and the tagged union put before them."""
+    path = [str(part) for part in error["loc"]]
+    while path and path[0] in ("body", "text", "chat"):
+        del path[0]
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- responses

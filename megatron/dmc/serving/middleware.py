@@ -1,0 +1,128 @@
+"""What every request passes before it is read: keys, the size of its body, and whether the server still takes requests."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.dmc.serving.errors import APIError, shutting_down, wrong_key
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""Paths that need no key: they say nothing of what is asked, and cost nothing."""
+
+
+class Keys:
+    """API keys, kept as digests. Without any, everyone is let in."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = [self._digest(key.encode()) for key in keys]
+
+    @staticmethod
+    def _digest(key: bytes) -> bytes:
+        return hashlib.sha256(key).digest()
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accept(self, authorization: bytes) -> bool:
+        """Whether a header ``Bearer KEY`` holds one of the keys. Takes as long for any wrong one, and compares with all."""
+        scheme, _, key = authorization.partition(b" ")
+        given, found = self._digest(key.strip()), False
+        for digest in self._digests:
+            found |= hmac.compare_digest(given, digest)
+        return found and scheme.lower() == b"bearer"
+
+
+@dataclass
+class Gate:
+    """What the server tells its gate, and the gate counts."""
+
+    keys: Keys
+    max_body_bytes: int
+    draining: bool = False
+    in_flight: int = 0
+    """Requests that were let in and have no whole answer yet."""
+
+
+class GateMiddleware:
+    """ASGI. Reads the body, up to its limit, before the application is called."""
+
+    def __init__(self, app: App, gate: Gate, refused: Callable[[int], None] = lambda status: None) -> None:
+        self.app, self.gate, self.refused = app, gate, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        gate, headers = self.gate, dict(scope["headers"])
+        gate.in_flight += 1
+        try:
+            body = await self._admit(scope, headers, receive)
+            if body is not None:
+                await self.app(scope, _replay(body, receive), send)
+        except _Refused as refused:
+            self.refused(refused.error.status)
+            await send_error(refused.error, send)
+        finally:
+            gate.in_flight -= 1
+
+    async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """The body; None when the client is gone. Raises :class:`_Refused`."""
+        gate = self.gate
+        if scope["path"] not in OPEN:
+            if gate.keys and not gate.keys.accept(headers.get(b"authorization", b"")):
+                raise _Refused(wrong_key())
+            if gate.draining:
+                raise _Refused(shutting_down())
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > gate.max_body_bytes:
+            raise _Refused(self._too_large())
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size > gate.max_body_bytes:
+                raise _Refused(self._too_large())
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _too_large(self) -> APIError:
+        # The rest of the body is not read: the connection cannot be used again.
+        return APIError(413, f"the body is larger than {self.gate.max_body_bytes} bytes", code="request_too_large",
+                        headers={"Connection": "close"})  # fmt: skip
+
+
+class _Refused(Exception):
+    def __init__(self, error: APIError) -> None:
+        self.error = error
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """``receive`` with the body in front of it."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> MutableMapping[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return again
+
+
+async def send_error(error: APIError, send: Send) -> None:
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

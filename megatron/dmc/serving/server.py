@@ -1,0 +1,146 @@
+"""The process of ``dmc serve``: a bound port, an engine, uvicorn, and an end that leaves nobody without an answer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
+from megatron.dmc.inference.cli import ENGINE_OPTIONS, take_options
+from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving.app import Service, create_app
+from megatron.dmc.serving.async_engine import AsyncEngine, Limits
+from megatron.dmc.serving.errors import shutting_down
+from megatron.dmc.serving.metrics import Metrics
+from megatron.dmc.serving.middleware import Gate, Keys
+from megatron.dmc.serving.prompts import Prompts
+
+log = logging.getLogger(__name__)
+LINGER = 0.25  # seconds in which what is on its way is still told that the server shuts down
+CLOSE = 5  # seconds for the last bytes of answers
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with an end of our own: SIGTERM or SIGINT finishes what runs, a second one gives it up."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, timeout: float) -> None:
+        super().__init__(config)
+        self.service, self.timeout = service, timeout
+        self._draining: asyncio.Task[None] | None = None
+        self._give_up = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own raises the signal again at the end, so that the process would not exit with 0."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            host, port = sock.getsockname()[:2]
+            log.info("serving %s on http://%s:%d", self.service.model_name, f"[{host}]" if ":" in host else host, port)
+
+    def stop(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        else:
+            self._give_up = True
+
+    async def _drain(self) -> None:
+        gate, runner = self.service.gate, self.service.runner
+        log.info("shutting down: %d requests are finished within %g s", gate.in_flight, self.timeout)
+        gate.draining = True
+        for server in getattr(self, "servers", ()):
+            server.close()
+        began, passed = time.monotonic(), 0.0
+        while (gate.in_flight or passed < LINGER) and not self._give_up and passed < self.timeout:
+            await asyncio.sleep(0.02)
+            passed = time.monotonic() - began
+        if gate.in_flight:
+            log.warning("%d requests are not finished after %.1f s; they are answered 503", gate.in_flight, passed)
+            runner.fail(shutting_down())
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A port of our own, before anything slow is done. Raises ``ValueError``."""
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port is {port}; it must be 0 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return made
+
+
+def make_service(engine: Engine, *, model_name: str, keys: Sequence[str] = (), limits: Limits = Limits(),  # noqa: B008
+                 max_body_bytes: int = 16 << 20, metrics_prefix: str = "dmc") -> Service:  # fmt: skip
+    """The engine with all that the application needs. Call it on the event loop."""
+    longest = engine.sizes.max_model_len
+    metrics = Metrics(metrics_prefix, model_name, longest)
+    runner = AsyncEngine(engine, limits, metrics.observe)
+    metrics.watch(runner)
+    # The engine's thread decodes with the original.
+    prompts = Prompts(copy.deepcopy(engine.tokenizer), engine.info.model.vocab_size, longest)
+    return Service(runner, prompts, model_name, str(engine.info.path), Gate(Keys(keys), max_body_bytes), metrics)
+
+
+async def serve(engine: Engine, args: argparse.Namespace, keys: Sequence[str], sock: socket.socket) -> int:
+    """Until a signal comes. Exit status: 0; 1 when the engine has failed."""
+    limits = Limits(args.max_num_queued_requests, args.max_num_queued_tokens)
+    service = make_service(engine, model_name=args.served_model_name or args.model, keys=keys, limits=limits,
+                           max_body_bytes=args.max_body_bytes, metrics_prefix=args.metrics_prefix)  # fmt: skip
+    config = uvicorn.Config(create_app(service), log_config=None, access_log=not args.disable_access_log, lifespan="off",
+                            timeout_graceful_shutdown=CLOSE, backlog=2048, server_header=False)  # fmt: skip
+    server = Server(config, service, args.shutdown_timeout)
+    log.info("%d keys, %s", len(keys), _pool(engine))
+    try:
+        await server.serve([sock])
+    finally:
+        await service.runner.stop()
+        service.tokenizing.shutdown()
+    log.info("stopped")
+    return int(service.runner.failure is not None)
+
+
+def warm_up(engine: Engine) -> None:
+    """One prompt and one decoding step, so that kernels are built and loaded before the first client waits for them."""
+    prompt = [0] * min(3, engine.sizes.max_model_len - 2)
+    engine.add_request("warm-up", prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.error is not None:
+                raise ValueError(f"the model does not answer: {output.error}")
+
+
+def _pool(engine: Engine) -> str:
+    sizes = engine.sizes
+    return (f"{sizes.max_num_seqs} answers at a time, window {sizes.max_model_len}, {sizes.num_pages} pages of {sizes.page_bytes} "
+            f"bytes, expected compression ratio {engine.info.expected_cr:g}")  # fmt: skip
+
+
+def run(args: argparse.Namespace, keys: Sequence[str]) -> int:
+    """Exit status. Raises ``ValueError`` for what is wrong with the options or the model."""
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with contextlib.closing(bind(args.host, args.port)) as sock:
+        tokenizer = load_tokenizer(args.tokenizer or args.model)
+        engine = Engine(args.model, EngineConfig(**take_options(args, ENGINE_OPTIONS)), tokenizer)
+        warm_up(engine)
+        return asyncio.run(serve(engine, args, keys, sock))
