@@ -34,6 +34,7 @@ class Command:
 Option = tuple[Callable[[str], Any], str]
 ENGINE_OPTIONS: dict[str, Option] = {
     "dtype": (str, "auto (that of the files), float32, bfloat16 or float16"),
+    "load_format": (str, "auto (the directory's weights), or dummy: random ones, config.json is enough"),
     "device": (str, "auto, cpu or cuda"),
     "tensor_parallel_size": (int, "ranks; start as many processes with torchrun"),
     "max_model_len": (int, "longest sequence, prompt and answer, in tokens (default: the model's)"),
@@ -172,13 +173,22 @@ def _summary(stats: Any, results: Sequence[RequestOutput], seconds: float) -> st
 COMMANDS = (Command("generate", "generate text from prompts", _add_generate, _generate),)
 
 
-def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dmc", description="Language models with a compressed cache.", allow_abbrev=False)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def group(name: str, help: str, commands: Sequence[Command]) -> Command:
+    """Commands below a command: ``dmc bench latency``."""
+    return Command(name, help, lambda parser: _add_commands(parser, name, commands), lambda args: 2)
+
+
+def _add_commands(parser: argparse.ArgumentParser, dest: str, commands: Sequence[Command]) -> None:
+    subparsers = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
     for command in commands:
         sub = subparsers.add_parser(command.name, help=command.help, description=command.help, allow_abbrev=False)
-        command.add(sub)
         sub.set_defaults(run=command.run)
+        command.add(sub)
+
+
+def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dmc", description="Language models with a compressed cache.", allow_abbrev=False)
+    _add_commands(parser, "command", commands)
     return parser
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron.dmc.config import ModelConfig
 from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.inference.dummy import LOAD_FORMATS
 from megatron.dmc.inference.weights import ModelInfo
 
 
@@ -19,6 +20,8 @@ class EngineConfig:
 
     dtype: str | torch.dtype = "auto"
     """auto (that of the files), float32, bfloat16, float16."""
+    load_format: str = "auto"
+    """auto: the directory's weights. dummy: random ones, of a directory that needs no more than ``config.json``."""
     device: str = "auto"
     """auto: a GPU where there is one."""
     tensor_parallel_size: int = 1
@@ -45,6 +48,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be an integer, at least 1")
+        if self.load_format not in LOAD_FORMATS:
+            raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(LOAD_FORMATS)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1")
 

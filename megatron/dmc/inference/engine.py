@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import hf
+from megatron.dmc.inference import dummy
 from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache, make_cache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
@@ -55,16 +56,18 @@ class EngineStats:
 class Engine:
     """See the module. ``tokenizer`` may be None: requests are token ids then, and outputs have no text."""
 
-    def __init__(self, path: str | Path, config: EngineConfig = EngineConfig(), tokenizer: Optional[Any] = None) -> None:  # noqa: B008
-        """Read the weights and reserve the cache.
+    def __init__(self, path: str | Path | hf.HFDirectory, config: EngineConfig = EngineConfig(),  # noqa: B008
+                 tokenizer: Optional[Any] = None) -> None:  # fmt: skip
+        """Read the weights and reserve the cache. ``path`` may be a directory that is open already.
 
         Raises:
             ValueError: a setting or a model directory that is wrong, by name.
         """
         self.config, self.tokenizer = config, tokenizer
         device = config.torch_device()
-        directory = hf.open_directory(path)
-        info = read_info(directory)
+        if not isinstance(path, hf.HFDirectory):
+            path = (dummy if config.load_format == "dummy" else hf).open_directory(path)
+        directory, info = path, read_info(path)
         dtype = dtype_of(config.dtype, info, device)
         self.parallel = tp.initialize(config.tensor_parallel_size, device)
         self.model = Model(directory, info, self.parallel, dtype, device)

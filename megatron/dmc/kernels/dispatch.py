@@ -11,6 +11,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Optional
 
+from torch._C._profiler import _RecordFunctionFast
+
 from megatron.dmc.kernels import reference
 from megatron.dmc.kernels.state import CacheState
 
@@ -75,4 +77,5 @@ def call(op: str, state: CacheState, *arguments: Any) -> Any:
     """Run ``op`` on the backend of the state's device."""
     name = active_backend(state.k_pages.device.type)
     module = _cpp() if name == "cpp" else reference
-    return getattr(module, op)(state, *arguments)
+    with _RecordFunctionFast(f"dmc::{op}"):  # the C++ kernels are no torch ops: so that torch.profiler shows them
+        return getattr(module, op)(state, *arguments)

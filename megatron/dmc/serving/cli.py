@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Optional
 
 from megatron.dmc.inference import cli
+from megatron.dmc.inference.bench_cli import BENCHES
 from megatron.dmc.serving import serve
 
 # Modules that are imported here put off what is slow to import, or in an extra, until their command runs.
 COMMANDS = (
     *cli.COMMANDS,
     serve.COMMAND,
+    cli.group("bench", "measure speed and memory", (*BENCHES,)),
 )
 
 

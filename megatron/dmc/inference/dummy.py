@@ -1,0 +1,83 @@
+"""Models without weights: ``config.json`` alone, and random numbers in their place. For measuring shapes, not for text.
+
+The decision neuron of a random key is about N(0, 1), token by token, so the decision bias alone sets how often tokens merge:
+a directory that is plain can be measured as a model of any compression ratio.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from statistics import NormalDist
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.checkpoint import hf, mapping
+from megatron.dmc.config import DMCConfig
+
+LOAD_FORMATS = ("auto", "dummy")
+
+
+class RandomTensor(hf.Lazy):
+    """Norms are 1, biases 0, matrices normal with a variance that keeps activations near 1. The same numbers every time."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, layers: int) -> None:
+        self.name, self.shape, self.dtype = name, tuple(shape), dtype
+        self._constant = 0.0 if name.endswith(".bias") else 1.0
+        self._std = 1.0 if name == "model.embed_tokens.weight" else shape[-1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            self._std /= (2 * layers) ** 0.5  # the residual stream stays a token's own (as in GPT-2)
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        if len(self.shape) == 1:
+            out.fill_(self._constant)
+            return
+        generator = torch.Generator(out.device).manual_seed(zlib.crc32(f"{self.name} {start}".encode()))
+        out.normal_(0, self._std, generator=generator)
+
+
+def bias_for(compression_ratio: float) -> float:
+    """The decision bias above which a share of 1 - 1 / CR of N(0, 1) lies. Raises ``ValueError`` for a ratio below 1."""
+    if not compression_ratio > 1:
+        raise ValueError(f"compression_ratio is {compression_ratio!r}; above 1 tokens merge, and 1 is a plain model")
+    return NormalDist().inv_cdf(1 / compression_ratio)
+
+
+def _compressed(config: dict, ratio: float) -> dict:
+    plain = mapping.base_config(config)
+    dmc = mapping.dmc_from_hf_config(config) or DMCConfig()
+    block = {"format_version": mapping.DMC_FORMAT_VERSION, "base_model_type": mapping.family_of(plain).model_type,
+             "decision_bias": bias_for(ratio), "window": dmc.window, "importance_epsilon": dmc.importance_epsilon,
+             "stage": mapping.COMPRESSED_STAGES[-1], "target_cr": ratio, "measured_cr": ratio}  # fmt: skip
+    return {**plain, "model_type": mapping.DMC_MODEL_TYPE, "architectures": [mapping.DMC_ARCHITECTURE], "dmc": block}
+
+
+def _dtype(config: dict) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if found not in hf.DTYPES.values():
+        raise ValueError(f"config.json: dtype is {name!r}; float32, float16 and bfloat16 can be served")
+    return found
+
+
+def open_directory(path: str | Path, compression_ratio: Optional[float] = None) -> hf.HFDirectory:
+    """The directory of a ``config.json``, with random weights whatever else is in it.
+
+    Args:
+        compression_ratio: makes the model one that merges so often (1: a plain one). None: what the file says.
+
+    Raises:
+        ValueError: no such file, a model that is not supported, or a ratio below 1.
+    """
+    path = Path(path)
+    config = hf.read_json(path / "config.json")
+    if compression_ratio == 1:
+        config = mapping.base_config(config)
+    elif compression_ratio is not None:
+        config = _compressed(config, compression_ratio)
+    model, dtype = mapping.from_hf_config(config), _dtype(config)
+    shapes = mapping.hf_shapes(mapping.family_of(config), model)
+    tensors: dict[str, hf.Lazy] = {n: RandomTensor(n, shape, dtype, model.num_layers) for n, shape in shapes.items()}
+    return hf.HFDirectory(path, config, tensors, {})
