@@ -43,6 +43,7 @@ ENGINE_OPTIONS: dict[str, Option] = {
     "block_size": (int, "slots of a page: 16, 32 or 64"),
     "kv_cache_memory_bytes": (int, "of the cache, per rank"),
     "gpu_memory_utilization": (float, "share of a GPU's memory that may be used"),
+    "enforce_eager": (bool, "no CUDA graphs"),
 }
 SAMPLING_OPTIONS: dict[str, Option] = {
     "n": (int, "answers per prompt"),
@@ -64,7 +65,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type, options: dict[str, O
     known = {field.name: field.default for field in dataclasses.fields(cls)} | defaults
     for name, (kind, text) in options.items():
         shown = "" if known[name] is None else f" (default: {known[name]})"
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=known[name], help=text + shown)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument("--" + name.replace("_", "-"), default=known[name], help=text + shown, **how)  # type: ignore[arg-type]
 
 
 def take_options(args: argparse.Namespace, options: dict[str, Option]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class EngineConfig:
     """Of the cache on each rank, tables and all. None: on a GPU what ``gpu_memory_utilization`` leaves, on a CPU at most 4 GiB and
     half of what is free; never more than ``max_num_seqs`` of the longest sequences need."""
     gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    """On a GPU: no CUDA graphs. They take seconds at the start, some memory, and make every decode step faster."""
     seed: int = 0
     """Of requests that have none."""
 

@@ -15,11 +15,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from megatron.dmc import kernels
 from megatron.dmc.checkpoint import hf
 from megatron.dmc.inference import dummy
 from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache, make_cache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
+from megatron.dmc.inference.graphs import DecodeGraphs
 from megatron.dmc.inference.model import Batch, Model, Piece
 from megatron.dmc.inference.request import FinishReason, Sequence, StepOutput, Timing
 from megatron.dmc.inference.sampling import Logprobs, Sampler, SamplerState, SamplingParams, logprobs
@@ -73,6 +75,7 @@ class Engine:
         self.model = Model(directory, info, self.parallel, dtype, device)
         self.sizes: Sizes = resolve(config, info, dtype, device)
         self.cache = self._make_cache(dtype, device)
+        self.graphs = DecodeGraphs(self._run_batch, self.sizes.max_num_seqs, device) if self._takes_graphs() else None
         self.scheduler = Scheduler(self.cache, self.sizes.max_num_batched_tokens, info.expected_cr)
         self.sampler = Sampler(device, config.seed)
         self.device, self.info = device, info
@@ -87,6 +90,13 @@ class Engine:
             num_kv_heads=model.kv_heads, head_dim=model.head_dim, max_slots=sizes.max_model_len,
             page_size=self.config.block_size, window=info.window, compress=info.compresses, dtype=dtype, device=device,
         )  # fmt: skip
+
+    def _takes_graphs(self) -> bool:
+        """Only CUDA kernels wait for nothing; the reference ones cannot be captured."""
+        return self.cache.state.k_pages.is_cuda and not self.config.enforce_eager and kernels.active_backend("cuda") == "cuda"
+
+    def _run_batch(self, batch: Batch) -> Tensor:
+        return self.model.forward(batch, self.cache.state)
 
     def _eos_ids(self) -> frozenset[int]:
         own = getattr(self.tokenizer, "eos_token_id", None)
@@ -193,7 +203,8 @@ class Engine:
 
     def _forward(self, pieces: Seq[Piece]) -> Tensor:
         try:
-            return self.model.forward(Batch.build(pieces, self.device), self.cache.state)
+            logits = self.graphs(pieces) if self.graphs is not None else None
+            return self._run_batch(Batch.build(pieces, self.device)) if logits is None else logits
         except BaseException:
             # Layers may have taken the tokens or not: all is read again, should the caller go on.
             for sequence in list(self.scheduler.running):

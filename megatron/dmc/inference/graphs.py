@@ -1,0 +1,105 @@
+"""Decode steps as CUDA graphs: the host puts three numbers per sequence into a buffer, and launches one thing.
+
+Compression makes attention short, and a decode step then is hundreds of kernels of a few microseconds: launching them one by one
+would take longer than running them. A graph has fixed shapes, so there is one for each of a few batch sizes; the rows that a batch
+does not fill are padding (row -1), which every kernel ignores. Prompts, and mixed steps, run as they are.
+"""
+
+from __future__ import annotations
+
+import bisect
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.inference.model import Batch, Piece
+
+Forward = Callable[[Batch], Tensor]
+Replay = Callable[[], Tensor]
+
+
+def capture_sizes(most: int) -> list[int]:
+    """Batch sizes up to ``most``, close enough that little is padding (vLLM's steps): 1, 2, 4, 8, 16, 24, ..., 256, 272, ..."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most + 16, 16)]
+    return [size for size in sizes if size < most] + [most]
+
+
+class CudaGraphRecorder:
+    """Captures functions without arguments whose inputs and results stay where they are. All graphs share one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            run()  # what libraries reserve on first use must not be captured
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class DecodeGraphs:
+    """The forward pass of steps in which every sequence has one token."""
+
+    def __init__(self, forward: Forward, max_seqs: int, device: torch.device,
+                 record: Optional[Callable[[Callable[[], Tensor]], Replay]] = None) -> None:  # fmt: skip
+        """Capture all sizes, the largest first, so that the smaller ones find its memory. Changes nothing in the cache.
+
+        Args:
+            forward: takes the tokens into the cache; fp32 [m, vocabulary]. Must not wait for the device.
+            record: makes a graph of a function; default: :class:`CudaGraphRecorder`.
+        """
+        began = time.perf_counter()
+        self._forward = forward
+        record = record or CudaGraphRecorder(device)
+        on_gpu = device.type == "cuda"
+        # Token, position and row of each sequence. The host's copy is written again only after the step's one wait.
+        self._host = torch.zeros(3, max_seqs, dtype=torch.int32, pin_memory=on_gpu)
+        self._inputs = torch.zeros(3, max_seqs, dtype=torch.int32, device=device)
+        self._inputs[2] = -1
+        self._ends = torch.arange(max_seqs + 1, dtype=torch.int32, device=device)
+        self._all = torch.arange(max_seqs, device=device)
+        self.sizes = capture_sizes(max_seqs)
+        self._replays = {size: record(lambda size=size: self._run(size)) for size in reversed(self.sizes)}  # type: ignore[misc]
+        if on_gpu:
+            torch.cuda.synchronize(device)
+            print(f"megatron.dmc: captured CUDA graphs of {len(self.sizes)} batch sizes up to {max_seqs} in "
+                  f"{time.perf_counter() - began:.1f} s", file=sys.stderr)  # fmt: skip
+
+    @torch.inference_mode()
+    def _run(self, size: int) -> Tensor:
+        tokens, positions, rows = self._inputs[:, :size]
+        return self._forward(Batch(tokens.long(), positions, self._ends[: size + 1], rows, size, self._all[:size]))
+
+    @torch.inference_mode()
+    def __call__(self, pieces: Sequence[Piece]) -> Optional[Tensor]:
+        """Logits as the forward pass gives them, fp32 [m, vocabulary]; None: not a step for a graph, run it as it is."""
+        n = len(pieces)
+        if n > self.sizes[-1] or any(len(piece.tokens) != 1 for piece in pieces):
+            return None
+        size = self.sizes[bisect.bisect_left(self.sizes, n)]
+        host = self._host[:, :size].numpy()
+        host[:2, n:], host[2, n:] = 0, -1
+        for i, piece in enumerate(pieces):
+            host[:, i] = piece.tokens[0], piece.start, piece.row
+        self._inputs[:, :size].copy_(self._host[:, :size], non_blocking=True)
+        logits = self._replays[size]()[:n]
+        if all(piece.logits for piece in pieces):
+            return logits
+        # The one-token end of a prompt's chunk wants none.
+        wanted = torch.tensor([i for i, piece in enumerate(pieces) if piece.logits], dtype=torch.long)
+        return logits[wanted.to(logits.device, non_blocking=True)]
