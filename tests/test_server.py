@@ -137,7 +137,8 @@ def test_prompts_in_all_forms(server: Running, model: Model) -> None:
 
 @pytest.mark.parametrize("more", [
     {"prompt": ["one", "two"], "n": 2, "seed": 3, "max_tokens": 9}, {"prompt": "one", "stop": ["a", "b"], "temperature": 0},
-    {"prompt": "one two", "echo": True, "logprobs": 3, "temperature": 0}, {"prompt": "x", "logprobs": 0, "max_tokens": 3, "top_k": 2},
+    {"prompt": "one two", "echo": True, "logprobs": 3, "temperature": 0},
+    {"prompt": "x", "logprobs": 0, "max_tokens": 3, "top_k": 2},
     {"prompt": "x", "max_tokens": 0, "echo": True, "logprobs": 1}, {"prompt": [1, 2, 3], "return_token_ids": True, "seed": 1},
 ])  # fmt: skip
 def test_streaming_equals_whole(server: Running, more: dict) -> None:
@@ -149,7 +150,9 @@ def test_streaming_equals_whole(server: Running, more: dict) -> None:
     for choice in whole["choices"]:
         parts = [event["choices"][0] for event in events[:-1] if event["choices"][0]["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
-        assert [parts[-1][key] for key in ("finish_reason", "stop_reason")] == [choice[key] for key in ("finish_reason", "stop_reason")]
+        assert [parts[-1][key] for key in ("finish_reason", "stop_reason")] == [
+            choice[key] for key in ("finish_reason", "stop_reason")
+        ]
         assert all(part["finish_reason"] is None for part in parts[:-1])
         for key, values in (choice["logprobs"] or {}).items():
             joined = [x for part in parts for x in part["logprobs"][key]]
@@ -188,7 +191,9 @@ def test_a_stream_shows_the_cache(server: Running) -> None:
     assert [use["tokens"] for use in seen] == list(range(14, 14 + len(seen))) and len(seen) == 11
     layers, heads = server.engine.cache.shape
     assert all(len(use["slots"]) == layers and {len(row) for row in use["slots"]} == {heads} for use in seen)
-    assert all(use["compression_ratio"] == pytest.approx(use["tokens"] * layers * heads / sum(map(sum, use["slots"]))) for use in seen)
+    assert all(
+        use["compression_ratio"] == pytest.approx(use["tokens"] * layers * heads / sum(map(sum, use["slots"]))) for use in seen
+    )
 
 
 def test_tokenize_and_back(server: Running) -> None:
@@ -224,10 +229,12 @@ WRONG = [
     ("nested", b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", {}), ("a surrogate", b'{"prompt": "\\ud800"}', {}),
     ("an unknown surrogate", b'{"prompt": "a", "\\ud800": 1}', {}), ("a wrong type", b'{"prompt": "a", "n": "1"}', {}),
     ("a huge token", b'{"prompt": [99999999999999999999]}', {}), ("an unknown token", b'{"prompt": [61]}', {}),
-    ("a negative token", b'{"prompt": [-1]}', {}), ("an empty prompt", b'{"prompt": []}', {}), ("empty ids", b'{"prompt": [[]]}', {}),
+    ("a negative token", b'{"prompt": [-1]}', {}),
+    ("an empty prompt", b'{"prompt": []}', {}), ("empty ids", b'{"prompt": [[]]}', {}),
     ("another type", b'{"prompt": "a"}', {"Content-Type": "text/plain"}), ("mixed", b'{"prompt": ["a", 1]}', {}),
     ("a huge n", b'{"prompt": "a", "n": 100000}', {}), ("a null", b'{"prompt": null}', {}),
-    ("a huge penalty", b'{"prompt": "a", "presence_penalty": 1e30}', {}), ("another model", b'{"prompt": "a", "model": "\\udfff"}', {}),
+    ("a huge penalty", b'{"prompt": "a", "presence_penalty": 1e30}', {}),
+    ("another model", b'{"prompt": "a", "model": "\\udfff"}', {}),
     ("a bias of no token", b'{"prompt": "a", "logit_bias": {"61": 1}}', {}),
     ("a huge bias", b'{"prompt": "a", "logit_bias": {"99999999999999999999999": 1}}', {}),
 ]  # fmt: skip
@@ -244,7 +251,12 @@ def test_a_wrong_body(server: Running, body: bytes, headers: dict) -> None:
 
 
 def test_a_prompt_that_does_not_fit(server: Running) -> None:
-    for body in ({"prompt": "a" * 300}, {"prompt": "a" * 250, "max_tokens": 8}, {"prompt": [1] * 257, "max_tokens": 0}, {"prompt": "a" * 9999}):
+    for body in (
+        {"prompt": "a" * 300},
+        {"prompt": "a" * 250, "max_tokens": 8},
+        {"prompt": [1] * 257, "max_tokens": 0},
+        {"prompt": "a" * 9999},
+    ):
         error = server.json(COMPLETIONS, body, 400)["error"]
         assert error["code"] == "context_length_exceeded", error
 
@@ -264,7 +276,11 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
                         {"Authorization": "Bearer sk-first sk-second"}, {"Authorization": "Bearer "}):  # fmt: skip
             for path in ("/v1/models", "/tokenize", "/nothing"):
                 status, found, text = server.ask(path, headers=headers)
-                assert status == 401 and json.loads(text)["error"]["code"] == "invalid_api_key" and found["www-authenticate"] == "Bearer"
+                assert (
+                    status == 401
+                    and json.loads(text)["error"]["code"] == "invalid_api_key"
+                    and found["www-authenticate"] == "Bearer"
+                )
         for path in ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json"):
             assert server.ask(path)[0] == 200
         with pytest.raises(openai.AuthenticationError):
@@ -319,15 +335,20 @@ def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> 
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 # What vLLM's own Grafana dashboards ask for (examples/online_serving of vLLM, late 2025).
-DASHBOARD = """num_requests_running num_requests_waiting num_requests_swapped gpu_cache_usage_perc kv_cache_usage_perc prompt_tokens_total
-generation_tokens_total request_success_total num_preemptions_total e2e_request_latency_seconds_bucket time_per_output_token_seconds_sum
-inter_token_latency_seconds_bucket time_to_first_token_seconds_count request_prompt_tokens_bucket request_generation_tokens_bucket
-request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum request_inference_time_seconds_sum
-request_max_num_generation_tokens_sum""".split()
+DASHBOARD = """
+num_requests_running num_requests_waiting num_requests_swapped gpu_cache_usage_perc kv_cache_usage_perc
+prompt_tokens_total generation_tokens_total request_success_total num_preemptions_total
+e2e_request_latency_seconds_bucket time_per_output_token_seconds_sum inter_token_latency_seconds_bucket
+time_to_first_token_seconds_count request_prompt_tokens_bucket request_generation_tokens_bucket
+request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum
+request_inference_time_seconds_sum request_max_num_generation_tokens_sum
+""".split()
 
 
 def samples(text: str) -> dict[str, float]:
-    return {f"{s.name}{sorted(s.labels.items())}": s.value for family in text_string_to_metric_families(text) for s in family.samples}
+    return {
+        f"{s.name}{sorted(s.labels.items())}": s.value for family in text_string_to_metric_families(text) for s in family.samples
+    }
 
 
 def test_metrics(model: Model) -> None:
@@ -366,7 +387,9 @@ def test_metrics_of_what_runs(server: Running) -> None:
     stats = server.call(lambda engine: engine.stats())
     connection.close()
     assert stats.running == 1 and len(stats.layer_compression_ratios) == server.engine.cache.shape[0]
-    assert stats.compression_ratio == pytest.approx(len(stats.layer_compression_ratios) / sum(1 / r for r in stats.layer_compression_ratios))
+    assert stats.compression_ratio == pytest.approx(
+        len(stats.layer_compression_ratios) / sum(1 / r for r in stats.layer_compression_ratios)
+    )
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
@@ -445,7 +468,9 @@ def post(url: str, body: dict, key: str = "") -> tuple[int, str]:
     host, port = url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     try:
-        connection.request("POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+        connection.request(
+            "POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        )
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
     finally:
@@ -511,7 +536,10 @@ def test_the_end_comes_in_time(model: Model) -> None:
         server.engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[method-assign]
         with ThreadPoolExecutor(2) as pool:
             body = {"prompt": "a", "max_tokens": 240} | IGNORE
-            whole, streamed = pool.submit(server.ask, COMPLETIONS, body), pool.submit(server.ask, COMPLETIONS, body | {"stream": True})
+            whole, streamed = (
+                pool.submit(server.ask, COMPLETIONS, body),
+                pool.submit(server.ask, COMPLETIONS, body | {"stream": True}),
+            )
             while server.service.runner.unfinished < 2 or server.service.runner.stats.generation_tokens < 4:
                 time.sleep(0.01)
             server.loop.call_soon_threadsafe(server.server.stop)
@@ -524,7 +552,8 @@ def test_the_end_comes_in_time(model: Model) -> None:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    (["--port", "99999"], "--port is 99999"), (["--api-key", "a b"], "--api-key: a key is empty"), (["--api-key", ""], "a key is empty"),
+    (["--port", "99999"], "--port is 99999"), (["--api-key", "a b"], "--api-key: a key is empty"),
+    (["--api-key", ""], "a key is empty"),
     (["--api-key-file", "nowhere"], "--api-key-file nowhere cannot be read: FileNotFoundError"),
     (["--max-model-len", "100000"], "max_model_len is 100000"), (["--tensor-parallel-size", "3"], "3"),
 ])  # fmt: skip

@@ -1,6 +1,6 @@
 """``dmc serve MODEL``: its options. What it runs is in ``server``, which is imported when it runs.
 
-    dmc serve Llama-2-7B-DMC-4x --port 8000 --api-key-file keys.txt
+dmc serve Llama-2-7B-DMC-4x --port 8000 --api-key-file keys.txt
 """
 
 from __future__ import annotations
