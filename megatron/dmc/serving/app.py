@@ -198,7 +198,8 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _documented(model: type) -> dict[Union[int, str], dict[str, Any]]:
-    stream = {"text/event-stream": {"schema": {"type": "string"}, "example": "data: {...}\n\ndata: [DONE]\n\n"}}
+    event = {"type": "object", "properties": {"data": {"type": "string", "description": "a chunk as JSON; at the end [DONE]"}}}
+    stream = {"text/event-stream": {"schema": event}}
     return {200: {"model": model, "content": stream, "description": "the answer; with stream, its chunks"}, **ANSWER_ERRORS}
 
 

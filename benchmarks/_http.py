@@ -1,0 +1,90 @@
+"""A light HTTP client on asyncio, and a load that behaves badly: what benchmarks/serving.py and the tests put on a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+COMPLETIONS = "/v1/completions"
+
+
+async def post(port: int, body: Mapping[str, object], *, leave_after: int | None = None) -> tuple[int, bytes]:
+    """(status, body) of a completion; (0, b"") after leaving at so many bytes of the answer.
+
+    Speaks HTTP/1.0, so that an answer ends with the connection and nothing has to be taken apart.
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        data = json.dumps(body).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        await writer.drain()
+        if leave_after is not None:
+            await reader.read(leave_after) if leave_after else await asyncio.sleep(0.005)
+            return 0, b""
+        answer = await reader.read(-1)
+        head_text, _, found = answer.partition(b"\r\n\r\n")
+        if not head_text:
+            raise ConnectionError("the server closed the connection without an answer")
+        return int(head_text.split(b" ", 2)[1]), found
+    finally:
+        writer.close()
+
+
+def tokens_of(body: bytes, stream: bool) -> list[int]:
+    """Token ids of a whole answer or a stream. Raises ``ValueError`` for one that is cut off or ends in an error."""
+    if not stream:
+        return json.loads(body)["choices"][0]["token_ids"]
+    events = body.split(b"\n\n")
+    if events[-2:] != [b"data: [DONE]", b""]:
+        raise ValueError(f"the stream ends with {body[-200:]!r}")
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events[:-2]]
+    if any("error" in chunk for chunk in chunks) or chunks[-1]["choices"][0]["finish_reason"] is None:
+        raise ValueError(f"the stream ends with {body[-400:]!r}")
+    return [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+
+
+@dataclass
+class Outcome:
+    """What became of a load. Every request is in one of the counts, or in ``wrong`` with what was wrong."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """answered, refused (503), left (by the client)"""
+    wrong: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+async def load(port: int, prompts: Sequence[Sequence[int]], lone: Sequence[Sequence[int]], *, requests: int, clients: int = 64,
+               seed: int = 0, leaving: float = 0.15) -> Outcome:  # fmt: skip
+    """Random requests of ``clients`` at a time: lengths, streams or not, some leave. ``lone``: the greedy answer to each prompt."""
+    outcome, order = Outcome(), random.Random(seed)
+    left = iter(range(requests))
+
+    async def client() -> None:
+        for n in left:
+            which, stream = order.randrange(len(prompts)), order.random() < 0.5
+            most = order.randint(1, len(lone[which]))
+            leave = order.choice((0, 1, 200, 2000)) if order.random() < leaving else None
+            body = {"prompt": list(prompts[which]), "max_tokens": most, "temperature": 0, "ignore_eos": True, "stream": stream,
+                    "return_token_ids": True}  # fmt: skip
+            try:
+                status, text = await post(port, body, leave_after=leave)
+                if status == 200:
+                    found = tokens_of(text, stream)
+                    if found != list(lone[which][:most]):
+                        raise ValueError(f"tokens {found}, alone {list(lone[which][:most])}")
+                    outcome.tokens += most
+                elif status not in (0, 503):
+                    raise ValueError(f"HTTP {status}: {text[:200]!r}")
+                outcome.counts[{0: "left", 200: "answered", 503: "refused"}[status]] += 1
+                if status == 503:
+                    await asyncio.sleep(0.2)  # less than Retry-After asks for
+            except (OSError, ValueError) as error:
+                outcome.wrong.append(f"request {n}: {error}")
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return outcome

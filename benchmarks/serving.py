@@ -1,0 +1,229 @@
+#!/usr/bin/env python
+"""What the HTTP server costs, and whether it holds under a bad load.
+
+Modes (``--mode``):
+
+overhead
+    The same requests (token ids, all of one length, greedy) three ways, in turn, in one run: the engine offline
+    (``LLM.generate``), through HTTP by ``--clients`` closed-loop clients that take whole answers, and by as many that take
+    streams. Engine, server and client share the cores; the client speaks plain HTTP/1.0 and takes little.
+    Target: tokens per second through HTTP, whole and streamed, are at least 0.90 of the offline engine's (median of the
+    rounds' ratios).
+
+load
+    ``--requests`` random requests of 64 clients, streamed and not, 15% of which leave, on a pool that is far too small, with
+    a bounded queue. Targets: every request is answered with the tokens of a lone run, refused with 503, or left by its
+    client; sequences are pre-empted; all pages are free at the end; the server's resident memory at the end is at most 3%
+    above that at a third of the load; SIGTERM ends it with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from _common import ROOT, arguments, finish, ratio, spread, table
+from _http import load, post, tokens_of
+from engine import prompts, write_models
+
+from megatron.dmc.inference import LLM, SamplingParams
+
+OVERHEAD_TARGET, MEMORY_TARGET = 0.90, 1.03
+
+
+def add_tokenizer(directory: Path) -> None:
+    """1,024 tokens: bytes, and pairs of letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [c for c in alphabet if c.isascii() and c.isalnum()]
+    pairs = [(a, b) for a in letters for b in letters][: 1024 - len(alphabet)]
+    vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in pairs)])}
+    made = Tokenizer(models.BPE(vocabulary, pairs))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+@contextmanager
+def served(path: Path, threads: int, *options: object):
+    """(process, port) of a ``dmc serve`` of its own, which ends with SIGTERM and must exit with 0."""
+    command = [sys.executable, "-m", "megatron.dmc.serving.cli", "serve", str(path), "--port", "0", "--disable-access-log",
+               *map(str, options)]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+    lines: list[str] = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"on http://[\d.]+:(\d+)", line):
+                break
+        else:
+            raise SystemExit("".join(lines))
+        threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
+        yield process, int(found[1])
+        process.send_signal(signal.SIGTERM)
+        if process.wait(60):
+            raise SystemExit(f"the server ended with {process.returncode}\n" + "".join(lines[-20:]))
+    finally:
+        process.kill()
+        process.wait()
+
+
+# -------------------------------------------------------------------------------------------------------------- overhead
+
+
+async def closed_loop(port: int, asked: list[list[int]], clients: int, new_tokens: int, stream: bool) -> list[list[int]]:
+    """All requests by so many clients, each one after the other; their answers."""
+    left, found = iter(range(len(asked))), [[] for _ in asked]
+
+    async def client() -> None:
+        for n in left:
+            body = {"prompt": asked[n], "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": stream,
+                    "return_token_ids": True}  # fmt: skip
+            status, text = await post(port, body)
+            if status != 200:
+                raise SystemExit(f"HTTP {status}: {text[:300]!r}")
+            found[n] = text
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return found
+
+
+def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
+    asked = prompts(args.clients * args.per_client, args.prompt, seed=3)
+    params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
+    sizes = dict(max_num_seqs=args.clients, max_model_len=args.prompt + args.new_tokens)
+    llm = LLM(path, device="cpu", **sizes)
+    total, seconds, own = len(asked) * args.new_tokens, {"offline": [], "whole": [], "stream": []}, 0.0
+    llm.generate(asked[: args.clients], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    options = [x for key, value in sizes.items() for x in ("--" + key.replace("_", "-"), value)]
+    with served(path, args.threads, "--device", "cpu", *options) as (_, port):
+        asyncio.run(closed_loop(port, asked[: args.clients], args.clients, 2, True))
+        for _ in range(args.rounds):
+            began = time.perf_counter()
+            wanted = [result.outputs[0].token_ids for result in llm.generate(asked, params)]
+            seconds["offline"].append(time.perf_counter() - began)
+            for name, stream in (("whole", False), ("stream", True)):
+                began, used = time.perf_counter(), time.process_time()
+                found = asyncio.run(closed_loop(port, asked, args.clients, args.new_tokens, stream))
+                seconds[name].append(time.perf_counter() - began)
+                own = max(own, (time.process_time() - used) / seconds[name][-1])
+                if [tokens_of(text, stream) for text in found] != wanted:
+                    raise SystemExit(f"{name}: the answers through HTTP are not those of the engine")
+    speed = {name: spread([total / t for t in series]) for name, series in seconds.items()}
+    ratios = {name: ratio(seconds["offline"], seconds[name]) for name in ("whole", "stream")}
+    rows = [(name, s["median"], s["q1"], s["q3"], ratios[name]["median"] if name in ratios else 1.0) for name, s in speed.items()]
+    print(f"{len(asked)} requests of {args.prompt} + {args.new_tokens} tokens, {args.clients} at a time; "
+          f"the client takes up to {own:.1%} of a core")  # fmt: skip
+    print(table(("", "tokens/s", "q1", "q3", "of offline"), rows))
+    missed = [f"{name}: {r['median']:.3f} of the engine's offline throughput, not {OVERHEAD_TARGET}"
+              for name, r in ratios.items() if r["median"] < OVERHEAD_TARGET]  # fmt: skip
+    return {"tokens_per_second": speed, "of_offline": ratios, "client_cpu_share": own}, missed
+
+
+# ------------------------------------------------------------------------------------------------------------------ load
+
+
+def scrape(port: int) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = (line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line.startswith("dmc:"))
+        return {name.split("{")[0]: float(value) for name, value in lines}
+
+
+def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
+    asked = [prompt[: 8 + 11 * n] for n, prompt in enumerate(prompts(12, 160, seed=5))]
+    llm = LLM(path, device="cpu", max_model_len=256)
+    params = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
+    lone = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in asked]
+    heads, rows, sizes = args.layers * args.heads, 16, llm.engine.sizes
+    pages = heads * 15  # one of the longest sequences, if it were not compressed; about five that are
+    options = ("--device", "cpu", "--max-model-len", 256, "--max-num-seqs", rows, "--max-num-batched-tokens", 128,
+               "--kv-cache-memory-bytes", pages * (sizes.page_bytes + 4) + rows * sizes.row_bytes,
+               "--max-num-queued-requests", 52)  # fmt: skip
+    memory: list[tuple[float, float]] = []
+    with served(path, args.threads, *options) as (process, port):
+        info, began, done = psutil.Process(process.pid), time.perf_counter(), threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.25):
+                memory.append((round(time.perf_counter() - began, 2), info.memory_info().rss / 2**20))
+
+        threading.Thread(target=watch, daemon=True).start()
+        outcome = asyncio.run(load(port, asked, lone, requests=args.requests, seed=1))
+        seconds = time.perf_counter() - began
+        time.sleep(1.0)
+        done.set()
+        state = scrape(port)
+    free, pages, preempted = state["dmc:num_pages_free"], state["dmc:num_pages"], state["dmc:num_preemptions_total"]
+    third = len(memory) // 3
+    early = statistics.median(m for _, m in memory[third : third + max(1, third // 3)])
+    late = statistics.median(m for _, m in memory[-max(1, third // 3) :])
+    counts = dict(outcome.counts)
+    print(f"{args.requests} requests in {seconds:.1f} s: {counts}, wrong {len(outcome.wrong)}; {preempted:.0f} pre-emptions; "
+          f"{free:.0f} of {pages:.0f} pages free")  # fmt: skip
+    points = [memory[min(len(memory) - 1, i * len(memory) // 8)] for i in range(9)]
+    print(table(("s", "MiB resident"), points))
+    missed = [f"request went wrong: {text}" for text in outcome.wrong[:3]]
+    if sum(counts.values()) + len(outcome.wrong) != args.requests:
+        missed.append(f"{sum(counts.values())} of {args.requests} requests have an outcome")
+    if free != pages:
+        missed.append(f"{pages - free:.0f} pages are not free")
+    if preempted == 0 or not counts.get("left") or not counts.get("refused"):
+        missed.append(f"the load was not bad: {counts}, {preempted:.0f} pre-emptions")
+    if late > MEMORY_TARGET * early:
+        missed.append(f"memory went from {early:.1f} to {late:.1f} MiB, more than {MEMORY_TARGET}")
+    return {"counts": counts, "wrong": len(outcome.wrong), "seconds": seconds, "preemptions": preempted, "pages": pages,
+            "rss_mib": memory[:: max(1, len(memory) // 100)], "rss_early": early, "rss_late": late}, missed  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--mode", choices=("overhead", "load", "both"), default="both")
+    for name, value, text in (
+        ("layers", 8, ""), ("hidden", 1024, ""), ("heads", 16, "query and KV heads"), ("head-dim", 64, ""), ("clients", 32, ""),
+        ("per-client", 2, "requests of a client in a round"), ("prompt", 64, "tokens"), ("new-tokens", 64, "of an answer"),
+        ("rounds", 3, ""), ("requests", 2000, "of the bad load"), ("threads", os.cpu_count() or 1, "of torch, in either process"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, help=text)
+    args = parser.parse_args()
+    args.context = 0  # of write_models: 4,096 positions
+    began = time.perf_counter()
+    torch.set_num_threads(args.threads)
+    figures, missed = {}, []
+    with tempfile.TemporaryDirectory() as name:
+        if args.mode in ("overhead", "both"):
+            (large := Path(name, "large")).mkdir()
+            path, _ = write_models(large, args, torch.float32)
+            add_tokenizer(path)
+            print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, CR 4, float32\n")
+            figures["overhead"], found = overhead(args, path)
+            missed += found
+        if args.mode in ("load", "both"):
+            args.layers, args.hidden, args.heads, args.head_dim = 2, 128, 4, 32
+            (small := Path(name, "small")).mkdir()
+            path, _ = write_models(small, args, torch.float32)
+            add_tokenizer(path)
+            print("\n2 layers of 128, 4 heads of 32, CR 4, float32, under a bad load\n")
+            figures["load"], found = bad_load(args, path)
+            missed += found
+    finish(args, "serving", figures, missed, began)
+
+
+if __name__ == "__main__":
+    main()
