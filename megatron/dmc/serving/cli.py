@@ -8,14 +8,14 @@ from typing import Optional
 
 from megatron.dmc.inference import cli
 from megatron.dmc.inference.bench_cli import BENCHES
-from megatron.dmc.serving import batch_cli, serve
+from megatron.dmc.serving import batch_cli, bench_serve, serve
 
 # Modules that are imported here put off what is slow to import, or in an extra, until their command runs.
 COMMANDS = (
     *cli.COMMANDS,
     serve.COMMAND,
     batch_cli.COMMAND,
-    cli.group("bench", "measure speed and memory", (*BENCHES,)),
+    cli.group("bench", "measure speed and memory", (*BENCHES, bench_serve.COMMAND)),
 )
 
 
