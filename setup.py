@@ -25,14 +25,15 @@ INSTALL_REQUIRES = [
     "matplotlib",
 ]
 
+# jinja2 is for chat templates, httpx2 for `dmc bench serve`.
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2"],  # jinja2: chat templates
+    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2", "httpx2"],
     "eval": ["lm-eval[api]", "transformers"],
     # The second line is "serve", whose tests need it.
     "dev": [
         "pytest>=8", "hypothesis", "ruff>=0.9", "openai", "schemathesis>=4", "lm-eval[api]",
-        "fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2",
+        "fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2", "httpx2",
     ],  # fmt: skip
 }
 

@@ -24,7 +24,7 @@ from megatron.dmc.inference.cli import Command
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "presence_penalty": float,
             "frequency_penalty": float, "repetition_penalty": float}  # fmt: skip
-WORDS = " ".join(["the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which",
+WORDS = " ".join(["the of and to in a is that for it as was with be by on not he his but at are this have from or had an they",
                   *string.ascii_letters, *string.digits])  # fmt: skip
 
 
@@ -141,13 +141,14 @@ def _run(args: argparse.Namespace) -> int:
 async def _get(client: Any, method: str, path: str, what: str, body: Optional[dict] = None) -> dict[str, Any]:
     import httpx2
 
+    url = str(client.base_url).rstrip("/") + path
     try:
         answer = await client.request(method, path, json=body)
         if answer.status_code != 200:
-            raise ValueError(f"{what} {client.base_url}{path[1:]}: {answer.status_code}: {answer.text[:200]}")
+            raise ValueError(f"{what} {url}: {answer.status_code}: {answer.text[:200]}")
         return answer.json()
     except httpx2.HTTPError as error:
-        raise ValueError(f"{what} {client.base_url}{path[1:]}: {type(error).__name__}: {error}; is the server there?") from error
+        raise ValueError(f"{what} {url}: {type(error).__name__}: {error}; is the server there?") from error
 
 
 async def model_of(client: Any, args: argparse.Namespace) -> str:
@@ -156,7 +157,7 @@ async def model_of(client: Any, args: argparse.Namespace) -> str:
         return args.model
     listed = (await _get(client, "GET", "/v1/models", "no model at")).get("data") or []
     if not listed:
-        raise ValueError(f"{client.base_url}v1/models lists no model; name one with --model")
+        raise ValueError(f"{client.base_url} lists no model; name one with --model")
     return listed[0]["id"]
 
 
