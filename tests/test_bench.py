@@ -132,21 +132,36 @@ def test_parts_of_made_up_events() -> None:
 
 
 def test_gpu_parts_of_made_up_events() -> None:
-    """By the names of kernels; those below the sampler are taken out of the rest."""
-    class Event:
-        def __init__(self, name: str, us: float, gpu: bool = True, kernels: tuple = (), parent: Event | None = None) -> None:
-            self.name, self.device_time_total, self.kernels, self.cpu_parent = name, us, kernels, parent
-            self.device_type = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-
+    """By the op that launched a kernel, or else by its name; what stands on the time line besides is no kernel."""
     class Kernel:
-        duration = 3
+        def __init__(self, name: str, duration: float) -> None:
+            self.name, self.duration = name, duration
 
-    sampling = Event("dmc.sampling", 0, gpu=False)
-    events = [Event("dmc::append", 99), Event("dmc.forward", 500), Event("dmc_append_kernel", 10), Event("decode_split", 20),
-              Event("nvjet_hsh_128x64", 40), Event("ampere_sgemm_32", 5), Event("elementwise_kernel", 8), sampling,
-              Event("aten::argmax", 0, gpu=False, kernels=(Kernel(),), parent=sampling)]  # fmt: skip
+    class Event:
+        def __init__(self, name: str, us: float = 0, parent: Event | None = None, kernels: tuple = ()) -> None:
+            self.name, self.device_time_total, self.kernels, self.cpu_parent = name, us, kernels, parent
+            self.device_type = torch.autograd.DeviceType.CUDA if us else torch.autograd.DeviceType.CPU
+
+    sampling, forward = Event("dmc.sampling"), Event("dmc.forward")
+    append = Event("dmc::append", parent=forward)
+    events = [Event("dmc::append", 99), Event("dmc.forward", 500), Event("k_append", 10), Event("decode_split", 20),
+              Event("nvjet_hsh_128x64", 40), Event("ampere_sgemm_32", 5), Event("elementwise", 8), Event("argmax", 4),
+              sampling, forward, append, Event("aten::argmax", parent=sampling, kernels=(Kernel("argmax", 4),)),
+              Event("aten::add", parent=append, kernels=(Kernel("elementwise", 3),)),
+              Event("aten::mul", parent=forward, kernels=(Kernel("elementwise", 2),)),
+              Event("aten::mm", parent=forward, kernels=(Kernel("ampere_sgemm_32", 5),))]  # fmt: skip
     found = {name: round(1e6 * seconds, 6) for name, seconds in bench._gpu_parts(events).items()}
-    assert found == {"append": 10, "attention": 20, "linear": 45, "communication": 0, "sampling": 3, "other": 5}
+    assert found == {"append": 13, "attention": 20, "linear": 45, "communication": 0, "sampling": 4, "other": 5}
+
+
+@pytest.mark.gpu
+def test_the_parts_of_a_step_on_a_gpu(bare: Path) -> None:
+    engine = Engine(dummy.open_directory(bare, 4), EngineConfig(device="cuda", max_num_seqs=4))
+    watch = Watch(work := Work(bench.random_prompts([40] * 4, 512, torch_generator()), [30] * 4), steps=5)
+    iterate(engine, work)
+    iterate(engine, work, watch)
+    assert sum(watch.parts.values()) == pytest.approx(watch._wall / watch._seen, rel=0.05)
+    assert all(watch.parts[name] > 0 for name in ("append", "attention", "linear", "sampling", "other"))
 
 
 def test_a_request_that_fails_ends_the_measurement(model: Model) -> None:

@@ -222,8 +222,9 @@ def test_against_the_server(backend: str, more: list[str], server: Running, tmp_
 
 def test_prompts_of_a_file_and_of_a_tokenizer(model: Model, server: Running, tmp_path: Path) -> None:
     (tmp_path / "p").write_text('{"prompt": "abc"}\n{"prompt": [1, 2, 3, 4, 5, 6, 7]}\n')
-    options = ["bench", "serve", "--base-url", server.url, "--num-prompts", "4", "--output-len", "3", "--disable-tqdm",
-               "--ignore-eos", "--append-result", "--save-detailed", "--result-filename", str(tmp_path / "r"), "--input-len", "9"]  # fmt: skip
+    options = ["bench", "serve", "--base-url", server.url, "--num-prompts", "4", "--input-len", "9", "--output-len", "3",
+               "--disable-tqdm", "--ignore-eos", "--append-result", "--save-detailed",
+               "--result-filename", str(tmp_path / "r")]  # fmt: skip
     assert main([*options, "--dataset-path", str(tmp_path / "p")]) == main([*options, "--tokenizer", model.path]) == 0
     one, two = (json.loads(line) for line in (tmp_path / "r").read_text().splitlines())
     assert one["input_lens"] == [4, 7, 4, 7] and two["input_lens"] == [9] * 4  # "abc" and BOS

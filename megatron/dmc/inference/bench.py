@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from megatron.dmc.inference.sampling import SamplingParams
 LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"})
 KERNELS = {"append": ("append",), "attention": ("decode_attention", "prefill_attention", "decode", "prefill", "attention"),
            "linear": ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "xmma"), "communication": ("nccl",)}  # fmt: skip
-"""Parts of a step by what the names of GPU kernels hold; all else is "other"."""
+"""Parts of a step by what the names of GPU kernels hold, where nothing else tells; all else is "other"."""
 
 
 @dataclass(frozen=True)
@@ -263,18 +264,25 @@ def _cpu_parts(events: Iterable[Any]) -> dict[str, float]:
 
 
 def _gpu_parts(events: Iterable[Any]) -> dict[str, float]:
-    """Seconds in which the GPU ran kernels, by part; what is left of a step ("host") it waited for the CPU."""
+    """Seconds in which the GPU ran kernels, by part; what is left of a step ("host") it waited for the CPU.
+
+    A kernel belongs to the op that launched it. Kernels of a CUDA graph have none: their names tell.
+    """
     found = dict.fromkeys((*KERNELS, "sampling", "other"), 0.0)
+    by_name: Counter[str] = Counter()
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            if event.name.startswith(("dmc.", "dmc::")):
-                continue  # a name on the GPU's time line, not a kernel
-            name = event.name.lower()
-            part = next((part for part, words in KERNELS.items() if any(word in name for word in words)), "other")
-            found[part] += event.device_time_total * 1e-6
-        elif event.kernels and "sampling" in (_part(event), _outer(event)):
-            found["sampling"] += sum(kernel.duration for kernel in event.kernels) * 1e-6
-    found["other"] = max(0.0, found["other"] - found["sampling"])
+            if not event.name.startswith(("dmc.", "dmc::")):  # these are names on the GPU's time line, not kernels
+                by_name[event.name] += event.device_time_total
+            continue
+        part = _part(event) or _outer(event)
+        if part in found:
+            for kernel in event.kernels:
+                found[part] += kernel.duration * 1e-6
+                by_name[kernel.name] -= kernel.duration
+    for name, us in by_name.items():
+        lower = name.lower()
+        found[next((part for part, words in KERNELS.items() if any(word in lower for word in words)), "other")] += max(0, us) * 1e-6
     return found
 
 

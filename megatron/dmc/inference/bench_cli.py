@@ -143,17 +143,22 @@ def _forget() -> None:
 
 def _measure(engines: Sequence[Any], works: Sequence[Any], args: argparse.Namespace) -> list[tuple[list[Any], Any]]:
     """(timed iterations, watch or None) of each engine, in turns."""
+    from tqdm import tqdm
+
     from megatron.dmc.inference.bench import Watch, iterate
 
     watches: list[Any] = [None] * len(engines)
-    for i in range(args.num_iters_warmup):
-        for at, (engine, work) in enumerate(zip(engines, works)):
-            watches[at] = Watch(work) if i == args.num_iters_warmup - 1 else None
-            iterate(engine, work, watches[at])
     timed: list[list[Any]] = [[] for _ in engines]
-    for _ in range(args.num_iters):
-        for found, engine, work in zip(timed, engines, works):
-            found.append(iterate(engine, work))
+    with tqdm(total=(args.num_iters_warmup + args.num_iters) * len(engines), unit="iteration", disable=None, leave=False) as bar:
+        for i in range(args.num_iters_warmup):
+            for at, (engine, work) in enumerate(zip(engines, works)):
+                watches[at] = Watch(work) if i == args.num_iters_warmup - 1 else None
+                iterate(engine, work, watches[at])
+                bar.update()
+        for _ in range(args.num_iters):
+            for found, engine, work in zip(timed, engines, works):
+                found.append(iterate(engine, work))
+                bar.update()
     return list(zip(timed, watches))
 
 
