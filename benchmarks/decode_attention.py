@@ -47,6 +47,7 @@ def cache(rows: int, heads: int, d: int, slots: int, ragged: bool, page_size: in
     state.page_table[used.to(device)] = torch.randperm(total, generator=generator).int().to(device)
     state.lengths.copy_(lengths)
     state.counters[0] = total
+    state.refcounts.fill_(1)
     state.check_integrity()
     return state
 
