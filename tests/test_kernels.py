@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 from typing import Optional
 
+import emulated
 import pytest
 import torch
 from conftest import run_command
@@ -26,20 +28,30 @@ SHIFTS = {"none": -20.0, "some": 0.3, "most": 2.3, "all": 20.0}
 BACKENDS = [
     pytest.param("cpp", "cpu", id="cpp"),
     pytest.param("reference", "cpu", id="reference"),
+    pytest.param("emulated", "cpu", id="emulated"),
     pytest.param("reference", "cuda", id="reference-cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "bfloat16", "float16")]
+
+
+def backend_named(name: str):
+    """Of :data:`BACKENDS`."""
+    return use_backend(emulated.kernels() if name == "emulated" else name)
 
 
 @pytest.fixture(autouse=True)
 def _backend(request):
     """Tests with the parameters ``backend`` and ``device`` run under that backend."""
     name = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    with use_backend(name or "reference"):
+    with backend_named(name or "reference"):
         yield
 
 
 on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+# Those that look at values, and so can raise: the CUDA kernels wait for nothing.
+on_checking_backends = pytest.mark.parametrize(("backend", "device"), [b for b in BACKENDS if b.values[0] in ("cpp", "reference")])
+on_compiled_backends = pytest.mark.parametrize(("backend", "device"), [b for b in BACKENDS if b.values[0] != "reference"])
 
 
 def ints(values, device="cpu") -> Tensor:
@@ -125,9 +137,16 @@ MIXTURE = ([40, 1, 0], [1, 0, 5], [1, 16, 1], [17, 1, 1], [1, 1, 1], [10, 51, 62
 # ----------------------------------------------------------------------------------------------------- with the oracle
 
 
-@on_backends
-@pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("g", [1, 2, 4, 8])
+# The emulator is slow: each once, not all of all.
+GROUPS_AND_SHIFTS = [
+    pytest.param(*backend.values, g, shift, id=f"{backend.id}-{g}-{shift}", marks=backend.marks)
+    for backend in BACKENDS
+    for g, shift in itertools.product((1, 2, 4, 8), SHIFTS)
+    if backend.id != "emulated" or (g, shift) in ((1, "most"), (2, "some"), (4, "all"), (8, "none"))
+]
+
+
+@pytest.mark.parametrize(("backend", "device", "g", "shift"), GROUPS_AND_SHIFTS)
 @pytest.mark.parametrize("window", [12, None])
 def test_mixed_steps_equal_the_oracle(backend, device, window, g, shift) -> None:
     """Outputs, lengths and the slots themselves; all pages are back in the end."""
@@ -170,9 +189,10 @@ def test_token_by_token_equals_the_oracle(backend, device, window, page_size) ->
         window=window,
     )
     run = Run(q, k, v, [1, 0], state, window=window, device=device)
-    for _ in range(90):
+    steps = page_size + 2 if backend == "emulated" else 90
+    for _ in range(steps):
         run.step([1, 1], decode=True)
-    close(run.out, oracle(q, k, v, window)[1])
+    close(run.out[:, :steps], oracle(*(x[:, :steps] for x in (q, k, v)), window)[1])
 
 
 @on_backends
@@ -181,7 +201,7 @@ def test_any_chunking_gives_the_same(backend, device, window) -> None:
     """One sequence in chunks of 1 to 97 tokens, segments longer than a chunk included."""
     q, k, v = tokens((1, 97), 2, 2, 64, SHIFTS["most"])
     want = oracle(q, k, v, window)[1]
-    for size in (1, 2, 11, 12, 13, 31, 96, 97):
+    for size in (11, 13, 96) if backend == "emulated" else (1, 2, 11, 12, 13, 31, 96, 97):
         state = poisoned(
             device, num_pages=32, max_seqs=1, num_layers=2, num_kv_heads=2, head_dim=64, max_slots=97, window=window
         )
@@ -345,12 +365,12 @@ def test_padding_and_sequences_without_tokens_are_left_alone(backend, device) ->
     assert not decoded[1].any()
 
 
-@pytest.mark.parametrize(("backend", "device"), BACKENDS[:2])
+@on_checking_backends
 @pytest.mark.parametrize(("pages", "slots", "match"), [(5, 64, "needs 2 pages and 1 are free"), (16, 32, "33 slots")])
 def test_a_step_that_does_not_fit_is_refused_before_it_writes(backend, device, pages, slots, match) -> None:
     q, k, v = tokens((1, 40), 1, 2, 32, -20.0)
     state = poisoned(device, num_pages=pages, max_seqs=1, num_layers=2, num_kv_heads=2, head_dim=32, max_slots=slots)
-    run = Run(q, k, v, [0], state, window=12)
+    run = Run(q, k, v, [0], state, window=12, device=device)
     run.step([30])
     before = copy.deepcopy(state)
     with pytest.raises(RuntimeError, match=match):
@@ -535,7 +555,7 @@ def test_a_copy_shares_what_is_final(backend, device, n, plain) -> None:
     assert state.free_count() == 24 and not state.refcounts.any()
 
 
-@on_backends
+@on_checking_backends
 def test_copies_that_do_not_fit_or_are_wrong(backend, device) -> None:
     state = poisoned(device, num_pages=10, max_seqs=4, num_layers=2, num_kv_heads=2, head_dim=32, max_slots=64)
     run = Run(*tokens((1, 40), 2, 2, 32, -20.0), [1], state, window=12, device=device)
@@ -560,21 +580,24 @@ def test_copies_that_do_not_fit_or_are_wrong(backend, device) -> None:
 # ------------------------------------------------------------------------------------------- the backends, and the build
 
 
+@on_compiled_backends
 @pytest.mark.parametrize("window", [12, 3, None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cpp_leaves_the_same_cache_as_the_reference(dtype, window) -> None:
-    """After every step: the same pages for the same heads, equal lengths, segments, rings and slots; twice the same bits."""
+def test_the_same_cache_as_the_reference(monkeypatch, backend, device, dtype, window) -> None:
+    """After every step: the same pages for the same heads, equal lengths, segments, rings and slots; twice the same bits, on the
+    emulator with threads in another order."""
     q, k, v = tokens((3, 70), 2, 2, 40, SHIFTS["some"], dtype)
     options = {"num_pages": 64, "max_seqs": 3, "num_layers": 2, "num_kv_heads": 2, "head_dim": 40, "max_slots": 80}
     runs = {
-        name: Run(q, k, v, [2, 0, 1], poisoned(window=window, dtype=dtype, **options), window=window)
-        for name in ("reference", "cpp", "again")
+        name: Run(q, k, v, [2, 0, 1], poisoned(device, window=window, dtype=dtype, **options), window=window, device=device)
+        for name in ("reference", "compiled", "again")
     }
     for counts in MIXTURE:
-        for name, run in runs.items():
-            with use_backend(name if name == "reference" else "cpp"):
+        for seed, (name, run) in enumerate(runs.items()):
+            monkeypatch.setenv("DMC_EMULATOR_SEED", str(seed))
+            with backend_named(name if name == "reference" else backend):
                 run.step(counts)
-        want, got, again = (runs[name].state for name in ("reference", "cpp", "again"))
+        want, got, again = (runs[name].state for name in ("reference", "compiled", "again"))
         for name in ("page_table", "lengths", "segment", "free_pages", "counters"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         for x, y in zip(got.tensors(), again.tensors(), strict=True):
@@ -589,11 +612,15 @@ def test_cpp_leaves_the_same_cache_as_the_reference(dtype, window) -> None:
                 for name in ("ring_k", "ring_v", "ring_w"):
                     x, y = (getattr(state, name)[row, 1, head, :n].float() for state in (got, want))
                     assert torch.allclose(x, y, rtol=2e-6, atol=2e-6), name
-    assert torch.equal(runs["cpp"].out, runs["again"].out)
-    for run in runs.values():
-        with use_backend("cpp" if run is not runs["reference"] else "reference"):
-            free(run.state, ints([1, 2]))
-    assert torch.equal(runs["cpp"].state.free_pages, runs["reference"].state.free_pages)
+    assert torch.equal(runs["compiled"].out, runs["again"].out)
+    for name, run in runs.items():
+        with backend_named(name if name == "reference" else backend):
+            free(run.state, ints([1], device))
+            fork(run.state, ints([2, 0], device), ints([1, -1], device))
+            free(run.state, ints([2, 0], device))
+    for name in ("free_pages", "refcounts", "counters", "lengths", "segment"):
+        assert torch.equal(getattr(runs["compiled"].state, name), getattr(runs["reference"].state, name)), name
+    runs["compiled"].state.check_integrity()
 
 
 def test_results_do_not_depend_on_threads() -> None:
@@ -608,15 +635,18 @@ def test_results_do_not_depend_on_threads() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("backend", ["cpp", "emulated"])
 @pytest.mark.parametrize("op", ["decode", "append"])
-def test_wrong_arguments_are_named(op) -> None:
+def test_wrong_arguments_are_named(backend, op) -> None:
     state, _ = filled([[20, 3]], 32, 16, torch.float32, "cpu")
     q, k, v = tokens((3,), 2, 2, 32, 0.0)
     good = {"layer": 1, "q": q, "k": k, "cu": ints([0, 3]), "rows": ints([0]), "inv_freq": torch.ones(16)}
     bad = {"layer": 2, "q": q.bfloat16(), "rows": ints([1])}
     if op == "append":
         bad |= {"k": k[:2], "cu": ints([0, 2]), "inv_freq": torch.ones(32)}
-    names = {"layer": "layer 2", "q": "q", "rows": r"slots\[0\] is 1", "k": "k is", "cu": "cu_seqlens", "inv_freq": "inv_freq"}
+    if backend == "emulated":  # looks at no values
+        bad |= {name: value for name, value in (("rows", torch.tensor([0])), ("cu", ints([0, 1, 3]))) if name in bad}
+    names = {"layer": "layer 2", "q": "q", "rows": r"slots(\[0\])? is", "k": "k is", "cu": "cu_seqlens", "inv_freq": "inv_freq"}
 
     def call(layer, q, k, cu, rows, inv_freq) -> None:
         if op == "decode":
@@ -624,12 +654,11 @@ def test_wrong_arguments_are_named(op) -> None:
         else:
             append(state, layer, q, k, v, cu, rows, ints([0, 1, 2]), inv_freq, bias=0.0, epsilon=0.1, window=12)
 
-    with use_backend("cpp"):
-        for name, value in bad.items():
-            with pytest.raises(ValueError, match=names[name]):
-                call(**{**good, name: value})
-        with pytest.raises(ValueError, match="window is 5"):
-            append(state, 1, q, k, v, ints([0, 3]), ints([0]), ints([0, 1, 2]), torch.ones(16), bias=0.0, epsilon=0.1, window=5)
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=names[name]):
+            call(**{**good, name: value})
+    with pytest.raises(ValueError, match="window is 5"):
+        append(state, 1, q, k, v, ints([0, 3]), ints([0]), ints([0, 1, 2]), torch.ones(16), bias=0.0, epsilon=0.1, window=5)
 
 
 @pytest.mark.skipif(build.PACKAGED.exists(), reason="kernels were built into the package: no compiler is needed")

@@ -6,9 +6,17 @@ below 0 is padding: its tokens are ignored and its outputs are 0. Rows must be d
 ``g = Hq / H`` of the former to one of the latter, L layers, D head dimension. Tensors may have any strides as long as their
 last axis is contiguous.
 
-Every op has one signature and two implementations: PyTorch (``reference.py``, the truth, for any device) and C++ for the CPU. The
-device chooses; :func:`use_backend`, or MEGATRON_DMC_KERNELS=reference in the environment, forces the first. A plain model runs
-through the same ops: ``compress=False`` makes every token append, and no channel is taken out.
+Every op has one signature and three implementations: PyTorch (``reference.py``, the truth, for any device), C++ for the CPU, and
+CUDA. The device chooses; :func:`use_backend`, or MEGATRON_DMC_KERNELS=reference in the environment, forces the first. A plain model
+runs through the same ops: ``compress=False`` makes every token append, and no channel is taken out.
+
+The CUDA ops run on torch's current stream and never wait for the GPU, so they look at no tensor's values and cannot raise for them:
+rows that the cache does not have, and offsets that do not fit, are the caller's fault and undefined. What the others refuse
+with RuntimeError, they refuse on the device: a head that finds no free page, or no room in its row of the table, keeps its state
+(slots, ring, length), its tokens see themselves only, and ``counters[REFUSED]`` grows, for the host to read with the lengths
+that it reads anyway. Heads before it in the order (sequence, head), and heads that want no page, go on. A :func:`fork` that does
+not fit, or whose target is not empty, writes nothing and counts once. An engine that admits work against the worst case never sees
+any of it.
 """
 
 from __future__ import annotations
@@ -66,8 +74,8 @@ def append(
 
     Raises:
         RuntimeError: when more pages are wanted than are free or than a row of the table holds; nothing is
-            written then. The engine admits work against a bound, so that this does not happen.
-        ValueError: a tensor of the wrong shape, dtype or strides (C++).
+            written then (CUDA: see above). The engine admits work against a bound, so that this does not happen.
+        ValueError: a tensor of the wrong shape, dtype or strides (C++, CUDA).
     """
     arguments = (q, k, v, cu_seqlens, slots, positions, inv_freq, float(bias), float(epsilon), window, compress, partial)
     return Appended(*call("append", state, layer, *arguments))

@@ -1,10 +1,10 @@
 """Builds the compiled kernels: on first use for the machine at hand, and ahead of time for any.
 
-    python -m megatron.dmc.kernels.build [--in-package | --output DIR] [--for-this-machine]
+    python -m megatron.dmc.kernels.build [--device cpu|cuda] [--in-package | --output DIR] [--for-this-machine] [--resources]
 
-Without options a portable library goes to the user's cache ($XDG_CACHE_HOME or ~/.cache, megatron-dmc/kernels); with
---in-package it goes beside the sources, which is what an image for many users and machines wants. A library's name holds a hash
-of the sources, the flags and the version of apache-tvm-ffi: one that is out of date is never loaded.
+Without options a portable library for CPUs goes to the user's cache ($XDG_CACHE_HOME or ~/.cache, megatron-dmc/kernels), and one
+for GPUs where nvcc is; with --in-package they go beside the sources, which is what an image for many users and machines wants. A
+library's name holds a hash of the sources, the flags and the version of apache-tvm-ffi: one that is out of date is never loaded.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
 CPU_SOURCES = ("cpu_append.cpp", "cpu_decode.cpp", "cpu_prefill.cpp")
-CPU_HEADERS = ("cpu.h", "cpu_attention.h", "cpu_rows.h", "cpu_vec.h")
+CPU_HEADERS = ("checks.h", "params.h", "cpu.h", "cpu_attention.h", "cpu_rows.h", "cpu_vec.h")
 CPU_LAUNCHER = "cpu_launch.cpp"
+CUDA_SOURCES = ("cuda_append.cu", "cuda_decode.cu", "cuda_prefill.cu", "cuda_pages.cu")
+CUDA_HEADERS = ("checks.h", "params.h", "cuda.h", "cuda_device.cuh", "cuda_attention.cuh")
+CUDA_LAUNCHER = "cuda_launch.cpp"
 
 # No errno and no trapping: both keep loops from becoming vectors. Nothing that changes results: no -ffast-math.
 FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
@@ -40,6 +46,8 @@ X86 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "base": (),
 }
+CUDA_ARCHITECTURES = ("80", "90")  # code for these, and what later GPUs can make their own of
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
 CPU_FLAGS_OF = {
     "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
@@ -74,10 +82,12 @@ def best_instruction_set() -> str:
 
 
 @cache
-def source_hash() -> str:
-    """Changes with the sources, the flags and tvm-ffi: 16 hex digits."""
-    digest = hashlib.sha256(repr((FLAGS, X86, importlib.metadata.version("apache-tvm-ffi"))).encode())
-    for name in (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER):
+def source_hash(device: str = "cpu") -> str:
+    """Changes with the sources, the flags and tvm-ffi: 16 hex digits. device: cpu or cuda."""
+    flags = (FLAGS, X86) if device == "cpu" else (CUDA_FLAGS, CUDA_ARCHITECTURES)
+    digest = hashlib.sha256(repr((*flags, importlib.metadata.version("apache-tvm-ffi"))).encode())
+    names = (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER) if device == "cpu" else (*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER)
+    for name in names:
         digest.update(name.encode() + (SOURCES / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -90,6 +100,16 @@ def find_library() -> Path | None:
     """A library that was built before: portable ones first in the package, then in the cache, then one for this machine."""
     portable, here = library_name(list(instruction_sets())), library_name([best_instruction_set()])
     candidates = (PACKAGED / portable, PACKAGED / here, cache_directory() / portable, cache_directory() / here)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def cuda_library_name() -> str:
+    return f"dmc_cuda-{platform.machine()}-sm{'-'.join(CUDA_ARCHITECTURES)}-{source_hash('cuda')}.so"
+
+
+def find_cuda_library() -> Path | None:
+    """A library for GPUs that was built before: in the package, then in the cache."""
+    candidates = (PACKAGED / cuda_library_name(), cache_directory() / cuda_library_name())
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -109,10 +129,54 @@ def compiler() -> str:
     )
 
 
-def _run(command: Sequence[str]) -> None:
+def cuda_compiler() -> str:
+    """$NVCC, nvcc on PATH, or that of $CUDA_HOME or /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    for name in (os.environ.get("NVCC"), "nvcc", f"{home}/bin/nvcc"):
+        if name and shutil.which(name):
+            return name
+    raise BuildError(
+        f"no nvcc on PATH nor in {home}/bin: install the CUDA toolkit (12 or later), or build the kernels on another machine with "
+        "python -m megatron.dmc.kernels.build --device cuda"
+    )
+
+
+def _run(command: Sequence[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise BuildError(f"{' '.join(command)}\nfailed:\n{(result.stderr or result.stdout)[-4000:]}")
+    return result.stderr
+
+
+def _run_all(jobs: Sequence[Sequence[str]]) -> list[str]:
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+        return list(pool.map(_run, jobs))
+
+
+def _launcher(cxx: Sequence[str], source: str, flags: Sequence[str], to: str) -> list[str]:
+    """The command that compiles the part that knows tvm-ffi."""
+    from tvm_ffi import libinfo
+
+    includes = [f"-isystem{path}" for path in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
+    return [*cxx, "-std=gnu++17", "-O2", "-fPIC", *flags, *includes, "-c", str(SOURCES / source), "-o", to]
+
+
+@contextmanager
+def _making(target: Path) -> Iterator[str | None]:
+    """A folder to build in, whose out.so becomes ``target``; None if that is there. One process at a time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_file():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            yield scratch
+            os.replace(f"{scratch}/out.so", target)
 
 
 def build_cpu(sets: Sequence[str], directory: Path) -> Path:
@@ -121,33 +185,88 @@ def build_cpu(sets: Sequence[str], directory: Path) -> Path:
     Raises:
         BuildError: there is no compiler, or it failed; with its output.
     """
-    from tvm_ffi import libinfo
-
-    cxx = compiler().split()
-    target = directory / library_name(sets)
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_file():
+    cxx, target = compiler().split(), directory / library_name(sets)
+    with _making(target) as scratch:
+        if scratch is None:
             return target
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            jobs, objects = [], []
-            for name in sets:
-                for source in CPU_SOURCES:
-                    objects.append(f"{scratch}/{source}.{name}.o")
-                    flags = [*FLAGS, *instruction_sets()[name], f"-DDMC_ISA(x)=dmc_##x##_{name}"]
-                    jobs.append([*cxx, *flags, "-c", str(SOURCES / source), "-o", objects[-1]])
-            objects.append(f"{scratch}/launch.o")
-            defines = [f"-DDMC_WITH_{name}" for name in sets]
-            includes = [f"-isystem{path}" for path in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
-            launcher = ["-std=gnu++17", "-O2", "-fPIC", *defines, *includes, "-c", str(SOURCES / CPU_LAUNCHER), "-o", objects[-1]]
-            jobs.insert(0, [*cxx, *launcher])
-            with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-                list(pool.map(_run, jobs))
-            # tvm_ffi's library is in the process already: this one is loaded by it.
-            _run([*cxx, "-shared", "-fopenmp", *objects, "-o", f"{scratch}/out.so"])
-            os.replace(f"{scratch}/out.so", target)
+        jobs = [_launcher(cxx, CPU_LAUNCHER, [f"-DDMC_WITH_{name}" for name in sets], f"{scratch}/launch.o")]
+        for name in sets:
+            for source in CPU_SOURCES:
+                flags = [*FLAGS, *instruction_sets()[name], f"-DDMC_ISA(x)=dmc_##x##_{name}"]
+                jobs.append([*cxx, *flags, "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.{name}.o"])
+        _run_all(jobs)
+        # tvm_ffi's library is in the process already: this one is loaded by it.
+        _run([*cxx, "-shared", "-fopenmp", *(job[-1] for job in jobs), "-o", f"{scratch}/out.so"])
     return target
+
+
+def build_cuda(directory: Path) -> Path:
+    """Compile for :data:`CUDA_ARCHITECTURES` into one library; returns its path. Several processes may call it at once.
+
+    Raises:
+        BuildError: there is no nvcc or C++ compiler, or it failed; with its output.
+    """
+    nvcc, cxx, target = cuda_compiler(), compiler().split(), directory / cuda_library_name()
+    with _making(target) as scratch:
+        if scratch is None:
+            return target
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+        code.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
+        jobs = [_launcher(cxx, CUDA_LAUNCHER, [], f"{scratch}/launch.o")]
+        for source in CUDA_SOURCES:
+            jobs.append([nvcc, *CUDA_FLAGS, *code, "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.o"])
+        _run_all(jobs)
+        # CUDA's runtime goes into the library: it need not be the one that torch has.
+        _run([nvcc, "-shared", "-cudart", "static", *(job[-1] for job in jobs), "-o", f"{scratch}/out.so"])
+    return target
+
+
+class Resources(NamedTuple):
+    """What ptxas says of one kernel."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    """Bytes, static."""
+    stack: int
+    spilled: int
+    """Bytes that are stored and loaded for want of registers."""
+
+
+def cuda_resources(sources: Sequence[str] = CUDA_SOURCES, architectures: Sequence[str] = CUDA_ARCHITECTURES) -> list[Resources]:
+    """Compile and report on every kernel. Takes as long as a build, and leaves nothing.
+
+    Raises:
+        BuildError: as :func:`build_cuda`.
+    """
+    nvcc, found = cuda_compiler(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = [
+            [nvcc, *CUDA_FLAGS, f"-arch=sm_{arch}", "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.{arch}.o"]
+            for source in sources
+            for arch in architectures
+        ]
+        text = "".join(_run_all(jobs))
+    entry = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
+        r"loads.*?Used (\d+) registers([^\n]*)",
+        re.DOTALL,
+    )
+    for name, arch, stack, stores, loads, registers, rest in entry.findall(text):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        resources = (int(registers), int(shared.group(1)) if shared else 0, int(stack), int(stores) + int(loads))
+        found.append(Resources(_demangled(name), arch, *resources))
+    return sorted(found)
+
+
+def _demangled(name: str) -> str:
+    """Name and template arguments of a kernel, without namespaces and parameters; as it is where c++filt is not."""
+    if not shutil.which("c++filt"):
+        return name
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    text = re.sub(r"\(anonymous namespace\)::|dmc::|^void ", "", text)
+    return text[: text.rindex("(")].replace(" >", ">")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -157,15 +276,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     place.add_argument("--in-package", action="store_true", help="put the library beside the sources, for images")
     place.add_argument("--output", type=Path, metavar="DIR", help="put the library there")
     parser.add_argument("--for-this-machine", action="store_true", help="only the instruction set of this CPU: builds faster")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only these kernels; default: cpu, and cuda where nvcc is")
+    parser.add_argument("--resources", action="store_true", help="print what each CUDA kernel needs (registers, spills); build nothing")
     args = parser.parse_args(argv)
     sets = [best_instruction_set()] if args.for_this_machine else list(instruction_sets())
-    start = time.perf_counter()
+    place = PACKAGED if args.in_package else args.output or cache_directory()
     try:
-        path = build_cpu(sets, PACKAGED if args.in_package else args.output or cache_directory())
+        if args.resources:
+            print(f"{'registers':>9} {'shared':>7} {'stack':>6} {'spilled':>8}  architecture and kernel")
+            for r in cuda_resources():
+                print(f"{r.registers:9} {r.shared:7} {r.stack:6} {r.spilled:8}  sm_{r.architecture} {r.kernel}")
+            return
+        if args.device != "cuda":
+            start = time.perf_counter()
+            path = build_cpu(sets, place)
+            print(f"{path}: CPU kernels for {', '.join(sets)}, {time.perf_counter() - start:.0f} s")
+        if args.device == "cuda" or args.device is None and _has_nvcc():
+            start = time.perf_counter()
+            path = build_cuda(place)
+            names = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
+            print(f"{path}: CUDA kernels for {names}, {time.perf_counter() - start:.0f} s")
     except (BuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    print(f"{path}: CPU kernels for {', '.join(sets)}, {time.perf_counter() - start:.0f} s")
+
+
+def _has_nvcc() -> bool:
+    try:
+        return bool(cuda_compiler())
+    except BuildError:
+        return False
 
 
 if __name__ == "__main__":

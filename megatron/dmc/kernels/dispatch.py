@@ -8,37 +8,41 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 from torch._C._profiler import _RecordFunctionFast
 
 from megatron.dmc.kernels import reference
 from megatron.dmc.kernels.state import CacheState
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp", "cuda")
 VARIABLE = "MEGATRON_DMC_KERNELS"
+COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # by device
 
-_forced: Optional[str] = None
+_forced: Any = None
 
 
 @cache
-def _cpp() -> ModuleType:
-    return importlib.import_module("megatron.dmc.kernels.cpp")
+def _load(name: str) -> Any:
+    """What has the ops of a backend."""
+    # Here, for `python -m megatron.dmc.kernels.build` wants to be the first to import what these import.
+    if name == "cuda":
+        return importlib.import_module("megatron.dmc.kernels.cuda").load()
+    return importlib.import_module("megatron.dmc.kernels.cpp") if name == "cpp" else reference
 
 
 @cache
 def _of_device(device_type: str) -> str:
     """The best that works here. Says so, once, when it is not a compiled one."""
-    if device_type == "cpu":
-        # Here, for `python -m megatron.dmc.kernels.build` wants to be the first to import it.
+    name = COMPILED.get(device_type)
+    if name:
         from megatron.dmc.kernels.build import BuildError
 
         try:
-            _cpp()
-            return "cpp"
+            _load(name)
+            return name
         except (BuildError, ImportError, OSError) as error:
-            why = f"the C++ kernels could not be built or loaded:\n{error}"
+            why = f"the {'C++' if name == 'cpp' else 'CUDA'} kernels could not be built or loaded:\n{error}"
     else:
         why = f"there are no compiled kernels for {device_type}"
     bar = "*" * 100
@@ -46,27 +50,33 @@ def _of_device(device_type: str) -> str:
     return "reference"
 
 
-def active_backend(device_type: str) -> str:
-    """``reference`` or ``cpp``: what the ops run on a device of this type. Builds the kernels if need be.
-
-    Raises:
-        ValueError: MEGATRON_DMC_KERNELS names no backend.
-    """
+def _choice(device_type: str) -> Any:
     forced = _forced or os.environ.get(VARIABLE)
     if not forced:
         return _of_device(device_type)
-    if forced not in BACKENDS:
+    if isinstance(forced, str) and forced not in BACKENDS:
         raise ValueError(f"{VARIABLE} is {forced!r}; use one of {', '.join(BACKENDS)}")
     return forced
 
 
+def active_backend(device_type: str) -> str:
+    """``reference``, ``cpp`` or ``cuda``: what the ops run on a device of this type. Builds the kernels if need be.
+
+    Raises:
+        ValueError: MEGATRON_DMC_KERNELS names no backend.
+    """
+    choice = _choice(device_type)
+    return choice if isinstance(choice, str) else choice.name
+
+
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Force an implementation for the duration of a block; for tests and measurements."""
+def use_backend(backend: Any) -> Iterator[None]:
+    """Force an implementation for the duration of a block, by its name or as an object that has the ops; for tests and
+    measurements."""
     global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"there is no backend {name!r}; use one of {', '.join(BACKENDS)}")
-    before, _forced = _forced, name
+    if isinstance(backend, str) and backend not in BACKENDS:
+        raise ValueError(f"there is no backend {backend!r}; use one of {', '.join(BACKENDS)}")
+    before, _forced = _forced, backend
     try:
         yield
     finally:
@@ -75,7 +85,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def call(op: str, state: CacheState, *arguments: Any) -> Any:
     """Run ``op`` on the backend of the state's device."""
-    name = active_backend(state.k_pages.device.type)
-    module = _cpp() if name == "cpp" else reference
-    with _RecordFunctionFast(f"dmc::{op}"):  # the C++ kernels are no torch ops: so that torch.profiler shows them
-        return getattr(module, op)(state, *arguments)
+    choice = _choice(state.k_pages.device.type)
+    backend = _load(choice) if isinstance(choice, str) else choice
+    with _RecordFunctionFast(f"dmc::{op}"):  # the compiled kernels are no torch ops: so that torch.profiler shows them
+        return getattr(backend, op)(state, *arguments)

@@ -22,7 +22,7 @@ PAGE_SIZES = (16, 32, 64)
 
 _HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # of Linux
 
-TAKEN, RETURNED = range(2)  # what ``counters`` counts
+TAKEN, RETURNED, REFUSED = range(3)  # what ``counters`` counts
 
 
 @dataclass
@@ -49,7 +49,8 @@ class CacheState:
     refcounts: Tensor
     """int32 [num_pages], rows that hold a page; 0: it is free."""
     counters: Tensor
-    """int64 [2]: pages taken and pages returned since the start, never reset."""
+    """int64 [4]: pages taken, pages returned, and heads that an op on a GPU refused (see the package's text), since the start,
+    never reset; the last one is the CUDA kernels' own, 0 between them."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the kernels take them."""
@@ -79,7 +80,7 @@ class CacheState:
 
     def free_count(self) -> int:
         """Pages that are free. Waits for the device."""
-        taken, returned = self.counters.tolist()
+        taken, returned = self.counters[:REFUSED].tolist()
         return self.num_pages - (taken - returned)
 
     def nbytes(self) -> int:
@@ -99,7 +100,7 @@ class CacheState:
         pages = -(-lengths // self.page_size)
         used = torch.arange(table.size(3)) < pages[..., None]
         owned = table[used]
-        taken, returned = self.counters.tolist()
+        taken, returned = self.counters[:REFUSED].tolist()
         if not 0 <= taken - returned <= self.num_pages:
             raise RuntimeError(f"{taken} pages were taken and {returned} returned, of {self.num_pages}")
         order = torch.arange(taken, returned + self.num_pages) % self.num_pages
@@ -205,5 +206,5 @@ def make_state(
         segment=zeros(*heads),
         free_pages=torch.arange(num_pages, dtype=torch.int32, device=device),
         refcounts=zeros(num_pages),
-        counters=zeros(2, of=torch.int64),
+        counters=zeros(4, of=torch.int64),
     )

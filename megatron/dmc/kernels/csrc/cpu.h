@@ -1,81 +1,11 @@
-// What the CPU kernels and their launcher share: parameter structs of raw pointers, and the table of one build of the kernels.
+// What the CPU kernels and their launcher share besides the parameters: the table of one build of the kernels.
 //
 // The kernels are compiled once per instruction set, from the same sources; the launcher picks a table at run time. They use no
 // library templates, so that no function compiled for a newer CPU can replace the launcher's.
 #pragma once
-#include <stdint.h>
+#include "params.h"
 
 namespace dmc {
-
-enum Dtype { kF32 = 0, kBF16 = 1, kF16 = 2 };
-
-// See CacheState in state.py. S rows, L layers, H KV heads.
-struct Cache {
-  void* k_pages;        // [num_pages, page_size, D] of `dtype`
-  void* v_pages;
-  int32_t* page_table;  // [S, L, H, max_pages]
-  int32_t* lengths;     // [S, L, H]
-  void* ring_k;         // [S, L, H, R, D] of `dtype`, fp32 without a window
-  void* ring_v;
-  float* ring_w;        // [S, L, H, R]
-  int32_t* segment;     // [S, L, H]
-  int32_t* free_pages;  // [num_pages]
-  int32_t* refcounts;   // [num_pages]
-  int64_t* counters;    // [2]
-  int64_t num_pages, rows, layers, heads, max_pages, ring;
-  int page_size, head_dim;
-  Dtype dtype;
-};
-
-// [T, h, D], the last axis contiguous; strides in elements.
-struct Heads {
-  void* data;
-  int64_t token, head;
-};
-
-struct DecodeParams {
-  Cache cache;
-  int64_t layer;
-  Heads q, out;          // [N, Hq, D]
-  const int32_t* slots;  // [N]
-  int64_t n, groups;     // groups: query heads per KV head
-  float scale;
-  int threads;
-};
-
-struct PrefillParams {
-  Cache cache;
-  int64_t layer;
-  Heads q, out;                // [T, Hq, D]
-  Heads k_part, v_part;        // [T, H, D]
-  const int32_t* slot_index;   // [T, H]
-  const int32_t* cu_seqlens;   // [N + 1]
-  const int32_t* slots;        // [N]
-  int64_t n, groups;
-  float scale;
-  int threads;
-};
-
-struct AppendParams {
-  Cache cache;
-  int64_t layer;
-  Heads q, k, v;                // raw
-  Heads q_rot, k_part, v_part;  // k_part.data null: not wanted
-  int32_t* slot_index;          // [T, H], always written
-  uint8_t* merge;               // scratch [T, H]
-  float* omega;                 // scratch [T, H]
-  float* cos_sin;               // scratch [T, D]: D/2 cosines, D/2 sines
-  int32_t* before;              // scratch [N, H], slots before the step
-  const int32_t* cu_seqlens;    // [N + 1]
-  const int32_t* slots;         // [N]
-  const int32_t* positions;     // [T]
-  const float* inv_freq;        // [D / 2]
-  int64_t n, tokens, groups;
-  float bias, epsilon;
-  int window;                   // 0: none
-  int compress;
-  int threads;
-};
 
 struct Kernels {
   const char* name;

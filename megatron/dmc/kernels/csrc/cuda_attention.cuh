@@ -1,0 +1,330 @@
+// Attention of a few queries over a range of one head's slots, by the warps of a block; what decode and prefill share of it.
+//
+// A core keeps, for each of its queries, the highest score so far, the total of the weights and the weighted sum of the values.
+// Scores are in units of log2: weights are powers of 2.
+#pragma once
+#include "cuda_device.cuh"
+
+namespace dmc {
+
+constexpr int kWarps = 4;
+constexpr int kTile = 16;  // slots that a warp takes at a time: within one page, as page sizes are multiples of it
+
+// One head's slots.
+template <class T> struct Slots {
+  const int32_t* table;
+  const T *k, *v;
+  int page_size, d;
+
+  DMC_INLINE Slots(const Cache& c, int row, int64_t layer, int head)
+      : table(c.page_table + head_index(c, row, layer, head) * c.max_pages), k((const T*)c.k_pages), v((const T*)c.v_pages),
+        page_size(c.page_size), d(c.head_dim) {}
+  // Elements before the slot, which lies in the page `id`.
+  DMC_INLINE int64_t offset(int id, int slot) const { return ((int64_t)id * page_size + (slot & (page_size - 1))) * d; }
+};
+
+// What a block adds up: the results of its warps, and where these come from. Lies in shared memory.
+template <int Q, int D> struct Sums {
+  float sum[kWarps][Q][D], top[kWarps][Q], total[kWarps][Q];
+};
+
+DMC_INLINE float rescale(float from, float to) { return from == to ? 1.0f : exp2_fast(from - to); }
+
+// 8 channels of a query's result, from those of parts of its slots.
+struct Mixed {
+  float x[8] = {}, top = -INFINITY, total = 0;
+  DMC_INLINE void add(const float (&y)[8], float other_top, float other_total) {
+    if (other_total == 0) return;  // not "below some bound": NaN goes on to the output
+    float highest = fmaxf(top, other_top), mine = total == 0 ? 0.0f : rescale(top, highest), theirs = rescale(other_top, highest);
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] = x[e] * mine + y[e] * theirs;
+    total = total * mine + other_total * theirs;
+    top = highest;
+  }
+  template <class T> DMC_INLINE void store(T* out, bool aligned) {
+    float factor = total == 0 ? 0.0f : 1.0f / total;
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] *= factor;
+    store8(out, x, aligned);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------- any dtype, any D
+
+// Up to 32 lanes share a slot, 8 channels each; the warp takes as many slots at a time as fit.
+template <class T, int Q> struct AnyCore {
+  using Element = T;
+  static constexpr int kQueries = Q, kMaxD = 256, kBlocks = 3;
+  float q[Q][8], acc[Q][8], top[Q], total[Q];
+  int limit[Q];  // slots that the query sees
+  int lanes, channel;
+  bool on;
+
+  // query(j): the row of query j, null if there is none. `scale` includes log2(e).
+  template <class F> DMC_INLINE void begin(int d, float scale, bool aligned, F query) {
+    for (lanes = 1; lanes * 8 < d;) lanes *= 2;
+    channel = threadIdx.x % lanes * 8, on = channel < d;
+#pragma unroll
+    for (int j = 0; j < Q; j++) {
+      const T* row = query(j);
+#pragma unroll
+      for (int e = 0; e < 8; e++) q[j][e] = acc[j][e] = 0;
+      if (row && on) load8(q[j], row + channel, aligned);
+#pragma unroll
+      for (int e = 0; e < 8; e++) q[j][e] *= scale;
+      top[j] = -INFINITY, total[j] = 0, limit[j] = row ? INT32_MAX : 0;
+    }
+  }
+
+  DMC_INLINE void add(int j, float score, const float (&v)[8]) {
+    float highest = fmaxf(top[j], score), factor = rescale(top[j], highest), weight = exp2_fast(score - highest);
+#pragma unroll
+    for (int e = 0; e < 8; e++) acc[j][e] = acc[j][e] * factor + weight * v[e];
+    total[j] = total[j] * factor + weight;
+    top[j] = highest;
+  }
+
+  // One slot: k and v are this lane's 8 channels of it, and `in` says whether it is one at all.
+  DMC_INLINE void take(const float (&k)[8], const float (&v)[8], int slot, bool in) {
+#pragma unroll
+    for (int j = 0; j < Q; j++) {
+      float score = 0;
+#pragma unroll
+      for (int e = 0; e < 8; e++) score += q[j][e] * k[e];
+      for (int w = lanes / 2; w; w /= 2) score += __shfl_xor_sync(kAll, score, w);
+      if (in && slot < limit[j]) add(j, score, v);
+    }
+  }
+
+  // A slot that only query j sees.
+  DMC_INLINE void take_own(int j, const float (&k)[8], const float (&v)[8], bool in) {
+    float score = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e++) score += q[j][e] * k[e];
+    for (int w = lanes / 2; w; w /= 2) score += __shfl_xor_sync(kAll, score, w);
+    if (in) add(j, score, v);
+  }
+
+  DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
+    int warp = threadIdx.x / 32, per = 32 / lanes, mine = threadIdx.x % 32 / lanes;
+#pragma unroll 2
+    for (int from = begin + warp * per; from < end; from += kWarps * per) {
+      int slot = from + mine;
+      bool in = slot < end;
+      if (!in) slot = end - 1;
+      int64_t at = s.offset(s.table[slot / s.page_size], slot) + channel;
+      float k[8] = {}, v[8] = {};
+      if (on) load8(k, s.k + at), load8(v, s.v + at);
+      take(k, v, slot, in);
+    }
+  }
+
+  template <int D> DMC_INLINE void finish(Sums<Q, D>& to) {
+    int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int j = 0; j < Q; j++) {
+      for (int w = lanes; w < 32; w *= 2) {
+        float other_top = __shfl_xor_sync(kAll, top[j], w), other_total = __shfl_xor_sync(kAll, total[j], w);
+        float highest = fmaxf(top[j], other_top);
+        float mine = total[j] == 0 ? 0.0f : rescale(top[j], highest), theirs = other_total == 0 ? 0.0f : rescale(other_top, highest);
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[j][e] = acc[j][e] * mine + __shfl_xor_sync(kAll, acc[j][e], w) * theirs;
+        total[j] = total[j] * mine + other_total * theirs;
+        top[j] = highest;
+      }
+      if ((int)threadIdx.x % 32 < lanes && on) store8(&to.sum[warp][j][channel], acc[j]);
+      if (threadIdx.x % 32 == 0) to.top[warp][j] = top[j], to.total[warp][j] = total[j];
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------- tensor cores: 16 bits, D % 16 == 0
+
+// Scores [16 slots, 8 queries] = K Q^T, sums [16 channels, 8 queries] += V^T P^T. With r = lane / 4 and c = lane % 4, fragments are:
+//   K    rows r and r + 8 are slots; "columns" 2c, 2c+1, 2c+8, 2c+9 of two products are the 8 channels from 32 j + 8 c on
+//   V^T  "columns" 2c, 2c+1, 2c+8, 2c+9 are slots; rows r and r + 8 of the next products are the 8 channels from 64 j + 8 r on
+// A lane's queries are 2c and 2c + 1, of the scores and of the sums.
+template <class T, int D> struct TensorCore {
+  using Element = T;
+  static constexpr int kQueries = 8, kMaxD = D, kBlocks = D > 128 ? 2 : D > 96 ? 3 : 4;
+  // Many channels leave no registers for a tile of keys and one of values at once: values are loaded when wanted, in parts.
+  static constexpr bool kAhead = D <= 128;
+  static constexpr int kParts = kAhead ? 1 : 2;
+  static constexpr int K32 = D / 32, K16 = D % 32 / 16, V64 = D / 64, V32 = D % 64 / 32, V16 = D % 32 / 16;
+  template <class X, int N> struct Some { X x[N ? N : 1]; };
+
+  struct Keys {
+    Some<uint4, K32> a, b;  // of slots r and r + 8
+    Some<uint2, K16> a2, b2;
+  };
+  struct Values {  // a part of slots 2c, 2c + 1, 2c + 8, 2c + 9
+    Some<uint4, V64 / kParts> x[4];
+    Some<uint2, V32> x2[4];
+    Some<uint32_t, V16> x1[4];
+  };
+  Some<uint4, K32> q;
+  Some<uint2, K16> q2;
+  float acc[D / 16][4], top[2], total[2], scale;
+
+  static DMC_INLINE uint32_t word(const T* p, bool aligned) {
+    return aligned ? *(const uint32_t*)p : (uint32_t)p[0].bits | (uint32_t)p[1].bits << 16;
+  }
+
+  template <class F> DMC_INLINE void begin(int, float with, bool aligned, F query) {
+    int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    const T* row = query(r);
+    scale = with;
+    auto at = [&](int channel) { return row ? word(row + channel, aligned) : 0u; };
+#pragma unroll
+    for (int j = 0; j < K32; j++) {
+      int channel = 32 * j + 8 * c;
+      q.x[j] = make_uint4(at(channel), at(channel + 2), at(channel + 4), at(channel + 6));
+    }
+    if (K16) q2.x[0].x = at(32 * K32 + 4 * c), q2.x[0].y = at(32 * K32 + 4 * c + 2);
+#pragma unroll
+    for (int m = 0; m < D / 16; m++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[m][e] = 0;
+    top[0] = top[1] = -INFINITY, total[0] = total[1] = 0;
+  }
+
+  // The n slots (1 to 16) from `tile` on. Rows behind them are the last one again: what lies there may be anything.
+  static DMC_INLINE void load(Keys& to, const T* tile, int n) {
+    int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    const T *a = tile + min(r, n - 1) * D + 8 * c, *b = tile + min(r + 8, n - 1) * D + 8 * c;
+#pragma unroll
+    for (int j = 0; j < K32; j++) to.a.x[j] = stream16(a + 32 * j), to.b.x[j] = stream16(b + 32 * j);
+    if (K16) to.a2.x[0] = stream8(a + 32 * K32 - 4 * c), to.b2.x[0] = stream8(b + 32 * K32 - 4 * c);
+  }
+  static DMC_INLINE void load(Values& to, const T* tile, int n, int part = 0) {
+    int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const T* row = tile + min(2 * c + i % 2 + i / 2 * 8, n - 1) * D + part * (V64 / kParts * 64);
+#pragma unroll
+      for (int j = 0; j < V64 / kParts; j++) to.x[i].x[j] = stream16(row + 64 * j + 8 * r);
+      if (V32) to.x2[i].x[0] = stream8(row + 64 * V64 + 4 * r);
+      if (V16) to.x1[i].x[0] = stream4(row + 64 * V64 + 32 * V32 + 2 * r);
+    }
+  }
+
+  DMC_INLINE void score(float (&s)[4], const Keys& k) const {
+    s[0] = s[1] = s[2] = s[3] = 0;
+#pragma unroll
+    for (int j = 0; j < K32; j++) {
+      mma(s, k.a.x[j].x, k.b.x[j].x, k.a.x[j].y, k.b.x[j].y, q.x[j].x, q.x[j].y, T{});
+      mma(s, k.a.x[j].z, k.b.x[j].z, k.a.x[j].w, k.b.x[j].w, q.x[j].z, q.x[j].w, T{});
+    }
+    if (K16) mma(s, k.a2.x[0].x, k.b2.x[0].x, k.a2.x[0].y, k.b2.x[0].y, q2.x[0].x, q2.x[0].y, T{});
+  }
+
+  // Two channels of all four slots: one fragment of V^T.
+  static DMC_INLINE void add(float (&sum)[4], uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3, uint32_t p0, uint32_t p1) {
+    mma(sum, __byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632), __byte_perm(v2, v3, 0x5410), __byte_perm(v2, v3, 0x7632),
+        p0, p1, T{});
+  }
+
+  // Scores to weights of 16 bits, as the second product takes them; sums so far to the new highest score.
+  DMC_INLINE void weigh(float (&s)[4], int n, uint32_t* p0, uint32_t* p1) {
+    int r = threadIdx.x % 32 / 4;
+    float p[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[e] = r + e / 2 * 8 < n ? s[e] * scale : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      float highest = fmaxf(s[j], s[j + 2]);
+#pragma unroll
+      for (int w = 4; w < 32; w *= 2) highest = fmaxf(highest, __shfl_xor_sync(kAll, highest, w));
+      highest = fmaxf(highest, top[j]);
+      float base = highest == -INFINITY ? 0.0f : highest, factor = exp2_fast(top[j] - base);
+      p[j] = exp2_fast(s[j] - base), p[j + 2] = exp2_fast(s[j + 2] - base);
+      total[j] = total[j] * factor + (p[j] + p[j + 2]);
+      top[j] = highest;
+#pragma unroll
+      for (int m = 0; m < D / 16; m++) acc[m][j] *= factor, acc[m][j + 2] *= factor;
+    }
+    *p0 = transpose8x8(pack(p[0], p[1], T{}));
+    *p1 = transpose8x8(pack(p[2], p[3], T{}));
+  }
+
+  template <int Part> DMC_INLINE void add(const Values& v, uint32_t p0, uint32_t p1) {
+#pragma unroll
+    for (int j = 0; j < V64 / kParts; j++) {
+      const uint4 &a = v.x[0].x[j], &b = v.x[1].x[j], &c = v.x[2].x[j], &d = v.x[3].x[j];
+      constexpr int first = Part * (V64 / kParts) * 4;
+      add(acc[first + 4 * j], a.x, b.x, c.x, d.x, p0, p1);
+      add(acc[first + 4 * j + 1], a.y, b.y, c.y, d.y, p0, p1);
+      add(acc[first + 4 * j + 2], a.z, b.z, c.z, d.z, p0, p1);
+      add(acc[first + 4 * j + 3], a.w, b.w, c.w, d.w, p0, p1);
+    }
+    if (V32) {
+      add(acc[4 * V64], v.x2[0].x[0].x, v.x2[1].x[0].x, v.x2[2].x[0].x, v.x2[3].x[0].x, p0, p1);
+      add(acc[4 * V64 + (V32 ? 1 : 0)], v.x2[0].x[0].y, v.x2[1].x[0].y, v.x2[2].x[0].y, v.x2[3].x[0].y, p0, p1);
+    }
+    if (V16) add(acc[D / 16 - 1], v.x1[0].x[0], v.x1[1].x[0], v.x1[2].x[0], v.x1[3].x[0], p0, p1);
+  }
+
+  // While one tile is worked on, the next one's keys and values are on their way.
+  DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (end - begin + kTile - 1) / kTile;
+    int mine = warp < tiles ? (tiles - warp + kWarps - 1) / kWarps : 0, ids = 0;
+    auto slot_of = [&](int n) { return begin + (n * kWarps + warp) * kTile; };
+    // Page ids of the next 32 tiles lie in the lanes.
+    auto locate = [&](int n) {
+      if (n % 32 == 0 && n + lane < mine) ids = s.table[slot_of(n + lane) / s.page_size];
+      return s.offset(__shfl_sync(kAll, ids, n % 32), slot_of(n));
+    };
+    if (!mine) return;
+    Keys keys;
+    Values values;
+    int64_t at = locate(0);
+    int n = min(end - slot_of(0), kTile);
+    load(keys, s.k + at, n);
+    if (kAhead) load(values, s.v + at, n);
+#pragma unroll 1
+    for (int i = 0; i < mine; i++) {
+      float scores[4];
+      uint32_t p0, p1;
+      bool more = i + 1 < mine;
+      int now = n;
+      score(scores, keys);
+      const T* now_at = s.v + at;
+      if (!kAhead) load(values, now_at, now);
+      if (more) {
+        at = locate(i + 1);
+        n = min(end - slot_of(i + 1), kTile);
+        if (kAhead) load(keys, s.k + at, n);
+      }
+      weigh(scores, now, &p0, &p1);
+      add<0>(values, p0, p1);
+      if (!kAhead) {
+        __syncwarp();  // these loads must not begin before the first part is used up: there are no registers for both
+        load(values, now_at, now, 1);
+        if (more) load(keys, s.k + at, n);
+        add<kParts - 1>(values, p0, p1);
+      } else if (more) {
+        load(values, s.v + at, n);
+      }
+    }
+  }
+
+  DMC_INLINE void finish(Sums<8, D>& to) {
+    int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+      for (int w = 4; w < 32; w *= 2) total[j] += __shfl_xor_sync(kAll, total[j], w);
+      float* row = to.sum[warp][2 * c + j];
+      // acc[m][j] and acc[m][j + 2] are neighbouring channels.
+#pragma unroll
+      for (int m = 0; m < D / 16; m++) {
+        int channel = m < 4 * V64 ? m / 4 * 64 + 8 * r + m % 4 * 2
+                      : m < 4 * V64 + 2 * V32 ? 64 * V64 + 4 * r + (m - 4 * V64) * 2 : D - 16 + 2 * r;
+        *(float2*)(row + channel) = make_float2(acc[m][j], acc[m][j + 2]);
+      }
+      if (r == 0) to.top[warp][2 * c + j] = top[j], to.total[warp][2 * c + j] = total[j];
+    }
+  }
+};
+
+}  // namespace dmc

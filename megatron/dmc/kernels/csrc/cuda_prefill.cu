@@ -1,0 +1,306 @@
+// Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its head and its own partial state.
+//
+// A block takes some rows (tokens times the group) of one KV head; how many tiles of rows there are only the device knows, so the
+// grid is as large as they can be, and blocks without one end at once. For elements of 16 bits it is FlashAttention-2's loop on
+// tensor cores: 16 rows a warp, keys and values through shared memory, the next tile copied while one is worked on. Else a block
+// takes 4 rows, as decode does.
+#include "cuda.h"
+#include "cuda_attention.cuh"
+
+namespace {
+
+using namespace dmc;
+
+// Rows [first, first + rows) of the head, a row being (token, query head of the group). rows is 0 for a block without work.
+struct Tile {
+  int sequence, row, begin, head, first, rows;
+};
+
+// Tiles in the order of sequences, the last one first, since later rows see more slots. shared: 32 numbers, and a tile.
+template <int M> DMC_INLINE Tile find_tile(const PrefillParams& p, int* shared, Tile* found, int64_t tiles) {
+  int heads = (int)p.cache.heads, groups = (int)p.groups;
+  int wanted = (int)(tiles - 1 - blockIdx.x / heads), before = 0;
+  if (threadIdx.x == 0) found->rows = 0;
+  for (int from = 0; from < p.n && before <= wanted; from += blockDim.x) {
+    int i = from + threadIdx.x, all;
+    int begin = i < p.n ? p.cu_seqlens[i] : 0, rows = i < p.n ? (p.cu_seqlens[i + 1] - begin) * groups : 0, count = (rows + M - 1) / M;
+    int first = before + block_scan(count, shared, &all);
+    if (wanted >= first && wanted < first + count) {
+      int at = (wanted - first) * M;
+      *found = {i, p.slots[i], begin, (int)(blockIdx.x % heads), at, min(M, rows - at)};
+    }
+    before += all;
+  }
+  __syncthreads();
+  return *found;
+}
+
+// Outputs of padding.
+template <class T> DMC_INLINE void clear(const PrefillParams& p, const Tile& tile) {
+  int units = p.cache.head_dim / 8, groups = (int)p.groups;
+  bool aligned = is_aligned<T>(p.out);
+  float zeros[8] = {};
+  for (int unit = threadIdx.x; unit < tile.rows * units; unit += blockDim.x) {
+    int row = tile.first + unit / units;
+    store8(row_of<T>(p.out, tile.begin + row / groups, tile.head * groups + row % groups) + unit % units * 8, zeros, aligned);
+  }
+}
+
+struct Work {
+  PrefillParams prefill;
+  int64_t tiles;
+};
+
+// --------------------------------------------------------------------------------------------------- any dtype, any D
+
+constexpr int kFew = 4;
+
+template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(const Work w) {
+  __shared__ __align__(16) Sums<kFew, 256> sums;
+  __shared__ int shared[32];
+  __shared__ Tile found;
+  const PrefillParams& p = w.prefill;
+  Tile tile = find_tile<kFew>(p, shared, &found, w.tiles);
+  if (!tile.rows) return;
+  if (tile.row < 0) return clear<T>(p, tile);
+  const Cache& c = p.cache;
+  int groups = (int)p.groups, d = c.head_dim, units = d / 8, most = 0;
+  bool aligned = is_aligned<T>(p.k_part) && is_aligned<T>(p.v_part), out_aligned = is_aligned<T>(p.out);
+  auto token = [&](int j) { return tile.begin + (tile.first + j) / groups; };
+  auto query = [&](int j) { return tile.head * groups + (tile.first + j) % groups; };
+  AnyCore<T, kFew> core;
+  core.begin(d, p.scale * kLog2E, is_aligned<T>(p.q),
+             [&](int j) { return j < tile.rows ? row_of<const T>(p.q, token(j), query(j)) : nullptr; });
+#pragma unroll
+  for (int j = 0; j < kFew; j++) {
+    core.limit[j] = j < tile.rows ? p.slot_index[(int64_t)token(j) * c.heads + tile.head] : 0;
+    most = max(most, core.limit[j]);
+  }
+  core.run(Slots<T>(c, tile.row, p.layer, tile.head), 0, most);
+#pragma unroll
+  for (int j = 0; j < kFew; j++) {
+    float k[8] = {}, v[8] = {};
+    if (j < tile.rows && core.on) {
+      load8(k, row_of<const T>(p.k_part, token(j), tile.head) + core.channel, aligned);
+      load8(v, row_of<const T>(p.v_part, token(j), tile.head) + core.channel, aligned);
+    }
+    core.take_own(j, k, v, j < tile.rows && (int)threadIdx.x < core.lanes);
+  }
+  core.finish(sums);
+  __syncthreads();
+  for (int unit = threadIdx.x; unit < tile.rows * units; unit += blockDim.x) {
+    int j = unit / units, channel = unit % units * 8;
+    Mixed mixed;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; warp++) {
+      float x[8];
+      load8(x, &sums.sum[warp][j][channel]);
+      mixed.add(x, sums.top[warp][j], sums.total[warp][j]);
+    }
+    mixed.store(row_of<T>(p.out, token(j), query(j)) + channel, out_aligned);
+  }
+}
+
+// ------------------------------------------------------------------------------------- tensor cores: 16 bits, D % 16 == 0
+
+constexpr int kRows = 128, kThreads = 2 * kRows;  // 16 rows a warp
+
+// Keys and values of kSlots slots, each row padded by 16 bytes so that 8 rows of a matrix lie in different banks.
+template <int D> struct Shape {
+  static constexpr int kSlots = D > 128 ? 16 : D > 80 ? 64 : 32, kPitch = D + 8, kBlocks = D > 80 ? 1 : 2;
+  static constexpr int kChunks = kSlots * (D / 8);               // of 16 bytes, of keys or of values
+  static constexpr int kMine = (kChunks + kThreads - 1) / kThreads;
+  static constexpr size_t kBytes = 2 * 2 * kSlots * kPitch * 2;  // two stages of keys and values
+};
+
+template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::kBlocks) attend_many(const Work w) {
+  using S = Shape<D>;
+  constexpr int kSteps = D / 16, kSlots = S::kSlots, kPitch = S::kPitch;
+  DMC_DYNAMIC_SHARED(memory);
+  __shared__ int shared[32];
+  __shared__ Tile found;
+  const PrefillParams& p = w.prefill;
+  Tile tile = find_tile<kRows>(p, shared, &found, w.tiles);
+  if (!tile.rows) return;
+  if (tile.row < 0) return clear<T>(p, tile);
+  const Cache& c = p.cache;
+  int groups = (int)p.groups, heads = (int)c.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
+  T(*stage)[2][kSlots][kPitch] = (T(*)[2][kSlots][kPitch])memory;
+  auto token = [&](int row) { return tile.begin + (tile.first + row) / groups; };
+  auto query = [&](int row) { return tile.head * groups + (tile.first + row) % groups; };
+  auto limit_of = [&](int row) { return p.slot_index[(int64_t)token(row) * heads + tile.head]; };
+  // A lane has the rows r and r + 8 of its warp. Slots only grow with the token, so the last row sees the most.
+  int rows[2] = {warp * 16 + r, warp * 16 + r + 8}, limit[2], most = limit_of(tile.rows - 1), least = limit_of(0);
+  bool here[2];
+  int warp_most = warp * 16 < tile.rows ? limit_of(min(warp * 16 + 15, tile.rows - 1)) : 0;
+  uint32_t queries[kSteps][4];
+  bool aligned = is_aligned<T>(p.q) && is_aligned<T>(p.k_part) && is_aligned<T>(p.v_part) && is_aligned<T>(p.out);
+  auto word = [&](const T* at) { return aligned ? *(const uint32_t*)at : (uint32_t)at[0].bits | (uint32_t)at[1].bits << 16; };
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    here[i] = rows[i] < tile.rows;
+    limit[i] = here[i] ? limit_of(rows[i]) : 0;
+    const T* row = here[i] ? row_of<const T>(p.q, token(rows[i]), query(rows[i])) : nullptr;
+#pragma unroll
+    for (int k = 0; k < kSteps; k++) {
+      queries[k][i] = row ? word(row + 16 * k + 2 * q) : 0u;
+      queries[k][i + 2] = row ? word(row + 16 * k + 2 * q + 8) : 0u;
+    }
+  }
+  float acc[2 * kSteps][4], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, scale = p.scale * kLog2E;
+#pragma unroll
+  for (int n = 0; n < 2 * kSteps; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) acc[n][e] = 0;
+
+  Slots<T> slots(c, tile.row, p.layer, tile.head);
+  int tiles = (most + kSlots - 1) / kSlots, ids[S::kMine];
+  auto find_pages = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < S::kMine; i++) {
+      int chunk = threadIdx.x + i * kThreads, slot = n * kSlots + chunk / (D / 8);
+      ids[i] = chunk < S::kChunks && slot < most ? slots.table[slot / slots.page_size] : 0;
+    }
+  };
+  auto copy = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < S::kMine; i++) {
+      int chunk = threadIdx.x + i * kThreads, row = chunk / (D / 8), slot = n * kSlots + row, channel = chunk % (D / 8) * 8;
+      if (chunk >= S::kChunks) continue;
+      int64_t at = slots.offset(ids[i], slot) + channel;  // behind the last slot: zeros
+      copy16(&stage[n & 1][0][row][channel], slots.k + at, slot < most);
+      copy16(&stage[n & 1][1][row][channel], slots.v + at, slot < most);
+    }
+    copies_commit();
+  };
+  if (tiles) {
+    find_pages(0);
+    copy(0);
+    if (tiles > 1) find_pages(1);
+  }
+  for (int n = 0; n < tiles; n++) {
+    copies_wait<0>();
+    __syncthreads();  // tile n is there for everyone, and everyone is done with tile n - 1
+    if (n + 1 < tiles) copy(n + 1);
+    if (n + 2 < tiles) find_pages(n + 2);
+    int first = n * kSlots;
+    if (first >= warp_most) continue;
+    float s[kSlots / 8][4];
+#pragma unroll
+    for (int i = 0; i < kSlots / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0;
+#pragma unroll
+    for (int k = 0; k < kSteps; k++)
+#pragma unroll
+      for (int i = 0; i < kSlots / 16; i++) {
+        uint32_t b[4];  // slots 16 i and 16 i + 8, channels 16 k and 16 k + 8 each
+        load_matrices(b, &stage[n & 1][0][16 * i + lane / 16 * 8 + lane % 8][16 * k + lane / 8 % 2 * 8]);
+        mma(s[2 * i], queries[k][0], queries[k][1], queries[k][2], queries[k][3], b[0], b[1], T{});
+        mma(s[2 * i + 1], queries[k][0], queries[k][1], queries[k][2], queries[k][3], b[2], b[3], T{});
+      }
+    bool masked = first + kSlots > least;
+    float highest[2] = {top[0], top[1]};
+#pragma unroll
+    for (int i = 0; i < kSlots / 8; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        s[i][e] = masked && first + 8 * i + 2 * q + e % 2 >= limit[e / 2] ? -INFINITY : s[i][e] * scale;
+        highest[e / 2] = fmaxf(highest[e / 2], s[i][e]);
+      }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      highest[i] = fmaxf(highest[i], __shfl_xor_sync(kAll, highest[i], 1));
+      highest[i] = fmaxf(highest[i], __shfl_xor_sync(kAll, highest[i], 2));
+      float base = highest[i] == -INFINITY ? 0.0f : highest[i], factor = exp2_fast(top[i] - base);  // a row may see nothing yet
+      top[i] = highest[i], highest[i] = base;
+      total[i] *= factor;
+#pragma unroll
+      for (int k = 0; k < 2 * kSteps; k++) acc[k][2 * i] *= factor, acc[k][2 * i + 1] *= factor;
+    }
+#pragma unroll
+    for (int i = 0; i < kSlots / 8; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        s[i][e] = exp2_fast(s[i][e] - highest[e / 2]);
+        total[e / 2] += s[i][e];
+      }
+#pragma unroll
+    for (int i = 0; i < kSlots / 16; i++) {
+      uint32_t a0 = pack(s[2 * i][0], s[2 * i][1], T{}), a1 = pack(s[2 * i][2], s[2 * i][3], T{});
+      uint32_t a2 = pack(s[2 * i + 1][0], s[2 * i + 1][1], T{}), a3 = pack(s[2 * i + 1][2], s[2 * i + 1][3], T{});
+#pragma unroll
+      for (int k = 0; k < kSteps; k++) {
+        uint32_t b[4];  // channels 16 k and 16 k + 8, slots 16 i and 16 i + 8 each
+        load_matrices_transposed(b, &stage[n & 1][1][16 * i + lane % 16][16 * k + lane / 16 * 8]);
+        mma(acc[2 * k], a0, a1, a2, a3, b[0], b[1], T{});
+        mma(acc[2 * k + 1], a0, a1, a2, a3, b[2], b[3], T{});
+      }
+    }
+  }
+  // Each row's own state, and the end.
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const T* k = here[i] ? row_of<const T>(p.k_part, token(rows[i]), tile.head) : nullptr;
+    float score = 0;
+#pragma unroll
+    for (int step = 0; step < kSteps; step++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        uint32_t a = queries[step][i + 2 * half], b = k ? word(k + 16 * step + 2 * q + 8 * half) : 0u;
+        score += widen((uint16_t)a, T{}) * widen((uint16_t)b, T{}) + widen((uint16_t)(a >> 16), T{}) * widen((uint16_t)(b >> 16), T{});
+      }
+    score += __shfl_xor_sync(kAll, score, 1);
+    score += __shfl_xor_sync(kAll, score, 2);
+    total[i] += __shfl_xor_sync(kAll, total[i], 1);
+    total[i] += __shfl_xor_sync(kAll, total[i], 2);
+    if (!here[i]) continue;
+    score *= scale;
+    float highest = fmaxf(top[i], score), factor = exp2_fast(top[i] - highest), weight = exp2_fast(score - highest);
+    float share = 1.0f / (total[i] * factor + weight);
+    factor *= share, weight *= share;
+    const T* v = row_of<const T>(p.v_part, token(rows[i]), tile.head);
+    T* out = row_of<T>(p.out, token(rows[i]), query(rows[i]));
+#pragma unroll
+    for (int n = 0; n < 2 * kSteps; n++) {
+      uint32_t own = word(v + 8 * n + 2 * q);
+      uint32_t x = pack(acc[n][2 * i] * factor + weight * widen((uint16_t)own, T{}),
+                        acc[n][2 * i + 1] * factor + weight * widen((uint16_t)(own >> 16), T{}), T{});
+      T* to = out + 8 * n + 2 * q;
+      if (aligned) *(uint32_t*)to = x;
+      else to[0].bits = (uint16_t)x, to[1].bits = (uint16_t)(x >> 16);
+    }
+  }
+}
+
+template <int M> int64_t tiles_of(const PrefillParams& p) { return p.tokens * p.groups / M + p.n; }
+
+template <class T> const char* any(const PrefillParams& p, void* stream) {
+  Work w = {p, tiles_of<kFew>(p)};
+  return launch(attend_few<T>, w.tiles * p.cache.heads, 32 * kWarps, 0, stream, w);
+}
+
+template <class T, int D> const char* many(const PrefillParams& p, void* stream) {
+  Work w = {p, tiles_of<kRows>(p)};
+  return launch(attend_many<T, D>, w.tiles * p.cache.heads, kThreads, Shape<D>::kBytes, stream, w);
+}
+
+template <class T> const char* tensor(const PrefillParams& p, void* stream) {
+  switch (p.cache.head_dim) {
+    case 64: return many<T, 64>(p, stream);
+    case 80: return many<T, 80>(p, stream);
+    case 96: return many<T, 96>(p, stream);
+    case 128: return many<T, 128>(p, stream);
+    case 256: return many<T, 256>(p, stream);
+    default: return any<T>(p, stream);
+  }
+}
+
+}  // namespace
+
+extern "C" const char* dmc_cuda_prefill(const dmc::PrefillParams& p, int device, void* stream) {
+  dmc::OnDevice on(device);
+  switch (p.cache.dtype) {
+    case dmc::kF32: return any<float>(p, stream);
+    case dmc::kBF16: return tensor<dmc::bf16>(p, stream);
+    default: return tensor<dmc::f16>(p, stream);
+  }
+}

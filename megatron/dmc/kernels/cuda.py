@@ -1,0 +1,108 @@
+"""The CUDA kernels: the same functions as ``reference.py``, on torch's current stream. Built on first use, see ``build.py``.
+
+Nothing here waits for the GPU, looks at the values of a tensor or allocates by them, so that a CUDA graph can capture every call.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.kernels import build
+from megatron.dmc.kernels.state import CacheState
+
+
+class CudaKernels:
+    """The ops of one library of kernels."""
+
+    name = "cuda"
+
+    def __init__(self, library: Any) -> None:
+        names = ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows")
+        self._append, self._decode, self._prefill, self._fork, self._free = (library[name] for name in names)
+        self._append_bytes = library["append_bytes"]
+        self._decode_bytes = lru_cache(maxsize=1024)(library["decode_bytes"])
+
+    def append(
+        self,
+        state: CacheState,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        inv_freq: Tensor,
+        bias: float,
+        epsilon: float,
+        window: Optional[int],
+        compress: bool,
+        partial: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :func:`megatron.dmc.kernels.append`."""
+        q_rot = _like(q)
+        shape = k.shape if partial else (0,)
+        k_part, v_part = (torch.empty(shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        slot_index = torch.empty(shape[:2], dtype=torch.int32, device=k.device)
+        scratch = _scratch(self._append_bytes(slots.numel(), q.size(0), k.size(1)), q.device)
+        tensors = (q, k, v, cu_seqlens, slots, positions, inv_freq)
+        outputs = (q_rot, k_part, v_part, slot_index)
+        self._append(*state.tensors(), layer, *tensors, bias, epsilon, window or 0, compress, *outputs, scratch)
+        return outputs
+
+    def decode_attention(self, state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
+        """See :func:`megatron.dmc.kernels.decode_attention`."""
+        out, heads = _like(q_rot), state.lengths.size(2)
+        size = self._decode_bytes(slots.numel(), heads, -(-q_rot.size(1) // heads), q_rot.size(2), q_rot.device.index or 0)
+        self._decode(*state.tensors(), layer, q_rot, slots, scale, out, _scratch(size, q_rot.device))
+        return out
+
+    def prefill_attention(
+        self,
+        state: CacheState,
+        layer: int,
+        q_rot: Tensor,
+        k_part: Tensor,
+        v_part: Tensor,
+        slot_index: Tensor,
+        cu_seqlens: Tensor,
+        slots: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """See :func:`megatron.dmc.kernels.prefill_attention`."""
+        out = _like(q_rot)
+        self._prefill(*state.tensors(), layer, q_rot, k_part, v_part, slot_index, cu_seqlens, slots, scale, out)
+        return out
+
+    def fork(self, state: CacheState, source: Tensor, target: Tensor) -> None:
+        """See :func:`megatron.dmc.kernels.fork`."""
+        self._fork(*state.tensors(), source, target)
+
+    def free(self, state: CacheState, slots: Tensor) -> None:
+        """See :func:`megatron.dmc.kernels.free`."""
+        self._free(*state.tensors(), slots)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _scratch(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def load() -> CudaKernels:
+    """The kernels for the GPUs of this machine, built if need be. Raises what :func:`build.build_cuda` raises."""
+    import tvm_ffi
+
+    path = build.find_cuda_library()
+    if path is None:
+        names = " and ".join(f"sm_{arch}" for arch in build.CUDA_ARCHITECTURES)
+        print(f"megatron.dmc: building the CUDA kernels for {names}, once, about a minute", file=sys.stderr, flush=True)
+        path = build.build_cuda(build.cache_directory())
+    return CudaKernels(tvm_ffi.load_module(str(path)))
