@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     place.add_argument("--output", type=Path, metavar="DIR", help="put the library there")
     parser.add_argument("--for-this-machine", action="store_true", help="only the instruction set of this CPU: builds faster")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only these kernels; default: cpu, and cuda where nvcc is")
-    parser.add_argument("--resources", action="store_true", help="print what each CUDA kernel needs (registers, spills); build nothing")
+    parser.add_argument("--resources", action="store_true", help="only print what each CUDA kernel needs (registers, spills)")
     args = parser.parse_args(argv)
     sets = [best_instruction_set()] if args.for_this_machine else list(instruction_sets())
     place = PACKAGED if args.in_package else args.output or cache_directory()
