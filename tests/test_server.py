@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from conftest import ROOT, subprocess_env
 from engines import Model
@@ -25,9 +26,10 @@ from serving import Running, make_model
 
 from megatron.dmc import __version__
 from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.inference.cli import build_parser
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.async_engine import Limits
-from megatron.dmc.serving.cli import main
+from megatron.dmc.serving.cli import COMMANDS, main
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 IGNORE = {"ignore_eos": True}
@@ -109,6 +111,36 @@ def test_openai_models_and_errors(server: Running) -> None:
     assert caught.value.param == "beams" and caught.value.code == "unknown_parameter"
     with pytest.raises(openai.NotFoundError):
         api.embeddings.create(model="m", input="a")
+
+
+GUIDE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_examples_of_the_guide(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = dict(re.findall(r"<!-- tested: tests/test_server.py -->\n```(\w+)\n(.*?)```", GUIDE, re.DOTALL))
+    assert set(blocks) == {"bash", "python"}
+    script, program = (blocks[name].replace("http://localhost:8000", server.url) for name in ("bash", "python"))
+    env = subprocess_env({"DMC_API_KEY": "x"})
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=env)
+    assert json.loads(told.stdout)["usage"]["completion_tokens"] > 0, told
+    exec(compile(program, "docs/serving.md", "exec"), {})
+    assert float(capsys.readouterr().out.split()[-1]) > 1
+
+
+def test_the_guide_names_what_is_there(server: Running) -> None:
+    help_text = build_parser(COMMANDS)._subparsers._group_actions[0].choices["serve"].format_help()
+    flags = set(re.findall(r"--[a-z][a-z-]+(?![\w_])", GUIDE)) - {"--model", "--tasks", "--help"}  # lm-eval's
+    server.json(COMPLETIONS, {}, 400)
+    assert len(flags) > 12 and not [flag for flag in flags if flag not in help_text]
+    there = {key.split("[")[0].removeprefix("dmc:") for key in samples(server.ask("/metrics")[2])}
+    named = re.findall(r"`(\w+)(?:\{[\w,]+(?:=\"\d+\")?\})?`", GUIDE[GUIDE.index("## Watch it") :])
+    named = [name for name in named if "_" in name and name != "model_name"]
+    assert len(named) > 15 and not [name for name in named if name not in there and f"{name}_count" not in there]
+    parameters = server.json("/openapi.json")["components"]["schemas"]
+    known = set().union(*(schema.get("properties", {}) for schema in parameters.values()))
+    listed = GUIDE[GUIDE.index("Besides OpenAI's") : GUIDE.index("A parameter that is not known")]
+    assert not set(re.findall(r"`(\w+)`", listed)) - known
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -394,6 +426,7 @@ def test_metrics_of_what_runs(server: Running) -> None:
 
 def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
     text = (ROOT / "examples" / "dmc" / "grafana.json").read_text()
+    server.json(COMPLETIONS, {"prompt": "a"})
     asked = set(re.findall(r"(?:\$\{prefix\}|dmc):(\w+)", text))
     there = {key.split("[")[0].removeprefix("dmc:") for key in samples(server.ask("/metrics")[2])}
     assert len(asked) > 20 and not asked - there
@@ -527,6 +560,39 @@ def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert not any("sk-" in line for line in process.log)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_two_ranks(model: Model) -> None:
+    """Tensor parallelism: the same answers; a rank that is gone is an engine that has failed; nobody is left behind."""
+    process, url = start(model, "--tensor-parallel-size", "2", "--max-num-seqs", "4")
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            bodies = [{"prompt": f"a {n}", "return_token_ids": True} | GREEDY | IGNORE for n in range(6)]
+            for status, text in pool.map(lambda body: post(url, body), bodies):
+                choice = json.loads(text)["choices"][0]
+                assert status == 200 and tuple(choice["token_ids"]) == model.answer(tuple(choice["prompt_token_ids"]), 12)
+        (follower,) = psutil.Process(process.pid).children()
+        assert follower.is_running()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0 and not follower.is_running()
+    finally:
+        process.kill()
+        process.wait()
+    process, url = start(model, "--tensor-parallel-size", "2")
+    try:
+        (follower,) = psutil.Process(process.pid).children()
+        follower.kill()
+        assert post(url, bodies[0])[0] in (500, 503)
+        deadline = time.monotonic() + 20
+        while (health := post(url, bodies[0]))[0] != 503:
+            assert time.monotonic() < deadline, health
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_end_comes_in_time(model: Model) -> None:

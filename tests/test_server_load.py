@@ -143,8 +143,8 @@ def test_lm_eval(server: Running, model: Model, tmp_path: Path) -> None:
         (tmp_path / f"{name}.yaml").write_text(text.format(data=tmp_path / "data.json"))
     code = "import sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     arguments = f"model=m,base_url={server.url}/v1/completions,tokenizer={model.path},num_concurrent=2,max_length=60"
-    command = [sys.executable, "-c", code, "--model", "local-completions", "--model_args", arguments, "--tasks", "local_choice,local_text",
-               "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]  # fmt: skip
+    command = [sys.executable, "-c", code, "--model", "local-completions", "--model_args", arguments, "--log_samples"]
+    command += ["--tasks", "local_choice,local_text", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-3000:]

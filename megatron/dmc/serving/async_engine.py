@@ -173,6 +173,7 @@ class AsyncEngine:
         self._unstarted: set[tuple[str, int]] = set()
         self._news = _Delivery()
         self._looked = 0.0
+        self._dead = False
         self._thread = threading.Thread(target=self._run, name="dmc-engine", daemon=True)
         self._thread.start()
 
@@ -245,6 +246,13 @@ class AsyncEngine:
         for stream in list(self._streams.values()):
             stream._fail(error)
 
+    def broken(self, error: BaseException) -> None:
+        """The engine cannot go on, for a reason that it does not see itself."""
+        if self.failure is None:
+            self.failure = error
+            log.critical("the engine has failed; running requests are answered 500, /health 503", exc_info=error)
+            self._failed()
+
     async def call(self, function: Callable[[Engine], Any]) -> Any:
         """``function(engine)`` between two steps, on the engine's thread. Raises what it raises, and :class:`APIError`."""
         if self.failure is not None:
@@ -270,7 +278,8 @@ class AsyncEngine:
         with self._something:
             self._stopping = True
             self._something.notify()
-        await asyncio.to_thread(self._thread.join)
+        # A step may wait for ever when another rank is gone.
+        await asyncio.to_thread(self._thread.join, None if self.failure is None else 1.0)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._something:
@@ -314,12 +323,11 @@ class AsyncEngine:
             while self._wait():
                 self._turn()
         except BaseException as error:
-            self.failure = error
-            log.critical("the engine has failed; running requests are answered 500, /health 503", exc_info=error)
             self._hand_over()
-            self._to_loop(self._failed)
+            self._to_loop(self.broken, error)
+            self._dead = True
         finally:
-            for name in list(self.engine._requests) if self.failure is None else ():
+            for name in list(self.engine._requests) if not self._dead else ():
                 self.engine.abort(name)
 
     def _wait(self) -> bool:

@@ -70,6 +70,7 @@ class Metrics:
         self._states = self._counter("cache_token_states", "token states of answers that have ended, by layer", "layer")
         self._slots = self._counter("cache_slots", "slots that they took; the quotient of both is the compression ratio", "layer")
         self._refused = self._counter("requests_refused", "requests that got no answer, by HTTP status", "status")
+        self._refused.labels(self.model, "503")  # there from the start, so that its rate is right
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(self.prefix + name, text, ("model_name", *labels), registry=self.registry)

@@ -7,11 +7,13 @@ import asyncio
 import contextlib
 import copy
 import logging
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any, Optional
 
 import uvicorn
 
@@ -24,6 +26,7 @@ from megatron.dmc.serving.errors import shutting_down
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, Keys
 from megatron.dmc.serving.prompts import Prompts
+from megatron.dmc.serving.ranks import Followers, LeadingEngine, check_size, follow
 
 log = logging.getLogger(__name__)
 LINGER = 0.25  # seconds in which what is on its way is still told that the server shuts down
@@ -102,7 +105,8 @@ def make_service(engine: Engine, *, model_name: str, keys: Sequence[str] = (), l
     return Service(runner, prompts, model_name, str(engine.info.path), Gate(Keys(keys), max_body_bytes), metrics)
 
 
-async def serve(engine: Engine, args: argparse.Namespace, keys: Sequence[str], sock: socket.socket) -> int:
+async def serve(engine: Engine, args: argparse.Namespace, keys: Sequence[str], sock: socket.socket,
+                followers: Optional[Followers] = None) -> int:  # fmt: skip
     """Until a signal comes. Exit status: 0; 1 when the engine has failed."""
     limits = Limits(args.max_num_queued_requests, args.max_num_queued_tokens)
     service = make_service(engine, model_name=args.served_model_name or args.model, keys=keys, limits=limits,
@@ -111,9 +115,12 @@ async def serve(engine: Engine, args: argparse.Namespace, keys: Sequence[str], s
                             timeout_graceful_shutdown=CLOSE, backlog=2048, server_header=False)  # fmt: skip
     server = Server(config, service, args.shutdown_timeout)
     log.info("%d keys, %s", len(keys), _pool(engine))
+    watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
     try:
         await server.serve([sock])
     finally:
+        if watching is not None:
+            watching.cancel()
         await service.runner.stop()
         service.tokenizing.shutdown()
     log.info("stopped")
@@ -130,6 +137,13 @@ def warm_up(engine: Engine) -> None:
                 raise ValueError(f"the model does not answer: {output.error}")
 
 
+async def _watch(followers: Followers, runner: AsyncEngine) -> None:
+    """Without one of its ranks an engine may wait for ever in a step."""
+    while not followers.ended():
+        await asyncio.sleep(1)
+    runner.broken(RuntimeError("a tensor-parallel rank has ended"))
+
+
 def _pool(engine: Engine) -> str:
     sizes = engine.sizes
     return (f"{sizes.max_num_seqs} answers at a time, window {sizes.max_model_len}, {sizes.num_pages} pages of {sizes.page_bytes} "
@@ -139,8 +153,32 @@ def _pool(engine: Engine) -> str:
 def run(args: argparse.Namespace, keys: Sequence[str]) -> int:
     """Exit status. Raises ``ValueError`` for what is wrong with the options or the model."""
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config, source = EngineConfig(**take_options(args, ENGINE_OPTIONS)), args.tokenizer or args.model
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's
+        follow(args.model, config, source)
+        return 0
     with contextlib.closing(bind(args.host, args.port)) as sock:
-        tokenizer = load_tokenizer(args.tokenizer or args.model)
-        engine = Engine(args.model, EngineConfig(**take_options(args, ENGINE_OPTIONS)), tokenizer)
+        tokenizer = load_tokenizer(source)
+        if config.tensor_parallel_size == 1:
+            engine = Engine(args.model, config, tokenizer)
+            warm_up(engine)
+            return asyncio.run(serve(engine, args, keys, sock))
+        return _run_ranks(args, keys, sock, config, tokenizer, source)
+
+
+def _run_ranks(args: argparse.Namespace, keys: Sequence[str], sock: socket.socket, config: EngineConfig, tokenizer: Any,
+               source: str) -> int:  # fmt: skip
+    check_size(args.model, config)  # before others wait for this rank
+    followers = Followers(args.model, config, source)
+    try:
+        engine = LeadingEngine(args.model, config, tokenizer)
         warm_up(engine)
-        return asyncio.run(serve(engine, args, keys, sock))
+        status = asyncio.run(serve(engine, args, keys, sock, followers))
+        if status == 0:
+            engine.release()
+        return status
+    except BaseException:
+        status = 1
+        raise
+    finally:
+        followers.stop(10 if status == 0 else 0)

@@ -1,0 +1,115 @@
+"""Tensor parallelism under the server: rank 0 serves, the others follow it, step by step.
+
+Every rank runs the same engine on the same requests (``inference.parallel``). What rank 0 is told between two steps it tells the
+others with the next one, over a gloo group of its own. They are started by ``dmc serve`` itself, or by torchrun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence as Seq
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Optional
+
+import torch.distributed as dist
+
+from megatron.dmc.checkpoint import hf
+from megatron.dmc.inference import Engine, EngineConfig, SamplingParams, StepOutput
+from megatron.dmc.inference.parallel import TensorParallel
+from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.inference.weights import read_info
+
+IDLE = timedelta(days=365)  # the others wait for the next step as long as it takes
+
+
+class LeadingEngine(Engine):
+    """Rank 0's. The same calls as on an :class:`Engine`."""
+
+    def __init__(self, path: str | Path, config: EngineConfig, tokenizer: Optional[Any]) -> None:
+        super().__init__(path, config, tokenizer)
+        self._group = dist.new_group(backend="gloo", timeout=IDLE)
+        self._news: list[tuple[Any, ...]] = []
+
+    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams()) -> list[int]:  # noqa: B008
+        ids = super().add_request(request_id, prompt, params)
+        self._news.append(("add_request", request_id, ids, params))
+        return ids
+
+    def abort(self, request_id: str) -> list[StepOutput]:
+        self._news.append(("abort", request_id))
+        return super().abort(request_id)
+
+    def step(self) -> list[StepOutput]:
+        self._tell(("step",))
+        return super().step()
+
+    def release(self) -> None:
+        """The others may go."""
+        self._tell(("stop",))
+
+    def _tell(self, last: tuple[Any, ...]) -> None:
+        news, self._news = [*self._news, last], []
+        dist.broadcast_object_list([news], src=0, group=self._group)
+
+
+def check_size(path: str, config: EngineConfig) -> None:
+    """Raise ``ValueError`` when the model cannot be cut into so many parts, before any process is started."""
+    TensorParallel(0, config.tensor_parallel_size).check(read_info(hf.open_directory(path)).model)
+
+
+def follow(path: str, config: EngineConfig, tokenizer: str) -> None:
+    """What a rank other than 0 does, until it is released."""
+    engine = Engine(path, config, load_tokenizer(tokenizer))
+    group = dist.new_group(backend="gloo", timeout=IDLE)
+    while True:
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box, src=0, group=group)
+        for name, *arguments in box[0]:
+            if name == "stop":
+                return
+            getattr(engine, name)(*arguments)
+
+
+class Followers:
+    """The processes of the other ranks of this machine. None with one rank, or where torchrun has started them."""
+
+    def __init__(self, path: str, config: EngineConfig, tokenizer: str) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        if config.tensor_parallel_size == 1 or "RANK" in os.environ:
+            return
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            port = free.getsockname()[1]
+        size = str(config.tensor_parallel_size)
+        shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
+        told = json.dumps([path, dataclasses.asdict(config), tokenizer])
+        for rank in range(1, config.tensor_parallel_size):
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # In a session of their own: a Ctrl+C at the terminal is for rank 0, which has answers to finish.
+            command = [sys.executable, "-m", "megatron.dmc.serving.ranks", told]
+            self.processes.append(subprocess.Popen(command, env=env, start_new_session=True))
+
+    def ended(self) -> bool:
+        """Whether one has ended, which none does by itself."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def stop(self, seconds: float = 10) -> None:
+        """Wait for those that were released; kill the others."""
+        for process in self.processes:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+if __name__ == "__main__":
+    _path, _config, _tokenizer = json.loads(sys.argv[1])
+    follow(_path, EngineConfig(**_config), _tokenizer)
