@@ -62,6 +62,12 @@ def text_of(model: Model, prompt: str, more: int = 12, special: bool = True) -> 
     return tokenizer.decode(model.answer(tuple(ids), more), skip_special_tokens=True)
 
 
+def paid(usage: dict) -> dict:
+    """Without what depends on who asked before."""
+    assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] <= usage["prompt_tokens"]
+    return {key: value for key, value in usage.items() if key != "prompt_tokens_details"}
+
+
 # ------------------------------------------------------------------------------------------------------------ clients
 
 
@@ -75,12 +81,11 @@ def test_openai_completions(server: Running, model: Model) -> None:
     wanted = text_of(model, "one two")
     assert answer.choices[0].text == wanted and answer.choices[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (8, 12, 20)
-    assert answer.usage.prompt_tokens_details.cached_tokens == 0
     assert answer.usage.dmc["slots"] > 0 and answer.usage.dmc["compression_ratio"] > 1
     pieces = list(api.completions.create(model="m", prompt="one two", **GREEDY, extra_body=IGNORE, stream=True,
                                          stream_options={"include_usage": True}))  # fmt: skip
     assert "".join(chunk.choices[0].text for chunk in pieces[:-1]) == wanted and len(pieces) == 13
-    assert pieces[-1].choices == [] and pieces[-1].usage == answer.usage
+    assert pieces[-1].choices == [] and paid(pieces[-1].usage.model_dump()) == paid(answer.usage.model_dump())
     many = api.completions.create(model="m", prompt=["a", "b"], n=2, seed=5, max_tokens=6, extra_body=IGNORE, logprobs=1)
     assert [choice.index for choice in many.choices] == [0, 1, 2, 3] and len({choice.text for choice in many.choices}) > 1
     assert all(len(choice.logprobs.token_logprobs) == 6 for choice in many.choices)
@@ -177,7 +182,7 @@ def test_streaming_equals_whole(server: Running, more: dict) -> None:
     more = {"seed": 1, "ignore_eos": True} | more
     whole = server.json(COMPLETIONS, more)
     events = server.events(COMPLETIONS, more | {"stream_options": {"include_usage": True}})
-    assert events[-1]["choices"] == [] and events[-1]["usage"] == whole["usage"]
+    assert events[-1]["choices"] == [] and paid(events[-1]["usage"]) == paid(whole["usage"])
     assert all(event["usage"] is None for event in events[:-1])
     for choice in whole["choices"]:
         parts = [event["choices"][0] for event in events[:-1] if event["choices"][0]["index"] == choice["index"]]
