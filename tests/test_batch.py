@@ -197,18 +197,24 @@ def strip(line: bytes) -> dict:
     return entry
 
 
-def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path) -> None:
+def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that finds no room alone gets an error line; all its answers end, and the others go on."""
     engine = Engine(model.path, EngineConfig(num_pages=8, max_num_seqs=2), load_tokenizer(model.path))
     long = completion("long", prompt=[1, 2, 3], n=2, max_tokens=200, temperature=1.0)
-    lines = [long, completion("short"), completion("other")]
+    lines, left, write_line = [long, completion("short"), completion("other")], [], Output.write
+
+    def watched(self: Output, number: int, *more: object) -> None:
+        left.append([name for name in engine._requests if name.startswith(f"{number}-")])
+        write_line(self, number, *more)
+
+    monkeypatch.setattr(Output, "write", watched)
     said = run(engine, write(tmp_path / "in", lines), tmp_path / "out")
     all_back(engine)
     found = read(tmp_path / "out")
     assert said.complete and found["long"]["response"]["status_code"] == 500
     assert "cache is full" in found["long"]["error"]["message"]
     assert found["short"]["error"] is None and found["other"]["error"] is None
-    assert said.peak_pages == 8
+    assert said.peak_pages == 8 and left == [[]] * 3
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
@@ -238,6 +244,8 @@ def test_gzip_and_shards(model: Model, tmp_path: Path) -> None:
         assert part and not part.keys() & parts.keys()
         parts |= part
     assert parts == whole and len(whole) == 11
+    assert [min(int(json.loads(line)["id"].split("_")[2]) for line in (tmp_path / f"part{i}").read_text().splitlines())
+            for i in range(3)] == [1, 2, 3]  # fmt: skip
 
 
 def test_a_damaged_gzip_file_is_answered_as_far_as_it_goes(model: Model, tmp_path: Path, capsys) -> None:
