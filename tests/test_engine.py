@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron.dmc import kernels
 from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams
+from megatron.dmc.kernels.state import REFUSED
 
 HEADS = LAYERS * GROUPS
 SCORED = SamplingParams(temperature=0, max_tokens=16, logprobs=VOCABULARY, prompt_logprobs=VOCABULARY)
@@ -321,6 +322,16 @@ def test_a_sequence_that_outgrows_the_pool_fails_alone(models) -> None:
     got = ids_of(found["too long", 0])
     assert found["too long", 0][-1].finish_reason == "error" and got == model.answer(model.prompt(40))[: len(got)]
     assert ids_of(found["short", 0]) == model.answer(model.prompt(12))
+
+
+def test_a_refusal_on_the_device_is_not_overlooked(models) -> None:
+    """A GPU cannot raise when a head finds no page; it counts, and the step in which the host sees it does."""
+    engine = models("half").engine(max_num_seqs=2)
+    engine.add_request("a", models("half").prompt(12), GREEDY)
+    engine.step()
+    engine.cache.state.counters[REFUSED] += 3
+    with pytest.raises(RuntimeError, match="3 heads found no page"):
+        engine.step()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

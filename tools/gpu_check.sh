@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under 10 minutes: the gpu tests and the benchmarks, on a machine where
-# nothing can be downloaded. Leaves one JSON with the results, the GPU, versions and the commit.
+# Everything that needs a GPU, in one command and under 10 minutes, on a machine where nothing can be downloaded: builds the CUDA
+# kernels, runs the gpu tests, compute-sanitizer over a part of them, and the benchmarks. Leaves one JSON with the results, the
+# GPU, versions, the commit and hashes of the kernels' sources; commit it, and tests/test_gpu_record.py is content.
 #
-#   tools/gpu_check.sh [--wheels DIR] [--output FILE]
+#   tools/gpu_check.sh [--wheels DIR] [--output FILE] [--only kernels|training]
 #
-# --wheels: a folder of wheels that the machine lacks (megatron-core, psutil, sentencepiece, pytest ...), installed into a
-# temporary folder. PyTorch with CUDA must be there. --output: default build/gpu_check.json. Exit 1 when a part failed.
+# --wheels: a folder of wheels that the machine lacks (apache-tvm-ffi, pytest, psutil ...), installed into a temporary folder.
+# PyTorch with CUDA must be there, and nvcc unless the kernels were built into the package. Without megatron-core the training half is
+# left out. --output: default benchmarks/results/gpu_<name of the GPU>.json. Exit 1 when a part failed or missed a target.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-wheels="" output="build/gpu_check.json"
+wheels="" output="" only=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
         --output) output=${2:?--output needs a file}; shift 2 ;;
-        -h|--help) sed -n '2,9p' "$0" | cut -c3-; exit 0 ;;
+        --only) only=${2:?--only needs kernels or training}; shift 2 ;;
+        -h|--help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
@@ -27,40 +30,93 @@ if [ -n "$wheels" ]; then
 fi
 "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)' || {
     echo "error: torch sees no GPU here; run this on a machine with one" >&2; exit 2; }
+: >"$work/parts.tsv"
 
 failed=0
+began=$(date +%s)
 part() {  # name, time limit in seconds, command ...
-    local name=$1 limit=$2 start status
+    local name=$1 limit=$2 start status left
     shift 2
+    left=$((585 - $(date +%s) + began))
+    [ "$left" -lt "$limit" ] && limit=$left
     echo "== $name"
     start=$(date +%s)
-    timeout "$limit" "$@" >"$work/$name.log" 2>&1
-    status=$?
+    if [ "$limit" -gt 5 ]; then
+        timeout "$limit" "$@" >"$work/$name.log" 2>&1
+        status=$?
+    else
+        echo "no time left" >"$work/$name.log"
+        status=124
+    fi
     tail -n 25 "$work/$name.log"
     printf '%s\t%d\t%d\n' "$name" "$status" $(($(date +%s) - start)) >>"$work/parts.tsv"
     [ $status -eq 0 ] || { echo "FAILED: $name (status $status)"; failed=1; }
 }
-part tests 240 "$PYTHON" -m pytest -q -m gpu tests
-part train_attention 120 "$PYTHON" benchmarks/train_attention.py --device cuda --seconds 1 --check --json "$work/train_attention.json"
-part train_step 90 "$PYTHON" benchmarks/train_step.py --device cuda --seconds 15 --check --json "$work/train_step.json"
-part train_step_1b 120 "$PYTHON" benchmarks/train_step.py --device cuda --layers 8 --hidden 2048 --groups 8 --seq-length 4096 \
-    --batch 2 --seconds 20 --check --json "$work/train_step_1b.json"
+skip() {  # name, why
+    echo "== $1: left out, $2"
+    echo "$2" >"$work/$1.log"
+    printf '%s\t-1\t0\n' "$1" >>"$work/parts.tsv"
+}
 
-mkdir -p "$(dirname "$output")"
-"$PYTHON" - "$work" "$output" <<'EOF'
-import json, pathlib, sys
+if [ "$only" != training ]; then
+    if command -v "${NVCC:-nvcc}" >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+        part build 180 "$PYTHON" -m megatron.dmc.kernels.build --device cuda
+        part resources 120 "$PYTHON" -m megatron.dmc.kernels.build --resources
+    else
+        skip build "there is no nvcc"
+    fi
+    part backend 120 "$PYTHON" -c 'from megatron.dmc.kernels import active_backend; assert active_backend("cuda") == "cuda"'
+    part kernel_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_kernels.py tests/test_kernels_cuda.py
+    # Every op and every kernel, in a part of the cases: the sanitizer is slow.
+    few="large_groups or several_blocks or plans or without_a_page or a_copy_shares or page_edges or (mixed and (1-most or 8-none))"
+    few="cuda and not reference and not graph and not stream and ($few or (precision and not float32))"
+    if sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null); then
+        for tool in memcheck racecheck; do
+            # The caching allocator would hide reads behind the end of a tensor.
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 150 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+                "$PYTHON" -m pytest -q -x -p no:cacheprovider -m gpu tests/test_kernels.py tests/test_kernels_cuda.py -k "$few"
+        done
+    else
+        skip memcheck "there is no compute-sanitizer"
+        skip racecheck "there is no compute-sanitizer"
+    fi
+    part decode_attention 150 "$PYTHON" benchmarks/decode_attention.py --device cuda --seconds 0.6 --check \
+        --json "$work/decode_attention.json"
+fi
+if [ "$only" != kernels ]; then
+    if "$PYTHON" -c 'import megatron.core' 2>/dev/null; then
+        part tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore tests/test_kernels.py --ignore tests/test_kernels_cuda.py
+        part train_attention 120 "$PYTHON" benchmarks/train_attention.py --device cuda --seconds 1 --check --json "$work/train_attention.json"
+        part train_step 90 "$PYTHON" benchmarks/train_step.py --device cuda --seconds 15 --check --json "$work/train_step.json"
+        part train_step_1b 120 "$PYTHON" benchmarks/train_step.py --device cuda --layers 8 --hidden 2048 --groups 8 --seq-length 4096 \
+            --batch 2 --seconds 20 --check --json "$work/train_step_1b.json"
+    else
+        skip training "there is no megatron-core"
+    fi
+fi
+
+"$PYTHON" - "$work" "$output" <<'EOP'
+import json, pathlib, re, sys
+import torch
 work, output = pathlib.Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, "benchmarks")
 from _common import machine
+from megatron.dmc.kernels.build import kernel_hashes
 parts = {}
 for line in (work / "parts.tsv").read_text().splitlines():
     name, status, seconds = line.split("\t")
     part = {"status": int(status), "seconds": int(seconds), "tail": (work / f"{name}.log").read_text()[-2000:]}
+    if name == "resources":
+        part["tail"] = (work / f"{name}.log").read_text()
     if (work / f"{name}.json").is_file():
-        part["figures"] = json.loads((work / f"{name}.json").read_text())["figures"]
+        record = json.loads((work / f"{name}.json").read_text())
+        part |= {key: record[key] for key in ("missed", "figures")}
     parts[name] = part
-pathlib.Path(output).write_text(json.dumps({"machine": machine(), "parts": parts}, indent=2) + "\n")
+name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower().replace("nvidia", "")).strip("_")
+output = pathlib.Path(output or f"benchmarks/results/gpu_{name}.json")
+output.parent.mkdir(parents=True, exist_ok=True)
+output.write_text(json.dumps({"machine": machine(), "kernels": kernel_hashes(), "parts": parts}, indent=2) + "\n")
 print(f"written: {output}")
-EOF
+EOP
 [ $failed -eq 0 ] && echo "gpu check passed" || echo "gpu check FAILED"
 exit $failed

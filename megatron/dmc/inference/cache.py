@@ -16,7 +16,7 @@ import torch
 
 from megatron.dmc import kernels
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.kernels.state import CacheState, make_state
+from megatron.dmc.kernels.state import REFUSED, CacheState, make_state
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,14 @@ class PagedCache:
         """Read the lengths after a step in which ``rows`` took ``counts`` tokens. The one wait for the device in a step."""
         self.tokens[list(rows)] += np.asarray(counts)
         index = torch.tensor(list(rows), device=self.state.lengths.device)
-        # [n, L, H] of each rank -> [ranks, n, L H] -> [n, ranks, L H]
-        lengths = self.parallel.gather(self.state.lengths[index].flatten(1))
-        self.lengths[list(rows)] = lengths.transpose(0, 1).cpu().numpy()
+        lengths = self.state.lengths[index].flatten(1)
+        # One row more, so that it costs no wait of its own: heads that a GPU had to refuse.
+        refused = self.state.counters[REFUSED].to(lengths.dtype).expand(1, lengths.size(1))
+        # [n + 1, L H] of each rank -> [ranks, n + 1, L H] -> [n + 1, ranks, L H]
+        known = self.parallel.gather(torch.cat((lengths, refused))).transpose(0, 1).cpu().numpy()
+        if known[-1].any():
+            raise RuntimeError(f"{known[-1].max()} heads found no page: the host's bound was wrong, and their caches are")
+        self.lengths[list(rows)] = known[:-1]
         self._pages[list(rows)] = self.pages_for(self.lengths[list(rows)])
 
     def use(self, row: int) -> CacheUse:

@@ -92,6 +92,12 @@ def source_hash(device: str = "cpu") -> str:
     return digest.hexdigest()[:16]
 
 
+def kernel_hashes() -> dict[str, str]:
+    """Of each file that the CUDA library is made of, 16 hex digits: what a record of measurements was made with."""
+    names = sorted((*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER))
+    return {name: hashlib.sha256((SOURCES / name).read_bytes()).hexdigest()[:16] for name in names}
+
+
 def library_name(sets: Sequence[str]) -> str:
     return f"dmc_cpu-{platform.machine()}-{'-'.join(sets)}-{source_hash()}.so"
 
