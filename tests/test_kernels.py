@@ -319,7 +319,7 @@ def test_decode_of_long_and_unequal_heads(backend, device, dtype) -> None:
 
 @on_backends
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "g"), [(64, 2), (80, 1), (128, 4)])
+@pytest.mark.parametrize(("d", "g"), [(64, 2), (80, 1), (128, 4), (256, 1)])
 def test_prefill_precision(backend, device, d, g, dtype) -> None:
     """Append and attention, in two chunks: at most twice the error of the training side's prefill in the same dtype."""
     q, k, v = tokens((1, 220), g, 2, d, 1.0, dtype)

@@ -140,13 +140,13 @@ DMC_INLINE void rotate(float* x, float position, const float* inv_freq, int d, i
   __syncwarp();
 }
 
-// A warp's share of one token's key and value: the units of 8 channels `lane` and `lane + 32`, keys before values.
-struct Units {
-  float x[2][8];
+// A lane's share of one token's key and value: the units of 8 channels `lane` and, for N = 2, `lane + 32`, keys before values.
+template <int N> struct Units {
+  float x[N][8];
   template <class F> static DMC_INLINE void each(int d, F f) {
     int per = d / 8, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int n = 0; n < N; n++) {
       int unit = lane + 32 * n;
       if (unit < 2 * per) f(n, unit >= per, (unit % per) * 8);
     }
@@ -163,32 +163,32 @@ DMC_INLINE Item item_of(const CudaAppend& p, int i, int h) {
   return {i, h, p.cu_seqlens[i], p.cu_seqlens[i + 1], row, head_index(p.cache, row < 0 ? 0 : row, p.layer, h)};
 }
 
-template <class T> DMC_INLINE void read_raw(const CudaAppend& p, int64_t t, int h, Units& to) {
+template <class T, int N> DMC_INLINE void read_raw(const CudaAppend& p, int64_t t, int h, Units<N>& to) {
   bool aligned_k = is_aligned<T>(p.k), aligned_v = is_aligned<T>(p.v);
-  Units::each(p.cache.head_dim, [&](int n, bool value, int channel) {
+  Units<N>::each(p.cache.head_dim, [&](int n, bool value, int channel) {
     load8(to.x[n], (const T*)row_of<T>(value ? p.v : p.k, t, h) + channel, value ? aligned_v : aligned_k);
   });
 }
 
-DMC_INLINE void add(Units& sum, const Units& x, float weight) {
+template <int N> DMC_INLINE void add(Units<N>& sum, const Units<N>& x, float weight) {
 #pragma unroll
-  for (int n = 0; n < 2; n++)
+  for (int n = 0; n < N; n++)
 #pragma unroll
     for (int e = 0; e < 8; e++) sum.x[n][e] += weight * x.x[n][e];
 }
 
 // Rotate the state of a token's slot and put it where it belongs. stage: [D] of this warp.
-template <class T> DMC_INLINE void finish(const CudaAppend& p, const Item& x, int t, Units& state, float* stage, bool refused) {
+template <class T, int N> DMC_INLINE void finish(const CudaAppend& p, const Item& x, int t, Units<N>& state, float* stage, bool refused) {
   const Cache& c = p.cache;
   int d = c.head_dim;
   int64_t at = (int64_t)t * c.heads + x.h;
-  Units::each(d, [&](int n, bool value, int channel) { if (!value) store8(stage + channel, state.x[n]); });
+  Units<N>::each(d, [&](int n, bool value, int channel) { if (!value) store8(stage + channel, state.x[n]); });
   rotate(stage, (float)p.positions[t], p.inv_freq, d, p.compress);
-  Units::each(d, [&](int n, bool value, int channel) { if (!value) load8(state.x[n], stage + channel); });
+  Units<N>::each(d, [&](int n, bool value, int channel) { if (!value) load8(state.x[n], stage + channel); });
   __syncwarp();
   if (p.k_part.data) {
     bool aligned = is_aligned<T>(p.k_part) && is_aligned<T>(p.v_part);
-    Units::each(d, [&](int n, bool value, int channel) {
+    Units<N>::each(d, [&](int n, bool value, int channel) {
       store8(row_of<T>(value ? p.v_part : p.k_part, t, x.h) + channel, state.x[n], aligned);
     });
   }
@@ -196,11 +196,11 @@ template <class T> DMC_INLINE void finish(const CudaAppend& p, const Item& x, in
   // The newest token of its slot.
   int slot = p.slot_index[at];
   int64_t page = c.page_table[x.index * c.max_pages + slot / c.page_size], place = (page * c.page_size + slot % c.page_size) * d;
-  Units::each(d, [&](int n, bool value, int channel) { store8((T*)(value ? c.v_pages : c.k_pages) + place + channel, state.x[n]); });
+  Units<N>::each(d, [&](int n, bool value, int channel) { store8((T*)(value ? c.v_pages : c.k_pages) + place + channel, state.x[n]); });
 }
 
 // The mean over the last W tokens of t's slot, the newest first; the oldest ones are in the ring.
-template <class T> DMC_INLINE void pool_window(const CudaAppend& p, const Item& x, int t, Units& state) {
+template <class T, int N> DMC_INLINE void pool_window(const CudaAppend& p, const Item& x, int t, Units<N>& state) {
   const Cache& c = p.cache;
   int heads = (int)c.heads, d = c.head_dim;
   if (!p.merge[(int64_t)t * heads + x.h]) return read_raw<T>(p, t, x.h, state);
@@ -209,7 +209,7 @@ template <class T> DMC_INLINE void pool_window(const CudaAppend& p, const Item& 
   int left = p.window;
   for (int u = t; left > 0 && u >= x.begin; u--, left--) {
     float weight = p.omega[(int64_t)u * heads + x.h];
-    Units raw = {};
+    Units<N> raw = {};
     read_raw<T>(p, u, x.h, raw);
     add(state, raw, weight);
     total += weight;
@@ -220,19 +220,19 @@ template <class T> DMC_INLINE void pool_window(const CudaAppend& p, const Item& 
   for (; left > 0 && at >= 0; at--, left--) {
     int64_t place = x.index * ring + at % ring;
     float weight = c.ring_w[place];
-    Units raw = {};
-    Units::each(d, [&](int n, bool value, int channel) { load8(raw.x[n], (const T*)(value ? c.ring_v : c.ring_k) + place * d + channel); });
+    Units<N> raw = {};
+    Units<N>::each(d, [&](int n, bool value, int channel) { load8(raw.x[n], (const T*)(value ? c.ring_v : c.ring_k) + place * d + channel); });
     add(state, raw, weight);
     total += weight;
   }
 #pragma unroll
-  for (int n = 0; n < 2; n++)
+  for (int n = 0; n < N; n++)
 #pragma unroll
     for (int e = 0; e < 8; e++) state.x[n][e] /= total;
 }
 
 // Ring and segment after the step. A lane writes the channels that it alone has read.
-template <class T> DMC_INLINE void remember_item(const CudaAppend& p, const Item& x) {
+template <class T, int N> DMC_INLINE void remember_item(const CudaAppend& p, const Item& x) {
   const Cache& c = p.cache;
   int heads = (int)c.heads, d = c.head_dim, ring = (int)c.ring, lane = threadIdx.x % 32, count = x.end - x.begin, since = 0;
   while (since < count && p.merge[(int64_t)(x.end - 1 - since) * heads + x.h]) since++;
@@ -242,24 +242,24 @@ template <class T> DMC_INLINE void remember_item(const CudaAppend& p, const Item
     for (int back = 0; back < count && back < segment && back < ring; back++) {
       int t = x.end - 1 - back;
       int64_t place = x.index * ring + (segment - 1 - back) % ring;
-      Units raw = {};
+      Units<N> raw = {};
       read_raw<T>(p, t, x.h, raw);
-      Units::each(d, [&](int n, bool value, int channel) { store8((T*)(value ? c.ring_v : c.ring_k) + place * d + channel, raw.x[n]); });
+      Units<N>::each(d, [&](int n, bool value, int channel) { store8((T*)(value ? c.ring_v : c.ring_k) + place * d + channel, raw.x[n]); });
       if (lane == 0) c.ring_w[place] = p.omega[(int64_t)t * heads + x.h];
     }
   if (lane == 0) c.segment[x.index] = segment;
 }
 
 // All tokens of one head in turn, without a window: the fp32 mean of the segment moves on.
-template <class T> DMC_INLINE void pool_segment(const CudaAppend& p, const Item& x, float* stage, bool refused) {
+template <class T, int N> DMC_INLINE void pool_segment(const CudaAppend& p, const Item& x, float* stage, bool refused) {
   const Cache& c = p.cache;
   int d = c.head_dim;
-  Units mean = {}, raw = {};
+  Units<N> mean = {}, raw = {};
   float total = 0;
   auto place = [&](bool value, int channel) { return (float*)(value ? c.ring_v : c.ring_k) + x.index * d + channel; };
   if (c.segment[x.index] > 0) {
     total = c.ring_w[x.index];
-    Units::each(d, [&](int n, bool value, int channel) { load8(mean.x[n], place(value, channel)); });
+    Units<N>::each(d, [&](int n, bool value, int channel) { load8(mean.x[n], place(value, channel)); });
   }
   __syncwarp();
   for (int t = x.begin; t < x.end; t++) {
@@ -269,14 +269,14 @@ template <class T> DMC_INLINE void pool_segment(const CudaAppend& p, const Item&
     total = p.merge[at] ? total + weight : weight;
     float share = p.merge[at] ? weight / total : 1.0f;
 #pragma unroll
-    for (int n = 0; n < 2; n++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
       for (int e = 0; e < 8; e++) mean.x[n][e] = p.merge[at] ? mean.x[n][e] + share * (raw.x[n][e] - mean.x[n][e]) : raw.x[n][e];
-    Units state = mean;
+    Units<N> state = mean;
     finish<T>(p, x, t, state, stage, refused);
   }
   if (refused) return;
-  Units::each(d, [&](int n, bool value, int channel) { store8(place(value, channel), mean.x[n]); });
+  Units<N>::each(d, [&](int n, bool value, int channel) { store8(place(value, channel), mean.x[n]); });
   if (threadIdx.x % 32 == 0) c.ring_w[x.index] = total;
 }
 
@@ -295,7 +295,7 @@ template <class T> DMC_INLINE void write_query(const CudaAppend& p, int t, int h
   }
 }
 
-template <class T> __global__ void __launch_bounds__(kWriteThreads, 4) write(const CudaAppend p) {
+template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 1 ? 6 : 4) write(const CudaAppend p) {
   __shared__ __align__(16) float stages[kWriteThreads / 32][256];
   const Cache& c = p.cache;
   int warp = threadIdx.x / 32, heads = (int)c.heads;
@@ -312,17 +312,17 @@ template <class T> __global__ void __launch_bounds__(kWriteThreads, 4) write(con
   int from = in_turn ? x.begin : (int)(at / heads), to = in_turn ? x.end : from + 1;
   if (from >= to) return;
   bool refused = p.before[(int64_t)i * heads + x.h] == kRefused;
-  Units state = {};
+  Units<N> state = {};
   if (x.row < 0) {
     if (p.k_part.data)
       for (int t = from; t < to; t++)
-        Units::each(c.head_dim, [&](int n, bool value, int channel) {
+        Units<N>::each(c.head_dim, [&](int n, bool value, int channel) {
           store8(row_of<T>(value ? p.v_part : p.k_part, t, x.h) + channel, state.x[n], is_aligned<T>(value ? p.v_part : p.k_part));
         });
     return;
   }
   if (p.compress && !p.window) {
-    pool_segment<T>(p, x, stage, refused);
+    pool_segment<T, N>(p, x, stage, refused);
   } else {
     for (int t = from; t < to; t++) {
       // Only attention within the chunk asks for the states that a slot goes through.
@@ -333,28 +333,32 @@ template <class T> __global__ void __launch_bounds__(kWriteThreads, 4) write(con
   }
   if (in_turn && p.compress && !refused) {
     __syncwarp();
-    remember_item<T>(p, x);
+    remember_item<T, N>(p, x);
   }
   __syncwarp();
   if (refused)  // its tokens see themselves only
     for (int t = from + lane; t < to; t += 32) p.slot_index[(int64_t)t * heads + x.h] = 0;
 }
 
-template <class T> __global__ void __launch_bounds__(kWriteThreads, 4) remember(const CudaAppend p) {
+template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 4) remember(const CudaAppend p) {
   int64_t at = (int64_t)blockIdx.x * (kWriteThreads / 32) + threadIdx.x / 32;
   if (at >= p.n * p.cache.heads || p.before[at] == kRefused) return;
   Item x = item_of(p, (int)(at / p.cache.heads), (int)(at % p.cache.heads));
-  if (x.row >= 0 && x.begin < x.end) remember_item<T>(p, x);
+  if (x.row >= 0 && x.begin < x.end) remember_item<T, N>(p, x);
 }
 
-template <class T> const char* append(const CudaAppend& p, void* stream) {
+template <class T, int N> const char* append(const CudaAppend& p, void* stream) {
   int64_t items = p.n * p.cache.heads, warps = kWriteThreads / 32, decisions = kDecideThreads / 32;
   bool in_turn = p.one_each || (p.compress && !p.window);
   const char* error = launch(decide<T>, (items + decisions - 1) / decisions, kDecideThreads, 0, stream, p);
   int64_t tasks = (in_turn ? items : p.tokens * p.cache.heads) + p.tokens * p.cache.heads * p.groups;
-  if (!error) error = launch(write<T>, (tasks + warps - 1) / warps, kWriteThreads, 0, stream, p);
-  if (!error && p.compress && !in_turn) error = launch(remember<T>, (items + warps - 1) / warps, kWriteThreads, 0, stream, p);
+  if (!error) error = launch(write<T, N>, (tasks + warps - 1) / warps, kWriteThreads, 0, stream, p);
+  if (!error && p.compress && !in_turn) error = launch(remember<T, N>, (items + warps - 1) / warps, kWriteThreads, 0, stream, p);
   return error;
+}
+
+template <class T> const char* append(const CudaAppend& p, void* stream) {
+  return p.cache.head_dim <= 128 ? append<T, 1>(p, stream) : append<T, 2>(p, stream);
 }
 
 }  // namespace
