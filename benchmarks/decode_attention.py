@@ -71,7 +71,6 @@ def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: in
     state.refcounts[taken.long()] = 1
     state.lengths.copy_(lengths)
     state.counters[0] = total
-    state.refcounts.fill_(1)
     state.check_integrity()
     return state
 
