@@ -26,7 +26,7 @@ from test_kernels import (
     tokens,
 )
 
-from megatron.dmc.kernels import append, build, decode_attention, fork, free, prefill_attention, use_backend
+from megatron.dmc.kernels import append, build, decode_attention, dispatch, fork, free, prefill_attention, use_backend
 from megatron.dmc.kernels.state import REFUSED, TAKEN
 from megatron.dmc.ops import rotary_frequencies
 
@@ -303,6 +303,16 @@ def test_the_emulator_shows_races_and_divergence(tmp_path) -> None:
     assert len({run("race", seed).stdout for seed in range(5)}) > 1
     failed = run("divergent", 0)
     assert failed.returncode != 0 and "wait for each other" in failed.stderr
+
+
+def test_a_gpu_that_is_too_old_gets_the_reference(monkeypatch, capsys) -> None:
+    """Under the banner that says why, once, and before anything is compiled."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(dispatch, "_load", dispatch._load.__wrapped__)
+    assert dispatch._of_device.__wrapped__("cuda") == "reference"
+    said = capsys.readouterr().err
+    assert "Tesla T4 is of sm_75" in said and "PyTorch kernels run instead" in said
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the compiler of the CUDA toolkit, on PATH")

@@ -97,9 +97,18 @@ def _scratch(size: int, device: torch.device) -> Tensor:
 
 
 def load() -> CudaKernels:
-    """The kernels for the GPUs of this machine, built if need be. Raises what :func:`build.build_cuda` raises."""
+    """The kernels for the GPU that is current, built if need be.
+
+    Raises:
+        build.BuildError: there is no code for this GPU, no compiler, or it failed.
+    """
     import tvm_ffi
 
+    least = int(build.CUDA_ARCHITECTURES[0])
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < least:
+        name = torch.cuda.get_device_name()
+        raise build.BuildError(f"{name} is of sm_{major}{minor}; the CUDA kernels need sm_{least} (Ampere) or later")
     path = build.find_cuda_library()
     if path is None:
         names = " and ".join(f"sm_{arch}" for arch in build.CUDA_ARCHITECTURES)
