@@ -13,9 +13,8 @@ from megatron.dmc.kernels import build
 from megatron.dmc.kernels.cuda import CudaKernels
 
 EMULATOR = Path(__file__).resolve().parent / "cuda_emulator"
-# -Og would be faster to build and three times as slow to run.
 FLAGS = ["-DDMC_EMULATED", f"-I{EMULATOR}", f"-I{build.SOURCES}"]
-KERNEL_FLAGS = ["-std=gnu++17", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-x", "c++"]
+KERNEL_FLAGS = ["-std=gnu++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-x", "c++"]
 
 
 @cache

@@ -9,7 +9,8 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DMC_UCONTEXT)
+#define OWN_SWITCH
 // ucontext's switch asks the operating system for the signal mask each time; this one saves what the ABI says a function keeps.
 extern "C" void dmc_emulator_switch(void** from, void* to);
 asm(R"(
@@ -54,7 +55,7 @@ struct Copy {
 
 struct Fiber {
   char* stack = nullptr;
-#if defined(__x86_64__)
+#if defined(OWN_SWITCH)
   void* at;
 #else
   ucontext_t at;
@@ -82,7 +83,7 @@ Fiber* current;
 void (*body)(void*);
 void* argument;
 uint64_t state = 0;
-#if defined(__x86_64__)
+#if defined(OWN_SWITCH)
 void* scheduler;
 #else
 ucontext_t scheduler;
@@ -96,7 +97,7 @@ uint64_t draw() {  // splitmix64
 }
 
 void to_scheduler() {
-#if defined(__x86_64__)
+#if defined(OWN_SWITCH)
   dmc_emulator_switch(&current->at, scheduler);
 #else
   swapcontext(&current->at, &scheduler);
@@ -106,7 +107,7 @@ void to_scheduler() {
 void to_fiber(Fiber& f) {
   current = &f;
   threadIdx.x = f.thread;
-#if defined(__x86_64__)
+#if defined(OWN_SWITCH)
   dmc_emulator_switch(&scheduler, f.at);
 #else
   swapcontext(&scheduler, &f.at);
@@ -133,7 +134,7 @@ void fiber_main() {
 
 void start(Fiber& f) {
   if (!f.stack) f.stack = (char*)aligned_alloc(64, kStack);
-#if defined(__x86_64__)
+#if defined(OWN_SWITCH)
   void** top = (void**)(f.stack + kStack);
   *--top = nullptr;  // where fiber_main would return to; keeps the stack aligned as after a call
   *--top = (void*)fiber_main;
