@@ -125,6 +125,7 @@ inline unsigned __ballot_sync(unsigned mask, bool x) {
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
   uint64_t all = (uint64_t)b << 32 | a;
   uint32_t x = 0;

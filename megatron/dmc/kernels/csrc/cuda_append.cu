@@ -10,7 +10,8 @@ namespace {
 
 using namespace dmc;
 
-constexpr int kDecideThreads = 512, kWriteThreads = 128, kEach = 4;
+constexpr int kDecideThreads = 512, kWriteThreads = 128;
+constexpr int kEach = 4;      // what a thread has at once: heads of the scan, rounds of tokens
 constexpr int kRefused = -1;  // in `before`: this head got no page, and nothing of it may change
 
 // --------------------------------------------------------------------------------------------------- decide, take pages
@@ -78,23 +79,33 @@ template <class T> __global__ void __launch_bounds__(kDecideThreads, 2) decide(c
   if (at < p.n * heads) {
     int i = at / heads, h = at % heads, row = p.slots[i], begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1];
     int before = row >= 0 && begin < end ? c.lengths[head_index(c, row, p.layer, h)] : 0, slot = before - 1;
-    for (int from = begin; from < end; from += 32) {
-      int t = from + lane;
-      bool merge = false;
-      if (t < end && row >= 0 && p.compress) {
+    bool decides = row >= 0 && p.compress;
+    for (int from = begin; from < end; from += 32 * kEach) {
+      float key[kEach], mean[kEach];  // neurons of several rounds at once: a chunk would else wait for each
+#pragma unroll
+      for (int e = 0; e < kEach; e++) {
+        int t = from + 32 * e + lane;
+        key[e] = mean[e] = 0;
+        if (t >= end || !decides) continue;
+        key[e] = load1(row_of<T>(p.k, t, h) + end_channel);
+        for (int j = 0; j < p.groups; j++) mean[e] += load1(row_of<T>(p.q, t, h * p.groups + j) + end_channel);
+      }
+#pragma unroll
+      for (int e = 0; e < kEach; e++) {
+        int t = from + 32 * e + lane;
+        if (from + 32 * e >= end) break;
         // The first token of a sequence has nothing to merge with.
-        merge = load1(row_of<T>(p.k, t, h) + end_channel) - p.bias > 0 && (before > 0 || t > begin);
-        float mean = 0;
-        for (int j = 0; j < p.groups; j++) mean += load1(row_of<T>(p.q, t, h * p.groups + j) + end_channel);
-        p.omega[(int64_t)t * heads + h] = 1.0f / (1.0f + expf(-(mean / (float)p.groups + p.bias))) + p.epsilon;
+        bool merge = t < end && decides && key[e] - p.bias > 0 && (before > 0 || t > begin);
+        unsigned opens = __ballot_sync(kAll, t < end && !merge);
+        if (t < end) {
+          int64_t place = (int64_t)t * heads + h;
+          p.omega[place] = 1.0f / (1.0f + expf(-(mean[e] / (float)p.groups + p.bias))) + p.epsilon;
+          p.merge[place] = merge;
+          p.slot_index[place] = row < 0 ? 0 : slot + __popc(opens & ((2u << lane) - 1));
+          if (h == 0) p.owner[t] = i;
+        }
+        slot += __popc(opens);
       }
-      unsigned opens = __ballot_sync(kAll, t < end && !merge);
-      if (t < end) {
-        p.merge[(int64_t)t * heads + h] = merge;
-        p.slot_index[(int64_t)t * heads + h] = row < 0 ? 0 : slot + __popc(opens & ((2u << lane) - 1));
-        if (h == 0) p.owner[t] = i;
-      }
-      slot += __popc(opens);
     }
     if (lane == 0) {
       p.before[at] = before;
@@ -235,7 +246,13 @@ template <class T, int N> DMC_INLINE void pool_window(const CudaAppend& p, const
 template <class T, int N> DMC_INLINE void remember_item(const CudaAppend& p, const Item& x) {
   const Cache& c = p.cache;
   int heads = (int)c.heads, d = c.head_dim, ring = (int)c.ring, lane = threadIdx.x % 32, count = x.end - x.begin, since = 0;
-  while (since < count && p.merge[(int64_t)(x.end - 1 - since) * heads + x.h]) since++;
+  for (; since < count; since += 32) {  // tokens at the end that merge
+    int t = x.end - 1 - since - lane;
+    unsigned opens = __ballot_sync(kAll, t >= x.begin && !p.merge[(int64_t)t * heads + x.h]);
+    if (!opens) continue;
+    since += __ffs(opens) - 1;
+    break;
+  }
   int segment = since < count ? since + 1 : c.segment[x.index] + count;
   __syncwarp();
   if (p.window)
