@@ -49,6 +49,13 @@ def make_model(directory: Path, case: str = "half") -> Model:
     return made
 
 
+def until(true: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.005)
+
+
 class Running:
     """A server in a thread of this process, on a free port of the loopback; ``service`` and ``engine`` can be looked into."""
 

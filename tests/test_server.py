@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ import pytest
 from conftest import ROOT, subprocess_env
 from engines import Model
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Running, make_model
+from serving import Running, make_model, until
 
 from megatron.dmc import __version__
 from megatron.dmc.inference import LLM, SamplingParams
@@ -210,7 +211,7 @@ def test_chat_streaming_equals_whole(server: Running) -> None:
 
 def test_a_stream_comes_token_by_token(server: Running) -> None:
     """The first event is there long before the last token is."""
-    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 200, **IGNORE}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
@@ -326,7 +327,7 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
         status, _, text = server.ask(COMPLETIONS, raw=b" " * 2001, headers=right)
         assert status == 413 and json.loads(text)["error"]["code"] == "request_too_large"
         # A length that is not told.
-        connection = socket.create_connection(("127.0.0.1", server.port))
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-first\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + b"3e8\r\n" + b" " * 1000 + b"\r\n" + b"5dc\r\n" + b" " * 1500 + b"\r\n")
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
@@ -353,15 +354,14 @@ def test_a_full_queue(model: Model) -> None:
 def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> None:
     aborted = 'dmc:request_success_total{finished_reason="abort",model_name="m"} '
     before = float(server.ask("/metrics")[2].split(aborted)[1].split()[0])
-    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": ["a", "b"], "stream": stream, "max_tokens": 254 - 10, **IGNORE}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     if stream:
         connection.recv(300)
     else:
-        while not server.call(lambda engine: engine.stats().running):
-            pass
+        until(lambda: server.call(lambda engine: engine.stats().running))
     generated = server.call(lambda engine: engine.stats().generation_tokens)
     connection.close()
     server.settle()
@@ -416,7 +416,7 @@ def test_metrics(model: Model) -> None:
 
 
 def test_metrics_of_what_runs(server: Running) -> None:
-    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": "a" * 100, "stream": True, "max_tokens": 150, **IGNORE}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
@@ -501,8 +501,6 @@ def start(model: Model, *options: str, **env: str) -> tuple[subprocess.Popen, st
 
 
 def post(url: str, body: dict, key: str = "") -> tuple[int, str]:
-    import http.client
-
     host, port = url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     try:
@@ -542,8 +540,7 @@ def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(16) as pool:
             asking = [pool.submit(ask, n) for n in range(16)]
-            while len(answered) < 20:
-                time.sleep(0.01)
+            until(lambda: len(answered) >= 20)
             stopping.set()
             process.send_signal(signal.SIGTERM)
             for one in asking:
@@ -600,6 +597,31 @@ def test_two_ranks(model: Model) -> None:
         process.wait()
 
 
+def test_while_it_drains(model: Model) -> None:
+    """On connections that are open already, new requests are refused and /health says so; what runs is finished."""
+    with Running(model.path) as server:
+        step = server.engine.step
+        server.engine.step = lambda: (time.sleep(0.01), step())[1]  # type: ignore[method-assign]
+        kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(2)]
+        for connection in kept:
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b"{}"
+        body = {"prompt": "a", "max_tokens": 200, "return_token_ids": True} | IGNORE
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(server.json, COMPLETIONS, body)
+            until(lambda: server.service.runner.unfinished)
+            server.loop.call_soon_threadsafe(server.server.stop)
+            until(lambda: server.service.gate.draining)
+            for connection, path, data in zip(kept, (COMPLETIONS, "/health"), (json.dumps(body), None)):
+                connection.request("POST" if data else "GET", path, data, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                assert answer.status == 503 and answer.getheader("Connection") == "close"
+                assert json.loads(answer.read())["error"]["code"] == "shutting_down"
+            with pytest.raises(ConnectionRefusedError):
+                server.ask("/health")
+            assert len(running.result()["choices"][0]["token_ids"]) == 200
+
+
 def test_the_end_comes_in_time(model: Model) -> None:
     """What is not finished when the time is over is told so."""
     with Running(model.path, timeout=0.3) as server:
@@ -611,8 +633,7 @@ def test_the_end_comes_in_time(model: Model) -> None:
                 pool.submit(server.ask, COMPLETIONS, body),
                 pool.submit(server.ask, COMPLETIONS, body | {"stream": True}),
             )
-            while server.service.runner.unfinished < 2 or server.service.runner.stats.generation_tokens < 4:
-                time.sleep(0.01)
+            until(lambda: server.service.runner.unfinished == 2 and server.service.runner.stats.generation_tokens >= 4)
             server.loop.call_soon_threadsafe(server.server.stop)
             status, _, text = whole.result()
             assert status == 503 and json.loads(text)["error"]["code"] == "shutting_down"

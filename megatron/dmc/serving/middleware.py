@@ -63,17 +63,19 @@ class GateMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        gate, headers = self.gate, dict(scope["headers"])
-        gate.in_flight += 1
         try:
-            body = await self._admit(scope, headers, receive)
-            if body is not None:
-                await self.app(scope, _replay(body, receive), send)
+            body = await self._admit(scope, dict(scope["headers"]), receive)
         except _Refused as refused:
             self.refused(refused.error.status)
             await send_error(refused.error, send)
+            return
+        if body is None:
+            return
+        self.gate.in_flight += 1
+        try:
+            await self.app(scope, _replay(body, receive), send)
         finally:
-            gate.in_flight -= 1
+            self.gate.in_flight -= 1
 
     async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """The body; None when the client is gone. Raises :class:`_Refused`."""
@@ -81,8 +83,7 @@ class GateMiddleware:
         if scope["path"] not in OPEN:
             if gate.keys and not gate.keys.accept(headers.get(b"authorization", b"")):
                 raise _Refused(wrong_key())
-            if gate.draining:
-                raise _Refused(shutting_down())
+            self._check_draining(scope)
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > gate.max_body_bytes:
             raise _Refused(self._too_large())
@@ -97,7 +98,12 @@ class GateMiddleware:
                 raise _Refused(self._too_large())
             parts.append(part)
             if not message.get("more_body", False):
+                self._check_draining(scope)  # a body may be long on its way
                 return b"".join(parts)
+
+    def _check_draining(self, scope: Scope) -> None:
+        if self.gate.draining and scope["path"] not in OPEN:
+            raise _Refused(shutting_down())
 
     def _too_large(self) -> APIError:
         # The rest of the body is not read: the connection cannot be used again.
