@@ -56,6 +56,7 @@ bench: $(STAMP) ## the benchmarks; figures go to build/bench/*.json
 	$(PY) benchmarks/decode_attention.py --json $(BENCH_OUT)/decode_attention.json
 	$(PY) benchmarks/prefill_attention.py --json $(BENCH_OUT)/prefill_attention.json
 	$(PY) benchmarks/engine.py --json $(BENCH_OUT)/engine.json
+	$(PY) benchmarks/serving.py --json $(BENCH_OUT)/serving.json
 
 clean: ## remove .venv, build/ and caches; nothing else
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis *.egg-info

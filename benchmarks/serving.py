@@ -197,12 +197,12 @@ def main() -> None:
     parser.add_argument("--mode", choices=("overhead", "load", "both"), default="both")
     for name, value, text in (
         ("layers", 8, ""), ("hidden", 1024, ""), ("heads", 16, "query and KV heads"), ("head-dim", 64, ""), ("clients", 32, ""),
-        ("per-client", 2, "requests of a client in a round"), ("prompt", 64, "tokens"), ("new-tokens", 64, "of an answer"),
+        ("per-client", 2, "requests of a client in a round"), ("prompt", 64, "tokens"), ("new-tokens", 48, "of an answer"),
         ("rounds", 3, ""), ("requests", 2000, "of the bad load"), ("threads", os.cpu_count() or 1, "of torch, in either process"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     args = parser.parse_args()
-    args.context = 0  # of write_models: 4,096 positions
+    args.contexts = [0]  # of write_models: 4,096 positions
     began = time.perf_counter()
     torch.set_num_threads(args.threads)
     figures, missed = {}, []

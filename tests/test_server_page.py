@@ -71,10 +71,15 @@ def test_an_answer_and_its_cache(model: Model, chromium: browser.Browser) -> Non
         colors = chromium.run("Array.from(document.querySelectorAll('#map td'), c => c.style.background)")
         assert len(set(colors)) > 1, "heads that compress differently have different colours"
         assert chromium.run("document.querySelectorAll('#lines polyline').length") == 2
+        most = max(map(max, use["slots"]))
+        assert chromium.run("document.getElementById('most').textContent") == f"{most} slots, {use['tokens'] / most:.2f}×"
         light = chromium.run("getComputedStyle(document.body).backgroundColor")
         chromium.scheme("dark")
         assert chromium.run("getComputedStyle(document.body).backgroundColor") != light
         chromium.scheme("light")
+        chromium.size(400, 800)
+        assert chromium.run("document.documentElement.scrollWidth") <= 400, "nothing is beside the screen of a phone"
+        chromium.send("Emulation.clearDeviceMetricsOverride")
         # Stopped in the middle: the pages are back.
         fill(chromium, max_tokens="245")
         server.engine.step = slowly(server.engine.step)  # type: ignore[method-assign]

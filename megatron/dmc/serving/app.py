@@ -116,11 +116,15 @@ def _size(request: AnswerRequest, params: SamplingParams) -> tuple[int, int]:
     return params.n * len(lengths), params.n * sum(lengths)
 
 
+# ASCII, so that half a surrogate pair in somebody's text cannot break it. Made once: json.dumps would make one for every token.
+encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 class Json(JSONResponse):
-    """ASCII, so that half a surrogate pair in somebody's text cannot break it."""
+    """See ``encode``."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return encode(content).encode()
 
 
 def _error(error: APIError) -> Response:
@@ -161,7 +165,7 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def put(*objects: Any) -> None:
-            text = "".join(f"data: {json.dumps(o, allow_nan=False, separators=(',', ':'))}\n\n" for o in objects)
+            text = "".join(f"data: {encode(o)}\n\n" for o in objects)
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
         ids = [request.prompt for request in self.stream.requests]
