@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from engines import Model, all_back
 from exported import GROUPS, LAYERS
 
+from megatron.dmc import kernels
 from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams, bench, dummy
 from megatron.dmc.inference.bench import Watch, Work, iterate
 from megatron.dmc.serving.cli import main
@@ -144,7 +146,7 @@ def test_gpu_parts_of_made_up_events() -> None:
 
     sampling, forward = Event("dmc.sampling"), Event("dmc.forward")
     append = Event("dmc::append", parent=forward)
-    events = [Event("dmc::append", 99), Event("dmc.forward", 500), Event("k_append", 10), Event("decode_split", 20),
+    events = [Event("dmc::append", 99), Event("dmc.forward", 500), Event("decide(dmc::CudaAppend)", 10), Event("::attend<T>", 20),
               Event("nvjet_hsh_128x64", 40), Event("ampere_sgemm_32", 5), Event("elementwise", 8), Event("argmax", 4),
               sampling, forward, append, Event("aten::argmax", parent=sampling, kernels=(Kernel("argmax", 4),)),
               Event("aten::add", parent=append, kernels=(Kernel("elementwise", 3),)),
@@ -152,6 +154,19 @@ def test_gpu_parts_of_made_up_events() -> None:
               Event("aten::mm", parent=forward, kernels=(Kernel("ampere_sgemm_32", 5),))]  # fmt: skip
     found = {name: round(1e6 * seconds, 6) for name, seconds in bench._gpu_parts(events).items()}
     assert found == {"append": 13, "attention": 20, "linear": 45, "communication": 0, "sampling": 4, "other": 5}
+
+
+def test_our_own_kernels_are_told_by_their_names() -> None:
+    """As a demangled name shows them, which is all that there is of a kernel in a CUDA graph."""
+    found: dict[str, str] = {}
+    for file in ("append", "decode", "prefill", "pages"):
+        source = (Path(kernels.__file__).parent / "csrc" / f"cuda_{file}.cu").read_text()
+        for name, kind in re.findall(r"__global__ [^{]*?(\w+)\(const (\w+) \w+\) \{", source):
+            space = "dmc" if kind.startswith("Cuda") else "(anonymous namespace)"
+            found[f"{file}: {name}"] = bench.part_of_kernel(f"void (anonymous namespace)::{name}({space}::{kind})")
+        assert len([name for name in found if name.startswith(file)]) == source.count("__global__")
+    wanted = {"append": "append", "decode": "attention", "prefill": "attention", "pages": "other"}
+    assert len(found) >= 8 and all(part == wanted[name.split(":")[0]] for name, part in found.items()), found
 
 
 @pytest.mark.gpu

@@ -25,9 +25,9 @@ from megatron.dmc.inference.request import StepOutput
 from megatron.dmc.inference.sampling import SamplingParams
 
 LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"})
-KERNELS = {"append": ("append",), "attention": ("decode_attention", "prefill_attention", "decode", "prefill", "attention"),
+KERNELS = {"append": ("cudaappend)",), "attention": ("::attend", "::plan("),
            "linear": ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "xmma"), "communication": ("nccl",)}  # fmt: skip
-"""Parts of a step by what the names of GPU kernels hold, where nothing else tells; all else is "other"."""
+"""Parts of a step by what the names of GPU kernels (with their parameters) hold, where nothing else tells; all else is "other"."""
 
 
 @dataclass(frozen=True)
@@ -281,9 +281,13 @@ def _gpu_parts(events: Iterable[Any]) -> dict[str, float]:
                 found[part] += kernel.duration * 1e-6
                 by_name[kernel.name] -= kernel.duration
     for name, us in by_name.items():
-        lower = name.lower()
-        found[next((part for part, words in KERNELS.items() if any(word in lower for word in words)), "other")] += max(0, us) * 1e-6
+        found[part_of_kernel(name)] += max(0, us) * 1e-6
     return found
+
+
+def part_of_kernel(name: str) -> str:
+    lower = name.lower()
+    return next((part for part, words in KERNELS.items() if any(word in lower for word in words)), "other")
 
 
 # ----------------------------------------------------------------------------------------------------------------- figures
