@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,17 @@ def test_bench_says_what_is_wrong(options: list[str], message: str, model: Model
 def test_bench_refuses_options_that_are_no_numbers(options: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *options])
+
+
+@pytest.mark.slow
+def test_bench_on_two_ranks(bare: Path, tmp_path: Path, run_distributed: Callable) -> None:
+    """All ranks work, one speaks; the time that they wait for each other is a part of a step."""
+    out = tmp_path / "o.json"
+    arguments = ["bench", "latency", str(bare), "--load-format", "dummy", "--compression-ratio", "1,4", "--output-json", str(out),
+                 "--tensor-parallel-size", "2", "--num-iters-warmup", "1", "--num-iters", "1", "--input-len", "40",
+                 "--output-len", "8"]  # fmt: skip
+    result = run_distributed("megatron.dmc.serving.cli", 2, arguments)
+    assert result.stdout.count("x first") == 1
+    plain, dmc = json.loads(out.read_text())["results"]
+    assert plain["compression_ratio"] == 1 and dmc["compression_ratio"] > 2
+    assert plain["step_parts_ms"]["communication"] > 0 and plain["num_pages"] % 2 == 0

@@ -87,7 +87,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return Path(self.path).name + ("" if self.ratio is None else f" CR {self.ratio:g}")
+        return Path(self.path).resolve().name + ("" if self.ratio is None else f" CR {self.ratio:g}")
 
 
 def subjects_of(args: argparse.Namespace) -> list[Subject]:
