@@ -21,6 +21,7 @@ def main() -> None:
     results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, logprobs=0))
     random = llm.generate(prompts, SamplingParams(max_tokens=8))  # drawn from the engine's generator
     llm.engine.cache.check_integrity()
+    llm.engine.reset_prefix_cache()
     answer = {
         "tokens": [r.outputs[0].token_ids for r in results], "random": [r.outputs[0].token_ids for r in random],
         "logprobs": [[entry.logprob for entry in r.outputs[0].logprobs] for r in results],

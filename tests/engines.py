@@ -56,10 +56,16 @@ def drain(engine: Engine, check: bool = True) -> dict[tuple[str, int], list[Step
 
 
 def all_back(engine: Engine) -> None:
+    """Nothing is held but by the prefix cache, and that gives it back."""
     engine.cache.check_integrity()
+    assert (engine.cache.available_pages() == engine.cache.num_pages).all() and not engine.cache.live.any()
+    engine.reset_prefix_cache()
+    engine.cache.check_integrity()
+    assert not any(root.children for root in engine.prefix._roots.values())
     assert engine.cache.state.free_count() == engine.cache.num_pages
-    assert engine.cache.free_rows == engine.sizes.max_num_seqs
-    assert engine.stats().pages_used == engine.stats().running == engine.stats().waiting == 0
+    assert engine.cache.free_rows == engine.cache.rows == engine.sizes.max_num_seqs + engine.sizes.max_prefix_snapshots
+    stats = engine.stats()
+    assert stats.pages_used == stats.pages_cached == stats.running == stats.waiting == 0
 
 
 def ids_of(outputs: list[StepOutput]) -> tuple[int, ...]:

@@ -227,11 +227,15 @@ def test_admission_uses_the_compression(models) -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, None])
 def test_the_cache_keeps_to_its_memory(rows: int | None, models) -> None:
-    """Pages, page tables and rings together."""
+    """Pages, page tables and rings together, and what snapshots take besides."""
     budget = 3_000_000
-    state = models("half").engine(kv_cache_memory_bytes=budget, max_num_seqs=rows).cache.state
-    most = state.page_table[..., 0].numel() * state.page_table.size(3)  # that can ever be used
-    assert state.nbytes() <= budget + 64 and (state.nbytes() > 0.98 * budget or state.num_pages == most)
+    engine = models("half").engine(kv_cache_memory_bytes=budget, max_num_seqs=rows)
+    state, sizes = engine.cache.state, engine.sizes
+    most = sizes.max_num_seqs * state.page_table[0].numel()  # that sequences can ever use
+    used = state.nbytes() + engine.prefix.nbytes()
+    assert used <= budget + 64 and (used > 0.98 * budget or state.num_pages == most)
+    assert sizes.max_prefix_snapshots * sizes.row_bytes <= budget / 32
+    assert state.lengths.size(0) == sizes.max_num_seqs + sizes.max_prefix_snapshots > sizes.max_num_seqs
 
 
 def test_stats(models) -> None:

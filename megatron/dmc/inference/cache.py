@@ -4,12 +4,15 @@ The device allocates pages inside the step. The host only has to know that there
 lengths, refreshed once per step together with the new tokens, and counts every token of the next step as a slot of its own
 in every head. Tensor-parallel ranks hold different heads, which merge differently; the copy has those of all ranks, and
 what is asked for must fit on each.
+
+Rows hold sequences or snapshots. Those that were forked from one another share pages; the host counts every shared page once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -49,20 +52,43 @@ class CacheUse:
         return 1 - self.total_slots / max(1, self.pages * self.page_size)
 
 
+@dataclass(eq=False)
+class _Shared:
+    """Pages that several rows hold: of each head those behind the pages of ``parent``, as many as no one writes any more."""
+
+    parent: Optional[_Shared]
+    pages: np.ndarray
+    """[ranks]"""
+    holders: int = 0
+    """Rows, and other shared pages behind these."""
+    live: int = 0
+    """Holders that a sequence needs."""
+
+
 class PagedCache:
-    """Owns the :class:`CacheState`. A row holds one sequence. Page counts are int64 [ranks], one for each rank."""
+    """Owns the :class:`CacheState`. Page counts are int64 [ranks], one for each rank.
+
+    A row is free, *live* (it holds a sequence) or *parked* (a snapshot, whose pages are anybody's who needs them).
+    """
 
     def __init__(self, state: CacheState, parallel: TensorParallel) -> None:
         self.state, self.parallel = state, parallel
-        rows, layers, heads = state.lengths.shape
+        self.rows, layers, heads = state.lengths.shape
         self.page_size, self.num_pages = state.page_size, state.num_pages
         self.shape = (layers, heads)
-        self.lengths = np.zeros((rows, parallel.size, layers * heads), dtype=np.int64)
+        self.lengths = np.zeros((self.rows, parallel.size, layers * heads), dtype=np.int64)
         """Host copy: slots of each head of each row."""
-        self.tokens = np.zeros(rows, dtype=np.int64)
+        self.tokens = np.zeros(self.rows, dtype=np.int64)
         """That each row has read."""
-        self._free_rows = list(range(rows - 1, -1, -1))
-        self._pages = np.zeros((rows, parallel.size), dtype=np.int64)
+        self.live = np.zeros(self.rows, dtype=bool)
+        self._free_rows = list(range(self.rows - 1, -1, -1))
+        self._pages = np.zeros((self.rows, parallel.size), dtype=np.int64)
+        # Of the pages of a row, those in the chain of _Shared that ends at its base; per head, and their sums.
+        self._shared = np.zeros_like(self.lengths)
+        self._shared_pages = np.zeros_like(self._pages)
+        self._base: list[Optional[_Shared]] = [None] * self.rows
+        # Of all _Shared, and of those that a sequence needs.
+        self._all_shared, self._live_shared = (np.zeros(parallel.size, dtype=np.int64) for _ in range(2))
 
     @property
     def free_rows(self) -> int:
@@ -77,8 +103,12 @@ class PagedCache:
         return int(-(-tokens // self.page_size)) * self.shape[0] * self.shape[1]
 
     def free_pages(self) -> np.ndarray:
-        """[ranks]"""
-        return self.num_pages - self._pages.sum(0)
+        """[ranks], that nobody holds."""
+        return self.num_pages - (self._pages - self._shared_pages).sum(0) - self._all_shared
+
+    def available_pages(self) -> np.ndarray:
+        """[ranks], that no sequence holds: free ones, and those of snapshots alone."""
+        return self.num_pages - (self._pages - self._shared_pages)[self.live].sum(0) - self._live_shared
 
     def growth(self, rows: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Pages that each row takes at worst when it reads so many tokens more: [n, ranks]."""
@@ -95,15 +125,92 @@ class PagedCache:
         return low
 
     def take_row(self) -> int:
-        return self._free_rows.pop()
+        """An empty row for a sequence."""
+        row = self._free_rows.pop()
+        self.live[row] = True
+        return row
 
     def release(self, rows: Sequence[int]) -> None:
-        """Give back the rows and all their pages."""
+        """Give back the rows and the pages that nobody else holds."""
         if not rows:
             return
         kernels.free(self.state, torch.tensor(list(rows), dtype=torch.int32, device=self.state.lengths.device))
-        self.lengths[list(rows)], self.tokens[list(rows)], self._pages[list(rows)] = 0, 0, 0
+        for row in rows:
+            self.park(row)
+            shared = self._base[row]
+            while shared is not None:
+                shared.holders -= 1
+                if shared.holders:
+                    break
+                self._all_shared -= shared.pages
+                shared = shared.parent
+            self._base[row] = None
+        for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
+            x[list(rows)] = 0
         self._free_rows += rows
+
+    # ------------------------------------------------------------------------------------------------ rows that share
+
+    def _final(self, row: int) -> np.ndarray:
+        """Pages of each head that nobody writes any more, [ranks, heads]; see :func:`megatron.dmc.kernels.fork`."""
+        lengths = self.lengths[row]
+        return np.maximum(lengths - 1, 0) // self.page_size if self.state.compresses else lengths // self.page_size
+
+    def copies(self, row: int) -> np.ndarray:
+        """Pages that a copy of ``row`` takes: [ranks]."""
+        return self._pages[row] - self._final(row).sum(-1)
+
+    def fork(self, source: int, live: bool) -> int:
+        """A new row that goes on from what ``source`` holds. There must be a free row, and pages for the copies."""
+        row = self._free_rows.pop()
+        pair = torch.tensor([[source], [row]], dtype=torch.int32, device=self.state.lengths.device)
+        kernels.fork(self.state, *pair)
+        final = self._final(source)
+        if (final > self._shared[source]).any():
+            pages = (final - self._shared[source]).sum(-1)
+            # It stands between the source and what the source shared before, whose holders thus stay as many.
+            self._base[source] = _Shared(self._base[source], pages, holders=1, live=int(self.live[source]))
+            self._all_shared += pages
+            self._live_shared += pages * self.live[source]
+            self._shared[source], self._shared_pages[source] = final, final.sum(-1)
+        for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
+            x[row] = x[source]
+        shared = self._base[row] = self._base[source]
+        if shared is not None:
+            shared.holders += 1
+        if live:
+            self.resume(row)
+        return row
+
+    def park(self, row: int) -> None:
+        """The row is a snapshot from now on."""
+        shared = self._base[row] if self.live[row] else None
+        self.live[row] = False
+        while shared is not None:
+            shared.live -= 1
+            if shared.live:
+                return
+            self._live_shared -= shared.pages
+            shared = shared.parent
+
+    def resume(self, row: int) -> None:
+        """The row, a snapshot, is a sequence from now on."""
+        self.live[row], shared = True, self._base[row]
+        while shared is not None:
+            shared.live += 1
+            if shared.live > 1:
+                return
+            self._live_shared += shared.pages
+            shared = shared.parent
+
+    def cost(self, row: int) -> np.ndarray:
+        """By how much :meth:`available_pages` falls when a sequence goes on from the snapshot ``row``, copy or not: [ranks]."""
+        pages, shared = self._pages[row] - self._shared_pages[row], self._base[row]
+        while shared is not None and not shared.live:
+            pages, shared = pages + shared.pages, shared.parent
+        return pages
+
+    # ----------------------------------------------------------------------------------------------------------- steps
 
     def stepped(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Read the lengths after a step in which ``rows`` took ``counts`` tokens. The one wait for the device in a step."""
@@ -126,15 +233,27 @@ class PagedCache:
         slots = self.lengths[row].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
         return CacheUse(int(self.tokens[row]), tuple(map(tuple, slots.tolist())), int(self._pages[row].sum()), self.page_size)
 
+    def live_slots(self) -> int:
+        """Slots that sequences hold on all ranks, shared ones counted once."""
+        own = self.lengths - self._shared * self.page_size
+        return int(own[self.live].sum() + self._live_shared.sum() * self.page_size)
+
     def check_integrity(self) -> None:
-        """Raise ``RuntimeError`` when a page is lost or held twice, or the host's picture is not the device's."""
+        """Raise ``RuntimeError`` when a page is lost or counted wrongly, or the host's picture is not the device's."""
         self.state.check_integrity()
         rank = self.parallel.rank
         device = self.state.lengths.flatten(1).cpu().numpy()
         if not np.array_equal(device, self.lengths[:, rank]):
             raise RuntimeError("the host's copy of the lengths differs from the device's")
-        if self.state.free_count() != int(self.free_pages()[rank]):
-            raise RuntimeError(f"{self.state.free_count()} pages are free, the host counts {int(self.free_pages()[rank])}")
+        pages = -(-torch.from_numpy(self.lengths[self.live, rank]).view(-1, *self.shape, 1) // self.page_size)
+        table = self.state.page_table.cpu()[torch.from_numpy(self.live)]
+        needed = table[torch.arange(table.size(3)) < pages].unique().numel()
+        for what, there, counted in (("free", self.state.free_count(), self.free_pages()),
+                                     ("available", self.num_pages - needed, self.available_pages())):  # fmt: skip
+            if there != int(counted[rank]):
+                raise RuntimeError(f"{there} pages are {what}, the host counts {int(counted[rank])}")
+        if self.live[self._free_rows].any() or self.lengths[self._free_rows].any():
+            raise RuntimeError("a free row holds something")
 
 
 def make_cache(*, parallel: TensorParallel, **shape: object) -> PagedCache:

@@ -41,6 +41,13 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     """On a GPU: no CUDA graphs. They take seconds at the start, some memory, and make every decode step faster."""
+    enable_prefix_caching: bool = True
+    """Keep the states of prompts and answers, for requests that begin like them; answers of one request share its prompt."""
+    max_prefix_snapshots: Optional[int] = None
+    """Rows for such states besides those of ``max_num_seqs``, which serve too while they are idle. None: as many as
+    ``max_num_seqs``, but at least 32, in at most a thirty-second of the memory."""
+    prefix_cache_min_tokens: int = 32
+    """Shortest prefix that is kept."""
     seed: int = 0
     """Of requests that have none."""
 
@@ -52,6 +59,10 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value!r}; it must be an integer, at least 1")
         if self.load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(LOAD_FORMATS)}")
+        for name, low in (("max_prefix_snapshots", 0), ("prefix_cache_min_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ValueError(f"{name} is {value!r}; it must be an integer, at least {low}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1")
 
@@ -80,6 +91,7 @@ class Sizes:
 
     max_model_len: int
     max_num_seqs: int
+    max_prefix_snapshots: int
     max_num_batched_tokens: int
     num_pages: int
     page_bytes: int
@@ -104,6 +116,16 @@ def _rows(config: EngineConfig, device: torch.device, each: int, available: int,
     return max(1, min(most, tokens, available // 8 // each)) if config.num_pages is None else min(most, tokens)
 
 
+def _snapshots(config: EngineConfig, rows: int, each: int, available: int) -> int:
+    """Rows of the prefix cache alone."""
+    if not config.enable_prefix_caching:
+        return 0
+    if config.max_prefix_snapshots is not None:
+        return config.max_prefix_snapshots
+    wanted = max(rows, 32)
+    return wanted if config.num_pages is not None else min(wanted, available // 32 // each)
+
+
 def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Sizes:
     """Sizes for this model on this machine.
 
@@ -118,15 +140,19 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
     heads = model.num_layers * model.kv_heads // config.tensor_parallel_size
     ring = 0 if not info.compresses else 1 if info.window is None else info.window
     per_row = row_bytes(heads, model.head_dim, longest, config.block_size, ring, torch.float32 if info.window is None else dtype)
+    if config.enable_prefix_caching:
+        per_row += 4 * model.vocab_size  # the logits of a snapshot
     per_page = page_bytes(config.block_size, model.head_dim, dtype)
     available = _available_bytes(config, device)
     rows = _rows(config, device, per_row, available, tokens)
     if tokens < rows:
         raise ValueError(f"max_num_batched_tokens is {tokens}, less than max_num_seqs {rows}; every sequence needs one per step")
-    pages = config.num_pages or (available - rows * per_row) // (per_page + 8)
+    snapshots = _snapshots(config, rows, per_row, available)
+    tables = (rows + snapshots) * per_row
+    pages = config.num_pages or (available - tables) // (per_page + 8)
     if pages < heads:
-        needed = heads * (per_page + 8) + rows * per_row
+        needed = heads * (per_page + 8) + tables
         raise ValueError(f"the cache would have {max(0, pages)} pages, and the {heads} heads of all layers take one each for a "
                          f"first token; give kv_cache_memory_bytes {needed} or more")  # fmt: skip
     most = rows * heads * -(-longest // config.block_size)
-    return Sizes(longest, rows, tokens, min(pages, most), per_page, per_row)
+    return Sizes(longest, rows, snapshots, tokens, min(pages, most), per_page, per_row)

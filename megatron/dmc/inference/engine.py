@@ -6,6 +6,7 @@ request. A request that is wrong, or whose logits are no numbers, ends alone; th
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from megatron.dmc.inference.cache import PagedCache, make_cache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
 from megatron.dmc.inference.graphs import DecodeGraphs
 from megatron.dmc.inference.model import Batch, Model, Piece
+from megatron.dmc.inference.prefix import PrefixCache
 from megatron.dmc.inference.request import FinishReason, Sequence, StepOutput, Timing
 from megatron.dmc.inference.sampling import Logprobs, Sampler, SamplerState, SamplingParams, logprobs
 from megatron.dmc.inference.scheduler import Plan, Scheduler
@@ -44,7 +46,11 @@ class EngineStats:
     pages: int
     """Of the pool, over all ranks."""
     pages_used: int
+    """By running sequences; what several share counts once."""
+    pages_cached: int
+    """By the prefix cache alone: they are given to sequences that need them."""
     slots_used: int
+    """By running sequences; what several share counts once."""
     tokens_held: int
     """That the running sequences have read."""
     compression_ratio: float
@@ -53,6 +59,10 @@ class EngineStats:
     """Share of the used pages' slots that is empty."""
     layer_compression_ratios: tuple[float, ...]
     """Of the running sequences, by layer."""
+    prefix_cache_queries: int
+    """Tokens of the prompts that were looked up in the prefix cache, each when it first got a row."""
+    prefix_cache_hits: int
+    """Those that were found."""
 
 
 class Engine:
@@ -76,7 +86,9 @@ class Engine:
         self.sizes: Sizes = resolve(config, info, dtype, device)
         self.cache = self._make_cache(dtype, device)
         self.graphs = DecodeGraphs(self._run_batch, self.sizes.max_num_seqs, device) if self._takes_graphs() else None
-        self.scheduler = Scheduler(self.cache, self.sizes.max_num_batched_tokens, info.expected_cr)
+        self.prefix = PrefixCache(self.cache, info.model.vocab_size, config.prefix_cache_min_tokens, config.enable_prefix_caching)
+        sizes = self.sizes
+        self.scheduler = Scheduler(self.cache, self.prefix, sizes.max_num_seqs, sizes.max_num_batched_tokens, info.expected_cr)
         self.sampler = Sampler(device, config.seed)
         self.device, self.info = device, info
         self.eos = self._eos_ids()
@@ -85,8 +97,9 @@ class Engine:
 
     def _make_cache(self, dtype: torch.dtype, device: torch.device) -> PagedCache:
         info, model, sizes = self.model.info, self.model, self.sizes
+        rows = sizes.max_num_seqs + sizes.max_prefix_snapshots
         return make_cache(
-            parallel=self.parallel, num_pages=sizes.num_pages, max_seqs=sizes.max_num_seqs, num_layers=info.model.num_layers,
+            parallel=self.parallel, num_pages=sizes.num_pages, max_seqs=rows, num_layers=info.model.num_layers,
             num_kv_heads=model.kv_heads, head_dim=model.head_dim, max_slots=sizes.max_model_len,
             page_size=self.config.block_size, window=info.window, compress=info.compresses, dtype=dtype, device=device,
         )  # fmt: skip
@@ -104,8 +117,12 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- requests
 
-    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams()) -> list[int]:  # noqa: B008
+    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams(), *,  # noqa: B008
+                    cache_salt: Optional[str] = None) -> list[int]:  # fmt: skip
         """Queue a request; returns the prompt's token ids.
+
+        Args:
+            cache_salt: prefixes are shared among requests with the same one only.
 
         Raises:
             ValueError: what is wrong with it; nothing is queued then.
@@ -118,6 +135,8 @@ class Engine:
         longest = self.sizes.max_model_len
         limit = longest if params.max_tokens is None else min(longest, len(ids) + params.max_tokens)
         answers = [self._sequence(request_id, index, ids, params, stop_ids, limit) for index in range(params.n)]
+        for sequence in answers:
+            sequence.cache_salt, sequence.prompt_logprobs = cache_salt, answers[0].prompt_logprobs
         self._requests[request_id] = answers
         for sequence in answers:
             self.scheduler.add(sequence)
@@ -179,9 +198,13 @@ class Engine:
         """
         plan = self.scheduler.plan()
         outputs = [self._finish(sequence, "error", error=self._no_room(sequence)) for sequence in plan.stuck]
-        if plan.counts:
+        if plan.counts or plan.ready:
             outputs += self._run(plan)
         return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all snapshots: what comes next is read anew."""
+        self.prefix.reset()
 
     def _no_room(self, sequence: Sequence) -> str:
         use = self.cache.use(sequence.row)
@@ -191,18 +214,31 @@ class Engine:
     def _run(self, plan: Plan) -> list[StepOutput]:
         # Sequences with one token first: they decode.
         order = sorted(plan.counts.items(), key=lambda item: item[1] > 1)
-        pieces = [self._piece(sequence, count) for sequence, count in order]
+        pieces = [self._piece(sequence, count, sequence in plan.snapshots) for sequence, count in order]
         logits = self._forward(pieces)
-        last = torch.tensor([piece.logits for piece in pieces]).cumsum(0) - 1
+        last = [end - 1 for end in itertools.accumulate(piece.logits for piece in pieces)]
         drawing = [i for i, (sequence, count) in enumerate(order) if count == sequence.remaining]
-        drawn = self._draw(logits[last[drawing].to(self.device)], [order[i][0] for i in drawing])
-        self.cache.stepped([piece.row for piece in pieces], [len(piece.tokens) for piece in pieces])
+        draws = [order[i][0] for i in drawing] + plan.ready
+        drawn = self._draw(self._rows(logits, [last[i] for i in drawing], plan.ready), draws)
+        if pieces:
+            self.cache.stepped([piece.row for piece in pieces], [len(piece.tokens) for piece in pieces])
         self._count(order)
         self._read_prompt_logprobs(logits, order, pieces)
-        return [self._advance(order[i][0], *draw) for i, draw in zip(drawing, drawn)]
+        spoiled = {sequence for sequence, (token, _) in zip(draws, drawn) if token is None}
+        for (sequence, _), at in zip(order, last):
+            if sequence in plan.snapshots and sequence not in spoiled:
+                self.prefix.take(sequence, logits[at])
+        return [self._advance(sequence, *draw) for sequence, draw in zip(draws, drawn)]
+
+    def _rows(self, logits: Tensor, at: Seq[int], ready: Seq[Sequence]) -> Tensor:
+        """Of the sequences that draw: [n, vocabulary]."""
+        rows = logits[torch.tensor(at, dtype=torch.long).to(self.device)]
+        return torch.cat([rows, torch.stack([s.logits for s in ready])]) if ready else rows
 
     def _forward(self, pieces: Seq[Piece]) -> Tensor:
         try:
+            if not pieces:
+                return torch.empty(0, self.info.model.vocab_size, device=self.device)
             logits = self.graphs(pieces) if self.graphs is not None else None
             return self._run_batch(Batch.build(pieces, self.device)) if logits is None else logits
         except BaseException:
@@ -211,12 +247,11 @@ class Engine:
                 self.scheduler.preempt(sequence)
             raise
 
-    def _piece(self, sequence: Sequence, count: int) -> Piece:
+    def _piece(self, sequence: Sequence, count: int, snapshot: bool) -> Piece:
         start = sequence.computed
-        if sequence.started is None:
-            sequence.started = time.monotonic()
         assert sequence.row is not None
-        return Piece(sequence.row, start, sequence.tokens[start : start + count], sequence.wanted_logits(count))
+        wanted = sequence.wanted_logits(count) or int(snapshot)
+        return Piece(sequence.row, start, sequence.tokens[start : start + count], wanted)
 
     def _count(self, order: Seq[tuple[Sequence, int]]) -> None:
         self._steps += 1
@@ -262,7 +297,7 @@ class Engine:
             return self._finish(sequence, "error", error=f"the model's logits after {len(sequence.tokens)} tokens are not finite")
         if sequence.limit == sequence.prompt_length:  # max_tokens 0: the prompt was all
             return self._finish(sequence, "length", prompt_logprobs=tuple(sequence.prompt_logprobs))
-        first = sequence.generated == 0
+        first, sequence.logits = sequence.generated == 0, None
         sequence.tokens.append(token)
         sequence.sampler.take(token)
         self._generated += 1
@@ -274,7 +309,8 @@ class Engine:
         reason, cause = self._ends(sequence, token)
         if reason is not None:
             return self._finish(sequence, reason, stop_reason=cause, **news)
-        return StepOutput(sequence.request_id, sequence.index, text=sequence.text.take() if sequence.text else "", **news)
+        return StepOutput(sequence.request_id, sequence.index, text=sequence.text.take() if sequence.text else "",
+                          num_cached_tokens=sequence.num_cached_tokens or 0, **news)  # fmt: skip
 
     def _ends(self, sequence: Sequence, token: int) -> tuple[Optional[FinishReason], int | str | None]:
         """(reason, stop token or string). Takes the token into the text, unless it stops the answer."""
@@ -290,7 +326,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason, **news: Any) -> StepOutput:
         """Give back what the sequence holds; its last output."""
         use = self.cache.use(sequence.row) if sequence.row is not None else None
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, sound=reason != "error")
         answers = self._requests[sequence.request_id]
         answers.remove(sequence)
         if not answers:
@@ -300,23 +336,26 @@ class Engine:
             sequence.text.flush()
             text = sequence.text.take()
         return StepOutput(sequence.request_id, sequence.index, text=text, finish_reason=reason, cache=use,
-                          timing=_timing(sequence), **news)  # fmt: skip
+                          num_cached_tokens=sequence.num_cached_tokens or 0, timing=_timing(sequence), **news)  # fmt: skip
 
     def stats(self) -> EngineStats:
         """Waits for nothing: from the host's copy after the last step."""
-        cache = self.cache
-        pages, slots = cache.num_pages * self.parallel.size, int(cache.lengths.sum())
-        used = pages - int(cache.free_pages().sum())
-        held, heads = int(cache.tokens.sum()), cache.lengths[0].size
+        cache, live = self.cache, self.cache.live
+        pages, slots = cache.num_pages * self.parallel.size, cache.live_slots()
+        used = pages - int(cache.available_pages().sum())
+        cached = pages - used - int(cache.free_pages().sum())
+        held, whole = int(cache.tokens[live].sum()), int(cache.lengths[live].sum())
         # [rows, ranks, L H] -> [L]
-        layers = cache.lengths.sum((0, 1)).reshape(cache.shape).sum(1).tolist()
-        states = held * heads // len(layers)
+        layers = cache.lengths[live].sum((0, 1)).reshape(cache.shape).sum(1).tolist()
+        states = held * cache.lengths[0].size // len(layers)
         return EngineStats(
             running=len(self.scheduler.running), waiting=len(self.scheduler.waiting), steps=self._steps,
             prompt_tokens=self._prompt_tokens, generation_tokens=self._generated, preemptions=self.scheduler.preemptions,
-            pages=pages, pages_used=used, slots_used=slots, tokens_held=held,
-            compression_ratio=held * heads / slots if slots else 1.0, waste=1 - slots / (used * cache.page_size) if used else 0.0,
+            pages=pages, pages_used=used, pages_cached=cached, slots_used=slots, tokens_held=held,
+            compression_ratio=held * cache.lengths[0].size / whole if whole else 1.0,
+            waste=1 - slots / (used * cache.page_size) if used else 0.0,
             layer_compression_ratios=tuple(states / n if n else 1.0 for n in layers),
+            prefix_cache_queries=self.prefix.queries, prefix_cache_hits=self.prefix.hits,
         )  # fmt: skip
 
 

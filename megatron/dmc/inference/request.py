@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
+
+from torch import Tensor
 
 from megatron.dmc.inference.cache import CacheUse
 from megatron.dmc.inference.sampling import Logprobs, SamplerState, SamplingParams
 from megatron.dmc.inference.text import Detokenizer
+
+if TYPE_CHECKING:
+    from megatron.dmc.inference.prefix import Node
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -37,7 +42,16 @@ class Sequence:
     """Of the cache; None while it waits."""
     computed: int = 0
     """Tokens that the cache has read."""
+    cache_salt: Optional[str] = None
+    """Prefixes are shared among requests with the same one."""
+    node: Optional[Node] = None
+    """Of the prefix cache, at the end of the prompt."""
+    num_cached_tokens: Optional[int] = None
+    """Of the prompt, when it was first given a row."""
+    logits: Optional[Tensor] = None
+    """[vocabulary], after the last token, when a snapshot had them: the next token is drawn without reading anything."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    """The same list for all answers of a request."""
     arrived: float = field(default_factory=time.monotonic)
     started: Optional[float] = None
     """When it was first given a row."""
@@ -83,6 +97,8 @@ class StepOutput:
     """Of ``tokens``, when asked for."""
     prompt_logprobs: tuple[Logprobs, ...] = ()
     """With the first token (or the end, when there is none), when asked for."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were found in the prefix cache."""
     finish_reason: Optional[FinishReason] = None
     stop_reason: int | str | None = None
     """The stop token or string; None for the end-of-sequence token."""
@@ -121,6 +137,8 @@ class RequestOutput:
     outputs: list[Completion]
     prompt_logprobs: Optional[list[Logprobs]] = None
     error: Optional[str] = None
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that the first answer found in the prefix cache."""
 
     def add(self, step: StepOutput) -> None:
         """Take in one step's output."""
@@ -131,6 +149,8 @@ class RequestOutput:
             completion.logprobs += step.logprobs
         if self.prompt_logprobs is not None and step.index == 0:
             self.prompt_logprobs += step.prompt_logprobs
+        if step.index == 0:
+            self.num_cached_tokens = step.num_cached_tokens
         if step.finished:
             completion.finish_reason, completion.stop_reason = step.finish_reason, step.stop_reason
             completion.cache, completion.timing = step.cache, step.timing
