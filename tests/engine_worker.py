@@ -20,12 +20,17 @@ def main() -> None:
     llm = LLM(model, tensor_parallel_size=size, **settings)
     results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, logprobs=0))
     random = llm.generate(prompts, SamplingParams(max_tokens=8))  # drawn from the engine's generator
+    longer = [prompt + more for prompt in prompts for more in ([], [7], [7, 8, 9])]
+    again = llm.generate(longer, SamplingParams(temperature=0, max_tokens=24, n=2))
     llm.engine.cache.check_integrity()
+    stats = llm.engine.stats()
     llm.engine.reset_prefix_cache()
     answer = {
         "tokens": [r.outputs[0].token_ids for r in results], "random": [r.outputs[0].token_ids for r in random],
         "logprobs": [[entry.logprob for entry in r.outputs[0].logprobs] for r in results],
-        "slots": [r.outputs[0].cache.slots for r in results], "preemptions": llm.engine.stats().preemptions,
+        "again": [[c.token_ids for c in r.outputs] for r in again], "longer": longer, "hits": stats.prefix_cache_hits,
+        "cached": [r.num_cached_tokens for r in again],
+        "slots": [r.outputs[0].cache.slots for r in results], "preemptions": stats.preemptions,
         "free": llm.engine.cache.state.free_count() == llm.engine.cache.num_pages,
     }  # fmt: skip
     everyone: list = [None] * size

@@ -304,9 +304,11 @@ def test_the_command_needs_no_megatron_core(model: Model) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pages", [None, 8])
 def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed: Callable) -> None:
-    """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules."""
+    """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules, also over what the
+    prefix cache keeps."""
     prompts = [list(model.prompt(n, seed)) for seed, n in enumerate((14, 40, 3, 17))]
-    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, **({"num_pages": pages} if pages else {})}
+    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
+    settings |= {"num_pages": pages} if pages else {}
     arguments = (model.path, json.dumps(prompts), 2, json.dumps(settings))
     result = run_distributed(ROOT / "tests" / "engine_worker.py", 2, arguments)
     line = next(line for line in result.stdout.splitlines() if line.startswith("ANSWERS "))
@@ -318,6 +320,10 @@ def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed
         assert got == whole.token_ids and slots == [list(layer) for layer in whole.cache.slots]
         assert max(abs(a - b.logprob) for a, b in zip(scores, whole.logprobs)) <= 1e-4
     assert bool(first["preemptions"]) == bool(pages)
+    plain = LLM(model.path, enable_prefix_caching=False)
+    for prompt, answers in zip(first["longer"], first["again"]):
+        assert answers == 2 * [plain.generate(prompt, SamplingParams(temperature=0, max_tokens=24))[0].outputs[0].token_ids]
+    assert first["hits"] > sum(first["cached"]) > 0
 
 
 def test_more_ranks_than_heads_are_refused(model: Model) -> None:

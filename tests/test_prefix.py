@@ -9,9 +9,9 @@ import families
 import pytest
 import torch
 from engines import Model, all_back, full_logprobs, ids_of
+from exported import GROUPS, LAYERS, VOCABULARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_remote_code import GROUPS, LAYERS, VOCABULARY
 
 from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams, StepOutput
 
@@ -168,6 +168,22 @@ def test_shared_pages_are_counted_once(models) -> None:
     all_back(engine)
 
 
+def test_sharing_makes_room_for_more(models) -> None:
+    """Two prompts of 16 pages fill the pool; of four answers to one prompt, three need four pages each."""
+    model, most = models("no merging", measured_cr=1.0), []
+    for caching in (True, False):
+        engine = model.engine(num_pages=2 * 16, max_num_seqs=4, enable_prefix_caching=caching)
+        engine.add_request("a", model.prompt(60), dataclasses.replace(SHORT, n=4, max_tokens=3))
+        running = []
+        while engine.has_unfinished():
+            engine.step()
+            engine.cache.check_integrity()
+            running.append(engine.stats().running)
+        most.append(max(running))
+        all_back(engine)
+    assert most == [4, 1]
+
+
 # --------------------------------------------------------------------------------------------- snapshots are in no one's way
 
 
@@ -214,6 +230,15 @@ def test_the_least_recently_used_goes_first(models) -> None:
     assert hit(a) and hit(c) and hit(d)
     assert not hit(b) and not hit(a)  # a goes, c goes
     assert hit(d) and hit(b)
+    all_back(engine)
+    # Use counts from when a sequence starts: the prompt that is being answered is not forgotten for another one.
+    engine = model.engine(max_num_seqs=2, max_prefix_snapshots=2)
+    assert not any(map(hit, (a, b)))
+    engine.add_request("long", a, dataclasses.replace(SHORT, max_tokens=30))
+    engine.step()
+    assert not hit(c)
+    engine.abort("long")
+    assert hit(a) and hit(c) and not hit(b)
     all_back(engine)
 
 
@@ -330,8 +355,9 @@ def test_a_spoiled_state_is_not_kept(models) -> None:
     engine.model.embedding[prompt[45]] = float("nan")
     assert run(engine, prompt)["0", 0][-1].finish_reason == "error"
     engine.model.embedding.copy_(embedding)
-    found = run(engine, prompt)
-    assert ids_of(found["0", 0]) == model.answer(prompt, 6) and cached(found) == [0]
+    for again, wanted in (((*prompt, 5), 0), (prompt, 0), (prompt, 60)):
+        found = run(engine, again)
+        assert ids_of(found["0", 0]) == model.answer(again, 6) and cached(found) == [wanted]
     all_back(engine)
 
 

@@ -52,7 +52,8 @@ def _add_common(parser: argparse.ArgumentParser, warmup: int, iterations: int) -
     parser.add_argument("--num-iters", type=_count(1), default=iterations, help=f"timed iterations (default: {iterations})")
     parser.add_argument("--disable-detokenize", action="store_true", help="make no text of the answers")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the figures")
-    add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_OPTIONS)  # type: ignore[arg-type]
+    # Iterations repeat their prompts.
+    add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_OPTIONS, enable_prefix_caching=False)  # type: ignore[arg-type]
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
@@ -106,8 +107,6 @@ def _load(subject: Subject, args: argparse.Namespace, memory: Optional[int], row
     settings = take_options(args, ENGINE_OPTIONS)
     settings["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"] or memory
     settings["max_num_seqs"] = settings["max_num_seqs"] or rows
-    if any(f.name == "enable_prefix_caching" for f in dataclasses.fields(EngineConfig)):
-        settings["enable_prefix_caching"] = False  # iterations repeat their prompts
     path: Any = subject.path if subject.ratio is None else dummy.open_directory(subject.path, subject.ratio)
     needed = not args.disable_detokenize or getattr(args, "dataset_path", None)
     tokenizer = load_tokenizer(args.tokenizer or subject.path) if needed else None

@@ -44,6 +44,7 @@ ENGINE_OPTIONS: dict[str, Option] = {
     "kv_cache_memory_bytes": (int, "of the cache, per rank"),
     "gpu_memory_utilization": (float, "share of a GPU's memory that may be used"),
     "enforce_eager": (bool, "no CUDA graphs"),
+    "enable_prefix_caching": (bool, "keep states of prompts and answers, for requests that begin like them"),
 }
 SAMPLING_OPTIONS: dict[str, Option] = {
     "n": (int, "answers per prompt"),
@@ -169,7 +170,8 @@ def _summary(stats: Any, results: Sequence[RequestOutput], seconds: float) -> st
     first = sum(t.first_token for t in timings) / max(1, len(timings))
     return (f"--- {stats.prompt_tokens} prompt + {stats.generation_tokens} new tokens in {seconds:.2f} s, {stats.steps} steps: "
             f"{stats.generation_tokens / max(seconds, 1e-9):.1f} new tokens/s; first token after {first:.3f} s; "
-            f"{stats.preemptions} pre-emptions; pool of {stats.pages} pages")  # fmt: skip
+            f"{stats.prefix_cache_hits} prompt tokens found in the prefix cache; {stats.preemptions} pre-emptions; pool of "
+            f"{stats.pages} pages")  # fmt: skip
 
 
 COMMANDS = (Command("generate", "generate text from prompts", _add_generate, _generate),)
