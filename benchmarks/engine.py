@@ -113,7 +113,7 @@ class StandIn:
 def filled(path: Path, context: int, rows: int, memory: int, device: torch.device) -> LLM:
     """An engine with as many decoding sequences as its cache takes. The rest of the requests is gone."""
     llm = LLM(path, device=device.type, kv_cache_memory_bytes=memory, max_num_seqs=rows, max_model_len=context + ROOM,
-              max_num_batched_tokens=FILL)  # fmt: skip
+              max_num_batched_tokens=FILL, enable_prefix_caching=False)  # fmt: skip
     engine = llm.engine
     engine.model.forward = StandIn(llm)
     for i, prompt in enumerate(prompts(rows, context)):
@@ -200,7 +200,8 @@ def against_transformers(plain: Path, args: argparse.Namespace, device: torch.de
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-    llm = LLM(plain, device=device.type, max_num_seqs=16,
+    # Without prefix caching: every round asks the same prompts.
+    llm = LLM(plain, device=device.type, max_num_seqs=16, enable_prefix_caching=False,
               num_pages=16 * args.layers * args.heads * (-(-(args.prompt + args.new_tokens) // 16) + 1))  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
     figures, missed, rows = {}, [], []
