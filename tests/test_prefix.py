@@ -244,20 +244,22 @@ def test_the_least_recently_used_goes_first(models) -> None:
 
 @pytest.mark.parametrize("case", ["no merging", "plain"])
 def test_a_snapshot_that_cannot_be_copied_is_used_up(case: str, models) -> None:
-    """A page is free beside those of the snapshot: going on needs no more, a copy would."""
+    """Two pages are free beside those of the snapshot: going on needs no more, a copy would. Some of its pages were shared, with a
+    snapshot of the prompt that had to go."""
     model = models(case)
     heads = HEADS if case == "no merging" else 8
-    engine = model.engine(num_pages=4 * heads + 1, max_num_seqs=2)
-    prompt = model.prompt(60)
-    run(engine, prompt, params=dataclasses.replace(SHORT, max_tokens=1))
-    assert engine.stats().pages_cached == 4 * heads
-    prompt = (*prompt, 5)
+    engine = model.engine(num_pages=5 * heads + 2, max_num_seqs=2)
+    first = model.prompt(60)
+    answer = ids_of(run(engine, first)["0", 0])
+    assert engine.stats().pages_cached == 5 * heads and len(engine.prefix._kept) == 1
+    prompt = (*first, *answer, 5)
     engine.add_request("a", prompt, SHORT)
-    (first,) = engine.step()
+    (output,) = engine.step()
     engine.cache.check_integrity()
-    assert first.num_cached_tokens == 60 and engine.stats().pages_cached == 0 and engine.stats().pages_used == 4 * heads
-    answer = first.tokens + tuple(token for _ in range(3) for output in engine.step() for token in output.tokens)
-    assert len(answer) == 4 and answer == model.answer(prompt, 4)
+    stats = engine.stats()
+    assert (output.num_cached_tokens, stats.pages_cached, stats.pages_used) == (65, 0, 5 * heads)
+    got = output.tokens + tuple(token for _ in range(3) for output in engine.step() for token in output.tokens)
+    assert len(got) == 4 and got == model.answer(prompt, 4)
     engine.abort("a")
     all_back(engine)
 

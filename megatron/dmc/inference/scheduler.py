@@ -115,7 +115,6 @@ class _Step:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.budget += self.plan.counts.pop(sequence, 0)
-        self.plan.snapshots.discard(sequence)
         self.promised.pop(sequence, None)
         self.scheduler.preempt(sequence)
         self.free = self.cache.available_pages() - self.promised_pages()
