@@ -96,6 +96,7 @@ WRONG = [
     ("parallel", dict(virtual_pipeline_model_parallel_size=2), ["needs pipeline_model_parallel_size > 1"]),
     ("parallel", dict(virtual_pipeline_model_parallel_size=0), ["virtual_pipeline_model_parallel_size is 0"]),
     ("parallel", dict(sequence_parallel=True), ["sequence_parallel needs tensor_model_parallel_size > 1"]),
+    ("parallel", dict(context_parallel_size=2), ["context_parallel_size is 2", "docs/training.md", "use sequence_parallel"]),
     ("parallel", dict(overlap_param_gather=True), ["use_distributed_optimizer and overlap_grad_reduce"]),
     ("parallel", dict(recompute_modules=["mlp", "moe"]), ["['moe']", "core_attn, mlp"]),
     ("stage", dict(train_iters=0), ["train_iters is 0"]),

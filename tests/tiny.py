@@ -70,9 +70,11 @@ def command(data: Path, stage: str, **more: object) -> list[str]:
 
 
 class Run:
-    """One process per rank. ``hang``: see :func:`_hang`; ``wait_for_hang`` returns when a rank stands there."""
+    """One process per rank. ``hang``: see :func:`_hang`; ``wait_for_hang`` returns when a rank stands there. ``env``: more
+    of their environment (they do not see this process's: it is the server's)."""
 
-    def __init__(self, argv: Sequence[str], directory: Path, world: int = 1, hang: Optional[str] = None) -> None:
+    def __init__(self, argv: Sequence[str], directory: Path, world: int = 1, hang: Optional[str] = None,
+                 env: Optional[dict[str, str]] = None) -> None:  # fmt: skip
         self.log, self.spy, self.marker = directory / "log", directory / "spy", directory / "hangs"
         directory.mkdir(parents=True, exist_ok=True)
         for path in (self.log, self.spy, self.marker):
@@ -82,10 +84,10 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}
+        group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if world > 1 else {}
         self.ranks = []
         for rank in range(world):
-            ranked = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if env else {}
+            ranked = {**(env or {}), **({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {})}
             args = (list(map(str, argv)), ranked, str(self.log), str(self.spy), hang, str(self.marker))
             self.ranks.append(context.Process(target=_child, args=args))
         # The server keeps these; it looks for what to preload before it is told sys.path.
@@ -136,9 +138,9 @@ class Run:
         return {line.pop("iteration"): line for line in lines}
 
 
-def run(argv: Sequence[str], directory: Path, world: int = 1, status: int = 0) -> Run:
+def run(argv: Sequence[str], directory: Path, world: int = 1, status: int = 0, env: Optional[dict[str, str]] = None) -> Run:
     """Run to the end."""
-    return Run(argv, directory, world).join(status)
+    return Run(argv, directory, world, env=env).join(status)
 
 
 def _child(argv: list[str], env: dict[str, str], log: str, spy: str, hang: Optional[str], marker: str) -> None:

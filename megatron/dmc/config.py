@@ -135,6 +135,8 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: Optional[int] = None
     """Model chunks per pipeline rank (interleaved schedule). None: one."""
     sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    """Only 1: docs/training.md says why, and what to use for long sequences."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -151,6 +153,8 @@ class ParallelConfig:
         _require(v is None or v >= 1, f"virtual_pipeline_model_parallel_size is {v}; use at least 1")
         _require(v in (None, 1) or self.pipeline_model_parallel_size > 1,
                  f"virtual_pipeline_model_parallel_size {v} needs pipeline_model_parallel_size > 1")
+        _require(self.context_parallel_size == 1, f"context_parallel_size is {self.context_parallel_size}; DMC's attention "
+                 "cannot be split over the sequence (docs/training.md, Layouts): use sequence_parallel and recompute_granularity")
         _require(not self.sequence_parallel or self.tensor_model_parallel_size > 1,
                  "sequence_parallel needs tensor_model_parallel_size > 1")
         _require(not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
@@ -265,6 +269,12 @@ class TrainingConfig:
     """Steps between checkpoints; the last step is always saved. None: only the last."""
     keep_checkpoints: Optional[int] = None
     """How many checkpoints stay under --save, the newest first. None: all."""
+    save_retain_interval: Optional[int] = None
+    """With keep_checkpoints: those whose iteration is a multiple of this stay too, for good."""
+    async_save: bool = False
+    """Write checkpoints in the background, while training goes on."""
+    verify_checkpoints: bool = True
+    """Compare a checkpoint's files with their checksums before it is loaded."""
     log_interval: int = 10
     eval_interval: Optional[int] = None
     """Steps between evaluations. None: only at the end."""
@@ -272,17 +282,24 @@ class TrainingConfig:
     """Global batches per evaluation."""
     exit_interval: Optional[int] = None
     """Save and exit when the iteration is a multiple of this (a job's time slice), leaving the stage unfinished."""
+    exit_duration_in_mins: Optional[float] = None
+    """Save and exit this long after the job's start (SLURM_JOB_START_TIME; without SLURM, the process's)."""
+    max_starts_without_step: int = 3
+    """Refuse to start again when so many starts in a row have ended before their first step was complete."""
     tensorboard_dir: Optional[str] = None
     wandb_project: Optional[str] = None
     """Log to Weights & Biases too, when given."""
 
     def check(self) -> None:
-        _positive(self, "micro_batch_size", "global_batch_size", "log_interval", "eval_iters")
-        for name in ("save_interval", "keep_checkpoints", "eval_interval", "exit_interval"):
+        _positive(self, "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "max_starts_without_step")
+        for name in ("save_interval", "keep_checkpoints", "save_retain_interval", "eval_interval", "exit_interval",
+                     "exit_duration_in_mins"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is {value}; it must be positive")
         _require(self.save_interval is None or self.save is not None,
                  f"save_interval is {self.save_interval}, but save is not set; name the directory for checkpoints")
+        _require(self.save_retain_interval is None or self.keep_checkpoints is not None,
+                 f"save_retain_interval is {self.save_retain_interval}, but keep_checkpoints is not set: all stay as it is")
 
 
 @dataclass

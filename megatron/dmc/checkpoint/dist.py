@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.dmc.checkpoint import checksums
 from megatron.dmc.checkpoint.manifest import (
     LATEST,
     TEMPORARY,
     Manifest,
     complete_checkpoints,
     iteration_directory,
+    read_manifest,
     write_hf_files,
 )
 from megatron.dmc.checkpoint.staging import sync, sync_tree
@@ -70,6 +76,9 @@ def save(
     config_text: str,
     keep: Optional[int] = None,
     hf_files: Optional[Mapping[str, bytes]] = None,
+    *,
+    retain: Optional[int] = None,
+    background: Optional[AsyncCallsQueue] = None,
 ) -> Path:
     """Write ``directory/iter_N`` by all ranks. It appears under its name only when it is complete.
 
@@ -78,45 +87,101 @@ def save(
         config_text: the resolved configuration, saved as ``config.yaml``.
         keep: checkpoints that stay, the newest first; None keeps all.
         hf_files: small files of the Hugging Face model at the start of the lineage, for export.
+        retain: checkpoints whose iteration is a multiple of this stay too.
+        background: write in a forked process. The tensors are those of this moment, whatever training does to them
+            afterwards: on the CPU the fork is the copy, from a GPU they are copied before it. The checkpoint is complete
+            when the queue's ``maybe_finalize_async_calls`` says so, which all ranks must call; finish one before the next.
     """
     target = iteration_directory(directory, manifest.iteration)
-    temporary = directory / (TEMPORARY + target.name)
+    # A name that no other start of this run has: a writer that outlived a killed one cannot get in between.
+    name = [f"{TEMPORARY}{target.name}_{uuid.uuid4().hex[:8]}"]
+    distributed.broadcast_object_list(name, src=0)
+    temporary = directory / name[0]
     if _rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(TEMPORARY + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # a writer that outlived its run may still be adding to it
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
     distributed.barrier()
-    _write_without_manager()
-    dist_checkpointing.save(_state(chunks, optimizer, False), str(temporary), content_metadata=dict(_METADATA))
-    distributed.barrier()
-    if _rank() == 0:
-        (temporary / "config.yaml").write_text(config_text)
-        write_hf_files(temporary, hf_files or {})
-        manifest.has_optimizer = optimizer is not None
-        manifest.write(temporary)
-        sync_tree(temporary)
-        if target.exists():
-            _remove(target)
-        os.rename(temporary, target)
-        sync(directory)
-        latest = directory / (LATEST + ".tmp")
-        latest.write_text(f"{manifest.iteration}\n")
-        os.replace(latest, directory / LATEST)
-        for old in complete_checkpoints(directory)[: -keep or None] if keep else []:
-            _remove(old)
-    distributed.barrier()
+    results = _Results()
+    filesystem_async._results_queue = results
+    request = dist_checkpointing.save(
+        _state(chunks, optimizer, False), str(temporary), content_metadata=dict(_METADATA), async_sharded_save=True
+    )
+    assert request is not None
+    if request.async_fn is not None:
+        request = request._replace(async_fn=partial(_write, request.async_fn))
+
+    def complete() -> None:
+        gathered = [{}] * distributed.get_world_size() if _rank() == 0 else None
+        distributed.gather_object(results.checksums() if request.async_fn is not None else {}, gathered, dst=0)
+        if _rank() == 0:
+            (temporary / "config.yaml").write_text(config_text)
+            write_hf_files(temporary, hf_files or {})
+            manifest.has_optimizer = optimizer is not None
+            manifest.write(temporary, {name: value for part in gathered for name, value in part.items()})
+            _publish(temporary, target, keep, retain)
+        distributed.barrier()
+
+    request.add_finalize_fn(complete)
+    if background is None:
+        request.execute_sync()
+    else:
+        background.schedule_async_request(request)
     return target
 
 
-def _write_without_manager() -> None:
-    """Results of a synchronous write stay in this process: a plain queue does.
+def _write(write: Callable, rank: int, buckets: list, results: _Results) -> None:
+    """This rank's files, and then their checksums, in whichever process it runs."""
+    write(rank, buckets, results)
+    paths = [Path(bucket[0]) for bucket in buckets]
+    if all(path.is_file() for path in paths):  # else an error is among the results
+        results.put(checksums.checksums(paths[0].parent, [path.name for path in paths]))
 
-    megatron-core would start a manager process per rank for it, which imports torch anew (seconds, a quarter of a
-    gigabyte) and outlives a killed run, holding on to its log file.
+
+class _Results:
+    """megatron-core's queue from the writing process to this one, as an unnamed file that a fork shares.
+
+    Its own is a manager process per rank, which imports torch anew (seconds, a quarter of a gigabyte) and outlives a
+    killed run, holding on to its log file. A pipe would not do: who writes more than it holds never ends.
     """
-    if hasattr(filesystem_async, "_results_queue") and filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()
+        self._read = 0
+
+    def put(self, value: object) -> None:
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(self._read)
+        try:
+            value = pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
+        self._read = self._file.tell()
+        return value
+
+    def checksums(self) -> dict[str, str]:
+        """What :func:`_write` put last; megatron-core has taken the rest."""
+        return self.get_nowait()
+
+
+def _publish(temporary: Path, target: Path, keep: Optional[int], retain: Optional[int]) -> None:
+    """Give a complete checkpoint its name, note it, and remove those that need not stay."""
+    directory = target.parent
+    sync_tree(temporary)
+    if target.exists():
+        _remove(target)
+    os.rename(temporary, target)
+    sync(directory)
+    latest = directory / (LATEST + ".tmp")
+    latest.write_text(f"{int(target.name[5:])}\n")
+    os.replace(latest, directory / LATEST)
+    for old in complete_checkpoints(directory)[: -keep or None] if keep else []:
+        if not retain or int(old.name[5:]) % retain:
+            _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -130,12 +195,19 @@ def load(
     directory: Path,
     chunks: list[DMCGPTModel],
     optimizer: Optional[MegatronOptimizer] = None,
+    verify: bool = True,
 ) -> None:
     """Load weights, and the optimizer's state when it is given, from one checkpoint, in any layout.
 
+    Args:
+        verify: compare the files with the manifest's checksums first, each on one of the ranks.
+
     Raises:
-        ValueError: the checkpoint does not hold this model (missing tensors or other shapes), with its message.
+        ValueError: a file is not what was written, by its name; or the checkpoint does not hold this model (missing
+            tensors or other shapes), with megatron-core's message.
     """
+    if verify:
+        _verify(directory)
     if optimizer is not None:
         _prime(optimizer)
     try:
@@ -147,7 +219,7 @@ def load(
         RuntimeError,
         OSError,
         EOFError,
-        UnpicklingError,
+        pickle.UnpicklingError,
     ) as error:
         raise ValueError(f"checkpoint {directory} does not fit this model: {error}") from error
     for i, chunk in enumerate(chunks):
@@ -161,6 +233,16 @@ def load(
         _separate_steps(optimizer)
     else:
         distributed.barrier()
+
+
+def _verify(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    mine = checksums.share(manifest.files, _rank(), distributed.get_world_size())
+    found: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, checksums.damaged(directory, manifest.crc32, mine))
+    if odd := sorted(name for part in found for name in part):
+        raise ValueError(f"checkpoint {directory} is damaged, its checksums differ: {', '.join(odd[:5])}"
+                         f"{', ...' if odd[5:] else ''}; restore it from a copy, or name another checkpoint")  # fmt: skip
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
+
+from megatron.dmc.checkpoint import checksums
 
 FORMAT = "megatron.dmc.torch_dist"
 FORMAT_VERSION = 1
@@ -48,6 +51,8 @@ class Manifest:
     has_optimizer: bool = True
     files: dict[str, int] = field(default_factory=dict)
     """Bytes of every other file of the checkpoint, as :meth:`write` found them."""
+    crc32: dict[str, str] = field(default_factory=dict)
+    """CRC-32 of those files, 8 hexadecimal digits each; empty when they were not taken (conversion)."""
     family: Optional[str] = None
     """``model_type`` of the Hugging Face model at the start of the lineage, whose files lie in ``hf/``."""
 
@@ -55,10 +60,17 @@ class Manifest:
     def finished(self) -> bool:
         return self.iteration >= self.train_iters
 
-    def write(self, directory: Path) -> None:
-        """Write ``directory/manifest.json``. Comes last: it lists the files that are there."""
+    def write(self, directory: Path, crc32: Optional[Mapping[str, str]] = None) -> None:
+        """Write ``directory/manifest.json``. Comes last: it lists the files that are there.
+
+        Args:
+            crc32: what is known already; the files that it lacks are read for theirs. None: without checksums.
+        """
         found = sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / "manifest.json")
         self.files = {p.relative_to(directory).as_posix(): p.stat().st_size for p in found}
+        if crc32 is not None:
+            others = checksums.checksums(directory, self.files.keys() - crc32.keys())
+            self.crc32 = {name: crc32.get(name) or others[name] for name in self.files}
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         (directory / "manifest.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -152,3 +164,28 @@ def write_hf_files(checkpoint: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         (checkpoint / HF_FILES).mkdir(exist_ok=True)
         (checkpoint / HF_FILES / name).write_bytes(content)
+
+
+def main(argv: list[str]) -> int:
+    """``python -m megatron.dmc.checkpoint.manifest DIR``: for scripts, how far the stage under a --save directory is.
+
+    Returns 0 when it is finished, 1 when it is not or has no checkpoint yet, 2 for a damaged one.
+    """
+    if len(argv) != 1:
+        print("usage: python -m megatron.dmc.checkpoint.manifest SAVE_DIRECTORY", file=sys.stderr)
+        return 2
+    try:
+        path = newest_checkpoint(argv[0])
+        if path is None:
+            print(f"{argv[0]}: no checkpoint yet")
+            return 1
+        manifest = read_manifest(path)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {manifest.stage}, iteration {manifest.iteration} of {manifest.train_iters}")
+    return 0 if manifest.finished else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from megatron.dmc.training import arguments, initialize
 from megatron.dmc.training.data import batch_iterator, build_datasets
 from megatron.dmc.training.metrics import Logger, StepTotals, kept_by_head
 from megatron.dmc.training.model import build_model, build_optimizer, set_learning_rate, unwrap
-from megatron.dmc.training.preemption import StopSignal
+from megatron.dmc.training.preemption import Starts, StopSignal
 from megatron.dmc.training.tokenizer import Tokenizer
 
 
@@ -78,16 +80,18 @@ class Trainer:
         self.measured_cr: Optional[float] = None
         self.family: Optional[str] = None
         self.hf_files: dict[str, bytes] = {}
+        self.saves = AsyncCallsQueue() if t.async_save else None
+        self.writing: Optional[Path] = None
         if source := resume or init_from:
             self.family, self.hf_files = source[1].family, read_hf_files(source[0])
         if resume is not None:
             path, manifest = resume
-            dist.load(path, self.models, self.optimizer)
+            dist.load(path, self.models, self.optimizer, verify=t.verify_checkpoints)
             self.iteration, self.source, self.lineage = manifest.iteration, manifest.source, manifest.lineage
             self.measured_cr = manifest.measured_cr
         elif init_from is not None:
             path, manifest = init_from
-            dist.load(path, self.models)
+            dist.load(path, self.models, verify=t.verify_checkpoints)
             # The optimizer's fp32 main parameters were copied from the random weights.
             self.optimizer.reload_model_params()
             self.source, self.lineage = str(path), [*manifest.lineage, manifest.stage]
@@ -192,17 +196,24 @@ class Trainer:
         return totals, kept, float(grad_norm)
 
     @torch.no_grad()
-    def evaluate(self) -> Evaluation:
-        """Validation loss over ``eval_iters`` global batches, always the same ones, with hard decisions."""
+    def evaluate(self, stop: Optional[StopSignal] = None) -> Optional[Evaluation]:
+        """Validation loss over ``eval_iters`` global batches, always the same ones, with hard decisions.
+
+        None when ``stop``, which is asked after each of them, says to leave.
+        """
         for chunk in self.chunks:
             chunk.eval()
         iterators = self._iterators(self.valid_data, 0)
-        totals, steps = torch.zeros(5, dtype=torch.float64, device=self.device), []
+        totals, steps, left = torch.zeros(5, dtype=torch.float64, device=self.device), [], False
         for _ in range(self.config.training.eval_iters):
             part, kept = self._run(iterators, training=False)
             totals, steps = totals + part, steps + kept
+            if left := stop is not None and bool(stop.agreed(self.device)):
+                break
         for chunk in self.chunks:
             chunk.train()
+        if left:
+            return None
         result = StepTotals.reduce(totals)
         tokens = int(result.sequences) * self.config.data.seq_length
         if self.compresses:
@@ -211,8 +222,12 @@ class Trainer:
             by_head = torch.full((self.config.model.num_layers, self.config.model.kv_heads), float(tokens))
         return Evaluation(result.lm_loss / result.tokens, result.cr(self.slots_per_sequence), by_head.cpu(), tokens)
 
-    def save(self) -> Path:
-        """Checkpoint of this iteration under --save. At the end of zero_out the neuron's weights become exactly 0."""
+    def save(self) -> None:
+        """Checkpoint of this iteration under --save. At the end of zero_out the neuron's weights become exactly 0.
+
+        With async_save it is complete after :meth:`finish_saving`, and only one is written at a time.
+        """
+        self.finish_saving(wait=True)
         config, directory = self.config, Path(self.config.training.save)
         if config.parallel.overlap_param_gather:
             # The other ranks' part of the last update would only arrive with the next forward pass.
@@ -236,7 +251,7 @@ class Trainer:
             versions=versions(),
             family=self.family,
         )
-        path = dist.save(
+        self.writing = dist.save(
             directory,
             self.models,
             self.optimizer,
@@ -244,12 +259,25 @@ class Trainer:
             arguments.dump(config),
             config.training.keep_checkpoints,
             self.hf_files,
+            retain=config.training.save_retain_interval,
+            background=self.saves,
         )
-        self.logger.print(f"saved {path}")
+        if self.saves is None:
+            self.logger.print(f"saved {self.writing}")
+            self.writing = None
         self.logger.restart_clock()
-        return path
 
-    def log_evaluation(self, result: Evaluation) -> None:
+    def finish_saving(self, wait: bool) -> None:
+        """Give the checkpoint that is being written in the background its name, if it is done (or ``wait`` for it)."""
+        if self.writing is not None and self.saves is not None and self.saves.maybe_finalize_async_calls(blocking=wait):
+            self.logger.print(f"saved {self.writing}")
+            self.writing = None
+            self.logger.restart_clock()
+
+    def log_evaluation(self, result: Optional[Evaluation]) -> None:
+        if result is None:
+            self.logger.print(f" validation at iteration {self.iteration} was left before its end")
+            return
         cr = f" | validation CR: {result.cr:.3f}" if self.compresses else ""
         self.logger.print(
             f" validation at iteration {self.iteration} | lm loss: {result.lm_loss:.6E} | "
@@ -258,36 +286,46 @@ class Trainer:
         self.logger.scalars(self.iteration, {"validation lm loss": result.lm_loss, "validation CR": result.cr})
         self.logger.restart_clock()
 
-    def train(self, stop: StopSignal) -> bool:
-        """Train to the end of the stage, or until a signal. Returns whether the stage is finished."""
+    def train(self, stop: StopSignal, starts: Starts) -> bool:
+        """Train to the end of the stage, or until ``stop`` says to leave. Returns whether the stage is finished."""
         t = self.config.training
         iterators = self._iterators(self.train_data, self.iteration * t.global_batch_size)
         totals, steps, logged = torch.zeros(5, dtype=torch.float64, device=self.device), [], 0
         saved = self.iteration
         self.logger.restart_clock()
         while self.iteration < self.total_iters:
+            begun = time.monotonic()
             part, kept, grad_norm = self.train_step(iterators)
             totals, steps, logged = totals + part, steps + kept, logged + 1
             last = self.iteration == self.total_iters
-            received = stop.agreed(self.device)
-            leave = bool(received) or (t.exit_interval is not None and self.iteration % t.exit_interval == 0)
-            save = t.save and (last or leave or (t.save_interval and self.iteration % t.save_interval == 0))
+            self.finish_saving(wait=False)
+            why = stop.agreed(self.device)
+            stop.took("step", time.monotonic() - begun)
+            starts.done()
+            if t.exit_interval is not None and self.iteration % t.exit_interval == 0:
+                why = why or f"exit_interval {t.exit_interval}"
+            due = last or (t.save_interval and self.iteration % t.save_interval == 0)
             # A line before every checkpoint: a run that is resumed from it then logs the same lines as one that was not stopped.
-            if self.iteration % t.log_interval == 0 or last or save:
+            if self.iteration % t.log_interval == 0 or last or (t.save and (due or why)):
                 self._log(StepTotals.reduce(totals), steps, logged, grad_norm)
                 totals, steps, logged = torch.zeros_like(totals), [], 0
-            if self.valid_data is not None and t.eval_interval and self.iteration % t.eval_interval == 0 and not last:
-                self.log_evaluation(self.evaluate())
-            if save:
+            if self.valid_data is not None and t.eval_interval and self.iteration % t.eval_interval == 0 and not (last or why):
+                self.log_evaluation(self.evaluate(stop))
+                why = stop.agreed(self.device)
+                if why and t.save and not due and logged:
+                    self._log(StepTotals.reduce(totals), steps, logged, grad_norm)
+            if t.save and (due or why):
+                begun, saved = time.monotonic(), self.iteration
                 self.save()
-                saved = self.iteration
-            if leave and not last:
-                why = f"signal {received}" if received else f"exit_interval {t.exit_interval}"
+                if why or last:
+                    self.finish_saving(wait=True)
+                stop.took("checkpoint", time.monotonic() - begun)
+            if why and not last:
                 state = f"saved at iteration {saved}" if t.save else "nothing saved (no --save)"
                 self.logger.print(f"leaving at iteration {self.iteration} of {self.total_iters}: {why}; {state}")
                 return False
         if self.valid_data is not None:
-            self.log_evaluation(self.evaluate())
+            self.log_evaluation(self.evaluate(stop))
         return True
 
     def _log(self, result: StepTotals, steps: list, iterations: int, grad_norm: float) -> None:

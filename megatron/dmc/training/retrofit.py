@@ -195,9 +195,15 @@ def main(argv: Optional[list[str]] = None) -> int:
         if initialize.is_rank_0():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    from megatron.dmc.training.preemption import StopSignal
+    from megatron.dmc.training.preemption import Starts, StopSignal
 
-    stop = StopSignal()
+    stop = StopSignal(config.training.exit_duration_in_mins)
+    starts = Starts(config.training.save if initialize.is_rank_0() else None)
+    try:
+        starts.begin(config.training.max_starts_without_step)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     initialize.initialize(config)
     from megatron.dmc.training.loop import Trainer
 
@@ -207,17 +213,24 @@ def main(argv: Optional[list[str]] = None) -> int:
         try:
             trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
         except ValueError as error:
+            starts.done()
             if initialize.is_rank_0():
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
+        source = resume or init
+        if source is not None and not (config.training.verify_checkpoints and source[1].crc32):
+            why = "verify_checkpoints is off" if source[1].crc32 else "it has none (conversions write none)"
+            trainer.logger.print(f"WARNING: {source[0]} was loaded without a look at its checksums: {why}")
         if resume is not None:
             trainer.logger.print(f"resumed {resume[0]} at iteration {trainer.iteration}")
         elif init is not None:
             trainer.logger.print(f"initialised from {init[0]} (stage {init[1].stage}, iteration {init[1].iteration})")
         if trainer.iteration >= trainer.total_iters:
             trainer.logger.print(f"stage {config.stage.stage} is finished; nothing to do")
+            starts.done()
         else:
-            trainer.train(stop)
+            trainer.logger.print(str(stop))
+            trainer.train(stop, starts)
         trainer.close()
     finally:
         stop.restore()
