@@ -1,0 +1,326 @@
+"""Cache policies behind one interface: what a query may attend to, and how many slots are held after each token.
+
+A policy is a pure function of one layer's projections of whole sequences. Where the next decision needs the last one's outcome
+(H2O, TOVA) it goes token by token, all heads and sequences at once; the others have a closed form. Either way the result is that
+of decoding one token at a time (``tests/test_policies.py`` compares with exactly that).
+
+One convention for all: token t attends to what was held after token t - 1 and to itself; then the policy drops what is too much.
+``slots`` counts what is held between steps, which is what a budget limits.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.dmc.config import DMCConfig
+from megatron.dmc.ops import compress, decision_logits, hard_decisions, prefill_attention, rotate, rotate_and_split_neuron
+from megatron.dmc.ops.rotary import cos_sin
+
+ROWS = 64  # queries of a block: scores of so many at once
+
+
+@dataclass(frozen=True)
+class Projections:
+    """One layer's projections of whole sequences, before the rotation."""
+
+    q: Tensor
+    """[b, np, s, D]"""
+    k: Tensor
+    v: Tensor
+    """[b, ng, s, D]"""
+    inv_freq: Tensor
+    """fp32 [D / 2]"""
+    neuron_out: bool = False
+    """The model has a decision neuron: channel D-1 of q and k takes no part in attention."""
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [b, h, s, D] at integer ``positions`` [s]."""
+        tables = cos_sin(self.inv_freq, positions)
+        return rotate_and_split_neuron(x, *tables, 0.0)[0] if self.neuron_out else rotate(x, *tables)
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.k.size(2), device=self.k.device)
+
+
+class Attended(NamedTuple):
+    """One layer's attention under a policy."""
+
+    out: Tensor
+    """[b, np, s, D], in the dtype of q."""
+    slots: Tensor
+    """int64 [b, ng, s], slots held after each token."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Slots that a head may hold, from a compression ratio.
+
+    fixed: a share of the whole sequence's length, from the first token on, as the public code of H2O (shares of the prompt) and
+    TOVA (a cache size) has it. Nothing is dropped until it is full, so the ratio holds at the end only.
+    growing: a share of the tokens seen so far, so that the ratio holds after every token, as it does for DMC.
+    """
+
+    ratio: float
+    kind: Literal["fixed", "growing"] = "fixed"
+    minimum: int = 8
+    """Slots in any case: room for the sinks or heavy hitters of short sequences."""
+
+    def __post_init__(self) -> None:
+        if not self.ratio >= 1:
+            raise ValueError(f"the compression ratio is {self.ratio}; it is at least 1")
+        if self.kind not in ("fixed", "growing"):
+            raise ValueError(f"the kind of budget is {self.kind!r}; use fixed or growing")
+        if self.minimum < 1:
+            raise ValueError(f"the minimum is {self.minimum} slots; use at least 1")
+
+    def slots(self, length: int) -> list[int]:
+        """Entry n: the budget after n tokens of a sequence of ``length``. It grows by at most one slot per token."""
+        counts = range(length + 1) if self.kind == "growing" else [length] * (length + 1)
+        return [max(self.minimum, math.ceil(count / self.ratio)) for count in counts]
+
+
+class CachePolicy(ABC):
+    """``attend`` is all there is to a policy. It keeps no state between calls."""
+
+    name: str
+
+    @abstractmethod
+    def attend(self, x: Projections) -> Attended:
+        """Attention of every token over what the policy has kept. Raises ``ValueError`` for a model that it does not fit."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _by_group(q: Tensor, groups: int) -> Tensor:
+    """[b, np, s, D] -> [b, ng, g, s, D]"""
+    b, heads, s, d = q.shape
+    return q.view(b, groups, heads // groups, s, d)
+
+
+class FullCache(CachePolicy):
+    """Every token has a slot."""
+
+    name = "full"
+
+    def attend(self, x: Projections) -> Attended:
+        b, ng, s, _ = x.k.shape
+        at, g = x.positions(), x.q.size(1) // ng
+        k, v = (y.repeat_interleave(g, dim=1) for y in (x.rotated(x.k, at), x.v))
+        out = F.scaled_dot_product_attention(x.rotated(x.q, at), k, v, is_causal=True)
+        return Attended(out, (at + 1).expand(b, ng, s))
+
+
+class DMC(CachePolicy):
+    """Dynamic Memory Compression (arXiv 2403.09636) with hard decisions: compress, then attend."""
+
+    name = "DMC"
+
+    def __init__(self, dmc: DMCConfig) -> None:
+        self.dmc = dmc
+
+    def attend(self, x: Projections) -> Attended:
+        _require_neuron(self, x)
+        dmc, s = self.dmc, x.k.size(2)
+        c = compress(x.q, x.k, x.v, *cos_sin(x.inv_freq, x.positions()), decision_bias=dmc.decision_bias,
+                     epsilon=dmc.importance_epsilon, window=dmc.window)  # fmt: skip
+        parts = []
+        for rows in (slice(start, start + ROWS) for start in range(0, s, ROWS)):
+            own = {name: getattr(c, name)[:, :, rows] for name in ("q", "slot", "k_own", "v_own")}
+            parts.append(prefill_attention(c._replace(**{name: y.contiguous() for name, y in own.items()})))
+        return Attended(torch.cat(parts, dim=2), c.slot + 1)
+
+
+def _require_neuron(policy: CachePolicy, x: Projections) -> None:
+    if not x.neuron_out:
+        raise ValueError(f"policy {policy} reads the decision neuron, which this model does not have: retrofit it first")
+
+
+class _Masked(CachePolicy):
+    """Policies whose pattern is known without the attention weights."""
+
+    def _attend(self, x: Projections, slots: Tensor) -> Attended:
+        at = x.positions()
+        (b, ng, s, d), scale = x.k.shape, 1 / math.sqrt(x.k.size(-1))
+        q, k = _by_group(x.rotated(x.q, at), ng), x.rotated(x.k, at)
+        out = torch.empty_like(q)
+        for start in range(0, s, ROWS):
+            stop = min(start + ROWS, s)
+            # [b, ng, g, rows, D] x [b, ng, 1, D, stop] -> [b, ng, g, rows, stop]
+            scores = _wide(q[:, :, :, start:stop] @ k[:, :, None, :stop].transpose(-1, -2)) * scale
+            self._adjust(scores, x, k, start, stop)
+            age = at[start:stop, None] - at[:stop]
+            seen = (age >= 0) & self._visible(x, age, start, stop)
+            p = scores.masked_fill_(~seen, float("-inf")).softmax(dim=-1).to(q.dtype)
+            out[:, :, :, start:stop] = p @ x.v[:, :, None, :stop]
+        return Attended(out.view(b, -1, s, d), slots)
+
+    def _adjust(self, scores: Tensor, x: Projections, k: Tensor, start: int, stop: int) -> None:
+        """Change scores [b, ng, g, rows, stop] of queries start...stop in place."""
+
+    @abstractmethod
+    def _visible(self, x: Projections, age: Tensor, start: int, stop: int) -> Tensor:
+        """bool, broadcast to [b, ng, g, rows, stop]; ``age`` [rows, stop]: tokens from the key to the query."""
+
+
+class StreamingLLM(_Masked):
+    """Attention sinks and a window (Xiao et al. 2023, arXiv 2309.17453): the first tokens and the latest ones.
+
+    Positions are those in the cache, not in the text (section 3.2 there): the gap behind the sinks is closed.
+    """
+
+    name = "StreamingLLM"
+
+    def __init__(self, budget: Budget, sinks: int = 4) -> None:
+        if budget.minimum <= sinks:
+            raise ValueError(f"a budget of {budget.minimum} slots leaves no window beside {sinks} sinks; raise the minimum")
+        self.budget, self.sinks = budget, sinks
+
+    def attend(self, x: Projections) -> Attended:
+        at, budget = x.positions(), self._budget(x)
+        return self._attend(x, torch.minimum(at + 1, budget[1:]).expand(*x.k.shape[:3]))
+
+    def _budget(self, x: Projections) -> Tensor:
+        return torch.tensor(self.budget.slots(x.k.size(2)), device=x.k.device)
+
+    def _adjust(self, scores: Tensor, x: Projections, k: Tensor, start: int, stop: int) -> None:
+        at = x.positions()
+        rows = at[start:stop]
+        held = torch.minimum(rows, self._budget(x)[start:stop])  # before the query: its position in the cache
+        if x.neuron_out:
+            # The neuron's partner is not rotated but scaled by a cosine, so its part of a score depends on both positions.
+            n, angle = k.size(-1) // 2 - 1, x.inv_freq[-1]
+            places = held[:, None] - (rows[:, None] - at[:stop])
+            here = (held * angle).cos()[:, None] * (places * angle).cos()
+            there = torch.outer((rows * angle).cos(), (at[:stop] * angle).cos())
+            q, partner = _by_group(x.q[:, :, start:stop, n : n + 1], k.size(1)), x.k[:, :, None, :stop, n : n + 1]
+            scores += _wide(q @ partner.transpose(-1, -2)) * (here - there) / math.sqrt(k.size(-1))
+        q = _by_group(x.rotated(x.q[:, :, start:stop], held), k.size(1))
+        n = min(self.sinks, stop)
+        scores[..., :n] = _wide(q @ k[:, :, None, :n].transpose(-1, -2)) / math.sqrt(k.size(-1))
+
+    def _visible(self, x: Projections, age: Tensor, start: int, stop: int) -> Tensor:
+        window = self._budget(x)[start:stop] - self.sinks
+        return (age <= window[:, None]) | (x.positions()[:stop] < self.sinks)
+
+
+class DMS(_Masked):
+    """Dynamic Memory Sparsification (arXiv 2506.05345) with hard decisions: marked tokens are evicted, ``window`` tokens later.
+
+    The decision that the neuron takes at token t + 1 is about token t, as in DMC and in the authors' code; a marked token is seen
+    by the ``window`` queries after it, and by none after those.
+    """
+
+    name = "DMS"
+
+    def __init__(self, decision_bias: float, window: int = 16) -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}; a token is marked by the next one, so it stays for 1 query at least")
+        self.bias, self.window = decision_bias, window
+
+    def _kept(self, x: Projections) -> Tensor:
+        """bool [b, ng, s]: tokens that are not marked. Nobody has decided about the last one."""
+        return F.pad(~hard_decisions(decision_logits(x.k[..., 1:, -1], self.bias), first=False), (0, 1), value=True)
+
+    def attend(self, x: Projections) -> Attended:
+        _require_neuron(self, x)
+        at = x.positions()
+        # Held after token t: those that query t + 1 sees whatever was decided, and the unmarked ones before.
+        older = F.pad(self._kept(x).cumsum(dim=-1), (self.window, 0))[..., : at.numel()]
+        return self._attend(x, older + (at + 1).clamp_max(self.window))
+
+    def _visible(self, x: Projections, age: Tensor, start: int, stop: int) -> Tensor:
+        return (age <= self.window) | self._kept(x)[:, :, None, None, :stop]
+
+
+class _Scored(CachePolicy):
+    """Policies that drop the held token of the lowest score, one when a new one is too much."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
+    @abstractmethod
+    def _scores(self, scores: Tensor, p: Tensor) -> Tensor:
+        """New scores of the held tokens [b, ng, m], from the old ones and the last query's weights p [b, ng, g, m]."""
+
+    @abstractmethod
+    def _protected(self, budget: int) -> int:
+        """How many of the latest tokens are not dropped, whatever their score."""
+
+    def attend(self, x: Projections) -> Attended:
+        (b, ng, s, d), at, scale = x.k.shape, x.positions(), 1 / math.sqrt(x.k.size(-1))
+        q, k, budget = _by_group(x.rotated(x.q, at), ng), x.rotated(x.k, at), self.budget.slots(s)
+        out, counts, count = torch.empty_like(q), [], 0
+        position = at.new_empty(b, ng, 0)  # of the held tokens, ascending
+        score = _wide(k.new_empty(b, ng, 0))
+        for start in range(0, s, ROWS):
+            stop, before = min(start + ROWS, s), count
+            # What is held, and the block's own tokens, which come alive one by one.
+            position = torch.cat((position, at[start:stop].expand(b, ng, -1)), dim=-1)
+            score = F.pad(score, (0, stop - start))
+            alive = (position < start).contiguous()
+            index = position[..., None].expand(b, ng, -1, d)
+            keys, values = (y.gather(2, index).unsqueeze(2) for y in (k, x.v))
+            # [b, ng, g, rows, D] x [b, ng, 1, D, m] -> [rows, b, ng, g, m]: one row after the other in memory
+            rows = (_wide(q[:, :, :, start:stop] @ keys.transpose(-1, -2)) * scale).permute(3, 0, 1, 2, 4).contiguous()
+            for t, row in enumerate(rows, start=start):
+                alive[..., before + t - start] = True
+                row.masked_fill_(~alive.unsqueeze(2), float("-inf"))
+                torch.softmax(row, dim=-1, out=row)
+                score = self._scores(score, row)
+                allowed = budget[t + 1]
+                if count == allowed:
+                    free = alive & (position <= t - self._protected(allowed))
+                    # Of equal scores the oldest: argmin takes the first.
+                    alive.scatter_(-1, score.masked_fill(~free, float("inf")).argmin(dim=-1, keepdim=True), False)
+                else:
+                    count += 1
+                counts.append(count)
+            # [rows, b, ng, g, m] -> [b, ng, g, rows, m]
+            out[:, :, :, start:stop] = rows.permute(1, 2, 3, 0, 4).to(q.dtype) @ values
+            position, score = (y[alive].view(b, ng, count) for y in (position, score))  # every head holds as many
+        return Attended(out.view(b, -1, s, d), torch.tensor(counts, device=k.device).expand(b, ng, s))
+
+
+class H2O(_Scored):
+    """Heavy-Hitter Oracle (Zhang et al. 2023, arXiv 2306.14048, algorithm 1).
+
+    A token's score is the attention that it has received since it came, summed over queries; each head drops the token with the
+    lowest sum. As in its experiments, half of the budget is for the latest tokens and the other half for heavy hitters. Query
+    heads that share a KV head add up.
+    """
+
+    name = "H2O"
+
+    def _scores(self, scores: Tensor, p: Tensor) -> Tensor:
+        return scores.add_(p.sum(dim=2))
+
+    def _protected(self, budget: int) -> int:
+        return budget // 2
+
+
+class TOVA(_Scored):
+    """Token Omission Via Attention (Oren et al. 2024, arXiv 2401.06104).
+
+    The token to which the last query attends least is dropped, by the mean over all query heads of the layer: its heads hold
+    the same tokens. The newest token may be it.
+    """
+
+    name = "TOVA"
+
+    def _scores(self, scores: Tensor, p: Tensor) -> Tensor:
+        return p.mean(dim=(1, 2))[:, None].expand_as(scores)
+
+    def _protected(self, budget: int) -> int:
+        return 0

@@ -1,0 +1,129 @@
+"""Teacher-forced evaluation of a Hugging Face directory under any cache policy.
+
+Layer by layer instead of token by token: what a policy does in a layer depends on that layer alone, so all matrix products run
+over whole sequences, and the result is still that of decoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.dmc.checkpoint import hf
+from megatron.dmc.evaluation.policies import DMC, CachePolicy, FullCache, Projections
+from megatron.dmc.inference.model import Model, linear
+from megatron.dmc.inference.parallel import TensorParallel
+from megatron.dmc.inference.weights import dtype_of, read_info
+
+LOGITS = 1024  # tokens whose logits are in memory at once
+
+
+@dataclass
+class Compression:
+    """What a policy's cache held, as tokens / slots over all layers, heads and sequences."""
+
+    at_end: float
+    """After the last token: the memory that the sequence ends with."""
+    mean: float
+    """1 / mean over positions of slots / tokens: every position counts alike."""
+    reads: float
+    """Tokens / slots, both summed over positions: the traffic of decoding the whole sequence."""
+    by_head: Tensor
+    """fp64 [layers, KV heads], at the end."""
+
+    @classmethod
+    def of(cls, slots: Tensor) -> Compression:
+        """slots: [layers, b, ng, s]."""
+        held = slots.double()
+        tokens = torch.arange(1, slots.size(-1) + 1, dtype=torch.float64, device=slots.device)
+        return cls(
+            at_end=float(tokens[-1] / held[..., -1].mean()),
+            mean=float(1 / (held / tokens).mean()),
+            reads=float(tokens.mean() / held.mean()),
+            by_head=(tokens[-1] / held[..., -1].mean(dim=1)).cpu(),
+        )
+
+
+@dataclass
+class Scored:
+    """Predictions of tokens 1...s-1 of each sequence."""
+
+    log_prob: Tensor
+    """fp32 [b, s - 1], of the token that came, nats."""
+    correct: Tensor
+    """bool [b, s - 1]: it was the most likely one, so greedy decoding would have given it."""
+    slots: Tensor
+    """int32 [layers, b, ng, s], held after each token."""
+
+    def compression(self) -> Compression:
+        return Compression.of(self.slots)
+
+    @classmethod
+    def cat(cls, parts: list[Scored]) -> Scored:
+        """Batches of sequences of one length."""
+        names = (("log_prob", 0), ("correct", 0), ("slots", 1))
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts], dim=dim) for name, dim in names})
+
+
+class TeacherForced(Model):
+    """A Llama-family model, plain or exported with a ``dmc`` block, whose attention is a policy's."""
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu") -> TeacherForced:
+        """Raises ``ValueError`` for a directory that is wrong, naming key, tensor and fix."""
+        directory, where = hf.open_directory(Path(path)), torch.device(device)
+        info = read_info(directory)
+        return cls(directory, info, TensorParallel(), dtype_of(dtype, info, where), where)
+
+    def own_policy(self) -> CachePolicy:
+        """What the engine does with this model: DMC where it was trained to merge, else the full cache."""
+        if self.info.compresses and self.info.dmc is not None and self.info.decision_bias == self.info.dmc.decision_bias:
+            return DMC(self.info.dmc)
+        return FullCache()
+
+    @torch.inference_mode()
+    def score(self, tokens: Tensor, policy: CachePolicy | None = None, batch: int = 8) -> Scored:
+        """Feed sequences, token by token as far as the caches are concerned.
+
+        Args:
+            tokens: int64 [n, s], s at least 2; no padding.
+            policy: None: :meth:`own_policy`.
+            batch: sequences at once.
+
+        Raises:
+            ValueError: ids beyond the vocabulary, sequences beyond the model's window, or a policy that the model does not fit.
+        """
+        vocabulary, longest = self.info.model.vocab_size, self.info.model.max_position_embeddings
+        if tokens.dim() != 2 or tokens.size(1) < 2:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}; give [sequences, at least 2 tokens]")
+        if tokens.size(1) > longest:
+            raise ValueError(f"sequences of {tokens.size(1)} tokens exceed max_position_embeddings {longest}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+            raise ValueError(f"token ids run from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {vocabulary}")
+        policy = policy or self.own_policy()
+        return Scored.cat([self._score(part.to(self.device), policy) for part in tokens.split(batch)])
+
+    def _score(self, tokens: Tensor, policy: CachePolicy) -> Scored:
+        (b, s), d = tokens.shape, self.head_dim
+        x, slots = self._embed(tokens.flatten()), []
+        for layer in self.layers:
+            # [b * s, heads, D] -> [b, heads, s, D]
+            q, k, v = (
+                y.view(b, s, -1, d).transpose(1, 2).contiguous() for y in self._project(layer, self._normed(x, layer.input_norm))
+            )
+            attended = policy.attend(Projections(q, k, v, self.inv_freq, self.info.compresses))
+            slots.append(attended.slots.to(torch.int32))
+            x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
+            gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, layer.down)
+        x = self._normed(x, self.norm).view(b, s, -1)[:, :-1].flatten(0, 1)
+        log_prob, correct = [], []
+        for rows, labels in zip(x.split(LOGITS), tokens[:, 1:].flatten().split(LOGITS)):
+            logits = self._logits(rows)
+            log_prob.append(-F.cross_entropy(logits, labels, reduction="none"))
+            correct.append(logits.argmax(dim=-1) == labels)
+        return Scored(torch.cat(log_prob).view(b, s - 1), torch.cat(correct).view(b, s - 1), torch.stack(slots))
