@@ -62,6 +62,9 @@ class Scored:
     def compression(self) -> Compression:
         return Compression.of(self.slots)
 
+    def __getitem__(self, rows: slice) -> Scored:
+        return Scored(self.log_prob[rows], self.correct[rows], self.slots[:, rows])
+
     @classmethod
     def cat(cls, parts: list[Scored]) -> Scored:
         """Batches of sequences of one length."""

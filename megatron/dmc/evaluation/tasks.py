@@ -1,0 +1,181 @@
+"""Tasks from local data, for a model under a cache policy: perplexity by position, and identifiers that came before.
+
+Synthetic recall is in :mod:`megatron.dmc.evaluation.recall`. Everything is teacher-forced; "correct" says that greedy decoding
+would have given the token. Every task is a function (model, policy, data) -> figures, each with its n and standard error.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.evaluation.policies import CachePolicy
+from megatron.dmc.evaluation.teacher_forced import Compression, Scored, TeacherForced
+from megatron.dmc.training.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured mean."""
+
+    task: str
+    where: str
+    """Which positions, gap, length or depth; "all" for the whole."""
+    value: float
+    n: int
+    """Independent observations that the mean is over (see the task)."""
+    stderr: float
+    """Standard error of the mean; NaN for n = 1."""
+
+    @classmethod
+    def mean(cls, task: str, where: str, observations: Tensor) -> Figure:
+        x = observations.double()
+        return cls(task, where, float(x.mean()), x.numel(), float(x.std() / math.sqrt(x.numel())) if x.numel() > 1 else math.nan)
+
+    def __str__(self) -> str:
+        return f"{self.task} ({self.where}): {self.value:.4f} ± {self.stderr:.4f}, n = {self.n}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task gave, and what the cache held meanwhile."""
+
+    figures: list[Figure]
+    compression: Compression
+
+
+def windows(documents: Sequence[Sequence[int]], length: int, most: Optional[int] = None) -> Tensor:
+    """Cut documents into sequences of ``length`` tokens: int64 [n, length]. A window never spans two documents; what is left
+    at the end of one is dropped.
+
+    Raises:
+        ValueError: no document is as long.
+    """
+    found = [ids[at : at + length] for ids in documents for at in range(0, len(ids) - length + 1, length)]
+    if not found:
+        raise ValueError(f"no document has {length} tokens; use shorter sequences")
+    return torch.tensor(found[:most], dtype=torch.long)
+
+
+def perplexity_by_position(model: TeacherForced, policy: Optional[CachePolicy], tokens: Tensor,
+                           edges: Optional[Sequence[int]] = None) -> Result:  # fmt: skip
+    """Mean loss (nats per token) of positions [edges[i], edges[i + 1]), and of all.
+
+    Args:
+        tokens: int64 [n, s].
+        edges: ascending positions; None: 1, 2, 4, ... s. Position 0 has no prediction.
+
+    Returns:
+        Figures over sequences (the tokens of one are not independent); perplexity is exp of the value.
+
+    Raises:
+        ValueError: edges that are not ascending from 1 to s.
+    """
+    s = tokens.size(1)
+    if edges is None:
+        edges = [*(1 << i for i in range((s - 1).bit_length())), s]
+    if list(edges) != sorted(set(edges)) or len(edges) < 2 or edges[0] < 1 or edges[-1] > s:
+        raise ValueError(f"edges {list(edges)} must ascend from at least 1 to at most {s}")
+    scored = model.score(tokens, policy)
+    loss = -scored.log_prob.double()
+    figures = [Figure.mean("loss", "all", loss.mean(dim=1))]
+    for a, b in zip(edges, edges[1:]):
+        figures.append(Figure.mean("loss", f"{a}-{b - 1}", loss[:, a - 1 : b - 1].mean(dim=1)))
+    return Result(figures, scored.compression())
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """An identifier that has been seen earlier in the same window."""
+
+    sequence: int
+    first: int
+    """Its tokens are first...last of the window."""
+    last: int
+    gap: int
+    """Tokens between the end of the occurrence before and this one."""
+
+
+_NAME = re.compile(r"[^\W\d]\w{2,}")  # three characters at least: i and x are everywhere
+
+
+def _offsets(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The text of ``ids``, and where in it each token begins (with the text's length at the end)."""
+    ends = [0]
+    for n in range(1, len(ids) + 1):
+        # A character that is not complete yet decodes to U+FFFD.
+        ends.append(max(ends[-1], len(tokenizer.decode(ids[:n]).rstrip("\ufffd"))))
+    return tokenizer.decode(ids), ends
+
+
+def repeated_identifiers(tokens: Tensor, tokenizer: Tokenizer) -> list[Occurrence]:
+    """Identifiers (Python's, no keywords) of each window that stood there before, with the gap since the last time."""
+    found = []
+    for i, ids in enumerate(tokens.tolist()):
+        text, ends = _offsets(ids, tokenizer)
+        seen: dict[str, int] = {}
+        begin, end = 0, 0  # tokens; names come in order
+        for match in _NAME.finditer(text):
+            if keyword.iskeyword(match.group()):
+                continue
+            while begin + 1 < len(ids) and ends[begin + 1] <= match.start():
+                begin += 1
+            end = max(begin, end)
+            while end + 1 < len(ids) and ends[end + 1] < match.end():
+                end += 1
+            before = seen.get(match.group())
+            if before is not None and before < begin:
+                found.append(Occurrence(i, begin, end, begin - before - 1))
+            seen[match.group()] = end
+    return found
+
+
+def identifiers(model: TeacherForced, policy: Optional[CachePolicy], tokens: Tensor, tokenizer: Tokenizer,
+                gaps: Sequence[int] = (0, 32, 128)) -> Result:  # fmt: skip
+    """Share of repeated identifiers that greedy decoding would have given in full, by how long ago they were last seen.
+
+    Args:
+        tokens: int64 [n, s], windows of the corpus.
+        tokenizer: that made them.
+        gaps: lower edges, ascending; a gap belongs to the highest edge that it reaches.
+
+    Returns:
+        Figures over windows (each counts by the share of its occurrences), named by their least gap.
+
+    Raises:
+        ValueError: no identifier comes twice in any window.
+    """
+    occurrences = repeated_identifiers(tokens, tokenizer)
+    if not occurrences:
+        raise ValueError("no identifier comes twice in a window; use longer windows, or text with identifiers")
+    scored = model.score(tokens, policy)
+    figures = []
+    for where, lowest, highest in [("all", 0, math.inf), *((f"gap >= {a}", a, b) for a, b in zip(gaps, [*gaps[1:], math.inf]))]:
+        right: dict[int, list[bool]] = {}
+        for o in occurrences:
+            if lowest <= o.gap < highest:
+                right.setdefault(o.sequence, []).append(bool(scored.correct[o.sequence, o.first - 1 : o.last].all()))
+        if right:
+            figures.append(Figure.mean("identifiers", where, torch.tensor([sum(x) / len(x) for x in right.values()])))
+    return Result(figures, scored.compression())
+
+
+def answer_figures(task: str, where: str, scored: Scored, graded: Tensor) -> list[Figure]:
+    """Of sequences that end with an answer: exact match, share of its tokens, and their loss.
+
+    Args:
+        graded: bool [a], which tokens of the answer count; the others are given.
+    """
+    correct, loss = scored.correct[:, -len(graded) :][:, graded], -scored.log_prob[:, -len(graded) :][:, graded].double()
+    return [
+        Figure.mean(f"{task}, exact", where, correct.all(dim=1)),
+        Figure.mean(f"{task}, tokens", where, correct.double().mean(dim=1)),
+        Figure.mean(f"{task}, loss", where, loss.mean(dim=1)),
+    ]
