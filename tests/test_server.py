@@ -234,6 +234,23 @@ def test_a_stream_shows_the_cache(server: Running) -> None:
     )
 
 
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    """Token ids in and out; what needs text is refused."""
+    bare = Model(tmp_path / "m", "half")
+    with Running(bare.path) as server:
+        prompt = list(bare.prompt(9))
+        body = {"prompt": prompt, "return_token_ids": True, "logprobs": 1, "echo": True} | GREEDY
+        choice = server.json(COMPLETIONS, body)["choices"][0]
+        assert tuple(choice["token_ids"]) == bare.answer(tuple(prompt), 12) and choice["text"] == ""
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in [*prompt, *choice["token_ids"]]]
+        assert [x for event in server.events(COMPLETIONS, body) for x in event["choices"][0]["token_ids"]] == choice["token_ids"]
+        messages = [{"role": "user", "content": "a"}]
+        for path, wrong in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": messages}), ("/tokenize", {"prompt": "a"}),
+                            ("/detokenize", {"tokens": [1]}), (COMPLETIONS, {"prompt": [1], "stop": "a"})):  # fmt: skip
+            assert "tokenizer" in server.json(path, wrong, 400)["error"]["message"]
+        server.settle()
+
+
 def test_tokenize_and_back(server: Running) -> None:
     body = server.json("/tokenize", {"prompt": "one two", "return_token_strs": True})
     assert body["count"] == 8 == len(body["tokens"]) and body["max_model_len"] == 256 and body["token_strs"][:2] == ["<s>", "o"]
@@ -321,6 +338,7 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
                 )
         for path in ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json"):
             assert server.ask(path)[0] == 200
+        assert server.json("/openapi.json")["security"] == [{"key": []}]
         with pytest.raises(openai.AuthenticationError):
             client(server, "wrong").models.list()
         assert client(server, "sk-first").completions.create(model="m", prompt="a", max_tokens=1).choices

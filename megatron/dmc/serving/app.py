@@ -198,6 +198,7 @@ def create_app(service: Service) -> FastAPI:
     _add_tokenizer(app, service)
     _add_operation(app, service)
     _add_errors(app, service.metrics)
+    _describe(app, bool(service.gate.keys))
     return app
 
 
@@ -298,11 +299,16 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def broken(request: Request, error: Exception) -> Response:
         return _error(APIError(500, "the server has made a mistake; the cause is in its log", type="server_error"))
 
+
+def _describe(app: FastAPI, keys: bool) -> None:
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """Wrong bodies are answered with 400, not FastAPI's 422."""
+        """Wrong bodies are answered with 400, not FastAPI's 422; and keys, where they are needed."""
         schema = made()
+        if keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
         for operations in schema["paths"].values():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
