@@ -144,9 +144,11 @@ def test_checksums(tmp_path):
 # What stays
 
 @pytest.mark.slow
-def test_retained_checkpoints_stay(data, tmp_path):
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_retained_checkpoints_stay(data, tmp_path, background):
     save = tmp_path / "save"
-    tiny.run(command(data, save, train_iters=7, save_interval=1, keep_checkpoints=2, save_retain_interval=3), tmp_path / "a")
+    options = dict(train_iters=7, save_interval=1, keep_checkpoints=2, save_retain_interval=3, async_save=background)
+    tiny.run(command(data, save, **options), tmp_path / "a")
     assert names(save) == ["iter_0000003", "iter_0000006", "iter_0000007", manifest.LATEST]
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,8 +101,14 @@ class Retrofit:
         elif how == "requeue":
             self.cluster.run("scontrol", "requeue", job, check=True)
             expected = ""
-        else:  # less than --signal's five minutes are left: SLURM sends it
-            self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2", check=True)
+        else:  # less than --signal's five minutes are left: SLURM, which looks every 30 s, sends it; the tiny stage waits for it
+            self.cluster.run("scancel", "--signal=STOP", job, check=True)
+            self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=4", check=True)
+            end = time.monotonic() + 50
+            while time.monotonic() < end and self.cluster.field(job, "Restarts") != "1":
+                time.sleep(1)
+            if self.cluster.field(job, "Restarts") != "1":  # else SLURM has let it go on, for the signal
+                self.cluster.run("scancel", "--signal=CONT", job)
             expected = "signal 10"
         wait_for(lambda: self.cluster.field(job, "Restarts") == "1", f"{stage}: {how}", 240)
         log = self.log(name, stage, job)
@@ -174,7 +180,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         directory = (args.keep or Path(temporary) / "work").absolute()
         directory.mkdir(parents=True)
-        os.environ.pop("RANK", None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # through Cluster's end
         with Cluster(directory / "cluster") as cluster:
             say(cluster.run("sinfo", "--version"))
             for part in args.parts or ("fault", "retrofit"):

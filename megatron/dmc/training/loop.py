@@ -80,6 +80,7 @@ class Trainer:
         self.measured_cr: Optional[float] = None
         self.family: Optional[str] = None
         self.hf_files: dict[str, bytes] = {}
+        self.config_text = arguments.dump(config)
         self.saves = AsyncCallsQueue() if t.async_save else None
         self.writing: Optional[Path] = None
         if source := resume or init_from:
@@ -256,7 +257,7 @@ class Trainer:
             self.models,
             self.optimizer,
             manifest,
-            arguments.dump(config),
+            self.config_text,
             config.training.keep_checkpoints,
             self.hf_files,
             retain=config.training.save_retain_interval,

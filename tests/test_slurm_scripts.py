@@ -1,0 +1,163 @@
+"""examples/dmc/slurm with stand-ins for SLURM's commands, which write down how they were called. A real one: tests/slurm/run.py."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "dmc" / "slurm"
+JOBS = sorted(SCRIPTS.glob("*.sbatch"))
+REQUIRED = {
+    "retrofit.sbatch": ("CONFIG", "DATA", "TOKENIZER", "SAVE"),
+    "retrofit.sh": ("CONFIG", "DATA", "TOKENIZER", "CHECKPOINT", "OUT", "TARGET_CR"),
+    "convert.sbatch": ("ACTION", "FROM", "TO"),
+    "serve.sbatch": ("MODEL",),
+    "batch.sbatch": ("MODEL", "INPUT", "OUTPUT"),
+}
+BASE = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": "/somewhere",
+        "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0",
+        "SLURM_ARRAY_TASK_MAX": "2", "NPROC": "8"}  # fmt: skip
+
+
+class Stand:
+    """A directory of stand-ins. ``statuses``: what srun returns, by a part of its command."""
+
+    def __init__(self, directory: Path) -> None:
+        self.calls_file, self.directory, self.statuses = directory / "calls", directory, {}
+        (directory / "bin").mkdir()
+        self.command("sbatch", 'n=$(($(cat number 2>/dev/null || echo 100) + 1)); echo $n >number; echo "$n;cluster"')
+        self.command("scontrol", 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; fi')
+        self.command("squeue", "date -d '+1 hour' +%FT%T")
+        self.command("sleep", "true")
+
+    def command(self, name: str, text: str) -> None:
+        file = self.directory / "bin" / name
+        save = 'printf "SAVE=%s INIT_FROM=%s END=%s\\n" "$SAVE" "$INIT_FROM" "$SLURM_JOB_END_TIME" >>calls'
+        record = f'cd {self.directory}\nprintf "%s|" {name} "$@" >>calls\n{save}\n'
+        file.write_text(f"#!/bin/bash\n{record}{text}\n")
+        file.chmod(0o755)
+
+    def run(self, script: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
+        cases = "\n".join(f'*"{part}"*) {text};;' for part, text in self.statuses.items())
+        self.command("srun", f'case "$*" in\n{cases}\nesac')
+        self.calls_file.unlink(missing_ok=True)
+        env = {"PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}", **BASE, **variables}
+        return subprocess.run(["bash", SCRIPTS / script, *args], env=env, text=True, capture_output=True, timeout=30)
+
+    def calls(self, name: str) -> list[list[str]]:
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        return [line.split("|") for line in lines if line.startswith(name + "|")]
+
+
+@pytest.fixture
+def stand(tmp_path):
+    return Stand(tmp_path)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    names = {"CONFIG": "c.yaml", "TOKENIZER": "t.model", "CHECKPOINT": "original"}
+    for name in names.values():
+        (tmp_path / name).touch()
+    return {**{key: str(tmp_path / name) for key, name in names.items()}, "DATA": "0.3 a 0.7 b", "OUT": str(tmp_path / "out"),
+            "TARGET_CR": "4"}  # fmt: skip
+
+
+@pytest.mark.parametrize("script, name", [(script, name) for script, names in REQUIRED.items() for name in names])
+def test_a_missing_variable_is_named_before_anything_runs(stand, script, name):
+    given = {other: "x" for other in REQUIRED[script] if other != name}
+    result = stand.run(script, **given)
+    assert result.returncode != 0 and re.search(rf"{name}: set it to ", result.stderr), result.stderr
+    assert not stand.calls_file.exists()
+
+
+@pytest.mark.parametrize("script", JOBS, ids=lambda path: path.name)
+def test_jobs_can_be_queued_again_and_name_no_cluster(script):
+    text = script.read_text()
+    options = re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)
+    assert {"requeue", "open-mode", "output"} <= set(options)
+    assert ("signal" in options) == (script.name != "convert.sbatch")
+    assert not {"account", "partition", "qos", "constraint", "gres", "gpus", "gpus-per-node", "time", "mem"} & set(options)
+    assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)=\S*[A-Za-z0-9]{8}", text)
+
+
+def test_stages_wait_for_one_another(stand, inputs):
+    result = stand.run("retrofit.sh", "--async-save", SBATCH_ARGS="--nodes=4 --time=60", RETROFIT_ARGS="--seed 2", **inputs)
+    assert result.returncode == 0, result.stderr
+    jobs, out = stand.calls("sbatch"), inputs["OUT"]
+    assert [job[-1].split(" END")[0] for job in jobs] == [
+        f"SAVE={out}/zero_out INIT_FROM={inputs['CHECKPOINT']}", f"SAVE={out}/retrofit INIT_FROM={out}/zero_out",
+        f"SAVE={out}/finetune INIT_FROM={out}/retrofit"]  # fmt: skip
+    assert [[word for word in job if "depend" in word or "invalid" in word] for job in jobs] == [
+        [], ["--dependency=afterok:101", "--kill-on-invalid-dep=yes"], ["--dependency=afterok:102", "--kill-on-invalid-dep=yes"]]
+    assert all({"--nodes=4", "--time=60", "--async-save"} <= set(job) for job in jobs)
+    tails = [job[job.index("--stage") : -1] for job in jobs]
+    assert tails == [["--stage", "zero_out", "--async-save"],
+                     ["--stage", "retrofit", "--target-cr", "4", "--async-save", "--seed", "2"],
+                     ["--stage", "finetune", "--async-save", "--lr-decay-style", "cosine", "--min-lr", "3e-6"]]  # fmt: skip
+    assert re.findall(r"(\w+): job (\d+), log", result.stdout) == [("zero_out", "101"), ("retrofit", "102"), ("finetune", "103")]
+
+
+def test_an_input_that_is_not_there_submits_nothing(stand, inputs):
+    Path(inputs["CHECKPOINT"]).unlink()
+    result = stand.run("retrofit.sh", **inputs)
+    assert result.returncode == 2 and "original does not exist" in result.stderr and not stand.calls("sbatch")
+
+
+STAGE = {"CONFIG": "c", "DATA": "1 a", "TOKENIZER": "t", "SAVE": "here", "INIT_FROM": "before"}
+
+
+@pytest.mark.parametrize("statuses, status, says, requeued", [
+    ({}, 0, "finished", False),
+    ({"manifest here": "exit 1"}, 75, "unfinished: queued again", True),
+    ({"manifest here": "exit 2"}, 75, "not queued again", False),
+    ({"manifest before": "exit 1"}, 2, "refused: INIT_FROM before is not a finished stage", False),
+    ({"torch.distributed.run": "exit 9"}, 9, "training ended with status 9", False),
+], ids=["finished", "unfinished", "damaged", "predecessor-unfinished", "fault"])  # fmt: skip
+def test_a_stage_is_queued_again_when_it_has_only_been_stopped(stand, statuses, status, says, requeued):
+    stand.statuses = statuses
+    result = stand.run("retrofit.sbatch", "--stage", "retrofit", SRUN_ARGS="--container-image=i", CONTAINER="apptainer exec x.sif",
+                       **STAGE)  # fmt: skip
+    assert result.returncode == status and says in result.stdout + result.stderr, result
+    assert ([c[1:3] for c in stand.calls("scontrol") if c[1] == "requeue"] == [["requeue", "77"]]) == requeued
+    training = [call for call in stand.calls("srun") if any("torch.distributed.run" in word for word in call)]
+    assert len(training) == (0 if status == 2 else 1)
+    for call in stand.calls("srun"):
+        assert "--container-image=i" in call and call[call.index("apptainer") :][:3] == ["apptainer", "exec", "x.sif"]
+    for call in training:
+        words = call[call.index("python") :]
+        assert words[1:4] == ["--nproc-per-node=8", "--master-addr=n1", "--master-port=20077"]
+        assert words[words.index("--data-path") + 1 :][:2] == ["1", "a"] and words[words.index("--init-from") + 1] == "before"
+        assert re.search(r"END=\d{10}$", call[-1])  # asked of squeue where SLURM does not say
+
+
+def test_the_last_element_of_a_batch_merges(stand, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    given = {"MODEL": "m", "INPUT": "in", "OUTPUT": str(output)}
+    for index in (1, 0, 2):
+        part = Path(f"{output}.part-{index:05d}-of-00003")
+        part.write_text(f"answer {index}\n")
+        result = stand.run("batch.sbatch", **{**given, "SLURM_ARRAY_TASK_ID": str(index)})
+        assert result.returncode == 0, result.stderr
+        assert output.exists() == (index == 2)
+    assert output.read_text() == "answer 0\nanswer 1\nanswer 2\n"
+    stand.statuses = {"dmc batch": "exit 75"}
+    result = stand.run("batch.sbatch", **given)
+    assert result.returncode == 75 and [c[1:3] for c in stand.calls("scontrol")] == [["requeue", "70_1"]]
+    stand.statuses = {"dmc batch": "exit 1"}
+    assert stand.run("batch.sbatch", **given).returncode == 1 and not stand.calls("scontrol")
+    assert stand.run("batch.sbatch", **given, SLURM_ARRAY_TASK_MIN="1").returncode == 2
+
+
+def test_the_server_wants_a_key(stand):
+    assert "set DMC_API_KEY or KEYS" in stand.run("serve.sbatch", MODEL="m").stderr and not stand.calls("srun")
+    assert stand.run("serve.sbatch", MODEL="m", DMC_API_KEY="secret").returncode == 0
+    assert not any("secret" in word for call in stand.calls("srun") for word in call)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck():
+    subprocess.run(["shellcheck", "--severity=style", *JOBS, SCRIPTS / "retrofit.sh"], check=True)
