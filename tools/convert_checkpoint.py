@@ -5,6 +5,7 @@
     convert_checkpoint.py import  --legacy DIR --save DIR      # NVIDIA's released DMC checkpoints
     convert_checkpoint.py export  --load DIR --save DIR        # any stage; a DMC model gets its modelling file
     convert_checkpoint.py verify  --hf DIR --load DIR [--logits]
+    convert_checkpoint.py merge-heads --hf DIR --kv-heads N --save DIR   # MHA -> GQA, for up-training
     convert_checkpoint.py inspect DIR                          # what is this?
 
 Streams: memory does not grow with the model. Wrong input ends with one message and status 2, and leaves nothing.
@@ -36,7 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     save = commands.add_parser("export", help="to a Hugging Face directory", allow_abbrev=False)
     save.add_argument("--load", metavar="DIR", required=True, help="checkpoint, or a --save directory (its newest checkpoint)")
     save.add_argument("--tokenizer", metavar="PATH", help="for a model that did not come from Hugging Face")
-    for command in (load, save):
+    merge = commands.add_parser("merge-heads", help="mean-pool KV heads into fewer ones", allow_abbrev=False)
+    merge.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory")
+    merge.add_argument("--kv-heads", metavar="N", type=int, required=True, help="KV heads of the result; must divide the model's")
+    for command in (load, save, merge):
         command.add_argument("--save", metavar="DIR", required=True)
         command.add_argument("--overwrite", action="store_true", help="replace --save when it exists")
     verify = commands.add_parser("verify", help="are both the same model?", allow_abbrev=False)
@@ -77,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
         elif args.command == "export":
             done = "wrote " + str(convert.export(args.load, args.save, overwrite=args.overwrite, tokenizer=args.tokenizer,
                                                  progress=progress))  # fmt: skip
+        elif args.command == "merge-heads":
+            from megatron.dmc.checkpoint.merge_heads import merge_heads
+
+            done = f"wrote {merge_heads(args.hf, args.save, args.kv_heads, overwrite=args.overwrite, progress=progress)}"
         else:
             from megatron.dmc.checkpoint.verify import verify
 
