@@ -49,11 +49,14 @@ def _layout(**values) -> dict:
                  vpp="virtual_pipeline_model_parallel_size", do="use_distributed_optimizer", og="overlap_grad_reduce",
                  op="overlap_param_gather", recompute="recompute_granularity", method="recompute_method",
                  layers="recompute_num_layers", modules="recompute_modules")  # fmt: skip
-    training = {k: values.pop(k) for k in ("micro_batch_size", "bf16") if k in values}
+    training = {k: values.pop(k) for k in ("micro_batch_size", "bf16", "distill_from") if k in values}
+    if "distill_from" in training:
+        training |= dict(distill_weight=0.7, distill_temperature=2.0)
     return {"parallel": {names[k]: v for k, v in values.items()}, "training": training}
 
 
 _FULL = dict(recompute="full", method="uniform", layers=1)
+_TEACHER = dict(distill_from="teacher")
 CASES: dict[int, dict[str, dict]] = {
     1: {
         "single": _layout(),
@@ -69,6 +72,9 @@ CASES: dict[int, dict[str, dict]] = {
         "distributed optimizer": _layout(do=True),
         "bf16": _layout(bf16=True),
         "bf16, recompute": _layout(bf16=True, **_FULL),
+        "distill": _layout(**_TEACHER),
+        "distill, micro-batch 2, recompute": _layout(micro_batch_size=2, **_FULL, **_TEACHER),
+        "bf16 distill": _layout(bf16=True, **_TEACHER),
     },
     2: {
         "TP2": _layout(tp=2),
@@ -91,6 +97,12 @@ CASES: dict[int, dict[str, dict]] = {
         "bf16 PP2 VPP2": _layout(pp=2, vpp=2, bf16=True),
         "bf16 TP2 SP": _layout(tp=2, sp=True, bf16=True),
         "bf16 DP2, distributed optimizer, overlap both": _layout(do=True, og=True, op=True, bf16=True),
+        "distill TP2": _layout(tp=2, **_TEACHER),
+        "distill TP2 SP, micro-batch 2": _layout(tp=2, sp=True, micro_batch_size=2, **_TEACHER),
+        "distill PP2": _layout(pp=2, **_TEACHER),
+        "distill PP2 VPP2, recompute": _layout(pp=2, vpp=2, **_FULL, **_TEACHER),
+        "distill DP2, distributed optimizer, overlap both": _layout(do=True, og=True, op=True, **_TEACHER),
+        "bf16 distill PP2": _layout(pp=2, bf16=True, **_TEACHER),
     },
     4: {
         "TP2 PP2": _layout(tp=2, pp=2),
@@ -102,6 +114,8 @@ CASES: dict[int, dict[str, dict]] = {
         "PP2 DP2, distributed optimizer": _layout(pp=2, do=True),
         "PP2 VPP2 DP2, distributed optimizer, overlap both": _layout(pp=2, vpp=2, do=True, og=True, op=True),
         "PP4": _layout(pp=4),
+        "distill TP2 PP2 VPP2 SP, recompute": _layout(tp=2, pp=2, vpp=2, sp=True, **_FULL, **_TEACHER),
+        "distill PP4": _layout(pp=4, **_TEACHER),
     },
 }
 
@@ -135,20 +149,24 @@ def configuration(directory: Path, name: str, extra: dict) -> RunConfig:
                           seq_length=SEQ, data_cache_path=str(directory / "cache"))  # fmt: skip
     for section, content in extra.items():
         values.setdefault(section, {}).update(content)
+    if "distill_from" in values["training"]:
+        values["training"]["distill_from"] = str(directory / values["training"]["distill_from"])
     values["training"]["save"] = str(directory / "saved" / name.replace(" ", "-"))
     return RunConfig.from_dict(values)
 
 
 def prepare(directory: Path) -> None:
-    """The datasets and the checkpoint that every layout starts from."""
+    """The datasets, the checkpoint that every layout starts from, and another model, the teacher."""
     write_dataset(directory / "train", 60, 1)
     write_dataset(directory / "valid", 20, 2)
-    config = configuration(directory, "start", {})
-    initialize.initialize(config)
-    chunks = [unwrap(chunk) for chunk in build_model(config)]
-    manifest = Manifest("zero_out", 1, 1, 0, 0, 1.0)
-    dist.save(directory / "start", chunks, None, manifest, arguments.dump(config))
-    parallel_state.destroy_model_parallel()
+    plain = dict(stage="pretrain", start_cr=None, target_cr=None)
+    for name, stage, seed in (("start", {}, 7), ("teacher", plain, 8)):
+        config = configuration(directory, name, {"stage": stage, "training": dict(seed=seed)})
+        initialize.initialize(config)
+        chunks = [unwrap(chunk) for chunk in build_model(config)]
+        manifest = Manifest("zero_out" if name == "start" else "pretrain", 1, 1, 0, 0, 1.0)
+        dist.save(directory / name, chunks, None, manifest, arguments.dump(config))
+        parallel_state.destroy_model_parallel()
 
 
 def train(directory: Path, name: str, extra: dict) -> dict:
@@ -158,7 +176,7 @@ def train(directory: Path, name: str, extra: dict) -> dict:
     start = resolve_checkpoint(directory / "start")
     trainer = Trainer(config, FakeTokenizer(), init_from=(start, read_manifest(start)))
     iterators = trainer._iterators(trainer.train_data, 0)
-    result: dict = {"lm loss": [], "dmc loss": [], "CR": [], "grad norm": [], "kept": []}
+    result: dict = {"lm loss": [], "dmc loss": [], "CR": [], "grad norm": [], "distill loss": [], "kept": []}
     for _ in range(STEPS):
         totals, kept, grad_norm = trainer.train_step(iterators)
         step = StepTotals.reduce(totals)
@@ -166,6 +184,7 @@ def train(directory: Path, name: str, extra: dict) -> dict:
         result["dmc loss"].append(step.dmc_loss / step.sequences)
         result["CR"].append(step.cr(trainer.slots_per_sequence))
         result["grad norm"].append(grad_norm)
+        result["distill loss"].append(step.distill_loss / step.tokens)
         result["kept"].append(kept_by_head(kept, config.model, trainer.device).tolist())
         assert step.kept == sum(map(sum, result["kept"][-1])), "the carried count is not the layers' count"
     path = trainer.save()

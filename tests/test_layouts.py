@@ -62,10 +62,14 @@ def test_the_single_process_is_a_real_case(results):
         assert again[field] == single[field]
 
 
+def words(case: str) -> list[str]:
+    return case.replace(",", "").split()
+
+
 CASES = [(processes, case) for processes, cases in layout_worker.CASES.items() for case in cases]
 
 
-@pytest.mark.parametrize("processes, case", [c for c in CASES if "bf16" not in c[1] and c[1] != "single"])
+@pytest.mark.parametrize("processes, case", [c for c in CASES if not {"bf16", "distill"} & set(words(c[1])) and c[1] != "single"])
 def test_layout(results, processes, case):
     single, result = results(1)["single"], results(processes)[case]
     assert largest_difference(result, single) <= TOLERANCE
@@ -73,7 +77,28 @@ def test_layout(results, processes, case):
     assert largest_difference(result, single, ["validation"]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("processes, case", [c for c in CASES if "bf16" in c[1] and c[1] != "bf16"])
+@pytest.mark.parametrize("processes, case", [c for c in CASES if words(c[1])[0] == "distill" and c[1] != "distill"])
+def test_layout_with_a_teacher(results, processes, case):
+    """The teacher goes through the same pipeline, and the divergence is the same wherever the vocabulary is cut."""
+    single, result = results(1)["distill"], results(processes)[case]
+    assert largest_difference(result, single, (*FIELDS, "distill loss")) <= TOLERANCE
+    assert result["kept"] == single["kept"]
+    assert largest_difference(result, single, ["validation"]) <= TOLERANCE
+
+
+def test_a_teacher_makes_a_difference(results):
+    """Nothing of it before the first step, other gradients in it."""
+    plain, taught = results(1)["single"], results(1)["distill"]
+    assert taught["lm loss"][0] == pytest.approx(plain["lm loss"][0], rel=1e-6) and taught["kept"][0] == plain["kept"][0]
+    assert abs(taught["grad norm"][0] / plain["grad norm"][0] - 1) > 0.05
+    assert set(plain["distill loss"]) == {0.0}
+    assert taught["distill loss"][0] > taught["distill loss"][-1] > 0.01
+    for case, n in (("bf16 distill", 1), ("bf16 distill PP2", 2)):
+        assert largest_difference(results(n)[case], taught, ["lm loss", "CR", "distill loss"]) <= 2e-2
+    assert largest_difference(results(2)["bf16 distill PP2"], results(1)["bf16 distill"], (*FIELDS, "distill loss")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("processes, case", [c for c in CASES if "bf16" in c[1] and "distill" not in c[1] and c[1] != "bf16"])
 def test_bf16_layout(results, processes, case):
     single, result = results(1)["bf16"], results(processes)[case]
     if "TP" in case:  # partial sums are rounded to bf16 elsewhere; a decision near the threshold may turn

@@ -87,9 +87,13 @@ def test_killed_runs_continue_bit_for_bit(data, chain, tmp_path, stage):
     (2, dict(use_distributed_optimizer=True, bf16=True, overlap_grad_reduce=True, overlap_param_gather=True)),
     (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     (2, dict(pipeline_model_parallel_size=2)),
-], ids=["bf16", "distributed-optimizer", "bf16-overlap", "tp2-sp", "pp2"])
+    (1, dict(distill_from="pretrain", bf16=True)),
+    (2, dict(distill_from="pretrain", pipeline_model_parallel_size=2)),
+], ids=["bf16", "distributed-optimizer", "bf16-overlap", "tp2-sp", "pp2", "bf16-distill", "pp2-distill"])
 def test_every_optimizer_and_layout_resumes_bit_for_bit(data, chain, tmp_path, world, options):
     micro = dict(micro_batch_size=1) if world == 2 else {}
+    if "distill_from" in options:
+        options = options | dict(distill_from=root_of(chain) / options["distill_from"])
     whole = tiny.run(command(data, "retrofit", tmp_path / "whole", root_of(chain), **options, **micro), tmp_path / "a", world)
     argv = command(data, "retrofit", tmp_path / "save", root_of(chain), **options, **micro)
     tiny.run([*argv, "--exit-interval", "4"], tmp_path / "b", world)

@@ -264,6 +264,12 @@ class TrainingConfig:
     """auto: Transformer Engine when it is installed and a GPU is there."""
     init_from: Optional[str] = None
     """Checkpoint that the stage starts from; weights only. --save is where a stage writes and where it resumes."""
+    distill_from: Optional[str] = None
+    """Checkpoint of the original model, a teacher that stays as it is: its logits become a part of the loss."""
+    distill_weight: float = 1.0
+    """w in (0, 1]: the language-model loss is (1 - w) CE + w T^2 KL(teacher || student)."""
+    distill_temperature: float = 1.0
+    """T of both softmaxes in the divergence."""
     save: Optional[str] = None
     save_interval: Optional[int] = None
     """Steps between checkpoints; the last step is always saved. None: only the last."""
@@ -296,6 +302,8 @@ class TrainingConfig:
                      "exit_duration_in_mins"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        _positive(self, "distill_temperature")
+        _require(0 < self.distill_weight <= 1, f"distill_weight is {self.distill_weight}; it must be in (0, 1]")
         _require(self.save_interval is None or self.save is not None,
                  f"save_interval is {self.save_interval}, but save is not set; name the directory for checkpoints")
         _require(self.save_retain_interval is None or self.keep_checkpoints is not None,

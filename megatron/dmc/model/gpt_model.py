@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.model.attention import DMCSelfAttention, DMCStep
 from megatron.dmc.model.carry import read_count, write_count
+from megatron.dmc.model.distill import Distillation, distillation_loss
 from megatron.dmc.model.layer_specs import get_dmc_block_spec
 from megatron.dmc.ops import rotary_frequencies
 
@@ -60,6 +61,10 @@ class DMCGPTModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.carry = carry
+        self.distillation: Optional[Distillation] = None
+        """Set to train beside a teacher. In training mode the hidden state between stages then has the teacher's rows below the
+        student's: pass twice the sequence length, and the carried rows, to the schedule."""
+        self._teacher_logits: Optional[Tensor] = None
         # megatron-core knows one set of rope-scaling constants; these come from the model's configuration.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(
             model.head_dim, model.rotary_base, model.rope_scaling, device=self.rotary_pos_emb.inv_freq.device
@@ -81,8 +86,46 @@ class DMCGPTModel(GPTModel):
 
         Returns:
             On the last stage losses fp32 [b, s] with labels, else logits [b, s, vocab / tp]; with ``carry`` a tuple
-            of that and the slots kept by the whole model, fp64 [b]. On other stages the hidden state.
+            of that and the slots kept by the whole model, fp64 [b]. On other stages the hidden state. In training beside a
+            teacher the losses are [3, b, s], see :func:`distillation_loss`.
         """
+        if not self._distills():
+            return self._forward(input_ids, position_ids, labels, step)
+        assert self.distillation is not None
+        with torch.no_grad():
+            beside = self.distillation.teacher(input_ids, position_ids, step=self.distillation.step)
+        if not self.post_process:
+            return torch.cat((self._forward(input_ids, position_ids, labels, step), beside))
+        self._teacher_logits = beside.transpose(0, 1)  # [b, s, vocab / tp] -> [s, b, vocab / tp]
+        try:
+            return self._forward(input_ids, position_ids, labels, step)
+        finally:
+            self._teacher_logits = None
+
+    def _distills(self) -> bool:
+        return self.distillation is not None and self.training
+
+    def set_input_tensor(self, input_tensor: Tensor | list) -> None:
+        """Hidden state of the stage before; see :attr:`distillation`."""
+        hidden = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self._distills() and hidden is not None:
+            assert self.distillation is not None
+            # n rows of the student, the carried row if there is one, n rows of the teacher.
+            rows = (hidden.size(0) + int(self.carry)) // 2
+            self.distillation.teacher.set_input_tensor(hidden[rows:].detach())
+            hidden = hidden[:rows]
+        super().set_input_tensor(hidden)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s], logits [s, b, vocab / tp] -> [b, s], or [3, b, s] beside a teacher."""
+        if self._teacher_logits is None:
+            return super().compute_language_model_loss(labels, logits)
+        assert self.distillation is not None
+        d, teacher, self._teacher_logits = self.distillation, self._teacher_logits, None
+        losses = distillation_loss(logits, teacher, labels.t(), d.weight, d.temperature, self.pg_collection.tp)
+        return losses.transpose(1, 2).contiguous()  # [3, s, b] -> [3, b, s]
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, labels: Optional[Tensor], step: Optional[DMCStep]):
         decoder_input = None
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)

@@ -23,6 +23,7 @@ from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCStep, compression_loss
 from megatron.dmc.training import arguments, initialize
 from megatron.dmc.training.data import batch_iterator, build_datasets
+from megatron.dmc.training.distill import attach_teachers
 from megatron.dmc.training.metrics import Logger, StepTotals, kept_by_head
 from megatron.dmc.training.model import build_model, build_optimizer, set_learning_rate, unwrap
 from megatron.dmc.training.preemption import Starts, StopSignal
@@ -75,6 +76,9 @@ class Trainer:
         self.chunks = build_model(config)
         self.optimizer = build_optimizer(config, self.chunks)
         self.models = [unwrap(chunk) for chunk in self.chunks]
+        self.distills = t.distill_from is not None
+        if self.distills:
+            attach_teachers(config, self.models)
         self.iteration = 0
         self.source = self.lineage = None
         self.measured_cr: Optional[float] = None
@@ -150,20 +154,22 @@ class Trainer:
     def _loss(self, loss_mask: Tensor, target_cr: float, output: Any) -> tuple[Tensor, Tensor, dict]:
         """Sums over the micro-batch; Megatron divides gradients by the tokens of the global batch at the end."""
         losses, kept = output if self.compresses else (output, None)
-        lm = (losses.float() * loss_mask).sum()
-        tokens = loss_mask.sum()
-        loss, zero = lm, torch.zeros((), dtype=torch.float64, device=lm.device)
+        with_teacher = losses.dim() == 3
+        losses, ce, kl = losses if with_teacher else (losses, losses, torch.zeros_like(losses))
+        loss, lm = (losses.float() * loss_mask).sum(), (ce.float() * loss_mask).sum()
+        tokens, zero = loss_mask.sum(), torch.zeros((), dtype=torch.float64, device=lm.device)
         dmc = slots = zero
         if kept is not None:
             dmc = compression_loss(kept, self.slots_per_sequence, target_cr).sum()
             slots = kept.detach().sum()
             # The division will be by tokens, the mean is to be over sequences: each counts as all its tokens.
-            loss = lm + self.config.dmc.loss_weight * self.config.data.seq_length * dmc.float()
-        parts = (lm.double(), tokens.double(), dmc, zero + losses.size(0), slots)
+            loss = loss + self.config.dmc.loss_weight * self.config.data.seq_length * dmc.float()
+        distill = (kl.double() * loss_mask).sum()
+        parts = (lm.double(), tokens.double(), dmc, zero + losses.size(0), slots, distill)
         return loss, tokens.to(torch.int), {"totals": torch.stack([part.detach() for part in parts])}
 
     def _run(self, iterators: list[Iterator], training: bool) -> tuple[Tensor, list]:
-        """Forward (and backward) over one global batch. Returns this rank's sums, fp64 [5], and the layers' counts."""
+        """Forward (and backward) over one global batch. Returns this rank's sums, fp64 [6], and the layers' counts."""
         kept: list = []
         target = schedule.target_cr(self.config.stage, self.iteration if training else self.total_iters)
         t = self.config.training
@@ -172,7 +178,8 @@ class Trainer:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=self.micro_batches,
-            seq_length=self.schedule_length,
+            # The teacher's rows go through the pipeline below the student's.
+            seq_length=self.schedule_length + (self.config.data.seq_length if training and self.distills else 0),
             micro_batch_size=t.micro_batch_size,
             forward_only=not training,
         )
@@ -205,7 +212,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.eval()
         iterators = self._iterators(self.valid_data, 0)
-        totals, steps, left = torch.zeros(5, dtype=torch.float64, device=self.device), [], False
+        totals, steps, left = torch.zeros(6, dtype=torch.float64, device=self.device), [], False
         for _ in range(self.config.training.eval_iters):
             part, kept = self._run(iterators, training=False)
             totals, steps = totals + part, steps + kept
@@ -291,7 +298,7 @@ class Trainer:
         """Train to the end of the stage, or until ``stop`` says to leave. Returns whether the stage is finished."""
         t = self.config.training
         iterators = self._iterators(self.train_data, self.iteration * t.global_batch_size)
-        totals, steps, logged = torch.zeros(5, dtype=torch.float64, device=self.device), [], 0
+        totals, steps, logged = torch.zeros(6, dtype=torch.float64, device=self.device), [], 0
         saved = self.iteration
         self.logger.restart_clock()
         while self.iteration < self.total_iters:
@@ -336,6 +343,8 @@ class Trainer:
             "lm loss": result.lm_loss / result.tokens,
             "grad norm": grad_norm,
         }
+        if self.distills:
+            values["distill loss"] = result.distill_loss / result.tokens
         by_head = None
         if self.compresses:
             values["dmc loss"] = result.dmc_loss / result.sequences

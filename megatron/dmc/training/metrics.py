@@ -53,11 +53,13 @@ class StepTotals:
     sequences: float = 0.0
     kept: float = 0.0
     """Slots kept by the whole model; 0 when the stage does not compress."""
+    distill_loss: float = 0.0
+    """Divergence from the teacher; 0 without one."""
 
     @staticmethod
     def from_micro_batches(data: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Sum what the loss function returned on the last stage. fp64 [5]; zeros on other stages."""
-        total = torch.zeros(5, dtype=torch.float64, device=device)
+        """Sum what the loss function returned on the last stage. fp64 [6]; zeros on other stages."""
+        total = torch.zeros(6, dtype=torch.float64, device=device)
         for entry in data:
             total += entry["totals"]
         return total
@@ -136,6 +138,8 @@ class Logger:
             f"global batch size: {self.config.training.global_batch_size:5d}",
             f"lm loss: {values['lm loss']:.6E}",
         ]
+        if "distill loss" in values:
+            fields.append(f"distill loss: {values['distill loss']:.6E}")
         if "CR" in values:
             fields += [f"dmc loss: {values['dmc loss']:.6E}", f"CR: {values['CR']:.3f} (target {target_cr:.3f})"]
         fields += [

@@ -20,6 +20,7 @@ from typing import Optional
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint.manifest import Manifest, newest_checkpoint, read_manifest, resolve_checkpoint
 from megatron.dmc.config import PREDECESSORS, RunConfig
+from megatron.dmc.training.teacher import find_teacher
 
 Found = Optional[tuple[Path, Manifest]]
 
@@ -103,8 +104,12 @@ def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
         ValueError: naming the setting and both values.
     """
     now = config.to_dict()
+    # Older checkpoints know nothing of a teacher; without one the other two settings mean nothing.
+    distill = ("distill_from",)
+    if now["training"]["distill_from"]:
+        distill += ("distill_weight", "distill_temperature")
     for section, keys in (("stage", None), ("optimizer", None), ("dmc", None),
-                          ("training", ("global_batch_size", "bf16", "seed")), ("data", ("seq_length",)),
+                          ("training", ("global_batch_size", "bf16", "seed", *distill)), ("data", ("seq_length",)),
                           # Megatron keeps its two optimizers' states in different formats.
                           ("parallel", ("use_distributed_optimizer",))):  # fmt: skip
         for key in keys or saved[section]:
@@ -137,6 +142,9 @@ def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Found, Found]:
                 setattr(config.stage, key, saved["stage"][key])
     check_order(config, resume, init)
     config.check(initialize.world_size())
+    if config.training.distill_from is not None:
+        # The very checkpoint, not the newest of its directory: a resumed run must have the same teacher.
+        config.training.distill_from = str(find_teacher(config)[0])
     if resume is not None:
         check_resume(config, saved, resume[0])
     if config.data.tokenizer is None:
