@@ -136,7 +136,8 @@ def test_the_examples_of_the_guide(server: Running, capsys: pytest.CaptureFixtur
 
 def test_the_guide_names_what_is_there(server: Running) -> None:
     help_text = build_parser(COMMANDS)._subparsers._group_actions[0].choices["serve"].format_help()
-    flags = set(re.findall(r"--[a-z][a-z-]+(?![\w_])", GUIDE)) - {"--model", "--tasks", "--help"}  # lm-eval's
+    operation = GUIDE[: GUIDE.index("## What it costs")]
+    flags = set(re.findall(r"--[a-z][a-z-]+(?![\w_])", operation)) - {"--model", "--tasks", "--help"}  # lm-eval's
     server.json(COMPLETIONS, {}, 400)
     assert len(flags) > 12 and not [flag for flag in flags if flag not in help_text]
     there = {key.split("[")[0].removeprefix("dmc:") for key in samples(server.ask("/metrics")[2])}
@@ -221,6 +222,23 @@ def test_a_stream_comes_token_by_token(server: Running) -> None:
     running = server.call(lambda engine: engine.stats().running)
     connection.close()
     assert running == 1 and b"[DONE]" not in received
+
+
+def test_a_prompt_that_begins_like_another(model: Model) -> None:
+    """What the prefix cache had is in the usage and the metrics; the answer is the same."""
+    with Running(model.path) as server:
+        body = {"prompt": "one two three " * 5} | GREEDY | IGNORE
+        first = server.json(COMPLETIONS, body)
+        again = server.json(COMPLETIONS, body)
+        stream = server.events(COMPLETIONS, body | {"stream_options": {"include_usage": True}})[-1]["usage"]
+        cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 < 32 <= cached <= 71
+        assert stream == again["usage"] and again["choices"] == first["choices"] and paid(stream) == paid(first["usage"])
+        found = samples(server.ask("/metrics")[2])
+        assert found["dmc:prefix_cache_hits_total[('model_name', 'm')]"] == 2 * cached
+        assert found["dmc:prefix_cache_queries_total[('model_name', 'm')]"] == 3 * 71
+        assert found["dmc:num_pages_cached[('model_name', 'm')]"] > 0
+        server.settle()
 
 
 def test_a_stream_shows_the_cache(server: Running) -> None:

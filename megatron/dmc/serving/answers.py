@@ -56,7 +56,7 @@ def usage_of(results: Iterable[RequestOutput]) -> UsageCount:
     count = UsageCount()
     for result in results:
         count.prompt_tokens += len(result.prompt_token_ids)
-        count.cached_tokens += getattr(result, "num_cached_tokens", None) or 0
+        count.cached_tokens += result.num_cached_tokens
         for completion in result.outputs:
             count.completion_tokens += len(completion.token_ids)
             count.finished(completion.cache)
@@ -198,7 +198,7 @@ class Chunks:
         if output.finished:
             self.usage.finished(output.cache)
             if output.index == 0:
-                self.usage.cached_tokens += getattr(output, "num_cached_tokens", None) or 0
+                self.usage.cached_tokens += output.num_cached_tokens
         choice = self._chat(index, output) if self.chat else self._completion(prompt, index, output)
         if self.request.return_token_ids:
             choice["token_ids"] = list(output.tokens)

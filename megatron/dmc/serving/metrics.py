@@ -160,7 +160,8 @@ class _State:
             ("kv_cache_usage_perc", "share of the pages that is taken, 0 to 1", used),
             ("gpu_cache_usage_perc", "the same, by its older name", used),
             ("num_pages", "single-head pages of the pool", stats.pages),
-            ("num_pages_free", "pages that are free", stats.pages - stats.pages_used),
+            ("num_pages_free", "pages that answers can have, those of the prefix cache too", stats.pages - stats.pages_used),
+            ("num_pages_cached", "pages that the prefix cache alone holds", stats.pages_cached),
             ("page_waste_perc", "share of the taken pages' slots that is empty, 0 to 1", stats.waste),
             ("cache_slots_used", "slots that are taken", stats.slots_used),
             ("cache_tokens", "tokens of the answers in the cache, prompts and what came after", stats.tokens_held),
@@ -172,12 +173,15 @@ class _State:
         for layer, ratio in enumerate(stats.layer_compression_ratios):
             ratios.add_metric((self.model, str(layer)), ratio)
         yield ratios
-        total = CounterMetricFamily(self.prefix + "num_preemptions", "answers that had to make room", labels=("model_name",))
-        total.add_metric((self.model,), stats.preemptions)
-        yield total
-        steps = CounterMetricFamily(self.prefix + "engine_steps", "steps of the engine", labels=("model_name",))
-        steps.add_metric((self.model,), stats.steps)
-        yield steps
+        for name, text, value in (
+            ("num_preemptions", "answers that had to make room", stats.preemptions),
+            ("engine_steps", "steps of the engine", stats.steps),
+            ("prefix_cache_queries", "tokens of prompts that were looked up in the prefix cache", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "those that were found", stats.prefix_cache_hits),
+        ):
+            total = CounterMetricFamily(self.prefix + name, text, labels=("model_name",))
+            total.add_metric((self.model,), value)
+            yield total
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         made = GaugeMetricFamily(self.prefix + name, text, labels=("model_name",))
