@@ -169,8 +169,9 @@ class Batch:
                     break
                 for output in self.engine.step():
                     self._answer(output)
-                free = int(self.engine.cache.free_pages().sum())
-                summary.peak_pages = max(summary.peak_pages, self.engine.cache.num_pages * self.engine.parallel.size - free)
+                cache = self.engine.cache  # what the prefix cache alone holds is to be had
+                used = cache.num_pages * self.engine.parallel.size - int(cache.available_pages().sum())
+                summary.peak_pages = max(summary.peak_pages, used)
                 progress(summary)
         finally:
             summary.unfinished, summary.seconds = len(self._pending), time.monotonic() - began
