@@ -53,6 +53,7 @@ bench: $(STAMP) ## the benchmarks; figures go to build/bench/*.json
 	$(PY) benchmarks/train_attention.py --json $(BENCH_OUT)/train_attention.json
 	$(PY) benchmarks/train_step.py --json $(BENCH_OUT)/train_step.json
 	$(PY) benchmarks/convert.py --json $(BENCH_OUT)/convert.json
+	$(PY) benchmarks/checkpoint.py --json $(BENCH_OUT)/checkpoint.json
 	$(PY) benchmarks/decode_attention.py --json $(BENCH_OUT)/decode_attention.json
 	$(PY) benchmarks/prefill_attention.py --json $(BENCH_OUT)/prefill_attention.json
 	$(PY) benchmarks/engine.py --json $(BENCH_OUT)/engine.json

@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """The scripts of examples/dmc/slurm on a real SLURM of two nodes (see cluster.py). Needs root; not among the other tests.
 
-    tests/slurm/run.py [--keep DIRECTORY] [retrofit | fault ...]
+    tests/slurm/run.py [--keep DIRECTORY] [retrofit | fault | batch ...]
 
 retrofit: the three stages of a tiny model through retrofit.sh with two tasks, tensor parallel 2 and pipeline parallel 2, once
 undisturbed and once with a signal in the first stage, a requeue in the second and the time limit in the third: the same
 checkpoints, bit for bit.
 fault: what must stop: a stage whose predecessor is unfinished, and one that fails.
+batch: an array of two elements, one of which is killed and queued again in the middle: each line has one answer, the same as
+in one run without an array.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -172,10 +175,59 @@ def fault(cluster: Cluster, work: Path) -> None:
     say("a stage whose predecessor is unfinished is refused")
 
 
+def batch(cluster: Cluster, work: Path) -> None:
+    from serving import make_model
+
+    directory, lines = work / "batch", 300
+    (directory / "bin").mkdir(parents=True)
+    make_model(directory / "model")
+    shim = directory / "bin" / "dmc"  # the package is not installed here
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron.dmc.serving.cli "$@"\n')
+    shim.chmod(0o755)
+    body = {"prompt": "abc", "max_tokens": 20, "temperature": 1.0, "ignore_eos": True}
+    requests = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(lines)]
+    (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
+    env = {**cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{shim.parent}:{os.environ['PATH']}",
+           "MODEL": str(directory / "model"), "INPUT": str(directory / "in.jsonl")}  # fmt: skip
+    options = ["--max-num-seqs", "2"]
+
+    def answers(file: Path) -> dict[str, str]:
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        texts = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in found}
+        assert len(found) == len(texts) == lines, (len(found), len(texts))
+        return texts
+
+    output = directory / "out.jsonl"
+    command = ["sbatch", "--parsable", "--array=0-1", "--mem=0", "--time=30", f"--output={directory}/%A_%a.log"]
+    job = subprocess.run([*command, str(SCRIPTS / "batch.sbatch"), *options], env={**env, "OUTPUT": str(output)}, check=True,
+                         text=True, capture_output=True).stdout.strip()  # fmt: skip
+    part = Path(f"{output}.part-00000-of-00002")
+    wait_for(lambda: part.exists() and part.read_text().count("\n") >= 10, "ten answers", 500)
+    cluster.run("scontrol", "requeue", f"{job}_0", check=True)
+    before = part.read_text().count("\n")
+    assert before < lines / 2, "the element was through before it was killed"
+    time.sleep(20)  # nodes refuse what looks like the start that was just ended
+    cluster.start_now(f"{job}_0")
+    logs = lambda: "".join(file.read_text() for file in sorted(directory.glob("*.log")))  # noqa: E731
+    try:
+        wait_for(output.exists, "all answers", 400)
+    except TimeoutError:
+        raise AssertionError(logs()[-4000:]) from None
+    kept = [int(count) for count in re.findall(r"(\d+) were there before", logs())]
+    assert max(kept) >= before, (kept, before)
+    alone = ["dmc", "batch", "--model", env["MODEL"], "-i", env["INPUT"], "-o", str(directory / "one.jsonl"), *options]
+    subprocess.run(alone, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert answers(output) == answers(directory / "one.jsonl")
+    say(f"batch: element 0 was killed with {before} answers and queued again; {lines} lines, each answered once, as in one run")
+
+
+PARTS = {"fault": fault, "batch": batch, "retrofit": retrofit}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="for all files; it must not exist")
-    parser.add_argument("parts", nargs="*", choices=("retrofit", "fault", []), help="default: all")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = (args.keep or Path(temporary) / "work").absolute()
@@ -183,8 +235,8 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # through Cluster's end
         with Cluster(directory / "cluster") as cluster:
             say(cluster.run("sinfo", "--version"))
-            for part in args.parts or ("fault", "retrofit"):
-                {"retrofit": retrofit, "fault": fault}[part](cluster, directory)
+            for part in args.parts or PARTS:
+                PARTS[part](cluster, directory)
     say("all as it should be")
     return 0
 
