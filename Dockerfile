@@ -3,13 +3,15 @@
 #   docker build --target serve -t dmc .          dmc serve, batch, generate: no Megatron, no compiler, not root
 #   docker build --target train -t dmc-train .    retrofits: NVIDIA's PyTorch with Transformer Engine, apex and flash-attn
 # docs/cluster.md shows how they are run. tests/docker/run.py does what the RUN lines of "serve" do, without Docker.
-ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+# nvcc, for the GPU kernels (--build-arg BUILD_IMAGE=ubuntu:24.04: those for CPUs alone); its Python is SERVE_IMAGE's.
+ARG BUILD_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
+ARG SERVE_IMAGE=ubuntu:24.04
 ARG PYTORCH_IMAGE=nvcr.io/nvidia/pytorch:25.11-py3
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${BUILD_IMAGE} AS build
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN python -m venv /opt/dmc
+RUN apt-get update && apt-get install -y --no-install-recommends g++ python3 python3-venv && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/dmc
 ENV PATH=/opt/dmc/bin:$PATH
 WORKDIR /src
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE ./
@@ -22,9 +24,9 @@ RUN pip install --no-cache-dir --no-deps .
 WORKDIR /
 RUN python -m megatron.dmc.kernels.build --in-package
 
-FROM ${PYTHON_IMAGE} AS serve
+FROM ${SERVE_IMAGE} AS serve
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 python3 && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --user-group --no-create-home dmc && install -d -o dmc -g dmc /cache
 COPY --from=build /opt/dmc /opt/dmc
 ENV PATH=/opt/dmc/bin:$PATH XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the Dockerfile's stages "build" and "serve" do, without Docker: every instruction's effect in a clean directory.
 
-    tests/docker/run.py [--directory DIR] [--python python3.12] [--system-site-packages]
+    tests/docker/run.py [--directory DIR] [--python PYTHON] [--system-site-packages]
 
 COPY copies (what .dockerignore lets through), ENV and WORKDIR hold, RUN lines run, with the image's paths moved into the directory
 (/opt/dmc -> DIR/serve/opt/dmc). apt-get only simulates, and useradd and install -o are left out: they need the image. Then the
@@ -71,8 +71,8 @@ class Image:
         packages = r"apt-get update && apt-get install -y (.*?) && rm -rf /var/lib/apt/lists/\*"
         line = re.sub(packages, r"apt-get install --simulate \1", line)
         line = re.sub(r"useradd .*? && install -d -o dmc -g dmc", "mkdir -p", line)
-        if line.startswith("python -m venv"):
-            line = line.replace("python", str(self.args.python), 1)
+        if line.startswith("python3 -m venv"):
+            line = line.replace("python3", str(self.args.python), 1)
             line += " --system-site-packages" if self.args.system_site_packages else ""
         where = self.path("") if self.workdir != "/" else self.root
         subprocess.run(["bash", "-euc", self.moved(line)], cwd=where, env=self.env, check=True)
