@@ -35,27 +35,37 @@ class LeadingEngine(Engine):
     def __init__(self, path: str | Path, config: EngineConfig, tokenizer: Optional[Any]) -> None:
         super().__init__(path, config, tokenizer)
         self._group = dist.new_group(backend="gloo", timeout=IDLE)
-        self._news: list[tuple[Any, ...]] = []
+        self._news: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
-    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams()) -> list[int]:  # noqa: B008
-        ids = super().add_request(request_id, prompt, params)
-        self._news.append(("add_request", request_id, ids, params))
+    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams(), *,  # noqa: B008
+                    cache_salt: Optional[str] = None) -> list[int]:  # fmt: skip
+        ids = super().add_request(request_id, prompt, params, cache_salt=cache_salt)
+        self._note("add_request", request_id, ids, params, cache_salt=cache_salt)
         return ids
 
+    def reset_prefix_cache(self) -> None:
+        self._note("reset_prefix_cache")
+        super().reset_prefix_cache()
+
     def abort(self, request_id: str) -> list[StepOutput]:
-        self._news.append(("abort", request_id))
+        self._note("abort", request_id)
         return super().abort(request_id)
 
     def step(self) -> list[StepOutput]:
-        self._tell(("step",))
+        self._note("step")
+        self._tell()
         return super().step()
 
     def release(self) -> None:
         """The others may go."""
-        self._tell(("stop",))
+        self._note("stop")
+        self._tell()
 
-    def _tell(self, last: tuple[Any, ...]) -> None:
-        news, self._news = [*self._news, last], []
+    def _note(self, name: str, *arguments: Any, **named: Any) -> None:
+        self._news.append((name, arguments, named))
+
+    def _tell(self) -> None:
+        news, self._news = self._news, []
         dist.broadcast_object_list([news], src=0, group=self._group)
 
 
@@ -71,10 +81,10 @@ def follow(path: str, config: EngineConfig, tokenizer: str) -> None:
     while True:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0, group=group)
-        for name, *arguments in box[0]:
+        for name, arguments, named in box[0]:
             if name == "stop":
                 return
-            getattr(engine, name)(*arguments)
+            getattr(engine, name)(*arguments, **named)
 
 
 class Followers:
