@@ -55,7 +55,8 @@ def test_messages_are_those_of_the_programs(page):
 def test_flags_and_files_exist(page):
     text = (ROOT / "docs" / page).read_text()
     known = set(arguments.build_parser()._option_string_actions)
-    scripts = " ".join(path.read_text() for path in [*SOURCES, *(ROOT / "tools").iterdir()] if path.is_file())
+    programs = [*SOURCES, *(ROOT / "tools").iterdir(), *(ROOT / "benchmarks").glob("*.py")]
+    scripts = " ".join(path.read_text() for path in programs if path.is_file())
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", text))
     # of sbatch, srun, containers, docker and torchrun
     others = {"--time", "--nodes", "--gpus-per-node", "--dependency", "--array", "--signal", "--container-image",
