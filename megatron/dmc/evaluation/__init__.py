@@ -1,1 +1,1 @@
-"""Quality and compression of checkpoints: tables, plots, and text generated from the compressed cache."""
+"""Quality and compression: of checkpoints, and of models under several cache policies; tables, plots, tasks, generated text."""
