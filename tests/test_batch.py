@@ -68,13 +68,21 @@ def mixed(count: int) -> list[dict]:
 
 
 def read(path: Path) -> dict[str, dict]:
-    """Output lines by custom_id, each there once, as :func:`strip` leaves them."""
+    """Output lines by custom_id, each there once, less what depends on when it was made."""
     found: dict[str, dict] = {}
     for line in path.read_text().splitlines():
-        entry = strip(line)
+        entry = json.loads(line)
         assert entry.keys() == {"id", "custom_id", "response", "error"} and entry["custom_id"] not in found
-        found[entry["custom_id"]] = entry
+        found[entry["custom_id"]] = timeless(entry)
     return found
+
+
+def timeless(entry: dict) -> dict:
+    """Without the time, and what the prefix cache had of earlier lines."""
+    body = entry["response"]["body"]
+    body.pop("created", None)
+    body.get("usage", {}).pop("prompt_tokens_details", None)
+    return entry
 
 
 def command(model: Model, source: Path, out: Path, *more: str) -> list[str]:
@@ -190,13 +198,8 @@ def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
         assert [strip(line) for line in sorted(part.read_bytes().splitlines())] == [strip(line) for line in whole]
 
 
-def strip(line: str | bytes) -> dict:
-    """Less what belongs to the run: when a line was answered, and what the prefix cache happened to hold then."""
-    entry = json.loads(line)
-    body = entry["response"]["body"]
-    body.pop("created", None)
-    body.get("usage", {}).pop("prompt_tokens_details", None)
-    return entry
+def strip(line: bytes) -> dict:
+    return timeless(json.loads(line))
 
 
 def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,6 +359,7 @@ def test_lines_may_move_between_runs(model: Model, tmp_path: Path) -> None:
 @pytest.mark.parametrize("later", [LEAVE, DRAIN])
 def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -> None:
     """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the file."""
+    # The lines have one prompt: with the prefix cache the second would start when the first has read it.
     engine = Engine(model.path, EngineConfig(max_num_seqs=2, enable_prefix_caching=False), load_tokenizer(model.path))
     source = write(tmp_path / "in", [completion(f"{n}", max_tokens=8) for n in range(10)])
     phases = iter([RUN] * 9)
