@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import io
 import json
 import multiprocessing
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from megatron.dmc.training.tokenizer import Tokenizer
 
 _CHUNK_BYTES = 1 << 20  # text handed to a worker at once: far above the cost of handing it over, small in memory
-_SUFFIXES = (".bin", ".idx", ".json")
 
 
 class Chunk(NamedTuple):
@@ -188,54 +186,36 @@ def encode_chunks(args: argparse.Namespace, tokenizer: Tokenizer, dtype: str) ->
 def write_dataset(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path) -> str:
     """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``. Returns a line that says how much that was."""
     import numpy
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from tqdm import tqdm
 
-    from megatron.dmc.training.data import Sidecar
+    from megatron.dmc.training.indexed_writer import IndexedWriter
 
     started = time.perf_counter()
-    paths = [directory / f"data{suffix}" for suffix in _SUFFIXES]
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(str(paths[0]), dtype=dtype)
-    documents = tokens = empty = 0
+    writer = IndexedWriter(directory, tokenizer, eod_appended=args.append_eod, bos_prepended=args.prepend_bos)
+    empty = 0
     sizes = {file: os.path.getsize(file) for file in args.input}
     done, file = 0, args.input[0]
     with tqdm(total=sum(sizes[f] for f in args.input), unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
-        for chunk, encoded in encode_chunks(args, tokenizer, dtype.__name__):
+        for chunk, encoded in encode_chunks(args, tokenizer, writer.dtype.__name__):
             ends = numpy.cumsum(encoded.lengths)[:-1]
-            for ids in numpy.split(numpy.frombuffer(encoded.ids, dtype), ends) if encoded.lengths else ():
-                builder.add_document(ids, [len(ids)])
-            documents += len(encoded.lengths)
-            tokens += sum(encoded.lengths)
+            for ids in numpy.split(numpy.frombuffer(encoded.ids, writer.dtype), ends) if encoded.lengths else ():
+                writer.add(ids)
             empty += encoded.empty
             if chunk.file != file:
                 done, file = done + sizes[file], chunk.file
             bar.update(done + chunk.read_bytes - bar.n)
-            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)
-    builder.finalize(str(paths[1]))
-    if documents == 0:
+            bar.set_postfix_str(f"{writer.documents:,} documents, {writer.tokens:,} tokens", refresh=False)
+    if writer.documents == 0:
         raise ValueError(f"{', '.join(args.input)}: no documents; give JSONL files with texts under {args.json_key!r}")
-    Sidecar(tokenizer=args.tokenizer, tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id, eod_appended=args.append_eod, bos_prepended=args.prepend_bos, dtype=dtype.__name__,
-            documents=documents, tokens=tokens, bin_bytes=paths[0].stat().st_size, idx_bytes=paths[1].stat().st_size,
-            idx_sha256=hashlib.sha256(paths[1].read_bytes()).hexdigest()).write(paths[2])
+    writer.close()
     note = f" ({empty:,} empty ones left out)" if empty else ""
-    rate = tokens / (time.perf_counter() - started)
-    return f"{documents:,} documents{note}, {tokens:,} tokens, {rate:,.0f} tokens/s"
-
-
-def publish(directory: Path, prefix: str) -> None:
-    """Move ``directory``'s three files to ``prefix.*``; the sidecar, which declares the other two complete, last."""
-    Path(prefix + ".json").unlink(missing_ok=True)  # an old one must never stand beside new data
-    for suffix in _SUFFIXES:
-        path = directory / f"data{suffix}"
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(path, prefix + suffix)
+    rate = writer.tokens / (time.perf_counter() - started)
+    return f"{writer.documents:,} documents{note}, {writer.tokens:,} tokens, {rate:,.0f} tokens/s"
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the arguments, write, publish, report. Raises ``ValueError`` or ``OSError`` for what the user must mend."""
+    from megatron.dmc.training.indexed_writer import SUFFIXES, publish
     from megatron.dmc.training.tokenizer import load_tokenizer
 
     if args.workers < 1:
@@ -244,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
         if not os.path.isfile(file):
             raise ValueError(f"--input {file} does not exist or is not a file")
     prefix = os.path.abspath(args.output_prefix)
-    existing = [prefix + suffix for suffix in _SUFFIXES if os.path.exists(prefix + suffix)]
+    existing = [prefix + suffix for suffix in SUFFIXES if os.path.exists(prefix + suffix)]
     if existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists already; choose another --output-prefix or add --overwrite")
     tokenizer = load_tokenizer(args.tokenizer)
