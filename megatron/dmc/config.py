@@ -42,11 +42,16 @@ def _positive(section: Any, *names: str) -> None:
 class DMCConfig:
     """Dynamic Memory Compression (arXiv 2403.09636): what is part of the model, at training and at inference."""
 
+    method: Literal["dmc", "dms"] = "dmc"
+    """dmc: a marked token is merged into the slot before it. dms: Dynamic Memory Sparsification (arXiv 2506.05345), to compare
+    with: a marked token is evicted ``window`` tokens later. The engine serves dmc."""
+
     decision_bias: float = 5.0
     """b: a token merges when its decision logit, key[D-1] - b, is positive. Logits; must match the checkpoint."""
 
     window: Optional[int] = 12
-    """W: tokens that the pooled slot averages over, the newest included. None: the whole segment."""
+    """W: tokens that the pooled slot averages over, the newest included. None: the whole segment. For dms: tokens from a mark to
+    the eviction (its authors have 256)."""
 
     temperature: float = 0.1
     """tau of the Gumbel-sigmoid relaxation in training."""
@@ -58,6 +63,8 @@ class DMCConfig:
     """Weight of the compression loss beside the token-mean language-model loss."""
 
     def check(self) -> None:
+        _require(self.method in ("dmc", "dms"), f"method {self.method!r} is unknown; use dmc or dms")
+        _require(self.method == "dmc" or self.window is not None, "method dms needs a window: tokens from a mark to the eviction")
         _require(self.window is None or self.window >= 1, f"window is {self.window}; use at least 1, or null for no window")
         _positive(self, "temperature", "importance_epsilon")
         _require(self.loss_weight >= 0, f"loss_weight is {self.loss_weight}; it must not be negative")

@@ -298,6 +298,8 @@ def dmc_config(config: dict, family: mapping.Family, run: RunConfig, manifest: M
         "target_cr": manifest.target_cr,
         "measured_cr": manifest.measured_cr,
     }
+    if run.dmc.method != "dmc":
+        block["method"] = run.dmc.method
     own = {"architectures": [mapping.DMC_ARCHITECTURE], "model_type": mapping.DMC_MODEL_TYPE, "auto_map": mapping.DMC_AUTO_MAP}
     return {**config, **own, "dmc": block}
 

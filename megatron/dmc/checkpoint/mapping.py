@@ -240,7 +240,8 @@ def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
     missing = [key for key in _DMC_KEYS if key not in block]
     if missing:
         raise ValueError(f"config.json: dmc.{missing[0]} is missing; the block needs {', '.join(_DMC_KEYS)}")
-    dmc = DMCConfig(decision_bias=block["decision_bias"], window=block["window"], importance_epsilon=block["importance_epsilon"])
+    names = ("decision_bias", "window", "importance_epsilon")
+    dmc = DMCConfig(method=block.get("method", "dmc"), **{name: block[name] for name in names})
     dmc.check()
     return dmc
 

@@ -22,6 +22,8 @@ class ReferenceDecoder:
         if not loaded.compresses:
             raise ValueError(f"{loaded.path} is of stage {loaded.manifest.stage}, which does not compress; name a "
                              "checkpoint of retrofit or finetune")  # fmt: skip
+        if loaded.config.dmc.method != "dmc":
+            raise ValueError(f"{loaded.path} was trained with method {loaded.config.dmc.method}; this decodes dmc only")
         self.model, self.config = loaded.model, loaded.config
         m, dmc = self.config.model, self.config.dmc
         self.caches = [

@@ -80,6 +80,7 @@ class Engine:
         if not isinstance(path, hf.HFDirectory):
             path = (dummy if config.load_format == "dummy" else hf).open_directory(path)
         directory, info = path, read_info(path)
+        info.check_served()
         dtype = dtype_of(config.dtype, info, device)
         self.parallel = tp.initialize(config.tensor_parallel_size, device)
         self.model = Model(directory, info, self.parallel, dtype, device)

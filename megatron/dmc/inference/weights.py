@@ -36,6 +36,12 @@ class ModelInfo:
     eos: tuple[int, ...]
     """Token ids that end a text."""
 
+    def check_served(self) -> None:
+        """Raises ``ValueError`` for a model that is made to compare with, not to serve."""
+        if self.dmc is not None and self.dmc.method != "dmc":
+            raise ValueError(f"{self.path} was trained with method {self.dmc.method}, which is evaluated "
+                             "(megatron.dmc.evaluation) and not served; retrofit with method dmc")  # fmt: skip
+
     @property
     def compresses(self) -> bool:
         """Whether the decision neuron is out of attention (a model of stage zero_out never merges, all the same)."""

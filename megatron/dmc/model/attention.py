@@ -16,7 +16,9 @@ from megatron.dmc.config import DMCConfig
 from megatron.dmc.ops import (
     decision_logits,
     dmc_attention,
+    evicting_attention,
     flash_attention,
+    held_slots,
     importance,
     kept_slots,
     logistic_noise,
@@ -51,7 +53,7 @@ class DMCStep:
 
 
 class DMCSelfAttention(SelfAttention):
-    """Self-attention whose KV heads merge tokens into their last slot (arXiv 2403.09636).
+    """Self-attention whose KV heads merge tokens into their last slot (arXiv 2403.09636), or evict them (``DMCConfig.method``).
 
     Takes and returns [s, b, h] like ``SelfAttention``; weights, their names and their sharding are the same. After
     each compressing forward, ``kept_count`` holds the slots kept by this rank's heads: fp64 [b], differentiable
@@ -152,13 +154,15 @@ class DMCSelfAttention(SelfAttention):
                     step.sample_ids, self.kv_head_range, k.size(2), seed=step.seed, step=step.step, layer=self.layer_number
                 )
             decisions = make_decisions(decision_logits(k[..., -1], dmc.decision_bias), dmc.temperature, noise)
-            step.kept[self.layer_number] = (~decisions.merge).sum(dim=-1)
-            kept = kept_slots(decisions).double().sum(dim=-1)
+            slots = kept_slots(decisions) if dmc.method == "dmc" else held_slots(decisions, dmc.window)
+            step.kept[self.layer_number] = slots.detach().long()
+            kept = slots.double().sum(dim=-1)
             q, q_neuron = rotate_and_split_neuron(q, cos, sin, mask_channel(d))
-            omega = importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
-            k, v = pool(k, v, decisions.alpha, omega, dmc.window)
+            if dmc.method == "dmc":
+                omega = importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
+                k, v = pool(k, v, decisions.alpha, omega, dmc.window)
             k, _ = rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
-            out = dmc_attention(q, k, v)
+            out = dmc_attention(q, k, v) if dmc.method == "dmc" else evicting_attention(q, k, v, dmc.window)
         else:
             kept = torch.zeros(q.size(0), dtype=torch.float64, device=q.device)
             q, k = rotate(_scale_neuron(q, step), cos, sin), rotate(_scale_neuron(k, step), cos, sin)

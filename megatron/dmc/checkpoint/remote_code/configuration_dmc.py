@@ -102,6 +102,8 @@ def checked_block(dmc):
     if dmc["stage"] not in STAGES:
         raise ValueError(f"the model is of stage {dmc['stage']!r}, which does not compress; export one of "
                          f"{', '.join(STAGES)}, or use the plain model")  # fmt: skip
+    if dmc.get("method", "dmc") != "dmc":
+        raise ValueError(f"the model was trained with method {dmc['method']!r}, which these files do not compute")
     window = dmc["window"]
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"the dmc block has window {window!r}; it is a number of tokens, at least 1, or null")

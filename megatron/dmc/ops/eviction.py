@@ -1,0 +1,145 @@
+"""Training attention of DMS (arXiv 2506.05345) in O(S) memory: a column is masked only for queries beyond a window.
+
+The same decisions as DMC's, but a marked token is evicted instead of merged: the ``window`` queries after it still see it, whatever
+was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha[j+1])``. The two parts of a row are two
+attentions over disjoint columns:
+
+- near, ages 0...window: a band, in blocks of rows, by plain matrix products;
+- far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in the freed channel
+  (see :mod:`megatron.dmc.ops.attention`).
+
+They are put together by their row statistics. Backward calls the stock kernel's backward with the final output and
+statistics, which makes its ``delta`` and probabilities those of the whole row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.dmc.ops.attention import attention_backend
+from megatron.dmc.ops.decisions import Decisions
+
+
+def _rows(window: int) -> int:
+    """Rows of a block of the band: at least the window, so that a block's columns are its own and its predecessor's."""
+    return max(64, 1 << (window - 1).bit_length())
+
+
+def _blocks(x: Tensor, rows: int) -> Tensor:
+    """[..., s, D] -> [..., blocks, rows, D], zeros behind."""
+    x = F.pad(x, (0, 0, 0, -x.size(-2) % rows))
+    return x.unflatten(-2, (-1, rows))
+
+
+def _columns(x: Tensor, rows: int, window: int) -> Tensor:
+    """[..., s, D] -> [..., blocks, window + rows, D]: each block's rows and the ``window`` before them, zeros in front."""
+    own = _blocks(x, rows)
+    before = F.pad(own[..., :-1, rows - window :, :], (0, 0, 0, 0, 1, 0))
+    return torch.cat((before, own), dim=-2)
+
+
+def _fold(x: Tensor, window: int, s: int) -> Tensor:
+    """The transpose of :func:`_columns`: sums what overlaps. [..., blocks, window + rows, D] -> [..., s, D]"""
+    own = x[..., window:, :].clone()
+    own[..., :-1, own.size(-2) - window :, :] += x[..., 1:, :window, :]
+    return own.flatten(-3, -2)[..., :s, :]
+
+
+def _band(s: int, rows: int, window: int, device: torch.device) -> Tensor:
+    """bool [blocks, rows, window + rows]: ages 0...window, of tokens that there are."""
+    block = torch.arange(-(-s // rows), device=device)[:, None, None] * rows
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(window + rows, device=device) - window
+    age = row - column
+    return (age >= 0) & (age <= window) & (block + column >= 0)
+
+
+class _EvictingAttention(torch.autograd.Function):
+    @staticmethod
+    def _near(q: Tensor, k: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """Scores of the band in fp32, -inf outside, and the keys' blocks. The last channel, the far part's mask, is left out."""
+        s, d, rows, groups = q.size(2), q.size(3), _rows(window), k.size(1)
+        # [b, np, s, D] -> [b, ng, g, blocks, rows, D]; [b, ng, s, D] -> [b, ng, 1, blocks, columns, D]
+        queries = _blocks(q.unflatten(1, (groups, -1)), rows)
+        keys = _columns(k, rows, window).unsqueeze(2)
+        scores = queries[..., :-1] @ keys[..., :-1].transpose(-1, -2)
+        scores = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32) / math.sqrt(d)
+        return scores.masked_fill_(~_band(s, rows, window, q.device), float("-inf")), keys
+
+    @staticmethod
+    def forward(ctx, q, k, v, window):
+        (b, heads, s, d), groups, rows = q.shape, k.size(1), _rows(window)
+        shape = (b, groups, heads // groups, s)
+        scores, _ = _EvictingAttention._near(q, k, window)
+        lse = scores.logsumexp(dim=-1).flatten(-2)[..., :s].reshape(b, heads, s)
+        far = max(0, s - window - 1)
+        ctx.backend, ctx.rest = attention_backend(q.device.type, q.dtype), []
+        if far:
+            early = (x[:, :, :far].contiguous() for x in (k, v))
+            out, far_lse, *ctx.rest = ctx.backend.forward(q[:, :, window + 1 :].contiguous(), *early)
+            lse = torch.cat((lse[..., : window + 1], torch.logaddexp(lse[..., window + 1 :], far_lse.to(lse.dtype))), dim=-1)
+        p = torch.exp(scores - _blocks(lse.view(*shape, 1), rows))
+        total = (p.to(v.dtype) @ _columns(v, rows, window).unsqueeze(2)).flatten(-3, -2)[..., :s, :].reshape(b, heads, s, d)
+        if far:
+            weight = torch.exp(far_lse.to(lse.dtype) - lse[..., window + 1 :]).unsqueeze(-1)
+            total[:, :, window + 1 :] += (out * weight).to(total.dtype)
+        ctx.window = window
+        ctx.save_for_backward(q, k, v, total, lse)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        (b, heads, s, d), groups, window, rows = q.shape, k.size(1), ctx.window, _rows(ctx.window)
+        shape = (b, groups, heads // groups, s)
+        scores, keys = _EvictingAttention._near(q, k, window)
+        values = _columns(v, rows, window).unsqueeze(2)
+        # Rows behind the end have no gradient, and lse 0 there: exp(0 - 0), times nothing.
+        p = torch.exp(scores - _blocks(lse.view(*shape, 1), rows))
+        do = _blocks(grad.reshape(*shape, d), rows)
+        delta = _blocks((grad * out).sum(dim=-1, dtype=p.dtype).view(*shape, 1), rows)
+        ds = (p * ((do @ values.transpose(-1, -2)).to(p.dtype) - delta) / math.sqrt(d)).to(q.dtype)
+        dq = (ds @ keys).flatten(-3, -2)[..., :s, :].reshape(q.shape)
+        dk = _fold((ds.transpose(-1, -2) @ _blocks(q.view(*shape, d), rows)).sum(dim=2), window, s)
+        dv = _fold((p.to(v.dtype).transpose(-1, -2) @ do).sum(dim=2), window, s)
+        dq[..., -1], dk[..., -1] = 0, 0
+        far = max(0, s - window - 1)
+        if far:
+            late, early = slice(window + 1, None), slice(None, far)
+            parts = ctx.backend.backward(
+                *(x[:, :, late].contiguous() for x in (grad, q)), *(x[:, :, early].contiguous() for x in (k, v)),
+                *(x[:, :, late].contiguous() for x in (out, lse.to(torch.float32) if q.dtype != torch.float64 else lse)), *ctx.rest,
+            )  # fmt: skip
+            for whole, part, where in zip((dq, dk, dv), parts, (late, early, early), strict=True):
+                whole[:, :, where] += part
+        return dq, dk, dv, None
+
+
+def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal attention whose columns are masked for queries more than ``window`` tokens later.
+
+    Args:
+        q: [b, np, s, D], rotated; channel D-1 holds :func:`megatron.dmc.ops.attention.mask_channel`.
+        k: [b, ng, s, D], rotated; channel D-1 holds ``m * mask_unit(D)``, m the column mask (``Decisions.log_keep``).
+        v: [b, ng, s, D].
+        window: queries after a token that see it whatever was decided; at least 1.
+
+    Returns:
+        [b, np, s, D] in q's dtype. The gradient of k's last channel is the mask's, that of q's last channel is to be dropped.
+    """
+    assert k.size(-1) == q.size(-1) and q.size(1) % k.size(1) == 0 and window >= 1
+    return _EvictingAttention.apply(q, k, v, window)
+
+
+def held_slots(decisions: Decisions, window: int) -> Tensor:
+    """Slots in use after the last token, per sequence and head: fp32 [b, ng]. The decision at token j + 1 is about token j; the
+    latest ``window`` tokens are held in any case. The gradient is that of the relaxed decisions (straight-through)."""
+    s = decisions.alpha.size(-1)
+    decided = slice(1, max(1, s - window + 1))
+    soft = -decisions.alpha[..., decided].sum(dim=-1)
+    hard = (~decisions.merge[..., decided]).sum(dim=-1) + min(window, s)
+    return hard.to(soft.dtype) + (soft - soft.detach())
