@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.evaluation import recall as suite
+from megatron.dmc.evaluation import recall_data
 from megatron.dmc.evaluation.policies import H2O, Budget, FullCache, StreamingLLM
-from megatron.dmc.evaluation.recall import SUITE, IdMaterial, Material, TextMaterial
+from megatron.dmc.evaluation.recall import SUITE, IdMaterial, Material, Sample, TextMaterial
 from megatron.dmc.evaluation.tasks import Figure, identifiers, perplexity_by_position, repeated_identifiers, windows
 from megatron.dmc.evaluation.teacher_forced import Scored, TeacherForced
 
@@ -56,7 +57,7 @@ class Induction:
                     return ids[at + n]
         return -1
 
-    def score(self, tokens: Tensor, policy=None) -> Scored:
+    def score(self, tokens: Tensor, policy=None, batch: int = 8) -> Scored:
         rows = [[self.predict(ids[: t + 1]) == ids[t + 1] for t in range(len(ids) - 1)] for ids in tokens.tolist()]
         correct = torch.tensor(rows)
         return Scored(torch.where(correct, 0.0, -5.0), correct, torch.ones(1, len(rows), 1, tokens.size(1), dtype=torch.int32))
@@ -88,9 +89,9 @@ def find(ids: list[int], piece: list[int]) -> list[int]:
 def test_samples_are_what_they_say(material, task) -> None:
     length = 300
     for depth in (0.0, 0.5, 1.0):
-        rows, graded = suite.batch(task, material, length, depth, 5, seed=1)
-        assert rows.shape == (5, length) and torch.equal(rows, suite.batch(task, material, length, depth, 5, seed=1)[0])
-        assert not torch.equal(rows, suite.batch(task, material, length, depth, 5, seed=2)[0])
+        rows, graded = suite.samples_of(task, material, length, depth, 5, seed=1)
+        assert rows.shape == (5, length) and torch.equal(rows, suite.samples_of(task, material, length, depth, 5, seed=1)[0])
+        assert not torch.equal(rows, suite.samples_of(task, material, length, depth, 5, seed=2)[0])
         rng = random.Random(f"{task} {length} {depth} 1")
         for row in rows.tolist():
             sample = SUITE[task](material, rng)
@@ -162,7 +163,7 @@ def test_identifiers_are_right_in_full_or_not() -> None:
     tokens = torch.tensor([tokenizer.encode(row.ljust(60, "-")) for row in (near, far, "once")])
 
     class Given:
-        def score(self, tokens, policy):
+        def score(self, tokens, policy, batch):
             correct = torch.ones(3, 59, dtype=torch.bool)
             correct[0, 9] = False  # the b of the second abc
             return Scored(correct.float(), correct, torch.ones(1, 3, 1, 60, dtype=torch.int32))
@@ -210,3 +211,63 @@ def test_tasks_on_a_model(tmp_path) -> None:
     found = suite.recall(model, H2O(Budget(4)), IdMaterial(range(131)), lengths=[100, 120], depths=[0.5], samples=3)
     assert set(found) == set(SUITE)
     assert all(len(r.figures) == 12 and r.compression.at_end == 4 for r in found.values())
+
+
+# Text that teaches it
+
+
+def test_documents_that_teach_recall_ask_what_can_be_told(material, monkeypatch) -> None:
+    """Every question of the suite's samples stands in the document with its answer, and its pieces stand before it."""
+    made: list[Sample] = []
+
+    def noting(make):
+        def noted(material, rng):
+            made.append(make(material, rng))
+            return made[-1]
+
+        return noted
+
+    for name, make in list(SUITE.items()):
+        monkeypatch.setitem(SUITE, name, noting(make))
+    rng = random.Random(3)
+    for _ in range(10):
+        made.clear()
+        ids = recall_data.document(material, 400, rng)
+        assert made and len(ids) <= 400 + 200
+        for sample in made:
+            asked = [*sample.question, *sample.answer]
+            at = max(i for i in range(len(ids)) if ids[i : i + len(asked)] == asked)
+            for piece in sample.pieces:
+                assert any(ids[i : i + len(piece)] == piece for i in range(at))
+
+
+def test_repeats_are_mostly_what_stood_before() -> None:
+    rng = random.Random(1)
+    for length in (20, 128, 512):
+        shares = []
+        for _ in range(50):
+            ids = recall_data.repeats(range(300, 2000), length, rng)
+            assert len(ids) == length and min(ids) >= 300
+            pairs = list(zip(ids, ids[1:]))
+            shares.append(sum(pair in pairs[:i] for i, pair in enumerate(pairs)) / len(pairs))
+        assert sum(shares) / len(shares) > 0.4, length
+
+
+def test_recall_data_is_a_dataset_that_training_takes(tmp_path, text_material, capsys) -> None:
+    import json
+
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron.dmc.training.data import Sidecar
+
+    tokenizer = text_material.tokenizer
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": Path(random.__file__).read_text()}) + "\n")
+    arguments = ["--tokenizer", str(tokenizer.path), "--corpus", str(tmp_path / "text.jsonl"), "--tokens", "3000"]
+    assert recall_data.main([*arguments, "--longest", "128", "--output-prefix", str(tmp_path / "a")]) == 0
+    sidecar = Sidecar.read(tmp_path / "a")
+    documents = [numpy.array(document) for document in IndexedDataset(str(tmp_path / "a"))]
+    assert sidecar.tokens == sum(map(len, documents)) >= 3000 and sidecar.tokenizer_fingerprint == tokenizer.fingerprint
+    assert all(document[-1] == tokenizer.eod_id and document.max() < tokenizer.vocab_size for document in documents)
+    assert recall_data.main([*arguments, "--longest", "64", "--output-prefix", str(tmp_path / "b")]) == 2
+    assert "error: documents of at most 64" in capsys.readouterr().err and not list(tmp_path.glob("b*"))

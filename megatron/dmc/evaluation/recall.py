@@ -192,7 +192,7 @@ def place(sample: Sample, material: Material, length: int, depth: float, rng: ra
     return [*out, *filler[used:], *sample.question, *sample.answer]
 
 
-def batch(task: str, material: Material, length: int, depth: float, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def samples_of(task: str, material: Material, length: int, depth: float, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Samples int64 [samples, length], and bool [a]: which of the last a tokens, the answer, count.
 
     The same arguments give the same samples.
@@ -209,8 +209,8 @@ def batch(task: str, material: Material, length: int, depth: float, samples: int
 
 def recall(model: TeacherForced, policy: Optional[CachePolicy], material: Material, *, tasks: Sequence[str] = tuple(SUITE),
            lengths: Sequence[int], depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), samples: int = 20,
-           seed: int = 0) -> dict[str, Result]:  # fmt: skip
-    """Every task at every length and depth.
+           seed: int = 0, batch: int = 8) -> dict[str, Result]:  # fmt: skip
+    """Every task at every length and depth. ``batch``: sequences at once.
 
     Returns:
         task -> figures over samples: for each length and depth, and over all depths of a length ("512 tokens"), the share of
@@ -229,9 +229,9 @@ def recall(model: TeacherForced, policy: Optional[CachePolicy], material: Materi
         figures: list[Figure] = []
         compression: Optional[Compression] = None
         for length in sorted(lengths):
-            made = [batch(task, material, length, depth, samples, seed) for depth in depths]
+            made = [samples_of(task, material, length, depth, samples, seed) for depth in depths]
             graded = made[0][1]
-            scored = model.score(torch.cat([rows for rows, _ in made]), policy)
+            scored = model.score(torch.cat([rows for rows, _ in made]), policy, batch)
             compression = scored.compression()
             figures += answer_figures(task, f"{length} tokens", scored, graded)
             for i, depth in enumerate(depths):

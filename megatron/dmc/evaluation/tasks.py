@@ -65,12 +65,13 @@ def windows(documents: Sequence[Sequence[int]], length: int, most: Optional[int]
 
 
 def perplexity_by_position(model: TeacherForced, policy: Optional[CachePolicy], tokens: Tensor,
-                           edges: Optional[Sequence[int]] = None) -> Result:  # fmt: skip
+                           edges: Optional[Sequence[int]] = None, batch: int = 8) -> Result:  # fmt: skip
     """Mean loss (nats per token) of positions [edges[i], edges[i + 1]), and of all.
 
     Args:
         tokens: int64 [n, s].
         edges: ascending positions; None: 1, 2, 4, ... s. Position 0 has no prediction.
+        batch: sequences at once.
 
     Returns:
         Figures over sequences (the tokens of one are not independent); perplexity is exp of the value.
@@ -83,7 +84,7 @@ def perplexity_by_position(model: TeacherForced, policy: Optional[CachePolicy], 
         edges = [*(1 << i for i in range((s - 1).bit_length())), s]
     if list(edges) != sorted(set(edges)) or len(edges) < 2 or edges[0] < 1 or edges[-1] > s:
         raise ValueError(f"edges {list(edges)} must ascend from at least 1 to at most {s}")
-    scored = model.score(tokens, policy)
+    scored = model.score(tokens, policy, batch)
     loss = -scored.log_prob.double()
     figures = [Figure.mean("loss", "all", loss.mean(dim=1))]
     for a, b in zip(edges, edges[1:]):
@@ -138,13 +139,14 @@ def repeated_identifiers(tokens: Tensor, tokenizer: Tokenizer) -> list[Occurrenc
 
 
 def identifiers(model: TeacherForced, policy: Optional[CachePolicy], tokens: Tensor, tokenizer: Tokenizer,
-                gaps: Sequence[int] = (0, 32, 128)) -> Result:  # fmt: skip
+                gaps: Sequence[int] = (0, 32, 128), batch: int = 8) -> Result:  # fmt: skip
     """Share of repeated identifiers that greedy decoding would have given in full, by how long ago they were last seen.
 
     Args:
         tokens: int64 [n, s], windows of the corpus.
         tokenizer: that made them.
         gaps: lower edges, ascending; a gap belongs to the highest edge that it reaches.
+        batch: sequences at once.
 
     Returns:
         Figures over windows (each counts by the share of its occurrences), named by their least gap.
@@ -155,7 +157,7 @@ def identifiers(model: TeacherForced, policy: Optional[CachePolicy], tokens: Ten
     occurrences = repeated_identifiers(tokens, tokenizer)
     if not occurrences:
         raise ValueError("no identifier comes twice in a window; use longer windows, or text with identifiers")
-    scored = model.score(tokens, policy)
+    scored = model.score(tokens, policy, batch)
     figures = []
     for where, lowest, highest in [("all", 0, math.inf), *((f"gap >= {a}", a, b) for a, b in zip(gaps, [*gaps[1:], math.inf]))]:
         right: dict[int, list[bool]] = {}

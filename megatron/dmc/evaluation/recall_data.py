@@ -1,0 +1,121 @@
+"""Training text that makes looking back worth learning: the recall suite's assignments and questions, many to a document.
+
+A small model that has seen a few million tokens of text never learns to look things up, and then no cache policy can spoil it: the
+full cache and a window give the same. Mixed into pre-training, these documents teach what the suite asks. They share its
+form, and none of its samples: names, values, haystack and places are drawn anew.
+
+    python -m megatron.dmc.evaluation.recall_data --tokenizer tokenizer.model --corpus train.jsonl --tokens 2000000 \\
+        --output-prefix data/recall
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from megatron.dmc.evaluation.recall import SUITE, Ids, Material, TextMaterial
+
+
+def document(material: Material, length: int, rng: random.Random) -> Ids:
+    """About ``length`` ids (never more by more than one sample): samples whose pieces stand in any order, each one's question and
+    answer somewhere after its pieces, haystack between them."""
+    full = length * rng.uniform(0.3, 0.9)
+    events: list[tuple[float, Ids]] = []
+    used = 0
+    while used < full:
+        sample = SUITE[rng.choice(list(SUITE))](material, rng)
+        places = [rng.random() for _ in sample.pieces]
+        if sample.ordered:
+            places.sort()
+        events += zip(places, sample.pieces)
+        # Beyond 1 now and then: after everything, as in the suite.
+        events.append((rng.uniform(max(places), 1.2), [*sample.question, *sample.answer, *material.end]))
+        used += sum(map(len, [*sample.pieces, sample.question, sample.answer, material.end]))
+    events.sort(key=lambda event: event[0])
+    cuts = sorted(rng.randrange(max(1, length - used)) for _ in events)
+    out: Ids = []
+    for (_, ids), gap in zip(events, (b - a for a, b in zip([0, *cuts], cuts))):
+        out += material.filler(gap, rng) + ids
+    return out
+
+
+def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
+    """``length`` tokens of blocks of random ids, each either new or one that stood before. All of a repeated block but its first
+    token can be told by looking back: this is what the mechanism is learned from, for the suite's own form is too sparse."""
+    blocks: list[Ids] = []
+    out: Ids = []
+    while len(out) < length:
+        if not blocks or rng.random() < 0.4:
+            blocks.append(rng.choices(ids, k=rng.randint(3, max(3, length // 4))))
+            out += blocks[-1]
+        out += rng.choice(blocks)
+    return out[:length]
+
+
+def write(prefix: str | Path, tokenizer_path: str, corpus: str | Path, tokens: int, *, longest: int = 512, repeated: float = 0.5,
+          seed: int = 0) -> int:  # fmt: skip
+    """Write an indexed dataset of documents of ``longest`` / 4...``longest`` tokens. Returns its number of tokens.
+
+    Args:
+        prefix: writes ``prefix.bin``, ``.idx`` and ``.json``.
+        corpus: JSONL, ``{"text": ...}`` a line, for the haystack.
+        tokens: at least so many.
+        repeated: share of documents that are :func:`repeats`; 1 for documents too short for the suite's form.
+
+    Raises:
+        ValueError: no text, or documents that are too short.
+    """
+    from megatron.dmc.training.indexed_writer import IndexedWriter, publish
+    from megatron.dmc.training.tokenizer import load_tokenizer
+
+    if longest < 16 or (longest < 128 and repeated < 1):
+        raise ValueError(f"documents of at most {longest} tokens are too short; use 128, or 16 with repeated 1")
+    tokenizer, rng = load_tokenizer(tokenizer_path), random.Random(seed)
+    with Path(corpus).open() as lines:
+        material = TextMaterial(tokenizer, [tokenizer.encode(json.loads(line)["text"]) for line in lines])
+    # The special tokens and bytes at the beginning of a sentencepiece vocabulary are left out.
+    ids = range(min(300, tokenizer.vocab_size // 2), tokenizer.vocab_size)
+    parent = Path(prefix).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(prefix).name}.", dir=parent) as directory:
+        writer = IndexedWriter(Path(directory), tokenizer, eod_appended=True)
+        while writer.tokens < tokens:
+            length = rng.randint(longest // 4, longest)
+            made = repeats(ids, length, rng) if rng.random() < repeated else document(material, length, rng)
+            writer.add([*made, tokenizer.eod_id])
+        writer.close()
+        publish(Path(directory), prefix)
+    return writer.tokens
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Exit status 2 on wrong input."""
+    parser = argparse.ArgumentParser(prog="megatron.dmc.evaluation.recall_data", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="sentencepiece model or Hugging Face directory")
+    parser.add_argument("--corpus", required=True, metavar="FILE", help="JSONL, for the haystack")
+    parser.add_argument("--output-prefix", required=True, metavar="P")
+    parser.add_argument("--tokens", type=int, default=2_000_000, metavar="N", help="at least (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=512, metavar="N", help="document, in tokens (default: %(default)s)")
+    parser.add_argument("--repeated", type=float, default=0.5, metavar="X", help="share of documents that are blocks of "
+                        "random ids which come again (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        tokens = write(args.output_prefix, args.tokenizer, args.corpus, args.tokens, longest=args.longest,
+                       repeated=args.repeated, seed=args.seed)  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{tokens:,} tokens\n--data-path {args.output_prefix}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
