@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.checkpoint import hf
-from megatron.dmc.evaluation.policies import DMC, CachePolicy, FullCache, Projections
+from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
 from megatron.dmc.inference.model import Model, linear
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import dtype_of, read_info
@@ -34,6 +34,8 @@ class Compression:
     """Tokens / slots, both summed over positions: the traffic of decoding the whole sequence."""
     by_head: Tensor
     """fp64 [layers, KV heads], at the end."""
+    by_position: Tensor
+    """fp64 [s], after each token."""
 
     @classmethod
     def of(cls, slots: Tensor) -> Compression:
@@ -45,6 +47,7 @@ class Compression:
             mean=float(1 / (held / tokens).mean()),
             reads=float(tokens.mean() / held.mean()),
             by_head=(tokens[-1] / held[..., -1].mean(dim=1)).cpu(),
+            by_position=(tokens / held.mean(dim=(0, 1, 2))).cpu(),
         )
 
 
@@ -83,9 +86,10 @@ class TeacherForced(Model):
         return cls(directory, info, TensorParallel(), dtype_of(dtype, info, where), where)
 
     def own_policy(self) -> CachePolicy:
-        """What the engine does with this model: DMC where it was trained to merge, else the full cache."""
+        """What the model was trained for: DMC or DMS after their retrofit, else the full cache."""
         if self.info.compresses and self.info.dmc is not None and self.info.decision_bias == self.info.dmc.decision_bias:
-            return DMC(self.info.dmc)
+            dmc = self.info.dmc
+            return DMC(dmc) if dmc.method == "dmc" else DMS(dmc.decision_bias, dmc.window or 1)
         return FullCache()
 
     @torch.inference_mode()

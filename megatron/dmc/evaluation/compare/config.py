@@ -1,0 +1,192 @@
+"""What a comparison is made of: the model and its text, how each method is trained, and what is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.dmc.config import RunConfig, _build, _positive, _require, load_file
+
+EVICTION = ("H2O", "TOVA", "StreamingLLM")
+"""Policies that need no training: they are measured on the control."""
+TRAINED = ("DMC", "DMC + distillation", "DMS", "DMS + distillation", "GQA")
+
+
+@dataclass
+class CorpusConfig:
+    """Text. Without files of your own it is the Python standard library's sources."""
+
+    train: Optional[str] = None
+    """JSONL, ``{"text": ...}`` a line; with ``valid`` and ``tokenizer``."""
+    valid: Optional[str] = None
+    tokenizer: Optional[str] = None
+    """Sentencepiece model file or Hugging Face directory."""
+    vocab_size: int = 2048
+    """Of the tokenizer that is made for the standard library's sources."""
+    recall_share: float = 0.5
+    """Of training tokens: documents that teach looking back (``megatron.dmc.evaluation.recall_data``), which a small model does not
+    learn from a few million tokens of text. 0: none."""
+    recall_tokens: int = 4_000_000
+
+    def check(self) -> None:
+        files = (self.train, self.valid, self.tokenizer)
+        _require(all(files) or not any(files), f"corpus has train {self.train}, valid {self.valid}, tokenizer {self.tokenizer}; "
+                 "give all three, or none for the standard library's sources")  # fmt: skip
+        _require(0 <= self.recall_share < 1, f"recall_share is {self.recall_share}; it must be in [0, 1)")
+        _positive(self, "vocab_size", "recall_tokens")
+
+
+@dataclass
+class OriginalConfig:
+    """The model that is compressed: a Hugging Face directory, or trained here from random weights."""
+
+    hf: Optional[str] = None
+    """A plain directory with as many KV heads as query heads, where GQA is compared. None: it is trained."""
+    lengths: list[int] = field(default_factory=lambda: [32, 128])
+    """Sequence lengths of the stages before the full one, each with as many tokens in a step. Looking back is learned in short
+    sequences: in long ones it takes a small model many times the tokens before it begins."""
+    length_iters: int = 200
+    """Steps of each of those."""
+    iters: int = 1500
+    """Steps at the full length."""
+    global_batch_size: int = 8
+    """Sequences of the full length."""
+    lr: float = 3e-3
+    min_lr: float = 3e-4
+    """Where the full length's cosine ends."""
+    warmup_iters: int = 50
+
+    def check(self) -> None:
+        _positive(self, "iters", "length_iters", "global_batch_size", "lr")
+        _require(self.lengths == sorted(set(self.lengths)) and all(n >= 16 for n in self.lengths),
+                 f"lengths {self.lengths} must ascend, and be 16 at least")  # fmt: skip
+
+
+@dataclass
+class RecipeConfig:
+    """Training after the original, the same for every method: as many tokens and the same learning rates at equal compression."""
+
+    zero_out_iters: int = 40
+    iters_per_cr: int = 200
+    """Optimizer steps per unit of compression ratio; GQA and the control take as many."""
+    finetune_iters: int = 200
+    lr: float = 5e-4
+    min_lr: float = 5e-5
+    """Where the finetune's cosine ends."""
+    loss_weight: float = 1.0
+    """Of the compression loss while the target rises."""
+    finetune_loss_weight: float = 0.5
+    dms_window: int = 16
+    """Tokens from a mark to the eviction."""
+
+    def check(self) -> None:
+        _positive(self, "zero_out_iters", "iters_per_cr", "finetune_iters", "lr", "dms_window")
+
+
+@dataclass
+class CompoundConfig:
+    """DMC on top of an up-trained GQA model."""
+
+    gqa_ratio: int = 2
+    ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
+
+
+@dataclass
+class EconomyConfig:
+    """Quality at one ratio as a function of training: shares of the full schedule, each a run straight to the ratio."""
+
+    ratio: float = 4.0
+    shares: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
+    methods: list[str] = field(default_factory=lambda: ["DMC", "DMC + distillation"])
+
+
+@dataclass
+class MeasureConfig:
+    """Tasks, on text that was not trained on."""
+
+    windows: int = 64
+    """Windows of validation text of ``data.seq_length`` tokens."""
+    recall_lengths: list[int] = field(default_factory=lambda: [128, 256, 512])
+    recall_depths: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.9])
+    recall_samples: int = 16
+    """Of each task at each length and depth."""
+    batch: int = 32
+    """Sequences at once."""
+    lm_eval_tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-eval, whose data must be at hand. For the methods that transformers can load: not for eviction and DMS."""
+
+    def check(self) -> None:
+        _positive(self, "windows", "recall_samples", "batch")
+
+
+@dataclass
+class CompareConfig:
+    """One comparison. The resolved one is written beside its results."""
+
+    output: str = "build/evidence"
+    seeds: list[int] = field(default_factory=lambda: [1, 2])
+    """Each is a model of its own: initial weights, order of the data, noise, recall samples."""
+    jobs: int = 2
+    """Processes at once, with an equal share of the cores each. On one GPU: 1."""
+    ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
+    methods: list[str] = field(default_factory=lambda: ["DMC", "DMC + distillation", "DMS + distillation", "GQA", *EVICTION])
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    original: OriginalConfig = field(default_factory=OriginalConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    compound: Optional[CompoundConfig] = None
+    economy: Optional[EconomyConfig] = None
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    """Model, batch, precision of every training run (docs/training.md); stage and paths are filled in."""
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a wrong value or combination, before anything is trained."""
+        for part in (self.corpus, self.original, self.recipe, self.measure):
+            part.check()
+        _positive(self, "jobs")
+        _require(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+                 f"seeds {self.seeds} must be different, and one at least")  # fmt: skip
+        _require(self.ratios == sorted(set(self.ratios)) and all(r > 1 for r in self.ratios) and bool(self.ratios),
+                 f"ratios {self.ratios} must ascend and be above 1")  # fmt: skip
+        for name in [*self.methods, *(self.economy.methods if self.economy else ())]:
+            _require(name in (*TRAINED, *EVICTION),
+                     f"method {name!r} is unknown; there are {', '.join((*TRAINED, *EVICTION))}")  # fmt: skip
+        heads = self.run.model.kv_heads
+        wanted = {"GQA": self.ratios if "GQA" in self.methods else [],
+                  "compound": [self.compound.gqa_ratio] if self.compound else []}  # fmt: skip
+        for what, ratios in wanted.items():
+            for ratio in ratios:
+                _require(heads % ratio == 0,
+                         f"{what}: {heads} KV heads cannot be merged {ratio:g} to one; use ratios that divide them")  # fmt: skip
+        _require(self.compound is None or "GQA" in self.methods and self.compound.gqa_ratio in self.ratios,
+                 "compound needs GQA among the methods, at a ratio that is among the ratios")  # fmt: skip
+        if self.economy is not None:
+            economy = self.economy
+            _require(set(economy.methods) <= set(self.methods) and economy.ratio in self.ratios,
+                     f"economy: {economy.methods} at {economy.ratio:g}x must be among the methods and ratios")  # fmt: skip
+            _require(all(0 < s < 1 for s in economy.shares), f"economy.shares {economy.shares} must lie between 0 and 1")
+        _require(all(n < self.run.data.seq_length for n in self.original.lengths),
+                 f"original.lengths {self.original.lengths} must be below seq_length {self.run.data.seq_length}")  # fmt: skip
+        _require(max(self.measure.recall_lengths, default=0) <= self.run.model.max_position_embeddings,
+                 f"recall_lengths {self.measure.recall_lengths} exceed max_position_embeddings")  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompareConfig:
+        """From a YAML or JSON file. Raises ``ValueError`` naming what is wrong."""
+        config = _build(cls, _with_optional_sections(load_file(path)), "")
+        config.check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _with_optional_sections(data: dict) -> dict:
+    """Sections that may be null are built here: the rest of the file goes through the common checks."""
+    found = dict(data)
+    for name, kind in (("compound", CompoundConfig), ("economy", EconomyConfig)):
+        if found.get(name) is not None:
+            found[name] = _build(kind, found[name], f"{name}.")
+    return found

@@ -1,0 +1,108 @@
+"""One row's figures: a Hugging Face directory under one cache policy, on all tasks. In a process of its own: rows run side by side.
+
+    python -m megatron.dmc.evaluation.compare.measure SPEC OUTPUT.json     # SPEC: JSON, as compare/plan.py writes it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from megatron.dmc.evaluation import policies
+from megatron.dmc.evaluation.policies import Budget, CachePolicy
+from megatron.dmc.evaluation.recall import SUITE, TextMaterial, recall
+from megatron.dmc.evaluation.tasks import Figure, identifiers, perplexity_by_position, windows
+from megatron.dmc.evaluation.teacher_forced import TeacherForced
+from megatron.dmc.training.tokenizer import load_tokenizer
+
+
+def policy_of(name: Optional[str], ratio: float) -> Optional[CachePolicy]:
+    """An eviction policy whose budget grows with the text, so that it holds at every position as a trained model's ratio does."""
+    return None if name is None else getattr(policies, name)(Budget(ratio, "growing"))
+
+
+def edges(length: int) -> list[int]:
+    """Of the ranges of positions in the loss: the last one is the second half."""
+    return [1, *(length >> n for n in (3, 2, 1)), length]
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Figures and compression, JSON-ready.
+
+    Args:
+        spec: model, policy, ratio, valid (JSONL), tokenizer, length, seed, tasks (:class:`MeasureConfig`).
+
+    Raises:
+        ValueError: text that is too short, or a model that the policy does not fit.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = TeacherForced.load(spec["model"], device=device)
+    policy, tokenizer, tasks = policy_of(spec["policy"], spec["ratio"]), load_tokenizer(spec["tokenizer"]), spec["tasks"]
+    with Path(spec["valid"]).open() as lines:
+        documents = [tokenizer.encode(json.loads(line)["text"]) for line in lines]
+    tokens = windows(documents, spec["length"], tasks["windows"])
+    results = {
+        "loss": perplexity_by_position(model, policy, tokens, edges(spec["length"]), batch=tasks["batch"]),
+        "identifiers": identifiers(model, policy, tokens, tokenizer, batch=tasks["batch"]),
+        **recall(model, policy, TextMaterial(tokenizer, documents), lengths=tasks["recall_lengths"], depths=tasks["recall_depths"],
+                 samples=tasks["recall_samples"], seed=spec["seed"], batch=tasks["batch"]),
+    }  # fmt: skip
+    figures = [figure for result in results.values() for figure in result.figures]
+    if tasks["lm_eval_tasks"] and policy is None and model.own_policy().name != "DMS":
+        figures += lm_eval(spec["model"], tasks["lm_eval_tasks"], device)
+    compression = results["loss"].compression
+    return {
+        "policy": str(policy or model.own_policy()),
+        "figures": [dataclasses.asdict(figure) for figure in figures],
+        "compression": {**dataclasses.asdict(compression), "by_head": compression.by_head.tolist(),
+                        "by_position": compression.by_position.tolist()},  # fmt: skip
+        "recall_compression": {name: results[name].compression.at_end for name in SUITE},
+    }
+
+
+def lm_eval(model: str, tasks: list[str], device: str) -> list[Figure]:
+    """lm-eval's own metrics, by its command line and transformers. Raises ``ValueError`` with its last words when it fails."""
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = f"pretrained={model},trust_remote_code=True,dtype=float32"
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks),
+                   "--device", device, "--output_path", directory]  # fmt: skip
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = sorted(Path(directory).rglob("results_*.json"))
+        if ran.returncode or not found:
+            raise ValueError(f"lm-eval failed on {', '.join(tasks)}: {ran.stderr.strip().splitlines()[-1:]}")
+        results = json.loads(found[-1].read_text())
+    figures = []
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{kind}")
+                n = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+                figures.append(Figure(f"lm-eval {task}", metric, value, n, error if isinstance(error, float) else float("nan")))
+    return figures
+
+
+def main() -> int:
+    spec, output = json.loads(sys.argv[1]), Path(sys.argv[2])
+    try:
+        result = measure(spec)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result) + "\n")
+    os.replace(temporary, output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The pictures of a comparison."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from megatron.dmc.evaluation.compare.config import CompareConfig
+from megatron.dmc.evaluation.compare.plan import Plan
+from megatron.dmc.evaluation.compare.summary import Column, Measured, columns, groups, relative
+from megatron.dmc.evaluation.report import plot_heads, read_curves
+
+# One look for a method in every picture: trained ones filled, eviction hollow.
+STYLES: dict[str, tuple[str, str]] = {
+    "control": ("black", "-"), "DMC": ("tab:blue", "o-"), "DMC + distillation": ("tab:cyan", "o-"), "DMS": ("tab:purple", "s-"),
+    "DMS + distillation": ("tab:pink", "s-"), "GQA": ("tab:green", "D-"), "H2O": ("tab:orange", "^--"), "TOVA": ("tab:red", "v--"),
+    "StreamingLLM": ("tab:gray", "x--"),
+}  # fmt: skip
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(axis: Any, points: list[tuple[float, list[float]]], style: tuple[str, str], label: str) -> None:
+    """Means over seeds, bars from the least to the greatest."""
+    points = sorted((x, values) for x, values in points if values)
+    if not points:
+        return
+    xs, means = [x for x, _ in points], [statistics.fmean(values) for _, values in points]
+    ends = [[m - min(v) for m, (_, v) in zip(means, points)], [max(v) - m for m, (_, v) in zip(means, points)]]
+    axis.errorbar(xs, means, yerr=ends, color=style[0], fmt=style[1], label=label, capsize=2, markersize=5, linewidth=1.3)
+
+
+def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None:
+    """Every task against the measured compression, one line per method; the control as the line at 1."""
+    shown = [Column("perplexity / control's", lambda m: relative(measured, m) or 1.0, 3), *columns(config, measured)[1:7]]
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+    methods = dict.fromkeys(m.row.method for m in measured if m.row.table == "main" and m.row.baseline)
+    widest = max(m.ratio for m in measured if m.row.table == "main")
+    for axis, column in zip(axes.flat, shown):
+        for method in methods:
+            found = [rows for (name, _, _), rows in groups(measured, "main").items() if name == method]
+            points = [(statistics.fmean(m.ratio for m in rows), [column.value(m) for m in rows]) for rows in found]
+            _bars(axis, points, STYLES[method], method)
+        controls = {id(m): m for m in measured if m.row.method == "control"}.values()
+        level = statistics.fmean(column.value(m) for m in controls)
+        axis.axhline(level, color="black", linewidth=1, linestyle=":", label="control, full cache")
+        axis.set_title(column.title)
+        axis.set_xlabel("tokens / slots, at the end")
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(0.9, 1.3 * widest)
+        axis.set_xticks([1.0, *config.ratios], ["1", *(f"{ratio:g}" for ratio in config.ratios)])
+        axis.grid(alpha=0.3)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(handles, labels, loc="center")
+    _save(figure, path)
+
+
+def by_head(measured: list[Measured], path: Path) -> None:
+    """CR by layer and head of the trained methods, the first seed."""
+    first = measured[0].row.seed
+    shown = [
+        dict(name=f"{m.row.method} {m.row.ratio:g}x", target_cr=m.row.ratio, cr=m.ratio, cr_by_head=m.compression["by_head"])
+        for m in measured
+        if m.row.seed == first and m.row.table == "main" and m.row.method.startswith(("DMC", "DMS"))
+    ]
+    if shown:
+        plot_heads(shown, path)
+
+
+def by_position(measured: list[Measured], path: Path) -> None:
+    """CR after every token of a window, the first seed; the greatest ratio that is there."""
+    first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for m in measured:
+        row = m.row
+        if row.seed == first and row.table == "main" and row.ratio == most and row.baseline:
+            values = [row.heads_ratio * value for value in m.compression["by_position"]]
+            color, style = STYLES[row.method]
+            axis.plot(range(1, len(values) + 1), values, style.lstrip("osD^vx"), color=color, label=row.method)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("tokens / slots")
+    axis.set_title(f"compression by position, {most:g}x asked")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def curves(config: CompareConfig, plan: Plan, measured: list[Measured], path: Path) -> None:
+    """Training loss and CR over the steps after the original: the run to the greatest ratio of every method, the first seed."""
+    first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
+    controls = [m for m in measured if m.row.method == "control" and m.row.seed == first][-1:]
+    trained = [m for m in measured if m.row.table == "main" and m.row.seed == first and m.row.ratio == most and m.row.baseline
+               and m.row.policy is None]  # fmt: skip
+    for m in [*controls, *trained]:
+        runs = [run for run in plan.after_original(m.row.run) if plan.jobs[run].iters]
+        found = read_curves([str(Path(config.output) / run / "tensorboard") for run in runs])
+        color, window = STYLES[m.row.method][0], 10
+        loss = found.get("lm-loss", [])
+        smooth = [(loss[i][0], statistics.fmean(v for _, v in loss[max(0, i - window + 1) : i + 1])) for i in range(len(loss))]
+        top.plot(*zip(*smooth, strict=True), color=color, label=m.row.method, linewidth=1.2)
+        if "CR" in found:
+            bottom.plot(*zip(*found["CR"], strict=True), color=color, label=m.row.method, linewidth=1.2)
+    top.set_ylabel("LM loss of training (text and recall documents)")
+    bottom.set_ylabel("tokens / slots, hard decisions")
+    bottom.set_xlabel("steps after the original")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    _save(figure, path)
+
+
+def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None:
+    """Quality at one ratio against the steps of the retrofit, with and without distillation."""
+    assert config.economy is not None
+    ratio = config.economy.ratio
+    steps = [m.steps for m in measured if m.row.table == "economy" or m.row.method in config.economy.methods]
+    first = Column("perplexity / control's at the full schedule", lambda m: relative(measured, m) or 1.0, 3)
+    shown = [first, *columns(config, measured)[2:7]]
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    for axis, column in zip(axes.flat, shown):
+        for method in config.economy.methods:
+            points: dict[int, list[float]] = {}
+            for m in measured:
+                if m.row.method == method and m.row.ratio == ratio and m.row.table in ("main", "economy"):
+                    points.setdefault(m.steps, []).append(column.value(m))
+            _bars(axis, [*points.items()], STYLES[method], method)
+        axis.set_title(column.title)
+        axis.set_xlabel("optimizer steps")
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(0.8 * min(steps), 1.2 * max(steps))
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    figure.suptitle(f"{ratio:g}x: quality by training")
+    _save(figure, path)

@@ -1,0 +1,142 @@
+"""From the rows' figures to the report: tables in the paper's form, and the data of the plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.dmc.evaluation.compare.config import CompareConfig
+from megatron.dmc.evaluation.compare.plan import Plan, Row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row and what was measured of it."""
+
+    row: Row
+    steps: int
+    """Optimizer steps after the original."""
+    figures: dict[tuple[str, str], float]
+    """(task, where) -> value."""
+    compression: dict[str, Any]
+
+    def figure(self, task: str, where: str) -> float:
+        return self.figures.get((task, where), math.nan)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.figure("loss", "all"))
+
+    @property
+    def reads(self) -> float:
+        """How many times fewer slots decoding the whole sequence reads."""
+        return self.row.heads_ratio * self.compression["reads"]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the original's the cache is at a sequence's end."""
+        return self.row.heads_ratio * self.compression["at_end"]
+
+
+def read(plan: Plan, output: Path) -> list[Measured]:
+    """What all rows gave."""
+    found = []
+    for row in plan.rows:
+        content = json.loads((output / f"{row.key}/measured.json").read_text())
+        figures = {(f["task"], f["where"]): f["value"] for f in content["figures"]}
+        found.append(Measured(row, plan.steps(row.run), figures, content["compression"]))
+    return found
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task of the table."""
+
+    title: str
+    value: Callable[[Measured], float]
+    digits: int
+
+
+def columns(config: CompareConfig, measured: Iterable[Measured]) -> list[Column]:
+    """Perplexity, the loss of the second half, identifiers from afar, recall at the greatest length, and lm-eval's."""
+    s, longest = config.run.data.seq_length, max(config.measure.recall_lengths)
+
+    def of(title: str, task: str, where: str, digits: int = 2) -> Column:
+        return Column(title, lambda m: m.figure(task, where), digits)
+
+    found = [
+        Column("perplexity", lambda m: m.perplexity, 2),
+        of(f"loss at {s // 2}-{s - 1}", "loss", f"{s // 2}-{s - 1}", 3),
+        of("identifiers, gap >= 128", "identifiers", "gap >= 128"),
+    ]
+    for task in ("needle", "multi-key", "variable tracking", "copying"):
+        found.append(of(f"{task}, {longest}", f"{task}, tokens", f"{longest} tokens"))
+    extra = dict.fromkeys(key for m in measured for key in m.figures if key[0].startswith("lm-eval "))
+    return found + [of(f"{task.removeprefix('lm-eval ')} {metric}", task, metric) for task, metric in extra]
+
+
+def groups(measured: list[Measured], table: str) -> dict[tuple[str, float, int], list[Measured]]:
+    """(method, ratio, steps) -> its seeds, in the plan's order."""
+    found: dict[tuple[str, float, int], list[Measured]] = {}
+    for m in measured:
+        if m.row.table == table:
+            found.setdefault((m.row.method, m.row.ratio, m.steps), []).append(m)
+    return found
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean over seeds, and half of the range where there are several."""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) < 2 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def relative(measured: list[Measured], m: Measured) -> Optional[float]:
+    """Perplexity over that of the control with as many steps, of the same seed."""
+    for other in measured:
+        if m.row.baseline is not None and other.row.key == m.row.baseline:
+            return m.perplexity / other.perplexity
+    return None
+
+
+def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
+    """Markdown: a row for every method and ratio, means over seeds."""
+    shown = columns(config, measured)
+    head = ["method", "cache asked", "cache measured: end, reads", "steps", "perplexity / control's", *(c.title for c in shown)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (method, ratio, steps), rows in groups(measured, name).items():
+        relatives = [r for r in (relative(measured, m) for m in rows) if r is not None]
+        cells = [
+            method,
+            f"1/{ratio:g}" if method not in ("full cache", "control") else "1",
+            f"1/{spread([m.ratio for m in rows], 2)}, 1/{statistics.fmean(m.reads for m in rows):.2f}",
+            str(steps),
+            spread(relatives, 3) if relatives else "",
+            *(spread([c.value(m) for m in rows], c.digits) for c in shown),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def to_json(config: CompareConfig, measured: list[Measured], machine: dict[str, Any]) -> dict[str, Any]:
+    """Everything that was measured, for other tools."""
+    return {
+        "machine": machine,
+        "config": config.to_dict(),
+        "rows": [
+            {
+                **{name: getattr(m.row, name) for name in ("method", "ratio", "seed", "run", "baseline", "table", "heads_ratio")},
+                "steps": m.steps,
+                "perplexity": m.perplexity,
+                "perplexity_ratio": relative(measured, m),
+                "cache_ratio": m.ratio,
+                "compression": m.compression,
+                "figures": [{"task": task, "where": where, "value": value} for (task, where), value in m.figures.items()],
+            }
+            for m in measured
+        ],
+    }
