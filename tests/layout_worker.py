@@ -57,6 +57,13 @@ def _layout(**values) -> dict:
 
 _FULL = dict(recompute="full", method="uniform", layers=1)
 _TEACHER = dict(distill_from="teacher")
+
+
+def _dms(**values) -> dict:
+    """Eviction instead of merging."""
+    return {**_layout(**values), "dmc": dict(method="dms", window=4)}
+
+
 CASES: dict[int, dict[str, dict]] = {
     1: {
         "single": _layout(),
@@ -75,6 +82,8 @@ CASES: dict[int, dict[str, dict]] = {
         "distill": _layout(**_TEACHER),
         "distill, micro-batch 2, recompute": _layout(micro_batch_size=2, **_FULL, **_TEACHER),
         "bf16 distill": _layout(bf16=True, **_TEACHER),
+        "dms": _dms(),
+        "dms, micro-batch 2, recompute core_attn": _dms(micro_batch_size=2, recompute="selective", modules=["core_attn"]),
     },
     2: {
         "TP2": _layout(tp=2),
@@ -103,6 +112,8 @@ CASES: dict[int, dict[str, dict]] = {
         "distill PP2 VPP2, recompute": _layout(pp=2, vpp=2, **_FULL, **_TEACHER),
         "distill DP2, distributed optimizer, overlap both": _layout(do=True, og=True, op=True, **_TEACHER),
         "bf16 distill PP2": _layout(pp=2, bf16=True, **_TEACHER),
+        "dms TP2 SP": _dms(tp=2, sp=True),
+        "dms PP2, recompute": _dms(pp=2, **_FULL),
     },
     4: {
         "TP2 PP2": _layout(tp=2, pp=2),
@@ -116,6 +127,7 @@ CASES: dict[int, dict[str, dict]] = {
         "PP4": _layout(pp=4),
         "distill TP2 PP2 VPP2 SP, recompute": _layout(tp=2, pp=2, vpp=2, sp=True, **_FULL, **_TEACHER),
         "distill PP4": _layout(pp=4, **_TEACHER),
+        "dms TP2 PP2 SP": _dms(tp=2, pp=2, sp=True),
     },
 }
 
@@ -199,8 +211,9 @@ def train(directory: Path, name: str, extra: dict) -> dict:
 def evaluate_saved(directory: Path, names: list[str]) -> dict:
     """Validation, in one process, of what other layouts have saved."""
     results = {}
+    everything = {name: case for cases in CASES.values() for name, case in cases.items()}
     for name in names:
-        config = configuration(directory, name, {})
+        config = configuration(directory, name, {"dmc": everything[name].get("dmc", {})})
         initialize.initialize(config)
         path = resolve_checkpoint(Path(config.training.save))
         trainer = Trainer(config, FakeTokenizer(), init_from=(path, read_manifest(path)))

@@ -69,7 +69,7 @@ def words(case: str) -> list[str]:
 CASES = [(processes, case) for processes, cases in layout_worker.CASES.items() for case in cases]
 
 
-@pytest.mark.parametrize("processes, case", [c for c in CASES if not {"bf16", "distill"} & set(words(c[1])) and c[1] != "single"])
+@pytest.mark.parametrize("processes, case", [c for c in CASES if not {"bf16", "distill", "dms"} & set(words(c[1])) and c[1] != "single"])
 def test_layout(results, processes, case):
     single, result = results(1)["single"], results(processes)[case]
     assert largest_difference(result, single) <= TOLERANCE
@@ -84,6 +84,15 @@ def test_layout_with_a_teacher(results, processes, case):
     assert largest_difference(result, single, (*FIELDS, "distill loss")) <= TOLERANCE
     assert result["kept"] == single["kept"]
     assert largest_difference(result, single, ["validation"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("processes, case", [c for c in CASES if words(c[1])[0] == "dms" and c[1] != "dms"])
+def test_layout_with_eviction(results, processes, case):
+    """Heads decide alike, and the slots of the whole model are counted alike, whatever becomes of a marked token."""
+    single, result = results(1)["dms"], results(processes)[case]
+    assert largest_difference(result, single) <= TOLERANCE
+    assert result["kept"] == single["kept"]
+    assert single["kept"] != results(1)["single"]["kept"] and all(1.05 < cr < 3 for cr in single["CR"])
 
 
 def test_a_teacher_makes_a_difference(results):

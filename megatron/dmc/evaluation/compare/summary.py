@@ -126,7 +126,7 @@ def to_json(config: CompareConfig, measured: list[Measured], machine: dict[str, 
     """Everything that was measured, for other tools."""
     return {
         "machine": machine,
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if name != "output"},  # a path of this machine
         "rows": [
             {
                 **{name: getattr(m.row, name) for name in ("method", "ratio", "seed", "run", "baseline", "table", "heads_ratio")},
