@@ -67,9 +67,11 @@ def words(case: str) -> list[str]:
 
 
 CASES = [(processes, case) for processes, cases in layout_worker.CASES.items() for case in cases]
+OTHERS = {"bf16", "distill", "dms"}
+"""Their own tests have them."""
 
 
-@pytest.mark.parametrize("processes, case", [c for c in CASES if not {"bf16", "distill", "dms"} & set(words(c[1])) and c[1] != "single"])
+@pytest.mark.parametrize("processes, case", [c for c in CASES if not OTHERS & set(words(c[1])) and c[1] != "single"])
 def test_layout(results, processes, case):
     single, result = results(1)["single"], results(processes)[case]
     assert largest_difference(result, single) <= TOLERANCE

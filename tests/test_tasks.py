@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -254,8 +256,6 @@ def test_repeats_are_mostly_what_stood_before() -> None:
 
 
 def test_recall_data_is_a_dataset_that_training_takes(tmp_path, text_material, capsys) -> None:
-    import json
-
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -271,3 +271,63 @@ def test_recall_data_is_a_dataset_that_training_takes(tmp_path, text_material, c
     assert all(document[-1] == tokenizer.eod_id and document.max() < tokenizer.vocab_size for document in documents)
     assert recall_data.main([*arguments, "--longest", "64", "--output-prefix", str(tmp_path / "b")]) == 2
     assert "error: documents of at most 64" in capsys.readouterr().err and not list(tmp_path.glob("b*"))
+
+
+# lm-eval
+
+CHOICES = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+class ScoresPairs:
+    """A model in name: a token's log-probability depends on it and on the one before."""
+
+    def __init__(self, longest: int = 1000) -> None:
+        self.info = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=longest))
+        self.seen: list[int] = []
+
+    def score(self, tokens: Tensor, policy=None, batch: int = 8) -> Scored:
+        self.seen += [tokens.size(1)] * len(tokens)
+        log_prob = -(tokens[:, :-1] * 3 + tokens[:, 1:]).float() / 100
+        return Scored(log_prob, tokens[:, 1:] % 2 == 0, torch.ones(1, len(tokens), 1, tokens.size(1), dtype=torch.int32))
+
+
+@pytest.mark.slow
+def test_lm_eval_under_a_policy(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval (the extra dev)")
+    from megatron.dmc.evaluation.harness import PolicyLM, evaluate
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    text = Characters()
+    text.eod_id, text.bos_id = 0, None
+    model = ScoresPairs()
+    lm = PolicyLM(model, None, text)
+    pairs = lambda ids: -sum(3 * a + b for a, b in zip(ids, ids[1:])) / 100
+    found = lm.loglikelihood([SimpleNamespace(args=pair) for pair in (("ab", "cd"), ("a", "zz"), ("", "b"))])
+    assert [value for value, _ in found] == pytest.approx([pairs([98, 99, 100]), pairs([97, 122, 122]), pairs([0, 98])])
+    assert [greedy for _, greedy in found] == [False, True, True]
+    # Windows: every token counts once, the first of all behind the end-of-text token.
+    short = PolicyLM(ScoresPairs(8), None, text)
+    (rolled,) = short.loglikelihood_rolling([SimpleNamespace(args=("abcdefghijklmnopqrst",))])
+    assert rolled == pytest.approx(pairs([0, *map(ord, "abcdefghijklmnopqrst")])) and max(short.model.seen) <= 8
+    with pytest.raises(ValueError, match="generate"):
+        lm.generate_until([])
+    rows = [{"question": "q", "choices": ["a", "zz"], "answer": n % 2} for n in range(6)]  # "a" is always the likelier
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "choice.yaml").write_text(CHOICES.format(data=tmp_path / "data.json"))
+    (figure,) = evaluate(lm, ["local_choice"], str(tmp_path))
+    assert (figure.task, figure.where, figure.value, figure.n) == ("lm-eval local_choice", "acc", 0.5, 6)
+    with pytest.raises(ValueError, match="knows no task 'nothing'"):
+        evaluate(lm, ["nothing"])

@@ -115,7 +115,9 @@ class MeasureConfig:
     batch: int = 32
     """Sequences at once."""
     lm_eval_tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-eval, whose data must be at hand. For the methods that transformers can load: not for eviction and DMS."""
+    """Tasks of lm-eval that score given text, under every policy; their data must be at hand."""
+    lm_eval_include: Optional[str] = None
+    """Folder with YAML files of further tasks."""
 
     def check(self) -> None:
         _positive(self, "windows", "recall_samples", "batch")

@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +17,7 @@ import torch
 from megatron.dmc.evaluation import policies
 from megatron.dmc.evaluation.policies import Budget, CachePolicy
 from megatron.dmc.evaluation.recall import SUITE, TextMaterial, recall
-from megatron.dmc.evaluation.tasks import Figure, identifiers, perplexity_by_position, windows
+from megatron.dmc.evaluation.tasks import identifiers, perplexity_by_position, windows
 from megatron.dmc.evaluation.teacher_forced import TeacherForced
 from megatron.dmc.training.tokenizer import load_tokenizer
 
@@ -56,8 +54,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
                  samples=tasks["recall_samples"], seed=spec["seed"], batch=tasks["batch"]),
     }  # fmt: skip
     figures = [figure for result in results.values() for figure in result.figures]
-    if tasks["lm_eval_tasks"] and policy is None and model.own_policy().name != "DMS":
-        figures += lm_eval(spec["model"], tasks["lm_eval_tasks"], device)
+    if tasks["lm_eval_tasks"]:
+        from megatron.dmc.evaluation import harness  # lm-eval is an extra
+
+        lm = harness.PolicyLM(model, policy, tokenizer, tasks["batch"])
+        figures += harness.evaluate(lm, tasks["lm_eval_tasks"], tasks.get("lm_eval_include"))
     compression = results["loss"].compression
     return {
         "policy": str(policy or model.own_policy()),
@@ -66,28 +67,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
                         "by_position": compression.by_position.tolist()},  # fmt: skip
         "recall_compression": {name: results[name].compression.at_end for name in SUITE},
     }
-
-
-def lm_eval(model: str, tasks: list[str], device: str) -> list[Figure]:
-    """lm-eval's own metrics, by its command line and transformers. Raises ``ValueError`` with its last words when it fails."""
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = f"pretrained={model},trust_remote_code=True,dtype=float32"
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks),
-                   "--device", device, "--output_path", directory]  # fmt: skip
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = sorted(Path(directory).rglob("results_*.json"))
-        if ran.returncode or not found:
-            raise ValueError(f"lm-eval failed on {', '.join(tasks)}: {ran.stderr.strip().splitlines()[-1:]}")
-        results = json.loads(found[-1].read_text())
-    figures = []
-    for task, metrics in results["results"].items():
-        for name, value in metrics.items():
-            metric, _, kind = name.partition(",")
-            if isinstance(value, float) and not metric.endswith("_stderr"):
-                error = metrics.get(f"{metric}_stderr,{kind}")
-                n = results.get("n-samples", {}).get(task, {}).get("effective", 0)
-                figures.append(Figure(f"lm-eval {task}", metric, value, n, error if isinstance(error, float) else float("nan")))
-    return figures
 
 
 def main() -> int:

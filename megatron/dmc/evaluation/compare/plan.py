@@ -183,7 +183,8 @@ class Planner:
             return
         spec = json.dumps(dict(
             model=str(self.output / hf), policy=row.policy, ratio=row.policy_ratio, valid=self.valid, tokenizer=self.tokenizer,
-            length=self.config.run.data.seq_length, seed=row.seed, tasks=measure.__dict__,
+            length=self.config.run.data.seq_length, seed=row.seed,
+            tasks={name: value for name, value in measure.__dict__.items() if value is not None},
         ))  # fmt: skip
         command = (sys.executable, "-m", "megatron.dmc.evaluation.compare.measure", spec, str(self.output / f"{name}.json"))
         sequences = len(measure.recall_depths) * measure.recall_samples * 4

@@ -1,0 +1,93 @@
+"""lm-eval's tasks under any cache policy, eviction too: a model of its own kind for lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
+
+What scores given text (multiple choice, perplexity) is computed teacher-forced. Tasks that generate text go through the engine:
+``dmc serve`` and lm-eval's ``local-completions``, for what the engine serves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, Optional
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron.dmc.evaluation.policies import CachePolicy
+from megatron.dmc.evaluation.tasks import Figure
+from megatron.dmc.evaluation.teacher_forced import TeacherForced
+from megatron.dmc.training.tokenizer import Tokenizer
+
+
+class PolicyLM(TemplateLM):
+    """``TeacherForced`` under a policy as lm-eval's model. ``batch``: sequences at once, of one length."""
+
+    def __init__(self, model: TeacherForced, policy: Optional[CachePolicy], text: Tokenizer, batch: int = 8) -> None:
+        super().__init__()
+        self.model, self.policy, self.text, self.batch = model, policy, text, batch
+        self.longest = model.info.model.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.text.eod_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.text.eod_id if self.text.bos_id is None else self.text.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: Optional[bool] = None, **kwargs: Any) -> list[int]:
+        return self.text.encode(string)
+
+    def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
+        """(_, context, continuation) each -> (log-likelihood of the continuation in nats, whether greedy decoding gives it).
+
+        What is longer than the model's window loses its beginning, as elsewhere in lm-eval.
+        """
+        # By length, so that nothing is padded: a policy's budget may depend on the length.
+        lengths: dict[int, list[int]] = {}
+        rows = [(*context, *continuation)[-self.longest :] for _, context, continuation in requests]
+        for i, row in enumerate(rows):
+            lengths.setdefault(len(row), []).append(i)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for members in lengths.values():
+            scored = self.model.score(torch.tensor([rows[i] for i in members]), self.policy, self.batch)
+            for at, i in enumerate(members):
+                n = min(len(requests[i][2]), len(rows[i]) - 1)
+                if n:
+                    results[i] = float(scored.log_prob[at, -n:].double().sum()), bool(scored.correct[at, -n:].all())
+        return results
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        found = []
+        for (text,) in (request.args for request in requests):
+            # One token of the window is the one before the first.
+            pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.longest - 1, 1)
+            parts = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            found.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
+        return found
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> NoReturn:
+        raise ValueError("tasks that generate text are not evaluated here; serve the model (dmc serve) and use local-completions")
+
+
+def evaluate(model: PolicyLM, tasks: list[str], include: Optional[str] = None) -> list[Figure]:
+    """Run tasks of lm-eval, and those in the folder ``include``; every metric becomes a figure named by its task.
+
+    Raises:
+        ValueError: an unknown task, or one that generates.
+    """
+    manager = TaskManager(include_path=include)
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(f"lm-eval knows no task {unknown[0]!r}; name one of its own, or put its YAML file into lm_eval_include")
+    found = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False)
+    assert found is not None
+    figures = []
+    for task, metrics in found["results"].items():
+        n = found["n-samples"][task]["effective"]
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{kind}")
+                figures.append(Figure(f"lm-eval {task}", metric, value, n, error if isinstance(error, float) else float("nan")))
+    return figures
