@@ -192,6 +192,27 @@ def test_tables_are_means_over_seeds_beside_the_control_of_the_same_seed(tmp_pat
     assert math.isnan(measured[0].figure("nothing", "all"))
 
 
+def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
+    """Of what has been measured: here all of the first seed's rows but one, and nothing of the second's."""
+    config = everything(tmp_path)
+    output = Path(config.output)
+    plan = Planner(config).build()
+    run = [str(tmp_path / "compare.yaml"), "--report"]
+    assert command.main(run) == 2 and "no control has been measured" in capsys.readouterr().err
+    fake(output, plan)
+    for row in plan.rows:
+        if row.seed == 2 or row.method == "TOVA":
+            (output / f"{row.key}/measured.json").unlink(missing_ok=True)
+    for job in plan.jobs.values():
+        (output / job.name / "tensorboard").mkdir(parents=True, exist_ok=True)
+    assert command.main(run) == 0
+    text = (output / "report/report.md").read_text()
+    left = sum(row.seed == 1 and row.method != "TOVA" for row in plan.rows)
+    assert f"{left} of {len(plan.rows)} rows" in text and "TOVA" not in text and "| H2O | 1/4 |" in text
+    assert {path.name for path in (output / "report").iterdir()} == {
+        "report.md", "report.json", "quality.png", "cr_by_head.png", "cr_by_position.png", "curves.png", "economy.png"}  # fmt: skip
+
+
 # All of it
 
 

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", metavar="CONFIG", help="YAML or JSON, see megatron/dmc/evaluation/compare/config.py")
     parser.add_argument("--output", metavar="DIR", help="instead of the configuration's")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes at once, instead of the configuration's")
+    parser.add_argument("--report", action="store_true", help="write the report of what has been measured so far, and end")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and whether they are done")
     return parser
 
@@ -65,6 +66,8 @@ def report(config: CompareConfig, plan: Plan) -> Path:
 
     output = Path(config.output)
     measured, directory = summary.read(plan, output), output / "report"
+    if not any(m.row.method == "control" for m in measured):
+        raise ValueError(f"no control has been measured yet under {output}; what is reported is given over it")
     directory.mkdir(parents=True, exist_ok=True)
     m, seeds = config.run.model, len(config.seeds)
     parts = [
@@ -73,6 +76,8 @@ def report(config: CompareConfig, plan: Plan) -> Path:
         f"means over {seeds} seed{'s' * (seeds > 1)} ± half of their range. Recall: share of the answers' tokens.",
         summary.table(config, measured, "main"),
     ]
+    if len(measured) < len(plan.rows):
+        parts.insert(2, f"**Unfinished:** {len(measured)} of {len(plan.rows)} rows have been measured.")
     pictures = [("quality.png", "quality against compression"), ("cr_by_head.png", "CR by layer and head"),
                 ("cr_by_position.png", "CR by position"), ("curves.png", "learning curves")]  # fmt: skip
     plots.quality(config, measured, directory / "quality.png")
@@ -109,6 +114,9 @@ def main(argv: Optional[list[str]] = None) -> int:
         if args.dry_run:
             for name, job in plan.jobs.items():
                 print(f"{'done' if pool.is_done(name) else '    '} {name}" + (f", {job.iters} steps" if job.iters else ""))
+            return 0
+        if args.report:
+            print(f"written to {report(config, plan)}")
             return 0
         pool.check()
     except ValueError as error:

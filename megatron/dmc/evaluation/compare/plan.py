@@ -107,8 +107,6 @@ class Planner:
         self._corpus()
         for seed in self.config.seeds:
             self._seed(seed)
-        for row in self.plan.rows:
-            self._measure(row)
         return self.plan
 
     # Jobs
@@ -220,6 +218,7 @@ class Planner:
 
     def _row(self, method: str, ratio: float, seed: int, run: str, baseline: Optional[str], **rest: Any) -> None:
         self.plan.rows.append(Row(method, ratio, seed, run, baseline, **rest))
+        self._measure(self.plan.rows[-1])  # as soon as it is trained: a report can be written at any time
 
     def _ramp(self, ratio: float) -> int:
         return round((ratio - 1) * self.config.recipe.iters_per_cr)

@@ -44,10 +44,13 @@ class Measured:
 
 
 def read(plan: Plan, output: Path) -> list[Measured]:
-    """What all rows gave."""
+    """What the rows gave that have been measured."""
     found = []
     for row in plan.rows:
-        content = json.loads((output / f"{row.key}/measured.json").read_text())
+        path = output / f"{row.key}/measured.json"
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text())
         figures = {(f["task"], f["where"]): f["value"] for f in content["figures"]}
         found.append(Measured(row, plan.steps(row.run), figures, content["compression"]))
     return found
