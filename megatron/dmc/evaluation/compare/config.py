@@ -44,24 +44,18 @@ class OriginalConfig:
 
     hf: Optional[str] = None
     """A plain directory with as many KV heads as query heads, where GQA is compared. None: it is trained."""
-    lengths: list[int] = field(default_factory=lambda: [32, 128])
-    """Sequence lengths of the stages before the full one, each with as many tokens in a step. Looking back is learned in short
-    sequences: in long ones it takes a small model many times the tokens before it begins."""
-    length_iters: int = 200
-    """Steps of each of those."""
-    iters: int = 1500
-    """Steps at the full length."""
+    induction: bool = True
+    """Begin with a circuit that looks back (``megatron.dmc.evaluation.induction``), which takes a small model more tokens to learn
+    than two CPU cores go through in hours. False: random weights."""
+    iters: int = 600
     global_batch_size: int = 8
-    """Sequences of the full length."""
-    lr: float = 3e-3
+    lr: float = 2e-3
     min_lr: float = 3e-4
-    """Where the full length's cosine ends."""
-    warmup_iters: int = 50
+    """Where the cosine ends."""
+    warmup_iters: int = 40
 
     def check(self) -> None:
-        _positive(self, "iters", "length_iters", "global_batch_size", "lr")
-        _require(self.lengths == sorted(set(self.lengths)) and all(n >= 16 for n in self.lengths),
-                 f"lengths {self.lengths} must ascend, and be 16 at least")  # fmt: skip
+        _positive(self, "iters", "global_batch_size", "lr")
 
 
 @dataclass
@@ -169,8 +163,6 @@ class CompareConfig:
             _require(set(economy.methods) <= set(self.methods) and economy.ratio in self.ratios,
                      f"economy: {economy.methods} at {economy.ratio:g}x must be among the methods and ratios")  # fmt: skip
             _require(all(0 < s < 1 for s in economy.shares), f"economy.shares {economy.shares} must lie between 0 and 1")
-        _require(all(n < self.run.data.seq_length for n in self.original.lengths),
-                 f"original.lengths {self.original.lengths} must be below seq_length {self.run.data.seq_length}")  # fmt: skip
         _require(max(self.measure.recall_lengths, default=0) <= self.run.model.max_position_embeddings,
                  f"recall_lengths {self.measure.recall_lengths} exceed max_position_embeddings")  # fmt: skip
 

@@ -125,28 +125,24 @@ class Planner:
             commands.append(self._tool("examples/dmc/build_corpus.py", "--output", self.data, "--vocab-size", corpus.vocab_size))
         commands.append(self._tool("tools/preprocess_data.py", "--input", self.train, "--tokenizer", self.tokenizer,
                                    "--output-prefix", self.data / "train", "--overwrite"))  # fmt: skip
-        for length in [*self.config.original.lengths, self.config.run.data.seq_length] if corpus.recall_share else ():
-            # Shorter than 128: no room for the suite's form.
+        if corpus.recall_share:
             commands.append((sys.executable, "-m", "megatron.dmc.evaluation.recall_data", "--tokenizer", self.tokenizer, "--corpus",
-                             self.train, "--tokens", str(corpus.recall_tokens), "--longest", str(length), "--repeated",
-                             "1" if length < 128 else "0.3", "--output-prefix", str(self._recall(length))))  # fmt: skip
+                             self.train, "--tokens", str(corpus.recall_tokens), "--longest", str(self.config.run.data.seq_length),
+                             "--output-prefix", str(self.data / "recall")))  # fmt: skip
         self._add(Job("corpus", tuple(commands)))
 
-    def _recall(self, length: int) -> Path:
-        return self.data / f"recall-{length}"
-
     def _training(self, name: str, stage: str, iters: int, init: Optional[str], *args: Any, seed: int, batch: Optional[int] = None,
-                  teacher: Optional[str] = None, length: Optional[int] = None) -> str:  # fmt: skip
+                  teacher: Optional[str] = None) -> str:  # fmt: skip
         config, corpus = self.config, self.config.corpus
-        length, data = length or config.run.data.seq_length, [self.data / "train"]
+        data = [self.data / "train"]
         if corpus.recall_share:
-            data = [f"{1 - corpus.recall_share:g}", *data, f"{corpus.recall_share:g}", self._recall(length)]
+            data = [f"{1 - corpus.recall_share:g}", *data, f"{corpus.recall_share:g}", self.data / "recall"]
         batch = batch or config.run.training.global_batch_size
         # The model's section is for the first run of all: the others take it from their checkpoints.
         command = [
             sys.executable, "-m", "megatron.dmc.training.retrofit",
             "--config", self.output / ("original.yaml" if init is None else "run.yaml"),
-            "--stage", stage, "--train-iters", iters, "--seed", seed, "--global-batch-size", batch, "--seq-length", length,
+            "--stage", stage, "--train-iters", iters, "--seed", seed, "--global-batch-size", batch,
             "--data-path", *data, "--tokenizer", self.tokenizer,
             "--save", self.output / name, "--tensorboard-dir", self.output / name / "tensorboard", *args,
         ]  # fmt: skip
@@ -154,7 +150,7 @@ class Planner:
             command += ["--init-from", self.output / init]
         if teacher is not None:
             command += ["--distill-from", self.output / teacher]
-        cost = iters * batch * length * (4 / 3 if teacher else 1.0)
+        cost = iters * batch * config.run.data.seq_length * (4 / 3 if teacher else 1.0)
         waits = dict.fromkeys(("corpus", *filter(None, (init, teacher))))
         return self._add(Job(name, (tuple(map(str, command)),), tuple(waits), cost, iters, init))
 
@@ -196,12 +192,7 @@ class Planner:
         config, original = self.config, f"seed{seed}/original"
         o = config.original
         if o.hf is None:
-            full, at = config.run.data.seq_length, None
-            for length in o.lengths:
-                at = self._training(f"seed{seed}/original-{length}", "pretrain", o.length_iters, at, "--lr", f"{o.lr:g}",
-                                    "--lr-decay-style", "constant", "--lr-warmup-iters", o.warmup_iters, "--micro-batch-size",
-                                    o.global_batch_size * full // length, seed=seed, batch=o.global_batch_size * full // length,
-                                    length=length)  # fmt: skip
+            at = self._start(seed) if o.induction else None
             self._training(original, "pretrain", o.iters, at, "--lr", f"{o.lr:g}", "--min-lr", f"{o.min_lr:g}", "--lr-decay-style",
                            "cosine", "--lr-warmup-iters", o.warmup_iters, "--micro-batch-size", o.global_batch_size, seed=seed,
                            batch=o.global_batch_size)  # fmt: skip
@@ -215,6 +206,14 @@ class Planner:
             self._compound(controls, seed)
         if config.economy is not None:
             self._economy(original, controls, seed)
+
+    def _start(self, seed: int) -> str:
+        """Weights that look back, as a checkpoint."""
+        name, hf = f"seed{seed}/start", self.output / f"seed{seed}/start-hf"
+        make = (sys.executable, "-m", "megatron.dmc.evaluation.induction", "--config", str(self.output / "original.yaml"), "--seed",
+                str(seed), "--save", str(hf))  # fmt: skip
+        take = self._tool("tools/convert_checkpoint.py", "import", "--hf", hf, "--save", self.output / name, "--overwrite")
+        return self._add(Job(name, (make, take), ("corpus",)))
 
     def _row(self, method: str, ratio: float, seed: int, run: str, baseline: Optional[str], **rest: Any) -> None:
         self.plan.rows.append(Row(method, ratio, seed, run, baseline, **rest))
