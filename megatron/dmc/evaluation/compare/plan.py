@@ -105,8 +105,12 @@ class Planner:
 
     def build(self) -> Plan:
         self._corpus()
-        for seed in self.config.seeds:
-            self._seed(seed)
+        # The main table's jobs first, for all seeds: so a report of what is there says the most.
+        controls = {seed: self._seed(seed) for seed in self.config.seeds}
+        for seed in self.config.seeds if self.config.compound is not None else ():
+            self._compound(controls[seed], seed)
+        for seed in self.config.seeds if self.config.economy is not None else ():
+            self._economy(f"seed{seed}/original", controls[seed], seed)
         return self.plan
 
     # Jobs
@@ -188,7 +192,8 @@ class Planner:
 
     # One seed's runs and rows
 
-    def _seed(self, seed: int) -> None:
+    def _seed(self, seed: int) -> dict[float, str]:
+        """The main table's. Returns the controls."""
         config, original = self.config, f"seed{seed}/original"
         o = config.original
         if o.hf is None:
@@ -202,10 +207,7 @@ class Planner:
         self._row("full cache", 1.0, seed, original, None)
         controls = self._controls(original, seed)
         self._train_methods(original, controls, seed)
-        if config.compound is not None:
-            self._compound(controls, seed)
-        if config.economy is not None:
-            self._economy(original, controls, seed)
+        return controls
 
     def _start(self, seed: int) -> str:
         """Weights that look back, as a checkpoint."""
