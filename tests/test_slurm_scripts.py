@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.dmc.training import watch
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "examples" / "dmc" / "slurm"
 JOBS = sorted(SCRIPTS.glob("*.sbatch"))
 REQUIRED = {
@@ -132,6 +134,16 @@ def test_a_stage_is_queued_again_when_it_has_only_been_stopped(stand, statuses, 
         assert words[1:4] == ["--nproc-per-node=8", "--master-addr=n1", "--master-port=20077"]
         assert words[words.index("--data-path") + 1 :][:2] == ["1", "a"] and words[words.index("--init-from") + 1] == "before"
         assert re.search(r"END=\d{10}$", call[-1])  # asked of squeue where SLURM does not say
+
+
+def test_a_stage_that_lost_a_host_is_queued_again(stand, tmp_path):
+    stand.statuses = {"torch.distributed.run": "exit 1"}
+    for lost in (False, True):
+        if lost:
+            (tmp_path / watch.NOTE).touch()
+        result = stand.run("retrofit.sbatch", "--stage", "retrofit", **{**STAGE, "SAVE": str(tmp_path)})
+        assert result.returncode == 1 and ("a host was lost: queued again" in result.stdout) == lost, result
+        assert any(call[1] == "requeue" for call in stand.calls("scontrol")) == lost
 
 
 def test_the_last_element_of_a_batch_merges(stand, tmp_path):

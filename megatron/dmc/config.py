@@ -153,9 +153,16 @@ class ParallelConfig:
     recompute_num_layers: int = 1
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     """For selective recomputation: core_attn (pooling and attention), mlp."""
+    distributed_timeout_minutes: int = 30
+    """A collective that takes longer ends the run. It covers what one rank does while the others wait: index files, checkpoints."""
+    lost_host_seconds: int = 30
+    """A host that has not answered for so long ends the run on all the others (training/watch.py). 0: hosts are not watched."""
 
     def check(self) -> None:
-        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "recompute_num_layers")
+        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "recompute_num_layers",
+                  "distributed_timeout_minutes")
+        _require(self.lost_host_seconds == 0 or self.lost_host_seconds >= 5, f"lost_host_seconds is {self.lost_host_seconds}; use "
+                 "at least 5, as networks pause for some seconds, or 0 to watch nothing")
         v = self.virtual_pipeline_model_parallel_size
         _require(v is None or v >= 1, f"virtual_pipeline_model_parallel_size is {v}; use at least 1")
         _require(v in (None, 1) or self.pipeline_model_parallel_size > 1,

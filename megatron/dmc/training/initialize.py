@@ -28,7 +28,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def initialize(config: RunConfig, timeout_minutes: int = 30) -> None:
+def initialize(config: RunConfig) -> None:
     """Join the process group (NCCL on GPUs, gloo without) and make Megatron's parallel groups.
 
     Without torchrun a group of one process is made. Raises ``ValueError`` when the layout does not fit the world size.
@@ -44,7 +44,7 @@ def initialize(config: RunConfig, timeout_minutes: int = 30) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not distributed.is_initialized():
-        backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
+        backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=config.parallel.distributed_timeout_minutes)
         if "RANK" in os.environ:
             distributed.init_process_group(backend, timeout=timeout)
         else:
@@ -60,6 +60,7 @@ def initialize(config: RunConfig, timeout_minutes: int = 30) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     # On the CPU all ranks share one generator, which only initial weights draw from.
     tensor_parallel.model_parallel_cuda_manual_seed(

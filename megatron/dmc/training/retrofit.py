@@ -15,12 +15,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint.manifest import Manifest, newest_checkpoint, read_manifest, resolve_checkpoint
 from megatron.dmc.config import PREDECESSORS, RunConfig
 from megatron.dmc.training.teacher import find_teacher
+
+if TYPE_CHECKING:  # they import torch
+    from megatron.dmc.training.preemption import Starts, StopSignal
+    from megatron.dmc.training.tokenizer import Tokenizer
+    from megatron.dmc.training.watch import Watch
 
 Found = Optional[tuple[Path, Manifest]]
 
@@ -204,45 +209,57 @@ def main(argv: Optional[list[str]] = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     from megatron.dmc.training.preemption import Starts, StopSignal
+    from megatron.dmc.training.watch import Watch, clear_note
 
     stop = StopSignal(config.training.exit_duration_in_mins)
-    starts = Starts(config.training.save if initialize.is_rank_0() else None)
+    save = config.training.save
+    starts = Starts(save if initialize.is_rank_0() else None)
     try:
         starts.begin(config.training.max_starts_without_step)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    if initialize.is_rank_0():
+        clear_note(save)
     initialize.initialize(config)
-    from megatron.dmc.training.loop import Trainer
-
     try:
-        if initialize.is_rank_0():
-            print(banner(config), flush=True)
-        try:
-            trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
-        except ValueError as error:
-            starts.done()
-            if initialize.is_rank_0():
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2
-        source = resume or init
-        if source is not None and not (config.training.verify_checkpoints and source[1].crc32):
-            why = "verify_checkpoints is off" if source[1].crc32 else "it has none (conversions write none)"
-            trainer.logger.print(f"WARNING: {source[0]} was loaded without a look at its checksums: {why}")
-        if resume is not None:
-            trainer.logger.print(f"resumed {resume[0]} at iteration {trainer.iteration}")
-        elif init is not None:
-            trainer.logger.print(f"initialised from {init[0]} (stage {init[1].stage}, iteration {init[1].iteration})")
-        if trainer.iteration >= trainer.total_iters:
-            trainer.logger.print(f"stage {config.stage.stage} is finished; nothing to do")
-            starts.done()
-        else:
-            trainer.logger.print(str(stop))
-            trainer.train(stop, starts)
-        trainer.close()
+        with Watch(config.parallel.lost_host_seconds, save) as watch:
+            return _train(config, tokenizer, resume, init, stop, starts, watch)
     finally:
         stop.restore()
         initialize.shutdown()
+
+
+def _train(config: RunConfig, tokenizer: Tokenizer, resume: Found, init: Found, stop: StopSignal, starts: Starts,
+           watch: Watch) -> int:  # fmt: skip
+    """What :func:`main` does once the process group is there."""
+    from megatron.dmc.training import initialize
+    from megatron.dmc.training.loop import Trainer
+
+    if initialize.is_rank_0():
+        print(banner(config), flush=True)
+    try:
+        trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
+    except ValueError as error:
+        starts.done()
+        if initialize.is_rank_0():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    source = resume or init
+    if source is not None and not (config.training.verify_checkpoints and source[1].crc32):
+        why = "verify_checkpoints is off" if source[1].crc32 else "it has none (conversions write none)"
+        trainer.logger.print(f"WARNING: {source[0]} was loaded without a look at its checksums: {why}")
+    if resume is not None:
+        trainer.logger.print(f"resumed {resume[0]} at iteration {trainer.iteration}")
+    elif init is not None:
+        trainer.logger.print(f"initialised from {init[0]} (stage {init[1].stage}, iteration {init[1].iteration})")
+    if trainer.iteration >= trainer.total_iters:
+        trainer.logger.print(f"stage {config.stage.stage} is finished; nothing to do")
+        starts.done()
+    else:
+        trainer.logger.print(f"{stop}\n{watch}")
+        trainer.train(stop, starts)
+    trainer.close()
     return 0
 
 

@@ -1,0 +1,262 @@
+"""Who of the group is gone: found within seconds, said by name, and the run ended on every host that still stands.
+
+A collective whose peer is gone says nothing before its timeout, half an hour by default, and then only that it took too long.
+So every rank keeps one idle TCP connection to rank 0. The kernel probes it (keep-alive) and answers for the other side, whatever
+the processes do meanwhile: a rank that computes, reads a file or waits for another is never taken for a lost one. A host that no
+longer answers, or a process that ends without saying goodbye, is noticed by rank 0, which tells the others; who loses rank 0
+notices by itself. A connection that is lost between two other ranks alone is left to the timeout of the collectives.
+
+The same for gloo and NCCL: a thread that waits in the kernel, no collective, nothing per step.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from torch import distributed
+
+STATUS = 75
+"""Exit status of a rank whose peer is lost (sysexits' EX_TEMPFAIL): the same command, run again, goes on."""
+NOTE = "lost_host"
+"""File under --save that says that a host was lost, for whoever starts jobs: launchers do not pass a rank's exit status on."""
+_CONNECT = 60.0  # seconds that all ranks have for their first connection
+_SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
+
+
+class Watch:
+    """One rank's part. A context: an orderly end says goodbye, an exception is told to all the others.
+
+    Made by all ranks together, after the process group; a group of one is not watched.
+
+    Args:
+        seconds: a host that has not answered for so long is lost. 0: nothing is watched.
+        save: the --save directory, where the note is written; None writes none.
+        grace: seconds that this rank has, after the end of another by itself, to fail of it too with its own message.
+
+    Raises:
+        RuntimeError: a rank does not reach rank 0, on any rank; with the address.
+    """
+
+    def __init__(self, seconds: int, save: Optional[str] = None, grace: float = 10.0) -> None:
+        self.rank = distributed.get_rank()
+        self._seconds, self._save, self._grace = seconds, save, grace
+        self._over, self._done = threading.Event(), False
+        self._peers: dict[int, socket.socket] = {}
+        self._hosts: list[str] = [""] * distributed.get_world_size()
+        if not seconds or len(self._hosts) == 1:
+            self._thread = None
+            return
+        distributed.all_gather_object(self._hosts, socket.gethostname())
+        self._connect()
+        self._wake, self._woken = socket.socketpair()
+        # A forked process (a writer of checkpoints, a reader of data) may outlive this one, and would keep it looking alive.
+        inherited = weakref.WeakSet([*self._peers.values(), self._wake, self._woken])
+        os.register_at_fork(after_in_child=lambda: [each.close() for each in list(inherited)])
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._thread is None:
+            return
+        orderly = kind is None or (kind is SystemExit and not error.code)
+        if not orderly:
+            # A collective fails faster than the kernel gives up on a host, or just as fast as it tells of a process' end.
+            self._over.wait(1.0)
+        self._done = True
+        reason = "bye" if orderly else f"failed {kind.__name__}: {' '.join(str(error).split())[:300]}"
+        for peer in self._peers.values():
+            _say(peer, reason)
+        self._wake.send(b"x")
+        self._thread.join(5.0)
+
+    def __str__(self) -> str:
+        """What is watched, for the log."""
+        if self._thread is None:
+            return "hosts are not watched" + ("" if self._seconds else " (lost_host_seconds is 0)")
+        return f"watching {len(self._hosts)} ranks on {len(set(self._hosts))} hosts: one that does not answer for " \
+               f"{self._seconds} s ends the run"  # fmt: skip
+
+    # Connections
+
+    def _connect(self) -> None:
+        if self.rank == 0:
+            server = _listen()
+            hello = [server.getsockname()[1], secrets.token_hex(16)]
+        else:
+            hello = [0, ""]
+        distributed.broadcast_object_list(hello, src=0)
+        port, token = hello
+        if self.rank == 0:
+            with server:
+                self._accept(server, token)
+            return
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        try:
+            peer = socket.create_connection((address, port), timeout=_CONNECT)
+        except OSError as error:
+            raise RuntimeError(f"rank {self.rank} on {self._hosts[self.rank]} does not reach rank 0 at {address}:{port}, over "
+                               f"which hosts are watched: {error}; let TCP through between the hosts, or set "
+                               "lost_host_seconds to 0") from error  # fmt: skip
+        _keep_alive(peer, self._seconds)
+        _say(peer, f"{token} {self.rank}")
+        self._peers[0] = peer
+
+    def _accept(self, server: socket.socket, token: str) -> None:
+        end = time.monotonic() + _CONNECT
+        while len(self._peers) < len(self._hosts) - 1:
+            try:
+                server.settimeout(max(0.01, end - time.monotonic()))
+                peer, _ = server.accept()
+                peer.settimeout(5.0)
+                said, _, rank = _read_line(peer).partition(" ")
+            except OSError as error:
+                if time.monotonic() < end:
+                    continue
+                missing = [rank for rank in range(1, len(self._hosts)) if rank not in self._peers]
+                raise RuntimeError(f"{_ranks(missing)} did not reach rank 0 within {_CONNECT:.0f} s, over port "
+                                   f"{server.getsockname()[1]}, over which hosts are watched; let TCP through between the "
+                                   "hosts, or set lost_host_seconds to 0") from error  # fmt: skip
+            if secrets.compare_digest(said, token) and rank.isdigit():
+                _keep_alive(peer, self._seconds)
+                self._peers[int(rank)] = peer
+            else:
+                peer.close()  # a stranger
+
+    # The thread
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for rank, peer in self._peers.items():
+                peer.settimeout(5.0)
+                selector.register(peer, selectors.EVENT_READ, rank)
+            while len(selector.get_map()) > 1:
+                for key, _ in selector.select():
+                    if key.fileobj is self._woken:
+                        return
+                    try:
+                        line = _read_line(key.fileobj)
+                    except OSError as error:
+                        self._lost(key.data, "silent" if error.errno in _SILENT else "ended")
+                        return
+                    if line == "bye":
+                        selector.unregister(key.fileobj)
+                    else:
+                        self._lost(key.data, *line.split(" ", 1))
+                        return
+
+    def _lost(self, rank: int, how: str, what: str = "") -> None:
+        """``how``: "silent", "ended", "failed" with the error, or "lost", with what rank 0 has found."""
+        gone = [rank]
+        if how == "lost":
+            how, ranks, text = what.split(" ", 2)
+            gone = [int(number) for number in ranks.split(",")]
+        elif how == "silent":
+            gone = [each for each, host in enumerate(self._hosts) if host == self._hosts[rank]]
+            text = f"{self._hosts[rank]} ({_ranks(gone)}) has not answered for {self._seconds} s: it is down, or cut off"
+        elif how == "failed":
+            text = f"{_ranks(gone)} on {self._hosts[rank]} ended before the others: {what}"
+        else:
+            text = f"{_ranks(gone)} on {self._hosts[rank]} ended before the others; its log says why"
+        for other, peer in self._peers.items():
+            if self.rank == 0 and other not in gone:
+                _say(peer, f"lost {how} {','.join(map(str, gone))} {text}")
+        fault = how != "silent"
+        self._over.set()
+        if fault and self._done:
+            return  # this rank has failed too, and says so
+        here = [each for each, host in enumerate(self._hosts) if host == self._hosts[self.rank] and each not in gone]
+        speaker = self.rank == here[0] if here else True
+        message = f"error: {text}. This run ends on {self._hosts[self.rank]} now; when all hosts are there again, the same " \
+                  "command goes on from the newest checkpoint"  # fmt: skip
+        if speaker:
+            print(message, file=sys.stderr, flush=True)
+            if not fault:
+                self._note(message)
+        if fault:
+            end = time.monotonic() + self._grace
+            while time.monotonic() < end and not self._done:
+                time.sleep(0.1)
+            if self._done:
+                return
+        self._leave()
+
+    def _note(self, message: str) -> None:
+        """Without waiting for a file system that may be gone with the host."""
+        if self._save is None:
+            return
+
+        def write() -> None:
+            try:
+                (Path(self._save) / NOTE).write_text(message + "\n")
+            except OSError:
+                pass  # it is on stderr
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(5.0)
+
+    def _leave(self) -> None:
+        # The main thread waits in a collective, where no exception reaches it.
+        sys.stdout.flush()
+        os._exit(STATUS)
+
+
+def clear_note(save: Optional[str]) -> None:
+    """What an earlier run has left under --save."""
+    if save is not None:
+        (Path(save) / NOTE).unlink(missing_ok=True)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    whole = list(ranks) == list(range(ranks[0], ranks[-1] + 1))
+    return "ranks " + (f"{ranks[0]}-{ranks[-1]}" if whole else ", ".join(map(str, ranks)))
+
+
+def _listen() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", 0), backlog=4096)
+
+
+def _keep_alive(peer: socket.socket, seconds: int) -> None:
+    """Probe after a third of the time, then every sixth; give up when nothing has come back for all of it."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, seconds // 3))
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 6))
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * seconds)
+
+
+def _say(peer: socket.socket, line: str) -> None:
+    try:
+        peer.sendall(line.encode() + b"\n")
+    except OSError:
+        pass  # it is the one that is lost
+
+
+def _read_line(peer: socket.socket) -> str:
+    """Up to the newline. Raises ``ConnectionResetError`` at the stream's end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = peer.recv(1)
+        if not part:
+            raise ConnectionResetError(errno.ECONNRESET, "closed")
+        line += part
+    return line[:-1].decode(errors="replace")
