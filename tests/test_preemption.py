@@ -10,9 +10,10 @@ import time
 
 import pytest
 import tiny
+import torch
 from conftest import subprocess_env
 
-from megatron.dmc.checkpoint import checksums, manifest
+from megatron.dmc.checkpoint import checksums, dist, manifest
 from megatron.dmc.checkpoint.manifest import Manifest
 
 LAST = "iter_0000006"
@@ -81,6 +82,24 @@ def test_a_signal_waits_for_what_is_being_written(data, whole, tmp_path):
     assert names(tmp_path / "save") == ["iter_0000002", "iter_0000004", "iter_0000005", manifest.LATEST]
     tiny.run(command(data, tmp_path / "save"), tmp_path / "b")
     tiny.assert_same_checkpoint(whole[0] / LAST, tmp_path / "save" / LAST)
+
+
+def test_no_tensor_is_copied_before_the_fork():
+    """A parameter is a view into a large buffer, and what a factory makes of it is one too."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    def halves(key, data, *_):
+        return [ShardedTensor.from_rank_offsets(f"{key}{i}", part) for i, part in enumerate(data.chunk(2))]
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        buffer = torch.arange(200).to(dtype)
+        state = {"a": ShardedTensor.from_rank_offsets("a", buffer[8:32].view(4, 6)), "b": [{"c": 1}],
+                 "f": ShardedTensorFactory("f", buffer[40:80].view(4, 10), halves, lambda parts: torch.cat(parts))}  # fmt: skip
+        leaves = [dist._without_copies(state)["a"].data, *(part.data for part in state["f"])]
+        assert [leaf.shape for leaf in leaves] == [(4, 6), (2, 10), (2, 10)]
+        for leaf, start in zip(leaves, (8, 40, 60)):
+            assert leaf.data_ptr() == buffer[start:].data_ptr() and leaf.untyped_storage().nbytes() == leaf.nbytes
+            assert leaf.dtype == dtype and torch.equal(leaf.flatten(), buffer[start : start + leaf.numel()])
 
 
 def test_results_come_through_a_fork_whatever_their_size():

@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
+from conftest import kill_tree  # noqa: E402
+
 STEPS, LIMIT = 200, 60.0  # of the stage; seconds from the cut to the end on both hosts
 LAYOUTS = {"silent": ["--tensor-model-parallel-size", "2"], "down": ["--use-distributed-optimizer"]}
 
@@ -152,10 +154,8 @@ class Stage:
 
     def stop(self) -> None:
         for process in self.processes.values():
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            if process.poll() is None:
+                kill_tree(process)
 
 
 def cut_off(network: Network, work: Path, how: str, seconds: int) -> None:

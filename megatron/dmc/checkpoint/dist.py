@@ -17,11 +17,13 @@ from typing import Any, Optional
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.dmc.checkpoint import checksums
@@ -65,6 +67,31 @@ def _state(chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer], is
     return state
 
 
+def _without_copies(state: dict) -> dict:
+    """The state with every tensor as a storage of its own, on the same memory.
+
+    Parameters are views into large buffers. A tensor is written with all of its storage, so megatron-core copies views
+    first, while training waits: a third of a gigabyte per 100M parameters. The writer reads the memory as it is instead.
+    """
+    apply_factories(state)  # they cut tensors: views again
+
+    def separate(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedTensor) and leaf.data is not None:
+            leaf.data = _as_storage(leaf.data)
+        return leaf
+
+    dict_list_map_inplace(separate, state)
+    return state
+
+
+def _as_storage(tensor: Tensor) -> Tensor:
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    if tensor.device.type != "cpu" or whole or not tensor.is_contiguous() or not tensor.nbytes:
+        return tensor
+    data = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(data).view(tensor.dtype).view(tensor.shape)
+
+
 def _rank() -> int:
     return distributed.get_rank()
 
@@ -101,13 +128,13 @@ def save(
     if _rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(TEMPORARY + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _rmtree(leftover, in_thread=background is not None)
         temporary.mkdir()
     distributed.barrier()
     results = _Results()
     filesystem_async._results_queue = results
     request = dist_checkpointing.save(
-        _state(chunks, optimizer, False), str(temporary), content_metadata=dict(_METADATA), async_sharded_save=True
+        _without_copies(_state(chunks, optimizer, False)), str(temporary), content_metadata=dict(_METADATA), async_sharded_save=True
     )
     assert request is not None
     if request.async_fn is not None:
@@ -189,10 +216,15 @@ def _remove(checkpoint: Path, in_thread: bool = False) -> None:
     """In one step as others see it: a half-deleted checkpoint must not look complete, whatever kills the job."""
     doomed = checkpoint.with_name(f"{TEMPORARY}old_{checkpoint.name}")
     os.rename(checkpoint, doomed)
-    if in_thread:  # file systems take a tenth of a second and more per gigabyte
-        threading.Thread(target=shutil.rmtree, args=(doomed, True)).start()
-    else:
-        shutil.rmtree(doomed)
+    _rmtree(doomed, in_thread)
+
+
+def _rmtree(doomed: Path, in_thread: bool) -> None:
+    """``in_thread``: file systems take a tenth of a second and more per gigabyte."""
+    thread = threading.Thread(target=shutil.rmtree, args=(doomed, True))
+    thread.start()
+    if not in_thread:
+        thread.join()
 
 
 def load(
