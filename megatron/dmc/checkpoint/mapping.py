@@ -1,7 +1,8 @@
 """What a model family is called in Hugging Face and in Megatron: configuration keys and tensor names, as data.
 
-A family is one :class:`Family`; adding one is adding a table to :data:`FAMILIES`. Whatever of a ``config.json`` no table
-knows is refused by name: an option that is dropped silently gives a model that talks nonsense. No torch, no Megatron.
+A family is one :class:`Family`; adding one is adding a table to :data:`FAMILIES` (docs/extending.md). Whatever of a
+``config.json`` no table knows is refused by name: an option that is dropped silently gives a model that talks nonsense. No
+torch, no Megatron.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class Family:
     """``ModelConfig`` fields that are fixed by the family."""
     required: Mapping[str, tuple] = field(default_factory=dict)
     """Keys that change the computation, and the values that are supported."""
+    inert: tuple[str, ...] = ()
+    """Keys that change nothing at evaluation."""
     tensors: tuple[TensorRule, ...] = LLAMA_TENSORS
     dropped: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Endings of tensors in old checkpoints that are computed, not learned."""
@@ -196,7 +199,7 @@ def from_hf_config(config: dict) -> ModelConfig:
         ValueError: an unknown family, a missing key, or a key or value that is not understood, by its name.
     """
     family, config = family_of(config), base_config(config)
-    known = {*_SIZES, *_READ, *_INERT, *family.required}
+    known = {*_SIZES, *_READ, *_INERT, *family.required, *family.inert}
     unknown = sorted(k for k in config if k not in known and config[k] is not None)
     if unknown:
         raise ValueError(f"config.json: {', '.join(f'{k} = {config[k]!r}' for k in unknown)}: not understood for model_type "
