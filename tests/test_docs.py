@@ -68,3 +68,18 @@ def test_flags_and_files_exist(page):
         assert path.startswith("http") or (ROOT / "docs" / path).exists(), path
     for path in re.findall(r"`((?:tests|tools|examples|megatron)/[\w/.]+)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_picture_shows_what_may_be_imported():
+    """Every package has a box, and every arrow is an import that the rules of the house allow."""
+    from test_house import RULES, within
+
+    space: dict = {"__name__": "architecture"}
+    exec((ROOT / "docs" / "evidence" / "architecture.py").read_text(), space)
+    shown = {name for names in space["PACKAGES"] for name in names.split(", ")}
+    assert shown == {area for area in RULES if area and "." not in area}
+    assert len(space["IMPORTS"]) > 8
+    for who, whom in space["IMPORTS"]:
+        assert any(within(whom, area) for area in RULES[who].areas), (who, whom)
+        back = RULES[whom].areas if whom in RULES else ()
+        assert who not in back, f"{who} and {whom} may import each other"
