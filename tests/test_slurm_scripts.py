@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,68 @@ def test_the_last_element_of_a_batch_merges(stand, tmp_path):
     stand.statuses = {"dmc batch": "exit 1"}
     assert stand.run("batch.sbatch", **given).returncode == 1 and not stand.calls("scontrol")
     assert stand.run("batch.sbatch", **given, SLURM_ARRAY_TASK_MIN="1").returncode == 2
+
+
+def batch_of_engines(stand, tmp_path, **variables):
+    """(script's result, dmc's calls by shard): the srun stand-in runs the launcher, dmc writes down how it was started."""
+    stand.command("dmc", f'echo "$CUDA_VISIBLE_DEVICES ${{RANK-}}/${{WORLD_SIZE-}} ${{MASTER_PORT-}} $*" >>started\n'
+                         f'for w; do case "$w" in *.part-*) o=$w;; [0-9]*/*) s=$w;; esac; done\n'
+                         f'{variables.pop("does", "true")}\necho "answer $s" >"$o"')  # fmt: skip
+    stand.statuses = {"dmc batch": 'exec "$@"'}
+    (tmp_path / "started").unlink(missing_ok=True)
+    result = stand.run("batch.sbatch", "--max-num-seqs", "2", MODEL="m", INPUT="in", OUTPUT=str(tmp_path / "answers"), **variables)
+    started = (tmp_path / "started").read_text().splitlines() if (tmp_path / "started").exists() else []
+    return result, sorted((re.search(r"--shard (\S+)", line)[1], *line.split()[:3]) for line in started)
+
+
+def test_an_element_uses_all_of_its_gpus(stand, tmp_path):
+    given = dict(SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="4,5,6,7")
+    result, started = batch_of_engines(stand, tmp_path, **given, SLURM_ARRAY_TASK_ID="1")
+    assert result.returncode == 0, result.stderr
+    assert [(shard, gpus) for shard, gpus, *_ in started] == [("4/12", "4"), ("5/12", "5"), ("6/12", "6"), ("7/12", "7")]
+    assert "element 0 is not done yet" in result.stdout and not (tmp_path / "answers").exists()
+    for index in "20":
+        result, _ = batch_of_engines(stand, tmp_path, **given, SLURM_ARRAY_TASK_ID=index)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "answers").read_text() == "".join(f"answer {i}/12\n" for i in range(12))
+
+
+def test_engines_of_several_gpus(stand, tmp_path):
+    result, started = batch_of_engines(stand, tmp_path, TP="2", SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="a,b,c,d")
+    assert result.returncode == 0, result.stderr
+    ports = [port for *_, port in started]
+    assert [row[:3] for row in started] == [("2/6", "a,b", "0/2"), ("2/6", "a,b", "1/2"),
+                                            ("3/6", "c,d", "0/2"), ("3/6", "c,d", "1/2")]  # fmt: skip
+    assert ports[0] == ports[1] != ports[2] == ports[3]
+    result, started = batch_of_engines(stand, tmp_path, TP="3", SLURM_GPUS_ON_NODE="4")
+    assert result.returncode == 2 and "an element has 4 GPUs" in result.stderr and not started
+
+
+@pytest.mark.parametrize("does, status", [('[ "$s" != 3/6 ] || exit 75', 75), ('[ "$s" != 3/6 ] || exit 2; exit 75', 2),
+                                          ('[ "$s $RANK" != "3/6 1" ] || exit 3; [ "$s" != 3/6 ] || exec /bin/sleep 20', 3)],
+                         ids=["stopped", "fault", "a-rank-fails"])  # fmt: skip
+def test_an_engine_that_does_not_end_well_decides(stand, tmp_path, does, status):
+    """One that was stopped has the element queued again; a fault does not; the ranks of one that has failed do not wait for it."""
+    result, _ = batch_of_engines(stand, tmp_path, TP="2", SLURM_GPUS_ON_NODE="4", does=does)
+    assert result.returncode == status, result
+    assert any(call[1] == "requeue" for call in stand.calls("scontrol")) == (status == 75)
+    assert not list(tmp_path.glob("*.done"))
+
+
+def test_the_launcher_outlives_the_signal_of_its_engines(stand, tmp_path):
+    """SLURM signals all processes of a step."""
+    (tmp_path / "all.py").write_text("""if True:
+        import os, pathlib, signal
+        signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+        shell = os.getppid()
+        launcher = int(pathlib.Path(f"/proc/{shell}/stat").read_text().split()[3])
+        for process in (launcher, shell, os.getpid()):
+            os.kill(process, signal.SIGUSR1)
+        signal.pause()
+    """)
+    does = f"exec {sys.executable} {tmp_path}/all.py"
+    result, _ = batch_of_engines(stand, tmp_path, SLURM_GPUS_ON_NODE="1", does=does)
+    assert result.returncode == 75, result
 
 
 def test_the_server_wants_a_key(stand):
