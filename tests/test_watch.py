@@ -6,13 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from conftest import subprocess_env
+from in_process import megatron_in_process
+from torch import distributed
 
-from megatron.dmc.config import ParallelConfig
+from megatron.dmc.config import ParallelConfig, RunConfig, StageConfig
 from megatron.dmc.training import watch
 
 WORKER = Path(__file__).resolve().parent / "watch_worker.py"
@@ -47,6 +51,7 @@ class Ranks:
         return [log.read_text() for log in self.logs]
 
     def close(self):
+        (self.directory / "end").touch()
         for process in self.processes:
             process.kill()
             process.wait()
@@ -227,3 +232,17 @@ def test_a_slow_rank_is_not_lost(data, tmp_path):
     run.signal(signal.SIGCONT, rank=1)
     run.join(0)
     assert not errors(run.output()) and (tmp_path / "save" / "iter_0000004").is_dir()
+
+
+def test_the_timeout_of_collectives_is_the_runs():
+    """In the whole group and in Megatron's."""
+    run = RunConfig(stage=StageConfig("pretrain", 1), parallel=ParallelConfig(distributed_timeout_minutes=7))
+    with megatron_in_process(run):
+        from megatron.core import parallel_state
+
+        groups = (distributed.group.WORLD, parallel_state.get_tensor_model_parallel_group(),
+                  parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_data_parallel_group())  # fmt: skip
+        found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert found == [timedelta(minutes=7)] * 4
+        with watch.Watch(30) as alone:
+            assert str(alone) == "hosts are not watched"

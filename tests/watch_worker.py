@@ -20,7 +20,8 @@ distributed.init_process_group("gloo")
 with Watch(30, str(directory), grace=1.0) as watch:
     print(watch, flush=True)
     if how == "fork" and os.fork() == 0:
-        time.sleep(20)
+        while not (directory / "end").exists():
+            time.sleep(0.1)
         os._exit(0)
     (directory / f"ready-{rank}").touch()
     while how in ("sleep", "fork") or not (directory / f"go-{rank}").exists():
