@@ -183,6 +183,26 @@ def test_the_kernel_is_asked_to_probe_within_the_time():
         assert get("TCP_KEEPIDLE") + get("TCP_KEEPCNT") * get("TCP_KEEPINTVL") == 30
 
 
+def test_strangers_at_the_port_are_sent_away(fake, monkeypatch):
+    """One that says nothing of use, one that goes at once, one that never ends, and then the rank that is waited for."""
+    first = fake(0)
+    first._peers, first._hosts = {}, ["a", "b"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        said = ["GET / HTTP/1.1\r\n", "", "x" * 5000, "\u00e9\u00e9 1\n", "token 1\n"]
+        callers = [socket.create_connection(server.getsockname()) for _ in said]
+        for caller, line in zip(callers, said):
+            caller.sendall(line.encode())
+            caller.shutdown(socket.SHUT_WR)
+        first._accept(server, "token")
+        assert first._peers[1].getpeername() == callers[-1].getsockname()
+        monkeypatch.setattr(watch, "_CONNECT", 0.2)
+        first._peers = {}
+        with pytest.raises(RuntimeError, match="rank 1 did not reach rank 0 within 0 s"):
+            first._accept(server, "token")
+    for caller in callers:
+        caller.close()
+
+
 def test_times_that_cannot_be():
     with pytest.raises(ValueError, match="lost_host_seconds is 2; use at least 5"):
         ParallelConfig(lost_host_seconds=2).check()

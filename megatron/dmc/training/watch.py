@@ -130,7 +130,7 @@ class Watch:
                 raise RuntimeError(f"{_ranks(missing)} did not reach rank 0 within {_CONNECT:.0f} s, over port "
                                    f"{server.getsockname()[1]}, over which hosts are watched; let TCP through between the "
                                    "hosts, or set lost_host_seconds to 0") from error  # fmt: skip
-            if secrets.compare_digest(said, token) and rank.isdigit():
+            if secrets.compare_digest(said.encode(), token.encode()) and rank.isdigit():
                 _keep_alive(peer, self._seconds)
                 self._peers[int(rank)] = peer
             else:
@@ -252,9 +252,11 @@ def _say(peer: socket.socket, line: str) -> None:
 
 
 def _read_line(peer: socket.socket) -> str:
-    """Up to the newline. Raises ``ConnectionResetError`` at the stream's end."""
+    """Up to the newline. Raises ``ConnectionResetError`` at the stream's end, and for a line that none of us sends."""
     line = b""
     while not line.endswith(b"\n"):
+        if len(line) > 4096:
+            raise ConnectionResetError(errno.ECONNRESET, "too long")
         part = peer.recv(1)
         if not part:
             raise ConnectionResetError(errno.ECONNRESET, "closed")
