@@ -145,14 +145,15 @@ def check_launch(words: list[str], shortened: bool) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    if words[0] == "-m":
-        assert words[1] == "pytest" or (ROOT / (words[1].replace(".", "/") + ".py")).is_file(), words
-        if words[1] == "megatron.dmc.training.retrofit":
-            parse(arguments.build_parser(), words[2:])
-        elif words[1] == "pytest":
-            assert all((ROOT / word).exists() for word in words[2:]), words
-        else:
-            flags_are_known((ROOT / (words[1].replace(".", "/") + ".py")).read_text(), words[2:])
+    if words[0] == "-m" and words[1] == "pytest":
+        assert all((ROOT / word).exists() for word in words[2:]), words
+    elif words[:2] == ["-m", "megatron.dmc.training.retrofit"]:
+        parse(arguments.build_parser(), words[2:])
+    elif words[0] == "-m":
+        place = ROOT / words[1].replace(".", "/")
+        file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+        assert file.is_file(), words
+        flags_are_known(file.read_text(), words[2:])
     else:
         check_script(words[0], words[1:])
 
@@ -170,6 +171,7 @@ def check_script(name: str, words: list[str]) -> None:
 def flags_are_known(source: str, words: list[str]) -> None:
     for word in words:
         assert not word.startswith("--") or word in source, (word, words)
+        assert not word.startswith("examples/") or (ROOT / word).exists(), word
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent != ROOT / "examples" / "dmc" else "examples")
