@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -205,9 +206,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         tokenizer = load_tokenizer(config.data.tokenizer)
         check_datasets(config, tokenizer)
     except ValueError as error:
-        if initialize.is_rank_0():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(error)
     from megatron.dmc.training.preemption import Starts, StopSignal
     from megatron.dmc.training.watch import Watch, clear_note
 
@@ -230,6 +229,17 @@ def main(argv: Optional[list[str]] = None) -> int:
         initialize.shutdown()
 
 
+def _refuse(error: ValueError) -> int:
+    """One message for all ranks. The others wait for it: a launcher ends rank 0 as soon as another rank has ended."""
+    from megatron.dmc.training import initialize
+
+    if initialize.is_rank_0():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    return 2
+
+
 def _train(config: RunConfig, tokenizer: Tokenizer, resume: Found, init: Found, stop: StopSignal, starts: Starts,
            watch: Watch) -> int:  # fmt: skip
     """What :func:`main` does once the process group is there."""
@@ -242,9 +252,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, resume: Found, init: Found, 
         trainer = Trainer(config, tokenizer, resume=resume, init_from=init)
     except ValueError as error:
         starts.done()
-        if initialize.is_rank_0():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(error)
     source = resume or init
     if source is not None and not (config.training.verify_checkpoints and source[1].crc32):
         why = "verify_checkpoints is off" if source[1].crc32 else "it has none (conversions write none)"
