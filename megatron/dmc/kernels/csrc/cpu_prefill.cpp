@@ -6,127 +6,246 @@
 
 namespace {
 
-constexpr int kRows = 64;         // queries of a task
-constexpr int kBroadcast = VW == 16 ? 8 : 4;  // accumulators: kBroadcast x 2 vectors
-constexpr int kPair = 2 * VW;
+constexpr int kRows = 64;       // queries of a task
+constexpr int kBroadcast = 4;   // numbers of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
+constexpr int kPiece = 16;      // slots that lie in one piece, whatever the page size
+constexpr float kSlack = 8.0f;  // weights reach 2^kSlack before the sums are scaled to a new maximum
 
-// out[m][kRows] (+)= sum over e < depth of a[i * a_row + e * a_col] * b[e][kRows], m a multiple of kBroadcast.
-template <bool Add> INLINE void product(float* out, const float* a, int64_t a_row, int64_t a_col, const float* b, int m, int depth, int columns) {
-  for (int at = 0; at < columns; at += kPair)
-    for (int i = 0; i < m; i += kBroadcast) {
-      vf acc[kBroadcast][2];
-      for (int r = 0; r < kBroadcast; r++)
-        for (int e = 0; e < 2; e++) acc[r][e] = Add ? load(out + (i + r) * kRows + at + e * VW) : vf{};
-      const float* from = a + i * a_row;
-      for (int e = 0; e < depth; e++) {
-        vf left = load(b + e * kRows + at), right = load(b + e * kRows + at + VW);
-        for (int r = 0; r < kBroadcast; r++) {
-          vf x = splat(from[r * a_row + e * a_col]);
-          acc[r][0] += x * left;
-          acc[r][1] += x * right;
-        }
-      }
-      for (int r = 0; r < kBroadcast; r++)
-        for (int e = 0; e < 2; e++) store(out + (i + r) * kRows + at + e * VW, acc[r][e]);
+// What lies in 32 bits of a panel: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of a weight.
+template <class T> struct Panel {
+  static constexpr int kTogether = 1;
+  INLINE vf all(const float* x) { return splat(*x); }
+  INLINE vf add(vf sum, vf x, vf y) { return sum + x * y; }
+};
+#if defined(__AVX512BF16__)
+template <> struct Panel<bf16> {
+  static constexpr int kTogether = 2;
+  INLINE vf all(const float* x) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return (vf)_mm512_set1_epi32(pair);
+  }
+  INLINE vf add(vf sum, vf x, vf y) { return (vf)_mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+  // fp32 weights of two slots, rounded.
+  INLINE vf pairs(vf x, vf y) {
+    return (vf)(((vi)widen((vh)_mm512_cvtneps_pbh((__m512)y), bf16{})) | (vi)((vu)widen((vh)_mm512_cvtneps_pbh((__m512)x), bf16{}) >> 16));
+  }
+};
+#endif
+
+template <class T> constexpr bool kInPlace = sizeof(T) == 4 || Panel<T>::kTogether == 2;  // keys are multiplied as they lie
+
+// acc[kBroadcast][V] += sum over e < depth of a[i * row + e * column] * b[e][kRows].
+template <class P, int V> INLINE void multiply(vf (*acc)[V], const float* a, int64_t row, int64_t column, const float* b, int depth) {
+  for (int e = 0; e < depth; e++) {
+    vf x[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) x[j] = load(b + e * kRows + j * VW);
+#pragma GCC unroll 4
+    for (int i = 0; i < kBroadcast; i++) {
+      vf y = P::all(a + i * row + e * column);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) acc[i][j] = P::add(acc[i][j], x[j], y);
     }
+  }
 }
 
-struct Block {  // scratch of one task; fp32
+struct Block {  // scratch of one task; fp32, or pairs
   float *q;       // [D][kRows]
   float *sum;     // [D][kRows]
   float *scores;  // [kTile][kRows], then the weights
-  float *k, *v;   // [kTile][D]
+  float *k, *v;   // [kTile][D]: of keys and values that are not multiplied as they lie
   float top[kRows], total[kRows];
   int32_t limit[kRows];
-  static int64_t floats(int d) { return (int64_t)d * kRows * 2 + kTile * kRows + 2 * kTile * align_up(d, VW); }
+  static int64_t floats(int d) { return align_up(d, VW) * (2 * kRows + 2 * kTile) + kTile * kRows; }
   Block(float* memory, int d) {
-    q = memory, sum = q + d * kRows, scores = sum + d * kRows, k = scores + kTile * kRows;
-    v = k + kTile * align_up(d, VW);
+    int64_t wide = align_up(d, VW);
+    q = memory, sum = q + wide * kRows, scores = sum + wide * kRows, k = scores + kTile * kRows, v = k + kTile * wide;
   }
 };
 
-// Scores of slots [begin, begin + n) to weights; sums so far are scaled to the new maximum.
-INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
+// A tile of slots, in pieces of kPiece.
+struct Tile {
+  const float *k[kTile / kPiece], *v[kTile / kPiece];
+  int64_t k_row, v_row;  // 32 bits
+};
+
+// out[e][kRows] = rows[i][e]; rows of `d` numbers. Writes up to align_up(d, VW) rows.
+template <class T> INLINE void to_columns(float* out, const T* const* rows, int columns, int d) {
+  for (int c = 0; c < d; c += VW)
+    for (int i = 0; i < columns; i += VW) {
+      vf x[VW];
+#pragma GCC unroll 16
+      for (int j = 0; j < VW; j++) x[j] = d - c < VW ? load_some(rows[i + j] + c, d - c) : load(rows[i + j] + c);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int j = 0; j < VW; j++) store(out + (c + j) * kRows + i, x[j]);
+    }
+}
+
+template <class T> INLINE float dot(const T* x, const T* y, int d) {
+  vf sum{};
+  int c = 0;
+  for (; c + VW <= d; c += VW) sum += load(x + c) * load(y + c);
+  if (c < d) sum += load_some(x + c, d - c) * load_some(y + c, d - c);
+  return vsum(sum);
+}
+
+// scores[slot][query], V vectors of queries at a time. Behind slot n: anything.
+template <class P, int V> INLINE void score(const Block& b, const Tile& tile, int n, int depth, int columns) {
+  for (int at = 0; at < columns; at += V * VW)
+    for (int r = 0; r < n; r += kBroadcast) {
+      vf acc[kBroadcast][V] = {};
+      multiply<P, V>(acc, tile.k[r / kPiece] + r % kPiece * tile.k_row, tile.k_row, 1, b.q + at, depth);
+#pragma GCC unroll 4
+      for (int i = 0; i < kBroadcast; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) store(b.scores + (r + i) * kRows + at + j * VW, acc[i][j]);
+    }
+}
+
+// sum[channel][query] += values * weights; `n` counts what lies in 32 bits.
+template <class P, int V> INLINE void add_values(const Block& b, const Tile& tile, int n, int d, int columns) {
+  constexpr int piece = kPiece / P::kTogether;
+  for (int at = 0; at < columns; at += V * VW)
+    for (int c = 0; c < d; c += kBroadcast) {
+      vf acc[kBroadcast][V];
+#pragma GCC unroll 4
+      for (int i = 0; i < kBroadcast; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) acc[i][j] = load(b.sum + (c + i) * kRows + at + j * VW);
+      for (int r = 0; r < n; r += piece)
+        multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, b.scores + r * kRows + at, n - r < piece ? n - r : piece);
+#pragma GCC unroll 4
+      for (int i = 0; i < kBroadcast; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) store(b.sum + (c + i) * kRows + at + j * VW, acc[i][j]);
+    }
+}
+
+// Scores of slots [begin, begin + n) to weights, relative to `top`; where that lags too far behind the maximum it moves on, and what was
+// summed is scaled.
+template <class T> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
+  constexpr int together = Panel<T>::kTogether;
   for (int at = 0; at < columns; at += VW) {
-    vf before = load(b.top + at), best = before;
+    float* scores = b.scores + at;
+    vf base = load(b.top + at), best = base;
     vi limit;
     memcpy(&limit, b.limit + at, sizeof limit);
     for (int r = 0; r < n; r++) {
-      vf s = load(b.scores + r * kRows + at) * splat(scale);
+      vf s = load(scores + r * kRows) * splat(scale);
       if (masked) s = select(limit > (int32_t)(begin + r), s, splat(-INFINITY));
-      store(b.scores + r * kRows + at, s);
+      store(scores + r * kRows, s);
       best = vmax(s, best);
     }
-    vf base = select(best == splat(-INFINITY), vf{}, best);  // a query that sees nothing yet
-    vf factor = vexp2(before - base), total = load(b.total + at) * factor;
-    for (int r = 0; r < n; r++) {
-      vf p = vexp2(load(b.scores + r * kRows + at) - base);
-      total += p;
-      store(b.scores + r * kRows + at, p);
-    }
-    store(b.top + at, best);
-    store(b.total + at, total);
-    int changed = 0;
-    for (int i = 0; i < VW; i++) changed |= factor[i] != 1.0f;
-    if (changed)
+    for (int r = n; r % together; r++) store(scores + r * kRows, splat(-INFINITY));
+    vf sum = load(b.total + at);
+    vi behind = best > base + splat(kSlack);
+    if (any(behind)) {
+      vf to = select(behind, best, base), factor = vexp2(base - to);
+      sum *= factor;
       for (int c = 0; c < d; c++) store(b.sum + c * kRows + at, load(b.sum + c * kRows + at) * factor);
+      store(b.top + at, to);
+      base = to;
+    }
+    for (int r = 0; r < n; r += together) {
+      vf p = vexp2(load(scores + r * kRows) - base);
+#if defined(__AVX512BF16__)
+      if constexpr (together == 2) {
+        vf pairs = Panel<T>::pairs(p, vexp2(load(scores + (r + 1) * kRows) - base));
+        sum = Panel<T>::add(sum, (vf)_mm512_set1_epi32(0x3f803f80), pairs);  // of the rounded weights
+        store(scores + r / 2 * kRows, pairs);
+        continue;
+      }
+#endif
+      sum += p;
+      store(scores + r * kRows, p);
+    }
+    store(b.total + at, sum);
   }
 }
 
-// Rows [begin, begin + n) of K or V as fp32 [n up to a multiple of 8][D]; rows from n on are zeros.
-template <class T> INLINE void read_tile(float* out, const Slots& s, bool keys, int64_t begin, int n, int d) {
-  for (int r = 0; r < n; r++) {
-    const T* row = keys ? s.key<T>(begin + r) : s.value<T>(begin + r);
-    int c = 0;
-    for (; c + VW <= d; c += VW) store(out + (int64_t)r * d + c, load(row + c));
-    if (c < d) store_some(out + (int64_t)r * d + c, load_some(row + c, d - c), d - c);
-  }
-  memset(out + (int64_t)n * d, 0, sizeof(float) * d * (align_up(n, 8) - n));
+// Rows [begin, begin + n) of keys or values in fp32.
+template <class T> INLINE void widen_rows(float* out, const Slots& s, bool keys, int64_t begin, int n, int d) {
+  for (int r = 0; r < n; r++) read_row(out + (int64_t)r * align_up(d, VW), keys ? s.key<T>(begin + r) : s.value<T>(begin + r), d, 1.0f);
 }
 
-// Tokens [first, first + count) of a sequence, of one KV head.
-template <class T>
+// Pairs of rows [begin, begin + n) of values; zeros behind the last.
+INLINE void pair_rows(float* out, const Slots& s, int64_t begin, int n, int d) {
+  for (int r = 0; r < n; r += 2) {
+    const bf16 *even = s.value<bf16>(begin + r), *odd = even + d;
+    float* to = out + r / 2 * align_up(d, VW);
+    for (int c = 0; c < d; c += VW) {
+      bool whole = d - c >= VW;
+      vf low = whole ? load(even + c) : load_some(even + c, d - c), high{};
+      if (r + 1 < n) high = whole ? load(odd + c) : load_some(odd + c, d - c);
+      store(to + c, (vf)((vi)high | (vi)((vu)low >> 16)));
+    }
+  }
+}
+
+template <class T> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin, int n, int d) {
+  constexpr int together = Panel<T>::kTogether;
+  Tile tile;
+  int64_t wide = align_up(d, VW);
+  tile.k_row = kInPlace<T> ? d / together : wide, tile.v_row = sizeof(T) == 4 ? d : wide;
+  if (!kInPlace<T>) widen_rows<T>(b.k, s, true, begin, n, d);
+  if constexpr (together == 2) pair_rows(b.v, s, begin, n, d);
+  else if (sizeof(T) != 4) widen_rows<T>(b.v, s, false, begin, n, d);
+  for (int r = 0; r < n; r += kPiece) {
+    tile.k[r / kPiece] = kInPlace<T> ? (const float*)s.key<T>(begin + r) : b.k + r * wide;
+    tile.v[r / kPiece] = sizeof(T) == 4 ? (const float*)s.value<T>(begin + r) : b.v + r / together * wide;
+  }
+  return tile;
+}
+
+// Tokens [first, first + count) of a sequence, of one KV head. V: vectors of queries that are multiplied at a time.
+template <class T, int V>
 void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t first, int count, Block& b) {
+  using P = Panel<T>;
+  static const T nothing[256] = {};
   const Cache& c = p.cache;
-  int d = c.head_dim, g = (int)p.groups, rows = count * g, columns = (int)align_up(rows, kPair);
+  int d = c.head_dim, g = (int)p.groups, rows = count * g, columns = (int)align_up(rows, V * VW);
   Slots s = slots_of(c, row, p.layer, head);
   int32_t least = INT32_MAX, most = 0;
   float scale = p.scale * 1.44269504f;  // weights are powers of 2
-  float line[256 + VW];
+  const T *q[kRows], *own[kRows];
   for (int i = 0; i < columns; i++) {
     int64_t t = first + i / g;
-    b.limit[i] = i < rows ? p.slot_index[t * c.heads + head] : 0;
-    b.top[i] = -INFINITY, b.total[i] = 0;
-    if (i >= rows) {
-      for (int e = 0; e < d; e++) b.q[e * kRows + i] = 0;
-      continue;
-    }
+    q[i] = own[i] = nothing;
+    b.limit[i] = 0, b.top[i] = 0, b.total[i] = 1;
+    if (i >= rows) continue;
+    b.limit[i] = p.slot_index[t * c.heads + head];
     least = b.limit[i] < least ? b.limit[i] : least;
     most = b.limit[i] > most ? b.limit[i] : most;
-    read_row(line, (const T*)p.q.data + t * p.q.token + (head * g + i % g) * p.q.head, d, 1.0f);
-    for (int e = 0; e < d; e++) b.q[e * kRows + i] = line[e];
+    q[i] = (const T*)p.q.data + t * p.q.token + (head * g + i % g) * p.q.head;
+    own[i] = (const T*)p.v_part.data + t * p.v_part.token + head * p.v_part.head;
+    // A query begins with its own state, whose weight is 2^0.
+    b.top[i] = scale * dot(q[i], (const T*)p.k_part.data + t * p.k_part.token + head * p.k_part.head, d);
   }
-  memset(b.sum, 0, sizeof(float) * d * kRows);
+  to_columns(b.sum, own, columns, d);
+  if constexpr (P::kTogether == 2) to_columns(b.q, (const float* const*)q, columns, d / 2);
+  else to_columns(b.q, q, columns, d);
   for (int64_t at = 0; at < most; at += kTile) {
     int n = most - at < kTile ? (int)(most - at) : kTile;
-    read_tile<T>(b.k, s, true, at, n, d);
-    product<false>(b.scores, b.k, d, 1, b.q, (int)align_up(n, kBroadcast), d, columns);
-    weigh(b, at, n, d, columns, scale, at + n > least);
-    read_tile<T>(b.v, s, false, at, n, d);
-    product<true>(b.sum, b.v, 1, d, b.scores, d, n, columns);
+    Tile tile = read_tile<T>(b, s, at, n, d);
+    score<P, V>(b, tile, n, d / P::kTogether, columns);
+    weigh<T>(b, at, n, d, columns, scale, at + n > least);
+    add_values<P, V>(b, tile, (n + P::kTogether - 1) / P::kTogether, d, columns);
   }
-  float own_v[256 + VW];
-  for (int i = 0; i < rows; i++) {
-    int64_t t = first + i / g;
-    read_row(line, (const T*)p.k_part.data + t * p.k_part.token + head * p.k_part.head, d, 1.0f);
-    read_row(own_v, (const T*)p.v_part.data + t * p.v_part.token + head * p.v_part.head, d, 1.0f);
-    float score = 0;
-    for (int e = 0; e < d; e++) score += line[e] * b.q[e * kRows + i];
-    score *= scale;
-    float top = score > b.top[i] ? score : b.top[i];
-    float factor = exp2f(b.top[i] - top), weight = exp2f(score - top), total = b.total[i] * factor + weight;
-    for (int e = 0; e < d; e++) line[e] = b.sum[e * kRows + i] * factor + weight * own_v[e];
-    write_row((T*)p.out.data + t * p.out.token + (head * g + i % g) * p.out.head, line, d, 1.0f / total);
+  for (int i = 0; i < columns; i += VW) {
+    vf factor = splat(1.0f) / load(b.total + i);
+    for (int e = 0; e < d; e += VW) {
+      vf x[VW];
+#pragma GCC unroll 16
+      for (int j = 0; j < VW; j++) x[j] = load(b.sum + (e + j) * kRows + i) * factor;
+      transpose(x);
+      for (int j = 0; j < VW && i + j < rows; j++) {
+        T* out = (T*)p.out.data + (first + (i + j) / g) * p.out.token + (head * g + (i + j) % g) * p.out.head + e;
+        if (d - e < VW) store_some(out, x[j], d - e);
+        else store(out, x[j]);
+      }
+    }
   }
 }
 
@@ -184,7 +303,8 @@ template <class T> int prefill(const PrefillParams& p) {
         continue;
       }
       Block block(memory, d);
-      attend_block<T>(p, t.row, t.head, t.first, t.count, block);
+      if (VW == 16 && t.count * g > 2 * VW) attend_block<T, kRows / VW>(p, t.row, t.head, t.first, t.count, block);
+      else attend_block<T, 2>(p, t.row, t.head, t.first, t.count, block);
     }
   }
   free(list);

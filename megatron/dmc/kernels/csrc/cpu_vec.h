@@ -25,6 +25,7 @@ constexpr int VW = 4;
 typedef float vf __attribute__((vector_size(VW * 4), may_alias));
 typedef float vfu __attribute__((vector_size(VW * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VW * 4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(VW * 4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(VW * 2), may_alias));
 typedef uint16_t vhu __attribute__((vector_size(VW * 2), aligned(2), may_alias));
 
@@ -106,7 +107,7 @@ INLINE float load1(const f16* p) { return load_some(p, 1)[0]; }
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
 
-// 2^x for x <= 0: 2^n * 2^f, |f| <= 1/2, a polynomial of degree 5 (minimax; error below 2e-7, relative); 0 from -126 on.
+// 2^x for x < 127: 2^n * 2^f, |f| <= 1/2, a polynomial of degree 5 (minimax; error below 2e-7, relative); 0 from -126 down.
 INLINE vf vexp2(vf x) {
   vf low = select(splat(-126.0f) > x, splat(-126.0f), x);  // a NaN stays one
   vf t = low + splat(12582912.0f);                         // 1.5 * 2^23: rounds to the nearest integer
@@ -132,6 +133,41 @@ INLINE vf shifted(vf x, int w) {
   for (int i = 0; i < VW; i++) index[i] = (i + w) % VW;
   return __builtin_shuffle(x, index);
 #endif
+}
+
+// Is any lane of a comparison true?
+INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < VW; i++) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
+// VW vectors, rows to columns: in step w lanes and vectors that differ in bit w change places.
+INLINE void transpose(vf* x) {
+#pragma GCC unroll 4
+  for (int w = 1; w < VW; w *= 2) {
+    vi low, high;
+    for (int i = 0; i < VW; i++) low[i] = i & w ? VW + i - w : i, high[i] = i & w ? VW + i : i + w;
+#pragma GCC unroll 16
+    for (int i = 0; i < VW; i++) {
+      if (i & w) continue;
+      vf a = x[i], b = x[i + w];
+#if defined(__clang__)
+      for (int j = 0; j < VW; j++) {
+        x[i][j] = low[j] < VW ? a[low[j]] : b[low[j] - VW];
+        x[i + w][j] = high[j] < VW ? a[high[j]] : b[high[j] - VW];
+      }
+#else
+      x[i] = __builtin_shuffle(a, b, low), x[i + w] = __builtin_shuffle(a, b, high);
+#endif
+    }
+  }
 }
 
 INLINE float vsum(vf x) {
