@@ -26,6 +26,7 @@ template <> struct Panel<bf16> {
     return (vf)_mm512_set1_epi32(pair);
   }
   INLINE vf add(vf sum, vf x, vf y) { return (vf)_mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+  INLINE vf ones() { return (vf)_mm512_set1_epi32(0x3f803f80); }
   // fp32 weights of two slots, rounded.
   INLINE vf pairs(vf x, vf y) {
     return (vf)(((vi)widen((vh)_mm512_cvtneps_pbh((__m512)y), bf16{})) | (vi)((vu)widen((vh)_mm512_cvtneps_pbh((__m512)x), bf16{}) >> 16));
@@ -37,6 +38,7 @@ template <class T> constexpr bool kInPlace = sizeof(T) == 4 || Panel<T>::kTogeth
 
 // acc[kBroadcast][V] += sum over e < depth of a[i * row + e * column] * b[e][kRows].
 template <class P, int V> INLINE void multiply(vf (*acc)[V], const float* a, int64_t row, int64_t column, const float* b, int depth) {
+#pragma GCC unroll 4
   for (int e = 0; e < depth; e++) {
     vf x[V];
 #pragma GCC unroll 4
@@ -83,6 +85,10 @@ template <class T> INLINE void to_columns(float* out, const T* const* rows, int 
     }
 }
 
+template <class T> INLINE void prefetch_row(const T* x, int d) {
+  for (int c = 0; c < d; c += 64 / (int)sizeof(T)) __builtin_prefetch(x + c);
+}
+
 template <class T> INLINE float dot(const T* x, const T* y, int d) {
   vf sum{};
   int c = 0;
@@ -114,8 +120,9 @@ template <class P, int V> INLINE void add_values(const Block& b, const Tile& til
       for (int i = 0; i < kBroadcast; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < V; j++) acc[i][j] = load(b.sum + (c + i) * kRows + at + j * VW);
-      for (int r = 0; r < n; r += piece)
-        multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, b.scores + r * kRows + at, n - r < piece ? n - r : piece);
+      int r = 0;
+      for (; r + piece <= n; r += piece) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, b.scores + r * kRows + at, piece);
+      if (r < n) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, b.scores + r * kRows + at, n - r);
 #pragma GCC unroll 4
       for (int i = 0; i < kBroadcast; i++)
 #pragma GCC unroll 4
@@ -124,44 +131,52 @@ template <class P, int V> INLINE void add_values(const Block& b, const Tile& til
 }
 
 // Scores of slots [begin, begin + n) to weights, relative to `top`; where that lags too far behind the maximum it moves on, and what was
-// summed is scaled.
-template <class T> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
+// summed is scaled. V vectors of queries at a time, for the latency of the maximum.
+template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
   constexpr int together = Panel<T>::kTogether;
-  for (int at = 0; at < columns; at += VW) {
+  for (int at = 0; at < columns; at += V * VW) {
+    vf base[V], best[V], sum[V];
+    vi limit[V];
+    memcpy(limit, b.limit + at, sizeof limit);
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) base[j] = best[j] = load(b.top + at + j * VW), sum[j] = load(b.total + at + j * VW);
     float* scores = b.scores + at;
-    vf base = load(b.top + at), best = base;
-    vi limit;
-    memcpy(&limit, b.limit + at, sizeof limit);
-    for (int r = 0; r < n; r++) {
-      vf s = load(scores + r * kRows) * splat(scale);
-      if (masked) s = select(limit > (int32_t)(begin + r), s, splat(-INFINITY));
-      store(scores + r * kRows, s);
-      best = vmax(s, best);
-    }
-    for (int r = n; r % together; r++) store(scores + r * kRows, splat(-INFINITY));
-    vf sum = load(b.total + at);
-    vi behind = best > base + splat(kSlack);
-    if (any(behind)) {
-      vf to = select(behind, best, base), factor = vexp2(base - to);
-      sum *= factor;
-      for (int c = 0; c < d; c++) store(b.sum + c * kRows + at, load(b.sum + c * kRows + at) * factor);
-      store(b.top + at, to);
-      base = to;
-    }
-    for (int r = 0; r < n; r += together) {
-      vf p = vexp2(load(scores + r * kRows) - base);
-#if defined(__AVX512BF16__)
-      if constexpr (together == 2) {
-        vf pairs = Panel<T>::pairs(p, vexp2(load(scores + (r + 1) * kRows) - base));
-        sum = Panel<T>::add(sum, (vf)_mm512_set1_epi32(0x3f803f80), pairs);  // of the rounded weights
-        store(scores + r / 2 * kRows, pairs);
-        continue;
+    for (int r = 0; r < n; r++)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) {
+        float* to = scores + r * kRows + j * VW;
+        vf s = load(to) * splat(scale);
+        if (masked) s = select(limit[j] > (int32_t)(begin + r), s, splat(-INFINITY));
+        store(to, s);
+        best[j] = vmax(s, best[j]);
       }
-#endif
-      sum += p;
-      store(scores + r * kRows, p);
+    for (int r = n; r % together; r++)
+      for (int j = 0; j < V; j++) store(scores + r * kRows + j * VW, splat(-INFINITY));
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) {
+      vi behind = best[j] > base[j] + splat(kSlack);
+      if (!any(behind)) continue;
+      vf top = select(behind, best[j], base[j]), factor = vexp2(base[j] - top);
+      float* sums = b.sum + at + j * VW;
+      for (int c = 0; c < d; c++) store(sums + c * kRows, load(sums + c * kRows) * factor);
+      sum[j] *= factor, base[j] = top;
+      store(b.top + at + j * VW, top);
     }
-    store(b.total + at, sum);
+    for (int r = 0; r < n; r += together)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) {
+        const float* from = scores + r * kRows + j * VW;
+        vf p = vexp2(load(from) - base[j]);
+        if constexpr (together == 2) {
+          p = Panel<T>::pairs(p, vexp2(load(from + kRows) - base[j]));
+          sum[j] = Panel<T>::add(sum[j], Panel<T>::ones(), p);  // of the rounded weights
+        } else {
+          sum[j] += p;
+        }
+        store(scores + r / together * kRows + j * VW, p);
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) store(b.total + at + j * VW, sum[j]);
   }
 }
 
@@ -220,9 +235,11 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
     most = b.limit[i] > most ? b.limit[i] : most;
     q[i] = (const T*)p.q.data + t * p.q.token + (head * g + i % g) * p.q.head;
     own[i] = (const T*)p.v_part.data + t * p.v_part.token + head * p.v_part.head;
-    // A query begins with its own state, whose weight is 2^0.
-    b.top[i] = scale * dot(q[i], (const T*)p.k_part.data + t * p.k_part.token + head * p.k_part.head, d);
+    prefetch_row(q[i], d);  // rows of a task lie far apart
   }
+  // A query begins with its own state, whose weight is 2^0.
+  for (int i = 0; i < rows; i++)
+    b.top[i] = scale * dot(q[i], (const T*)p.k_part.data + (first + i / g) * p.k_part.token + head * p.k_part.head, d);
   to_columns(b.sum, own, columns, d);
   if constexpr (P::kTogether == 2) to_columns(b.q, (const float* const*)q, columns, d / 2);
   else to_columns(b.q, q, columns, d);
@@ -230,7 +247,7 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
     int n = most - at < kTile ? (int)(most - at) : kTile;
     Tile tile = read_tile<T>(b, s, at, n, d);
     score<P, V>(b, tile, n, d / P::kTogether, columns);
-    weigh<T>(b, at, n, d, columns, scale, at + n > least);
+    weigh<T, V>(b, at, n, d, columns, scale, at + n > least);
     add_values<P, V>(b, tile, (n + P::kTogether - 1) / P::kTogether, d, columns);
   }
   for (int i = 0; i < columns; i += VW) {

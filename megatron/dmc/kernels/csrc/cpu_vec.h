@@ -105,21 +105,40 @@ INLINE float load1(const bf16* p) { return load_some(p, 1)[0]; }
 INLINE float load1(const f16* p) { return load_some(p, 1)[0]; }
 
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
+// a where it is greater, else b; so b where either is no number.
+INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
-// 2^x for x < 127: 2^n * 2^f, |f| <= 1/2, a polynomial of degree 5 (minimax; error below 2e-7, relative); 0 from -126 down.
+// 2^x for x < 127: 2^n * 2^f, |f| <= 1/2, a polynomial of degree 5 (minimax; error below 2e-7, relative). What would be a denormal
+// number is 0 without AVX-512.
 INLINE vf vexp2(vf x) {
-  vf low = select(splat(-126.0f) > x, splat(-126.0f), x);  // a NaN stays one
-  vf t = low + splat(12582912.0f);                         // 1.5 * 2^23: rounds to the nearest integer
-  vf f = low - (t - splat(12582912.0f));
+  vf low = vmax(splat(-150.0f), x);  // a NaN stays one
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  vf t = low + splat(12582912.0f);  // 1.5 * 2^23: rounds to the nearest integer
+  vf n = t - splat(12582912.0f);
+#endif
+  vf f = low - n;
   vf p = splat(1.326472731307149e-3f);
   p = p * f + splat(9.671512991189957e-3f);
   p = p * f + splat(5.550733581185341e-2f);
   p = p * f + splat(2.4022242426872253e-1f);
   p = p * f + splat(6.931470036506653e-1f);
   p = p * f + splat(1.0f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vi power = ((vi)t << 23) + 0x3f800000;  // the low bits of t are n
   return (vf)((vi)(p * (vf)power) & ~(x <= splat(-126.0f)));
+#endif
 }
 
 // Element i + w to the place of i; the others are of no interest.
