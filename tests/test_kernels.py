@@ -268,11 +268,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.T * q.size(-1) ** -0.5, dim=-1) @ v if k.size(0) else torch.zeros_like(q)
 
 
-def decode_case(lengths, g, d, page_size, dtype, device) -> None:
-    """The error is at most twice that of the same attention in PyTorch in this dtype, both against fp64."""
+def decode_case(lengths, g, d, page_size, dtype, device, loud: float = 1.0) -> None:
+    """The error is at most twice that of the same attention in PyTorch in this dtype, both against fp64. ``loud``: times q."""
     state, content = filled(lengths, d, page_size, dtype, device)
     rows, heads = len(lengths), len(lengths[0])
-    q = torch.randn(rows, heads * g, 2 * d, generator=torch.Generator().manual_seed(4)).to(dtype)[..., :d]
+    q = (loud * torch.randn(rows, heads * g, 2 * d, generator=torch.Generator().manual_seed(4))).to(dtype)[..., :d]
     order = list(reversed(range(rows)))
     out = decode_attention(state, 1, q[order].to(device), ints(order, device), d**-0.5).cpu()[order]
     # [rows, Hq, D] -> [rows, H, g, D]
@@ -311,6 +311,21 @@ def test_decode_of_long_and_unequal_heads(backend, device, dtype) -> None:
     """Far beyond one split of the keys and values, beside short heads."""
     for g in (1, 4):
         decode_case([[5000, 3, 2047], [1, 4097, 0]], g, 64, 32, dtype, device)
+
+
+@on_backends
+@pytest.mark.parametrize("loud", [3.0, 40.0])
+def test_scores_whose_maximum_moves(backend, device, loud) -> None:
+    """Far enough that sums are scaled to a new maximum, time and again (40), now and then (3)."""
+    for dtype in (torch.float32, torch.bfloat16):
+        decode_case([[700, 65]], 2, 64, 16, dtype, device, loud)
+    q, k, v = tokens((1, 300), 2, 2, 64, SHIFTS["some"])
+    q = q * loud
+    state = poisoned(device, num_pages=64, max_seqs=1, num_layers=2, num_kv_heads=2, head_dim=64, max_slots=300)
+    run = Run(q, k, v, [0], state, window=12, device=device)
+    for count in (200, 99, 1):
+        run.step([count])
+    close(run.out, oracle(q, k, v, 12)[1], 1e-4)
 
 
 @on_backends

@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int kTile = 64;        // slots that are scored at a time; a multiple of every page size
+constexpr float kSlack = 8.0f;   // weights reach 2^kSlack before sums are scaled to a new maximum
 constexpr int kMostGroups = 64;  // query heads of a KV head, by the launcher
 
 // One head's slots.
@@ -33,34 +34,39 @@ INLINE Slots slots_of(const Cache& c, int64_t row, int64_t layer, int64_t head) 
           __builtin_ctz(c.page_size), bytes * c.page_size, bytes, c.lengths[index]};
 }
 
-// Scores of one tile to weights, in place. Slots from n on get weight 0. Weights are powers of 2: `scale` holds log2(e), and so does
-// `top`. Returns the factor for what was summed before. Pairs of slots share 32 bits where they are added together; the total is
-// then that of the rounded weights, so that these sum to 1.
+// Scores of one tile to weights, in place, relative to 2^top; slots from n on get weight 0. Weights are powers of 2: `scale` holds
+// log2(e), and so does `top`. It moves on only where a score exceeds it by more than kSlack; returns the factor for what was summed
+// before, mostly 1. Pairs of slots share 32 bits where they are added together; the total is then that of the rounded weights, so that these
+// sum to 1.
 template <class T> INLINE float softmax_tile(float* s, int n, float scale, float* top, float* total) {
-  vf best = splat(-INFINITY);
   for (int i = n; i < kTile; i++) s[i] = -INFINITY;
+  vf x[kTile / VW], best = splat(-INFINITY);
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i += VW) best = vmax(best, load(s + i));
-  float tile = vtop(best) * scale, highest = tile > *top ? tile : *top;
-  float factor = *top == highest ? 1.0f : exp2f(*top - highest);
-  vf sum = load(total) * splat(factor);
+  for (int i = 0; i < kTile / VW; i++) x[i] = load(s + i * VW) * splat(scale), best = vmax(x[i], best);
+  float factor = 1.0f;
+  vf sum = load(total);
+  if (any(best > splat(*top + kSlack))) {
+    float highest = vtop(best);
+    factor = exp2f(*top - highest);
+    sum *= splat(factor);
+    *top = highest;
+  }
+  vf base = splat(*top);
 #pragma GCC unroll 16
-  for (int i = 0; i < kTile; i += VW * Rows<T>::kTogether) {
-    vf p = vexp2(load(s + i) * splat(scale) - splat(highest));
+  for (int i = 0; i < kTile / VW; i += Rows<T>::kTogether) {
+    vf p = vexp2(x[i] - base);
 #if defined(__AVX512BF16__)
     if constexpr (Rows<T>::kTogether == 2) {
-      vf behind = vexp2(load(s + i + VW) * splat(scale) - splat(highest));
-      vf pairs = (vf)_mm512_cvtne2ps_pbh((__m512)behind, (__m512)p);
+      vf pairs = (vf)_mm512_cvtne2ps_pbh((__m512)vexp2(x[i + 1] - base), (__m512)p);
       sum = Rows<T>::add(sum, (vf)_mm512_set1_epi32(0x3f803f80), pairs);
-      store(s + i / 2, pairs);
+      store(s + i * VW / 2, pairs);
       continue;
     }
 #endif
     sum += p;
-    store(s + i, p);
+    store(s + i * VW, p);
   }
   store(total, sum);
-  *top = highest;
   return factor;
 }
 
@@ -78,52 +84,62 @@ template <class T> INLINE void read_row(float* out, const T* x, int d, float fac
   if (c < d) store(out + c, load_some(x + c, d - c) * splat(factor));
 }
 
-// Blocks [c, c + kChannels) of eight slots (VW 16; four, two) of a group against Q queries: sums[a][i] of the slots a, a + 4, ...
-template <class T, int Q, bool Tail>
-INLINE void score_channels(const T* k, const T* next, int c, int d, const float* q, int dp, vf (*sums)[Q]) {
+// The slots of the next tile are asked for while these are worked on: line after line of a page, evenly between the arithmetic. In
+// another order, or in bursts, memory takes up to twice as long.
+
+// Four rows against Q queries: sums[i] holds, for each 128 bits of a row, the sums of the four. `next`: rows to ask for, or null.
+template <class T, int Q> INLINE void score_rows(const T* k, const char* next, int d, const float* q, int dp, vf* sums) {
   using R = Rows<T>;
-  vf x[2][kLanes];
-#pragma GCC unroll 16
-  for (int a = 0; a < 2; a++) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; j++) {
-      int64_t at = (int64_t)(4 * j + a) * d + c;
-      // Spread between the loads: a burst of prefetches would fill the queue of misses and hold up the arithmetic.
-      if (c * sizeof(T) % 64 == 0) __builtin_prefetch(next + at, 0, 2);
-      x[a][j] = Tail ? R::row(k + at, d - c) : R::row(k + at);
+  constexpr int bytes = R::kChannels * sizeof(T);
+  vf acc[Q][4] = {};
+  int c = 0;
+  for (; c + R::kChannels <= d; c += R::kChannels, q += R::kQuery) {
+    vf x[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      if (next && j * bytes % 64 == 0) __builtin_prefetch(next + c * 4 * sizeof(T) + j * bytes);
+      x[j] = R::row(k + (int64_t)j * d + c);
     }
-    transpose_blocks(x[a]);
-  }
-#pragma GCC unroll 16
-  for (int j = 0; j < kLanes; j++) {
-    const float* block = q + (c / R::kBlock + j) * R::kQuery;
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
-#pragma GCC unroll 16
-      for (int a = 0; a < 2; a++) sums[a][i] = R::dot(sums[a][i], x[a][j], block + i * dp);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) acc[i][j] = R::dot(acc[i][j], x[j], q + i * dp);
   }
+  if (c < d)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      vf x = R::row(k + (int64_t)j * d + c, d - c);
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; i++) acc[i][j] = R::dot(acc[i][j], x, q + i * dp);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < Q; i++) sums[i] = block_sums(acc[i]);
 }
 
 // scores[Q][kTile] of slots [begin, begin + n), q [Q][dp] packed. VW slots are finished together; a page holds a multiple of that.
 template <class T, int Q>
 INLINE void score_tile(const Slots& s, int64_t begin, int n, const float* q, int d, int dp, float* scores) {
-  constexpr int C = Rows<T>::kChannels;
+  constexpr int most = VW == 16 ? 4 : 2, some = Q < most ? Q : most;  // queries whose sums fit into registers
   for (int r = 0; r < n; r += VW) {
     const T* k = s.key<T>(begin + r);
-    const T* next = begin + kTile + r < s.length ? s.key<T>(begin + kTile + r) : k;
-    vf parts[Q][4];
-#pragma GCC unroll 2
-    for (int half = 0; half < 4; half += 2) {
-      vf sums[2][Q] = {};
-      const T *from = k + half * d, *then = next + half * d;
-      int c = 0;
-      for (; c + C <= d; c += C) score_channels<T, Q, false>(from, then, c, d, q, dp, sums);
-      if (c < d) score_channels<T, Q, true>(from, then, c, d, q, dp, sums);
-#pragma GCC unroll 16
-      for (int i = 0; i < Q; i++) parts[i][half] = sums[0][i], parts[i][half + 1] = sums[1][i];
+    const char* next = (const char*)s.key<T>(begin + r + kTile < s.length ? begin + r + kTile : begin + r);
+    vf sums[Q][kLanes];
+    for (int j = 0; j < kLanes; j++)
+#pragma GCC unroll 8
+      for (int i = 0; i < Q; i += some) {
+        vf four[some];
+        score_rows<T, some>(k + j * 4 * d, i ? nullptr : next + j * 4 * d * sizeof(T), d, q + i * dp, dp, four);
+#pragma GCC unroll 4
+        for (int e = 0; e < some; e++) sums[i + e][j] = four[e];
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; i++) {
+      transpose_blocks(sums[i]);
+      vf total = sums[i][0];
+#pragma GCC unroll 4
+      for (int j = 1; j < kLanes; j++) total += sums[i][j];
+      store(scores + i * kTile + r, total);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < Q; i++) store(scores + i * kTile + r, block_sums(parts[i]));
   }
 }
 
@@ -131,7 +147,7 @@ INLINE void score_tile(const Slots& s, int64_t begin, int n, const float* q, int
 template <class T, int Q, int V, bool Tail>
 INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weights, int c, int d, int dp, float* acc) {
   using R = Rows<T>;
-  constexpr int P = R::kSums;
+  constexpr int P = R::kSums, bytes = R::kChannels * sizeof(T);
   vf sum[Q][V * P];
 #pragma GCC unroll 16
   for (int i = 0; i < Q; i++)
@@ -140,7 +156,9 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
   for (int p = 0; p < n; p += s.page_size) {
     const T* v = s.value<T>(begin + p) + c;
     int m = n - p < s.page_size ? n - p : s.page_size;
-    const T* next = begin + p + kTile < s.length ? s.value<T>(begin + p + kTile) + c : v;
+    // This pass over the channels asks for its share of the page.
+    const T* ahead = s.value<T>(begin + p + kTile < s.length ? begin + p + kTile : begin + p);
+    const char* next = (const char*)(ahead + (int64_t)c * s.page_size);
     for (int r = 0; r < m; r += R::kTogether) {
       vf weight[Q];
 #pragma GCC unroll 16
@@ -151,7 +169,7 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
 #pragma GCC unroll 2
         for (int j = 0; j < R::kTogether; j++) {
           int64_t at = (int64_t)(r + j) * d + e * R::kChannels;
-          if (e * VW * sizeof(float) % 64 == 0) __builtin_prefetch(next + at, 0, 2);
+          if (e * bytes % 64 == 0) __builtin_prefetch(next + ((r + j) * V + e) * bytes);
           // Behind the last slot lies what may be no number.
           if (j == 0 || r + j < m) row[j] = Tail ? R::row(v + at, d - c) : R::row(v + at);
         }
@@ -197,8 +215,8 @@ void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, in
 // Floats of one query, or of its sums.
 template <class T> INLINE int padded(int d) { return (int)align_up(d, Rows<T>::kChannels); }
 
-// A range of one head's slots: un-normalised sums [g][dp], highest score (times log2(e)) and total weight of each query. q [g, D] with
-// rows `stride` apart; `packed`: memory for [g][dp].
+// A range of one head's slots: for each query un-normalised sums [g][dp], the power of 2 that they are relative to, and the total
+// weight. q [g, D] with rows `stride` apart; `packed`: memory for [g][dp].
 template <class T>
 void attend_range(const Slots& s, int64_t begin, int64_t end, const T* q, int64_t stride, int g, int d, float scale, float* packed,
                   float* acc, float* top, float* total) {

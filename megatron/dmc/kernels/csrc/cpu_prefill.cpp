@@ -1,15 +1,16 @@
 // Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its heads and its own partial state.
 //
-// A task is 64 queries (tokens times the group) of one KV head. Queries lie in the lanes: scores [slot][query], weights
-// likewise, sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes.
+// A task is 64 queries (tokens times the group) of one KV head. Queries lie in the lanes: scores [slot][query], weights likewise,
+// sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes. Four numbers of the cache by
+// four vectors of queries stay in registers (two without AVX-512): eight loads for sixteen products. Where the CPU multiplies pairs
+// of bf16, what is broadcast and what lies in a lane are pairs, of channels for the scores, of slots for the sums.
 #include "cpu_attention.h"
 
 namespace {
 
-constexpr int kRows = 64;       // queries of a task
-constexpr int kBroadcast = 4;   // numbers of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
-constexpr int kPiece = 16;      // slots that lie in one piece, whatever the page size
-constexpr float kSlack = 8.0f;  // weights reach 2^kSlack before the sums are scaled to a new maximum
+constexpr int kRows = 64;      // queries of a task
+constexpr int kBroadcast = 4;  // numbers of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
+constexpr int kPiece = 16;     // slots that lie in one piece, whatever the page size
 
 // What lies in 32 bits of a panel: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of a weight.
 template <class T> struct Panel {
@@ -29,7 +30,8 @@ template <> struct Panel<bf16> {
   INLINE vf ones() { return (vf)_mm512_set1_epi32(0x3f803f80); }
   // fp32 weights of two slots, rounded.
   INLINE vf pairs(vf x, vf y) {
-    return (vf)(((vi)widen((vh)_mm512_cvtneps_pbh((__m512)y), bf16{})) | (vi)((vu)widen((vh)_mm512_cvtneps_pbh((__m512)x), bf16{}) >> 16));
+    vf low = widen((vh)_mm512_cvtneps_pbh((__m512)x), bf16{}), high = widen((vh)_mm512_cvtneps_pbh((__m512)y), bf16{});
+    return (vf)((vu)high | ((vu)low >> 16));
   }
 };
 #endif
@@ -130,8 +132,8 @@ template <class P, int V> INLINE void add_values(const Block& b, const Tile& til
     }
 }
 
-// Scores of slots [begin, begin + n) to weights, relative to `top`; where that lags too far behind the maximum it moves on, and what was
-// summed is scaled. V vectors of queries at a time, for the latency of the maximum.
+// Scores of slots [begin, begin + n) to weights, relative to 2^top; where that lags too far behind the maximum it moves on, and what
+// was summed is scaled. V vectors of queries at a time: a maximum has to wait for the one before it.
 template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
   constexpr int together = Panel<T>::kTogether;
   for (int at = 0; at < columns; at += V * VW) {
@@ -181,8 +183,8 @@ template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int 
 }
 
 // Rows [begin, begin + n) of keys or values in fp32.
-template <class T> INLINE void widen_rows(float* out, const Slots& s, bool keys, int64_t begin, int n, int d) {
-  for (int r = 0; r < n; r++) read_row(out + (int64_t)r * align_up(d, VW), keys ? s.key<T>(begin + r) : s.value<T>(begin + r), d, 1.0f);
+template <class T> INLINE void widen_rows(float* out, const Slots& s, const char* pages, int64_t begin, int n, int d) {
+  for (int r = 0; r < n; r++) read_row(out + (int64_t)r * align_up(d, VW), s.at<T>(pages, begin + r), d, 1.0f);
 }
 
 // Pairs of rows [begin, begin + n) of values; zeros behind the last.
@@ -194,7 +196,7 @@ INLINE void pair_rows(float* out, const Slots& s, int64_t begin, int n, int d) {
       bool whole = d - c >= VW;
       vf low = whole ? load(even + c) : load_some(even + c, d - c), high{};
       if (r + 1 < n) high = whole ? load(odd + c) : load_some(odd + c, d - c);
-      store(to + c, (vf)((vi)high | (vi)((vu)low >> 16)));
+      store(to + c, (vf)((vu)high | ((vu)low >> 16)));
     }
   }
 }
@@ -204,9 +206,9 @@ template <class T> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin
   Tile tile;
   int64_t wide = align_up(d, VW);
   tile.k_row = kInPlace<T> ? d / together : wide, tile.v_row = sizeof(T) == 4 ? d : wide;
-  if (!kInPlace<T>) widen_rows<T>(b.k, s, true, begin, n, d);
+  if (!kInPlace<T>) widen_rows<T>(b.k, s, s.k, begin, n, d);
   if constexpr (together == 2) pair_rows(b.v, s, begin, n, d);
-  else if (sizeof(T) != 4) widen_rows<T>(b.v, s, false, begin, n, d);
+  else if (sizeof(T) != 4) widen_rows<T>(b.v, s, s.v, begin, n, d);
   for (int r = 0; r < n; r += kPiece) {
     tile.k[r / kPiece] = kInPlace<T> ? (const float*)s.key<T>(begin + r) : b.k + r * wide;
     tile.v[r / kPiece] = sizeof(T) == 4 ? (const float*)s.value<T>(begin + r) : b.v + r / together * wide;

@@ -1,26 +1,14 @@
-// How rows of keys and values are multiplied, by dtype: products of 128-bit blocks of keys, and sums of weighted values.
+// How rows of keys and values are multiplied, by dtype: with a query that lies as they do, and with weights.
 //
-// A block is 128 bits of a row. Scores are made from vectors that hold the same block of VW / 4 slots, so that what is left to add
-// across lanes is four numbers. bf16 is never widened: its pairs go into the CPU's dot product where it has one
-// (AVX512_BF16: pairs of fp32 products, sums in fp32 to nearest, denormals are zero), and else the even and the odd channels
-// are cut out of the pairs, which takes half as many steps as widening.
+// bf16 is never widened: its pairs go into the CPU's dot product where it has one (AVX512_BF16: pairs of fp32 products, sums in fp32
+// to nearest, denormals are zero), and else the even and the odd channels are cut out of the pairs, which takes half as many steps as
+// widening.
 #pragma once
 #include "cpu_vec.h"
 
 namespace {
 
-// 128 bits in every 128-bit lane.
-INLINE vf four(const float* p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
-#elif defined(__AVX2__)
-  return (vf)_mm256_broadcast_ps((const __m128*)p);
-#else
-  return load(p);
-#endif
-}
-
-constexpr int kLanes = VW / 4;  // blocks of a vector
+constexpr int kLanes = VW / 4;  // blocks, of 128 bits, of a vector
 
 // [slot][block] -> [block][slot]
 INLINE void transpose_blocks(vf* x) {
@@ -56,13 +44,12 @@ template <class T> struct Rows {
   static constexpr int kChannels = VW;     // of a vector of a row
   static constexpr int kSums = 1;          // vectors of sums for one vector of a row
   static constexpr int kTogether = 1;      // slots that are added at once
-  static constexpr int kQuery = 4;         // floats that a block of a query takes
-  static constexpr int kBlock = 4;         // channels of a block
+  static constexpr int kQuery = VW;        // floats that as many channels of a query take
 
   static void pack_query(float* to, const float* q, int channels) { memcpy(to, q, channels * sizeof(float)); }
   INLINE vf row(const T* p) { return load(p); }
   INLINE vf row(const T* p, int left) { return load_some(p, left); }
-  INLINE vf dot(vf sum, vf x, const float* q) { return sum + x * four(q); }
+  INLINE vf dot(vf sum, vf x, const float* q) { return sum + x * load(q); }
 
   INLINE void split(const vf* row, vf* parts) { parts[0] = row[0]; }
   INLINE vf weight(const float* w, int slot) { return splat(w[slot]); }
@@ -71,7 +58,7 @@ template <class T> struct Rows {
 };
 
 template <> struct Rows<bf16> {
-  static constexpr int kChannels = 2 * VW, kSums = 2, kBlock = 8;
+  static constexpr int kChannels = 2 * VW, kSums = 2;
   INLINE vf row(const bf16* p) { return load((const float*)p); }
   INLINE vf row(const bf16* p, int left) {
     bf16 buffer[kChannels];
@@ -80,12 +67,12 @@ template <> struct Rows<bf16> {
     return row(buffer);
   }
 #if defined(__AVX512BF16__)
-  static constexpr int kTogether = 2, kQuery = 4;
+  static constexpr int kTogether = 2, kQuery = VW;
 
   static void pack_query(float* to, const float* q, int channels) {
     for (int c = 0; c < channels; c += VW) store((bf16*)to + c, load(q + c));
   }
-  INLINE vf dot(vf sum, vf x, const float* q) { return add(sum, four(q), x); }
+  INLINE vf dot(vf sum, vf x, const float* q) { return add(sum, load(q), x); }
   // Of slots s and s + 1: channels 8 b ... 8 b + 3 of both in block b, then channels 8 b + 4 ... 8 b + 7.
   INLINE void split(const vf* row, vf* parts) {
     parts[0] = (vf)_mm512_unpacklo_epi16((__m512i)row[0], (__m512i)row[1]);
@@ -103,14 +90,14 @@ template <> struct Rows<bf16> {
     for (int c = 0; c < kChannels; c++) sums[c] = x[c / 8 * 4 + c % 4 + (c & 4 ? VW : 0)];
   }
 #else
-  static constexpr int kTogether = 1, kQuery = 8;
+  static constexpr int kTogether = 1, kQuery = 2 * VW;
 
   static void pack_query(float* to, const float* q, int channels) {
-    for (int c = 0; c < channels; c++) to[c / 8 * 8 + c % 8 / 2 + (c & 1) * 4] = q[c];
+    for (int c = 0; c < channels; c++) to[c / kChannels * kChannels + c % kChannels / 2 + (c & 1) * VW] = q[c];
   }
   INLINE vf even(vf x) { return (vf)((vi)x << 16); }
   INLINE vf odd(vf x) { return (vf)((vi)x & (int32_t)0xffff0000); }
-  INLINE vf dot(vf sum, vf x, const float* q) { return sum + even(x) * four(q) + odd(x) * four(q + 4); }
+  INLINE vf dot(vf sum, vf x, const float* q) { return sum + even(x) * load(q) + odd(x) * load(q + VW); }
   INLINE void split(const vf* row, vf* parts) { parts[0] = even(row[0]), parts[1] = odd(row[0]); }
   INLINE vf weight(const float* w, int slot) { return splat(w[slot]); }
   INLINE vf add(vf sum, vf w, vf part) { return sum + w * part; }
