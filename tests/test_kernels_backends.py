@@ -70,14 +70,21 @@ def test_the_same_cache_as_the_reference(monkeypatch, backend, device, dtype, wi
 
 def test_results_do_not_depend_on_threads() -> None:
     state, _ = filled([[5000, 700], [3, 2100]], 64, 16, torch.float32, "cpu")
-    q, results = torch.randn(2, 8, 64), []
+    q, results, chunks = torch.randn(2, 8, 64), [], []
+    raw = tokens((2, 150), 4, 2, 64, SHIFTS["some"], torch.bfloat16)
     before = torch.get_num_threads()
     with use_backend("cpp"):
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             results.append(decode_attention(state, 1, q, ints([0, 1]), 0.125))
+            options = {"num_pages": 64, "max_seqs": 2, "num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "max_slots": 150}
+            run = Run(*raw, [0, 1], poisoned(dtype=torch.bfloat16, **options), window=12)
+            run.step([100, 30])
+            run.step([50, 120])
+            chunks.append(run.out)
     torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for got in (results, chunks):
+        assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
 
 
 @pytest.mark.parametrize("backend", ["cpp", "emulated"])
