@@ -36,8 +36,8 @@ INLINE Slots slots_of(const Cache& c, int64_t row, int64_t layer, int64_t head) 
 
 // Scores of one tile to weights, in place, relative to 2^top; slots from n on get weight 0. Weights are powers of 2: `scale` holds
 // log2(e), and so does `top`. It moves on only where a score exceeds it by more than kSlack; returns the factor for what was summed
-// before, mostly 1. Pairs of slots share 32 bits where they are added together; the total is then that of the rounded weights, so that these
-// sum to 1.
+// before, mostly 1. Pairs of slots share 32 bits where they are added together; the total is then that of the rounded weights, so
+// that these sum to 1.
 template <class T> INLINE float softmax_tile(float* s, int n, float scale, float* top, float* total) {
   for (int i = n; i < kTile; i++) s[i] = -INFINITY;
   vf x[kTile / VW], best = splat(-INFINITY);
@@ -84,11 +84,25 @@ template <class T> INLINE void read_row(float* out, const T* x, int d, float fac
   if (c < d) store(out + c, load_some(x + c, d - c) * splat(factor));
 }
 
-// The slots of the next tile are asked for while these are worked on: line after line of a page, evenly between the arithmetic. In
+// What is asked for while a slot is worked on: the slot a tile further on, and again the one half a tile further on, because the
+// CPU drops such requests while its queue of misses is full. Lines are asked for in their order, evenly between the arithmetic: in
 // another order, or in bursts, memory takes up to twice as long.
+struct Ahead {
+  const char *far, *near;
+  template <class T> INLINE Ahead of(const Slots& s, const char* pages, int64_t slot) {
+    auto place = [&](int by) { return (const char*)s.at<T>(pages, slot + by < s.length ? slot + by : slot); };
+    return {place(kTile), place(kTile / 2)};
+  }
+  void ask(int64_t at) const {
+    __builtin_prefetch(far + at);
+    __builtin_prefetch(near + at);
+  }
+};
 
-// Four rows against Q queries: sums[i] holds, for each 128 bits of a row, the sums of the four. `next`: rows to ask for, or null.
-template <class T, int Q> INLINE void score_rows(const T* k, const char* next, int d, const float* q, int dp, vf* sums) {
+// Four rows, of which the first lies `first` rows behind the slot of `ahead`, against Q queries: sums[i] holds, for each 128 bits of
+// a row, the sums of the four.
+template <class T, int Q, bool Ask>
+INLINE void score_rows(const T* k, const Ahead& ahead, int first, int d, const float* q, int dp, vf* sums) {
   using R = Rows<T>;
   constexpr int bytes = R::kChannels * sizeof(T);
   vf acc[Q][4] = {};
@@ -97,7 +111,7 @@ template <class T, int Q> INLINE void score_rows(const T* k, const char* next, i
     vf x[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      if (next && j * bytes % 64 == 0) __builtin_prefetch(next + c * 4 * sizeof(T) + j * bytes);
+      if (Ask && j * bytes % 64 == 0) ahead.ask((first * d + c * 4) * sizeof(T) + j * bytes);
       x[j] = R::row(k + (int64_t)j * d + c);
     }
 #pragma GCC unroll 4
@@ -122,13 +136,14 @@ INLINE void score_tile(const Slots& s, int64_t begin, int n, const float* q, int
   constexpr int most = VW == 16 ? 4 : 2, some = Q < most ? Q : most;  // queries whose sums fit into registers
   for (int r = 0; r < n; r += VW) {
     const T* k = s.key<T>(begin + r);
-    const char* next = (const char*)s.key<T>(begin + r + kTile < s.length ? begin + r + kTile : begin + r);
+    Ahead ahead = Ahead::of<T>(s, s.k, begin + r);
     vf sums[Q][kLanes];
     for (int j = 0; j < kLanes; j++)
 #pragma GCC unroll 8
       for (int i = 0; i < Q; i += some) {
         vf four[some];
-        score_rows<T, some>(k + j * 4 * d, i ? nullptr : next + j * 4 * d * sizeof(T), d, q + i * dp, dp, four);
+        if (i) score_rows<T, some, false>(k + j * 4 * d, ahead, j * 4, d, q + i * dp, dp, four);
+        else score_rows<T, some, true>(k + j * 4 * d, ahead, j * 4, d, q, dp, four);
 #pragma GCC unroll 4
         for (int e = 0; e < some; e++) sums[i + e][j] = four[e];
       }
@@ -156,9 +171,8 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
   for (int p = 0; p < n; p += s.page_size) {
     const T* v = s.value<T>(begin + p) + c;
     int m = n - p < s.page_size ? n - p : s.page_size;
-    // This pass over the channels asks for its share of the page.
-    const T* ahead = s.value<T>(begin + p + kTile < s.length ? begin + p + kTile : begin + p);
-    const char* next = (const char*)(ahead + (int64_t)c * s.page_size);
+    Ahead ahead = Ahead::of<T>(s, s.v, begin + p);
+    int64_t share = (int64_t)c * s.page_size * sizeof(T);  // of the page, that this pass over the channels asks for
     for (int r = 0; r < m; r += R::kTogether) {
       vf weight[Q];
 #pragma GCC unroll 16
@@ -169,7 +183,7 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
 #pragma GCC unroll 2
         for (int j = 0; j < R::kTogether; j++) {
           int64_t at = (int64_t)(r + j) * d + e * R::kChannels;
-          if (e * bytes % 64 == 0) __builtin_prefetch(next + ((r + j) * V + e) * bytes);
+          if (e * bytes % 64 == 0) ahead.ask(share + ((r + j) * V + e) * bytes);
           // Behind the last slot lies what may be no number.
           if (j == 0 || r + j < m) row[j] = Tail ? R::row(v + at, d - c) : R::row(v + at);
         }

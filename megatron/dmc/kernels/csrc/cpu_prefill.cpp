@@ -1,9 +1,9 @@
 // Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its heads and its own partial state.
 //
 // A task is 64 queries (tokens times the group) of one KV head. Queries lie in the lanes: scores [slot][query], weights likewise,
-// sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes. Four numbers of the cache by
-// four vectors of queries stay in registers (two without AVX-512): eight loads for sixteen products. Where the CPU multiplies pairs
-// of bf16, what is broadcast and what lies in a lane are pairs, of channels for the scores, of slots for the sums.
+// sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes. Four numbers of the cache
+// by four vectors of queries (two without AVX-512) are summed in registers: eight loads for sixteen products. Where the CPU
+// multiplies pairs of bf16, what is broadcast and what lies in a lane are pairs, of channels for the scores, of slots for the sums.
 #include "cpu_attention.h"
 
 namespace {
@@ -12,7 +12,7 @@ constexpr int kRows = 64;      // queries of a task
 constexpr int kBroadcast = 4;  // numbers of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
 constexpr int kPiece = 16;     // slots that lie in one piece, whatever the page size
 
-// What lies in 32 bits of a panel: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of a weight.
+// What lies in 32 bits: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of values and weights.
 template <class T> struct Panel {
   static constexpr int kTogether = 1;
   INLINE vf all(const float* x) { return splat(*x); }
@@ -39,7 +39,8 @@ template <> struct Panel<bf16> {
 template <class T> constexpr bool kInPlace = sizeof(T) == 4 || Panel<T>::kTogether == 2;  // keys are multiplied as they lie
 
 // acc[kBroadcast][V] += sum over e < depth of a[i * row + e * column] * b[e][kRows].
-template <class P, int V> INLINE void multiply(vf (*acc)[V], const float* a, int64_t row, int64_t column, const float* b, int depth) {
+template <class P, int V>
+INLINE void multiply(vf (*acc)[V], const float* a, int64_t row, int64_t column, const float* b, int depth) {
 #pragma GCC unroll 4
   for (int e = 0; e < depth; e++) {
     vf x[V];
@@ -122,9 +123,10 @@ template <class P, int V> INLINE void add_values(const Block& b, const Tile& til
       for (int i = 0; i < kBroadcast; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < V; j++) acc[i][j] = load(b.sum + (c + i) * kRows + at + j * VW);
-      int r = 0;
-      for (; r + piece <= n; r += piece) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, b.scores + r * kRows + at, piece);
-      if (r < n) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, b.scores + r * kRows + at, n - r);
+      const float* weights = b.scores + at;
+      int r = 0;  // whole pieces have a constant length
+      for (; r + piece <= n; r += piece) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, weights + r * kRows, piece);
+      if (r < n) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, weights + r * kRows, n - r);
 #pragma GCC unroll 4
       for (int i = 0; i < kBroadcast; i++)
 #pragma GCC unroll 4
@@ -132,8 +134,8 @@ template <class P, int V> INLINE void add_values(const Block& b, const Tile& til
     }
 }
 
-// Scores of slots [begin, begin + n) to weights, relative to 2^top; where that lags too far behind the maximum it moves on, and what
-// was summed is scaled. V vectors of queries at a time: a maximum has to wait for the one before it.
+// Scores of slots [begin, begin + n) to weights, relative to 2^top; where that lags too far behind the maximum it moves on, and
+// what was summed is scaled. V vectors of queries at a time: a maximum has to wait for the one before it.
 template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
   constexpr int together = Panel<T>::kTogether;
   for (int at = 0; at < columns; at += V * VW) {

@@ -1,8 +1,8 @@
 // How rows of keys and values are multiplied, by dtype: with a query that lies as they do, and with weights.
 //
-// bf16 is never widened: its pairs go into the CPU's dot product where it has one (AVX512_BF16: pairs of fp32 products, sums in fp32
-// to nearest, denormals are zero), and else the even and the odd channels are cut out of the pairs, which takes half as many steps as
-// widening.
+// bf16 is never widened: its pairs go into the CPU's dot product where it has one (AVX512_BF16: pairs of fp32 products, sums in
+// fp32 to nearest, denormals are zero), and else the even and the odd channels are cut out of the pairs, which takes half as many
+// steps as widening.
 #pragma once
 #include "cpu_vec.h"
 
