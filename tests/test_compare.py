@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
 from megatron.dmc.evaluation.compare import __main__ as command
 from megatron.dmc.evaluation.compare import summary
@@ -27,7 +30,7 @@ TINY = {
     "recipe": {"zero_out_iters": 2, "iters_per_cr": 2, "finetune_iters": 2, "dms_window": 8},
     "measure": {"windows": 2, "recall_lengths": [192], "recall_depths": [0.5], "recall_samples": 2},
     "run": {
-        "model": dict(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, kv_channels=16, vocab_size=512,
+        "model": dict(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, kv_channels=32, vocab_size=512,
                       max_position_embeddings=192, init_method_std=0.08, rotary_base=1e7),
         "dmc": {"decision_bias": 0.0},
         "data": {"seq_length": 192},
@@ -219,7 +222,16 @@ def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
 @pytest.mark.slow
 def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path) -> None:
     """Training, conversion, measurement and report by the command, twice: the second time nothing is left to do."""
-    load(tmp_path, methods=["DMS + distillation", "H2O"])
+    sys.path.insert(0, str(ROOT / "examples/dmc"))
+    import build_corpus
+
+    texts = [Path(module.__file__).read_text() for module in (random, subprocess, statistics)]
+    build_corpus.train_tokenizer(texts, 512, tmp_path / "tokenizer.model")
+    for name, part in (("train", texts[:2]), ("valid", texts[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    corpus = {name: str(tmp_path / name) for name in ("train.jsonl", "valid.jsonl", "tokenizer.model")}
+    corpus = {name.partition(".")[0]: path for name, path in corpus.items()}
+    load(tmp_path, methods=["DMS + distillation", "H2O"], corpus={**TINY["corpus"], **corpus})
     run = [sys.executable, "-m", "megatron.dmc.evaluation.compare", str(tmp_path / "compare.yaml")]
     first = subprocess.run(run, capture_output=True, text=True, check=False, timeout=600)
     assert first.returncode == 0, first.stderr
