@@ -130,6 +130,7 @@ def transformers_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    forget_remote_code()
     yield
     forget_remote_code()
 

@@ -220,9 +220,9 @@ def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path) -> None:
+def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, transformers_state) -> None:
     """Training, conversion, measurement and report by the command, twice: the second time nothing is left to do."""
-    sys.path.insert(0, str(ROOT / "examples/dmc"))
+    monkeypatch.syspath_prepend(ROOT / "examples/dmc")
     import build_corpus
 
     texts = [Path(module.__file__).read_text() for module in (random, subprocess, statistics)]
