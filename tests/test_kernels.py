@@ -301,7 +301,7 @@ def test_decode_around_page_edges(backend, device, page_size, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [8, 24, 32, 64, 80, 96, 128, 256])
 def test_decode_head_dims(backend, device, d, dtype) -> None:
-    for g in (1, 3, 4, 7):
+    for g in (1, 3, 4, 7, 8):
         decode_case([[33, 200], [1, 16]], g, d, 16, dtype, device)
 
 
@@ -309,7 +309,7 @@ def test_decode_head_dims(backend, device, d, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_of_long_and_unequal_heads(backend, device, dtype) -> None:
     """Far beyond one split of the keys and values, beside short heads."""
-    for g in (1, 4):
+    for g in (1, 4, 8):
         decode_case([[5000, 3, 2047], [1, 4097, 0]], g, 64, 32, dtype, device)
 
 

@@ -87,6 +87,12 @@ template <class T> INLINE void read_row(float* out, const T* x, int d, float fac
 // What is asked for while a slot is worked on: the slot a tile further on, and again the one half a tile further on, because the
 // CPU drops such requests while its queue of misses is full. Lines are asked for in their order, evenly between the arithmetic: in
 // another order, or in bursts, memory takes up to twice as long.
+// Intel's CPUs, which run the build of AVX-512 without bf16, do not drop any; there the first brings a line to L2.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr int kFar = 2;
+#else
+constexpr int kFar = 3;
+#endif
 struct Ahead {
   const char *far, *near;
   template <class T> INLINE Ahead of(const Slots& s, const char* pages, int64_t slot) {
@@ -94,7 +100,7 @@ struct Ahead {
     return {place(kTile), place(kTile / 2)};
   }
   void ask(int64_t at) const {
-    __builtin_prefetch(far + at);
+    __builtin_prefetch(far + at, 0, kFar);
     __builtin_prefetch(near + at);
   }
 };
@@ -130,9 +136,49 @@ INLINE void score_rows(const T* k, const Ahead& ahead, int first, int d, const f
   for (int i = 0; i < Q; i++) sums[i] = block_sums(acc[i]);
 }
 
+#if defined(__AVX512F__)
+// Scores of two times 16 slots for Q queries, q [Q][dp] packed: keys are turned, 32 channels at a time.
+template <class T, int Q>
+INLINE void score_turned(const T* const* k, const Ahead* ahead, int d, const float* q, int dp, float* scores) {
+  using R = Rows<T>;
+  vf sums[Q][2] = {};
+  for (int c = 0; c < d; c += R::kChannels, q += R::kQuery) {
+    alignas(64) float turned[2][VW * VW];
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; g++) {
+      vf x[VW];
+#pragma GCC unroll 16
+      for (int j = 0; j < VW; j++) x[j] = c + R::kChannels <= d ? R::row(k[g] + j * d + c) : R::row(k[g] + j * d + c, d - c);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int j = 0; j < VW; j++) store(turned[g] + j * VW, x[j]);
+    }
+    for (int j = 0; j < VW; j++) {
+      ahead[j / 8].ask((int64_t)c * VW * sizeof(T) + j % 8 * 128);
+      ahead[j / 8].ask((int64_t)c * VW * sizeof(T) + j % 8 * 128 + 64);
+      vf a = load(turned[0] + j * VW), b = load(turned[1] + j * VW);
+      R::template dot_turned<Q>(sums, a, b, q + j, dp);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Q; i++) store(scores + i * kTile, sums[i][0]), store(scores + i * kTile + VW, sums[i][1]);
+}
+#endif
+
 // scores[Q][kTile] of slots [begin, begin + n), q [Q][dp] packed. VW slots are finished together; a page holds a multiple of that.
 template <class T, int Q>
 INLINE void score_tile(const Slots& s, int64_t begin, int n, const float* q, int d, int dp, float* scores) {
+#if defined(__AVX512F__)
+  if constexpr (Q >= Rows<T>::kTurn) {
+    for (int r = 0; r < n; r += 2 * VW) {
+      int64_t first = begin + r, second = r + VW < n ? first + VW : first;  // if there are no others, the same again
+      const T* k[2] = {s.key<T>(first), s.key<T>(second)};
+      Ahead ahead[2] = {Ahead::of<T>(s, s.k, first), Ahead::of<T>(s, s.k, second)};
+      score_turned<T, Q>(k, ahead, d, q, dp, scores + r);
+    }
+    return;
+  }
+#endif
   constexpr int most = VW == 16 ? 4 : 2, some = Q < most ? Q : most;  // queries whose sums fit into registers
   for (int r = 0; r < n; r += VW) {
     const T* k = s.key<T>(begin + r);

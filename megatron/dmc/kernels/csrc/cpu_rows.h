@@ -8,23 +8,6 @@
 
 namespace {
 
-constexpr int kLanes = VW / 4;  // blocks, of 128 bits, of a vector
-
-// [slot][block] -> [block][slot]
-INLINE void transpose_blocks(vf* x) {
-#if defined(__AVX512F__)
-  __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
-  __m512 c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
-  x[0] = (vf)_mm512_shuffle_f32x4(a, b, 0x88), x[1] = (vf)_mm512_shuffle_f32x4(a, b, 0xdd);
-  x[2] = (vf)_mm512_shuffle_f32x4(c, d, 0x88), x[3] = (vf)_mm512_shuffle_f32x4(c, d, 0xdd);
-#elif defined(__AVX2__)
-  __m256 a = _mm256_permute2f128_ps(x[0], x[1], 0x20), b = _mm256_permute2f128_ps(x[0], x[1], 0x31);
-  x[0] = (vf)a, x[1] = (vf)b;
-#else
-  (void)x;
-#endif
-}
-
 // Four vectors -> the sums of their blocks: block k of x[a] goes to lane 4 k + a.
 INLINE vf block_sums(const vf* x) {
 #if defined(__AVX512F__)
@@ -45,6 +28,7 @@ template <class T> struct Rows {
   static constexpr int kSums = 1;          // vectors of sums for one vector of a row
   static constexpr int kTogether = 1;      // slots that are added at once
   static constexpr int kQuery = VW;        // floats that as many channels of a query take
+  static constexpr int kTurn = 1 << 30;    // queries for which keys are turned: vectors over slots need no sums over lanes
 
   static void pack_query(float* to, const float* q, int channels) { memcpy(to, q, channels * sizeof(float)); }
   INLINE vf row(const T* p) { return load(p); }
@@ -59,6 +43,8 @@ template <class T> struct Rows {
 
 template <> struct Rows<bf16> {
   static constexpr int kChannels = 2 * VW, kSums = 2;
+  // A step of turning moves two channels. For eight queries it takes fewer steps than their sums over lanes, for four more.
+  static constexpr int kTurn = VW == 16 ? 8 : 1 << 30;
   INLINE vf row(const bf16* p) { return load((const float*)p); }
   INLINE vf row(const bf16* p, int left) {
     bf16 buffer[kChannels];
@@ -73,16 +59,25 @@ template <> struct Rows<bf16> {
     for (int c = 0; c < channels; c += VW) store((bf16*)to + c, load(q + c));
   }
   INLINE vf dot(vf sum, vf x, const float* q) { return add(sum, load(q), x); }
+  // A pair of channels of two times 16 slots, with Q queries.
+  template <int Q> INLINE void dot_turned(vf (*sums)[2], vf a, vf b, const float* q, int dp) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; i++) {
+      vf pair = splat_bits(q + i * dp);
+      sums[i][0] = add(sums[i][0], pair, a), sums[i][1] = add(sums[i][1], pair, b);
+    }
+  }
+  INLINE vf splat_bits(const float* p) {
+    int32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return (vf)_mm512_set1_epi32(bits);
+  }
   // Of slots s and s + 1: channels 8 b ... 8 b + 3 of both in block b, then channels 8 b + 4 ... 8 b + 7.
   INLINE void split(const vf* row, vf* parts) {
     parts[0] = (vf)_mm512_unpacklo_epi16((__m512i)row[0], (__m512i)row[1]);
     parts[1] = (vf)_mm512_unpackhi_epi16((__m512i)row[0], (__m512i)row[1]);
   }
-  INLINE vf weight(const float* w, int slot) {
-    int32_t pair;
-    memcpy(&pair, w + slot / 2, sizeof pair);
-    return (vf)_mm512_set1_epi32(pair);
-  }
+  INLINE vf weight(const float* w, int slot) { return splat_bits(w + slot / 2); }
   INLINE vf add(vf sum, vf w, vf part) { return (vf)_mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)part); }
   static void restore(float* sums) {
     float x[kChannels];
@@ -98,6 +93,15 @@ template <> struct Rows<bf16> {
   INLINE vf even(vf x) { return (vf)((vi)x << 16); }
   INLINE vf odd(vf x) { return (vf)((vi)x & (int32_t)0xffff0000); }
   INLINE vf dot(vf sum, vf x, const float* q) { return sum + even(x) * load(q) + odd(x) * load(q + VW); }
+  template <int Q> INLINE void dot_turned(vf (*sums)[2], vf a, vf b, const float* q, int dp) {
+    vf ae = even(a), be = even(b), ao = odd(a), bo = odd(b);
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; i++) {
+      vf x = splat(q[i * dp]), y = splat(q[i * dp + VW]);
+      sums[i][0] += ae * x, sums[i][1] += be * x;
+      sums[i][0] += ao * y, sums[i][1] += bo * y;
+    }
+  }
   INLINE void split(const vf* row, vf* parts) { parts[0] = even(row[0]), parts[1] = odd(row[0]); }
   INLINE vf weight(const float* w, int slot) { return splat(w[slot]); }
   INLINE vf add(vf sum, vf w, vf part) { return sum + w * part; }

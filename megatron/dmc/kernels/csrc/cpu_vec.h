@@ -167,8 +167,48 @@ INLINE bool any(vi mask) {
 #endif
 }
 
-// VW vectors, rows to columns: in step w lanes and vectors that differ in bit w change places.
+constexpr int kLanes = VW / 4;  // blocks, of 128 bits, of a vector
+
+// [slot][block] -> [block][slot]
+INLINE void transpose_blocks(vf* x) {
+#if defined(__AVX512F__)
+  __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
+  __m512 c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+  x[0] = (vf)_mm512_shuffle_f32x4(a, b, 0x88), x[1] = (vf)_mm512_shuffle_f32x4(a, b, 0xdd);
+  x[2] = (vf)_mm512_shuffle_f32x4(c, d, 0x88), x[3] = (vf)_mm512_shuffle_f32x4(c, d, 0xdd);
+#elif defined(__AVX2__)
+  __m256 a = _mm256_permute2f128_ps(x[0], x[1], 0x20), b = _mm256_permute2f128_ps(x[0], x[1], 0x31);
+  x[0] = (vf)a, x[1] = (vf)b;
+#else
+  (void)x;
+#endif
+}
+
+// VW vectors, rows to columns.
 INLINE void transpose(vf* x) {
+#if defined(__AVX512F__)
+  vf y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = (vf)_mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+    y[i + 1] = (vf)_mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+  }
+  // Column 4 b + e of rows 4 k ... 4 k + 3 goes to block b of x[4 e + k].
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      __m512d a = (__m512d)y[4 * k + h], b = (__m512d)y[4 * k + 2 + h];
+      x[8 * h + k] = (vf)_mm512_unpacklo_pd(a, b), x[8 * h + 4 + k] = (vf)_mm512_unpackhi_pd(a, b);
+    }
+#pragma GCC unroll 4
+  for (int e = 0; e < 4; e++) transpose_blocks(x + 4 * e);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) y[i] = x[i % 4 * 4 + i / 4];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) x[i] = y[i];
+#else
+  // In step w lanes and vectors that differ in bit w change places.
 #pragma GCC unroll 4
   for (int w = 1; w < VW; w *= 2) {
     vi low, high;
@@ -187,6 +227,7 @@ INLINE void transpose(vf* x) {
 #endif
     }
   }
+#endif
 }
 
 INLINE float vsum(vf x) {
