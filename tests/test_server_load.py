@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
+import lm_eval_tasks
 import pytest
 import schemathesis
 from conftest import ROOT
@@ -106,29 +107,6 @@ def test_requests_made_up_from_the_schema(server: Running) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- lm-eval
 
-TASK = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: "{{{{choices}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-TASK_TEXT = """
-task: local_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: bits_per_byte}}]
-"""
-
 
 @pytest.mark.slow
 def test_lm_eval(server: Running, model: Model, tmp_path: Path) -> None:
@@ -139,7 +117,7 @@ def test_lm_eval(server: Running, model: Model, tmp_path: Path) -> None:
         for n, (a, b) in enumerate(zip("abcdef", "ghijkl"))
     ]
     (tmp_path / "data.json").write_text("\n".join(map(json.dumps, rows)))
-    for name, text in (("choice", TASK), ("text", TASK_TEXT)):
+    for name, text in (("choice", lm_eval_tasks.CHOICE), ("text", lm_eval_tasks.TEXT)):
         (tmp_path / f"{name}.yaml").write_text(text.format(data=tmp_path / "data.json"))
     code = "import sys; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     arguments = f"model=m,base_url={server.url}/v1/completions,tokenizer={model.path},num_concurrent=2,max_length=60"

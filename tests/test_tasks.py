@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import families
+import lm_eval_tasks
 import pytest
 import torch
 from torch import Tensor
@@ -275,19 +276,6 @@ def test_recall_data_is_a_dataset_that_training_takes(tmp_path, text_material, c
 
 # lm-eval
 
-CHOICES = """
-task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: "{{{{choices}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc}}]
-"""
-
 
 class ScoresPairs:
     """A model in name: a token's log-probability depends on it and on the one before."""
@@ -326,7 +314,7 @@ def test_lm_eval_under_a_policy(tmp_path, monkeypatch) -> None:
         lm.generate_until([])
     rows = [{"question": "q", "choices": ["a", "zz"], "answer": n % 2} for n in range(6)]  # "a" is always the likelier
     (tmp_path / "data.json").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "choice.yaml").write_text(CHOICES.format(data=tmp_path / "data.json"))
+    (tmp_path / "choice.yaml").write_text(lm_eval_tasks.CHOICE.format(data=tmp_path / "data.json"))
     (figure,) = evaluate(lm, ["local_choice"], str(tmp_path))
     assert (figure.task, figure.where, figure.value, figure.n) == ("lm-eval local_choice", "acc", 0.5, 6)
     with pytest.raises(ValueError, match="knows no task 'nothing'"):
