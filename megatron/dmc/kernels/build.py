@@ -72,7 +72,7 @@ def instruction_sets() -> dict[str, tuple[str, ...]]:
 
 
 def usable_instruction_sets() -> list[str]:
-    """Those of :func:`instruction_sets` that this CPU runs, best first. The launcher of a portable library picks in the same order."""
+    """Those of :func:`instruction_sets` that this CPU runs, best first: the order in which a portable library looks."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
