@@ -126,7 +126,8 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
     ratio = config.economy.ratio
     steps = [m.steps for m in measured if m.row.table == "economy" or m.row.method in config.economy.methods]
     first = Column("perplexity / control's at the full schedule", lambda m: relative(measured, m) or 1.0, 3)
-    shown = [first, *columns(config, measured)[2:7]]
+    reached = Column("times that the cache is smaller", lambda m: m.ratio, 2)
+    shown = [first, reached, *columns(config, measured)[3:7]]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
     for axis, column in zip(axes.flat, shown):
         for method in config.economy.methods:
