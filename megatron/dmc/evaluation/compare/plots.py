@@ -124,7 +124,8 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
     """Quality at one ratio against the steps of the retrofit, with and without distillation."""
     assert config.economy is not None
     ratio = config.economy.ratio
-    steps = [m.steps for m in measured if m.row.table == "economy" or m.row.method in config.economy.methods]
+    rows = [m for m in measured if m.row.method in config.economy.methods and m.row.ratio == ratio and m.row.table != "compound"]
+    steps = sorted({m.steps for m in rows})
     first = Column("perplexity / control's at the full schedule", lambda m: relative(measured, m) or 1.0, 3)
     reached = Column("times that the cache is smaller", lambda m: m.ratio, 2)
     shown = [first, reached, *columns(config, measured)[3:7]]
@@ -132,15 +133,17 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
     for axis, column in zip(axes.flat, shown):
         for method in config.economy.methods:
             points: dict[int, list[float]] = {}
-            for m in measured:
-                if m.row.method == method and m.row.ratio == ratio and m.row.table in ("main", "economy"):
+            for m in rows:
+                if m.row.method == method:
                     points.setdefault(m.steps, []).append(column.value(m))
             _bars(axis, [*points.items()], STYLES[method], method)
         axis.set_title(column.title)
         axis.set_xlabel("optimizer steps")
-        axis.set_xscale("log", base=2)
-        axis.set_xlim(0.8 * min(steps), 1.2 * max(steps))
+        axis.set_xscale("log")
+        axis.set_xlim(0.8 * steps[0], 1.2 * steps[-1])
+        axis.set_xticks(steps, [str(n) for n in steps])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+    axes.flat[1].legend(loc="lower right")
     figure.suptitle(f"{ratio:g}x: quality by training")
     _save(figure, path)
