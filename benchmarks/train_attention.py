@@ -4,6 +4,8 @@ Measured, in turn within one process:
   SDPA       torch's scaled_dot_product_attention, causal, on given q, k, v
   rope+SDPA  the same after rotating q and k, with the fused rotation that DMC uses: what a plain model runs
   DMC        all that takes the place of rope+SDPA: noise, decisions, importance, pooling (W = 12), rotation, attention
+  dense      the same with the mask as a bias of one number per query and key, added to scores that are held whole: the direct way,
+             and that of the method's first release; up to 4,096 tokens. Its output is DMC's, which is checked
 
 Time: medians; the ratios are medians of the ratios within each round, with their quartiles.
 Memory: the most bytes alive above the inputs (torch's allocations; on CUDA its allocator's peak).
@@ -38,17 +40,31 @@ from megatron.dmc.ops.rotary import cos_sin
 SHAPES = ((8, 8, 64), (8, 2, 128))  # query heads, KV heads, head dimension
 BIAS, EPSILON, TEMPERATURE = 5.0, 2.0**-7, 0.1
 TIME_TARGET, TIME_FROM, MEMORY_TARGET = 1.5, 2048, 2.2
+DENSE_UP_TO = 4096  # tokens
 
 
-def dmc(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int | None) -> Tensor:
+def dmc(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int | None, dense: bool = False) -> Tensor:
     """Raw q, k, v to attention output, as a DMC layer does it in training."""
     b, groups, s, d = k.shape
     noise = logistic_noise(torch.arange(b, device=k.device), range(groups), s, seed=1, step=0, layer=0)
     decisions = make_decisions(decision_logits(k[..., -1], BIAS), TEMPERATURE, noise)
-    q, neuron = rotate_and_split_neuron(q, cos, sin, mask_channel(d))
+    q, neuron = rotate_and_split_neuron(q, cos, sin, 0.0 if dense else mask_channel(d))
     k, v = pool(k, v, decisions.alpha, importance(neuron, groups, BIAS, EPSILON), window)
+    if dense:
+        k, _ = rotate_and_split_neuron(k, cos, sin, 0.0)
+        return dense_attention(q, k, v, decisions.log_keep)
     k, _ = rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
     return dmc_attention(q, k, v)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> Tensor:
+    """q [b, np, s, D], k, v [b, ng, s, D], log_keep [b, ng, s]: what queries behind a key add to their scores of it."""
+    b, heads, s, d = q.shape
+    groups = heads // k.size(1)
+    k, v, log_keep = (x.repeat_interleave(groups, dim=1) for x in (k, v, log_keep))
+    row = torch.arange(s, device=q.device)
+    bias = log_keep.to(q.dtype)[:, :, None, :].masked_fill(row[:, None] == row, 0.0).masked_fill(row[:, None] < row, float("-inf"))
+    return torch.softmax(q @ k.transpose(-1, -2) * d**-0.5 + bias, dim=-1) @ v
 
 
 def measure(shape, length, batch, window, device, dtype, seconds) -> dict:
@@ -80,6 +96,12 @@ def measure(shape, length, batch, window, device, dtype, seconds) -> dict:
         "rope_sdpa": both_ways(rotated),
         "dmc": both_ways(lambda: dmc(q, k, v, cos, sin, window)),
     }
+    dense = length <= DENSE_UP_TO
+    if dense:
+        functions["dense"] = both_ways(lambda: dmc(q, k, v, cos, sin, window, dense=True))
+        with torch.no_grad():
+            one, other = (dmc(q, k, v, cos, sin, window, dense=way).float() for way in (False, True))
+        assert (one - other).norm() <= (1e-4 if dtype == torch.float32 else 2e-2) * one.norm()
     times = interleave(functions, device, seconds=seconds)
     return {
         "heads": heads,
@@ -89,6 +111,7 @@ def measure(shape, length, batch, window, device, dtype, seconds) -> dict:
         "ms": {name: spread(values) for name, values in times.items()},
         "time_to_sdpa": ratio(times["dmc"], times["sdpa"]),
         "time_to_rope_sdpa": ratio(times["dmc"], times["rope_sdpa"]),
+        "dense_time_to_dmc": ratio(times["dense"], times["dmc"]) if dense else None,
         "peak_bytes": {name: peak_bytes(function, device) for name, function in functions.items()},
     }
 
@@ -125,14 +148,15 @@ def main() -> None:
         for length in sorted(args.lengths):
             f = measure(shape, length, args.batch, args.window or None, device, dtype, args.seconds)
             figures.append(f)
-            ms, peak, to_sdpa = f["ms"], f["peak_bytes"], f["time_to_sdpa"]
+            ms, peak, to_sdpa, dense = f["ms"], f["peak_bytes"], f["time_to_sdpa"], f["dense_time_to_dmc"]
             rows.append([
                 f"{shape[0]}/{shape[1]}", shape[2], length, *(ms[n]["median"] for n in ("sdpa", "rope_sdpa", "dmc")),
                 to_sdpa["median"], f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}", f["time_to_rope_sdpa"]["median"],
-                peak["sdpa"] / 2**20, peak["dmc"] / 2**20, peak["dmc"] / peak["sdpa"], ms["dmc"]["n"],
+                peak["sdpa"] / 2**20, peak["dmc"] / 2**20, peak["dmc"] / peak["sdpa"],
+                *((dense["median"], peak["dense"] / peak["dmc"]) if dense else ("", "")), ms["dmc"]["n"],
             ])  # fmt: skip
     columns = ["heads", "D", "S", "SDPA ms", "rope+SDPA", "DMC ms", "DMC/SDPA", "quartiles", "/rope+SDPA",
-               "SDPA MiB", "DMC MiB", "ratio", "rounds"]  # fmt: skip
+               "SDPA MiB", "DMC MiB", "ratio", "dense/DMC", "MiB", "rounds"]  # fmt: skip
     print(table(columns, rows))
     finish(args, "train_attention", figures, missed_targets(figures), start)
 

@@ -71,17 +71,27 @@ def instruction_sets() -> dict[str, tuple[str, ...]]:
     return X86 if platform.machine() in ("x86_64", "AMD64") else {"base": ()}
 
 
-def usable_instruction_sets() -> list[str]:
-    """Those of :func:`instruction_sets` that this CPU runs, best first: the order in which a portable library looks."""
+@cache
+def _cpu_info() -> dict[str, str]:
+    """What the first processor says of itself; empty where there is no /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    fields = {name.strip(): value for name, _, value in (line.partition(":") for line in reversed(lines))}
-    have = set(fields.get("flags", "").split())
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+
+
+def is_intel() -> bool:
+    """Is this machine's CPU one of Intel's?"""
+    return _cpu_info().get("vendor_id") == "GenuineIntel"
+
+
+def usable_instruction_sets() -> list[str]:
+    """Those of :func:`instruction_sets` that this CPU runs, best first: the order in which a portable library looks."""
+    have = set(_cpu_info().get("flags", "").split())
     usable = [name for name in instruction_sets() if have >= CPU_FLAGS_OF[name]]
     # In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many products.
-    if usable[0] == "avx512bf16" and fields.get("vendor_id", "").strip() == "GenuineIntel":
+    if usable[0] == "avx512bf16" and is_intel():
         usable[:2] = reversed(usable[:2])
     return usable
 
