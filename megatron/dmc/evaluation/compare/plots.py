@@ -125,6 +125,8 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
     assert config.economy is not None
     ratio = config.economy.ratio
     rows = [m for m in measured if m.row.method in config.economy.methods and m.row.ratio == ratio and m.row.table != "compound"]
+    if not rows:
+        return  # a report before any of them
     steps = sorted({m.steps for m in rows})
     first = Column("perplexity / control's at the full schedule", lambda m: relative(measured, m) or 1.0, 3)
     reached = Column("times that the cache is smaller", lambda m: m.ratio, 2)
