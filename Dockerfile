@@ -2,7 +2,7 @@
 # Two images:
 #   docker build --target serve -t dmc .          dmc serve, batch, generate: no Megatron, no compiler, not root
 #   docker build --target train -t dmc-train .    retrofits: NVIDIA's PyTorch with Transformer Engine, apex and flash-attn
-# docs/cluster.md shows how they are run. tests/docker/run.py does what the RUN lines of "serve" do, without Docker.
+# docs/cluster.md shows how they are run. tests/docker/run.py does what the RUN lines do, without Docker.
 # nvcc, for the GPU kernels (--build-arg BUILD_IMAGE=ubuntu:24.04: those for CPUs alone); its Python is SERVE_IMAGE's.
 ARG BUILD_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 ARG SERVE_IMAGE=ubuntu:24.04

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What the Dockerfile's stages "build" and "serve" do, without Docker: every instruction's effect in a clean directory.
+"""What the Dockerfile's stages do, without Docker: every instruction's effect in a clean directory.
 
     tests/docker/run.py [--directory DIR] [--python PYTHON] [--system-site-packages]
 
 COPY copies (what .dockerignore lets through), ENV and WORKDIR hold, RUN lines run, with the image's paths moved into the directory
 (/opt/dmc -> DIR/serve/opt/dmc). apt-get only simulates, and useradd and install -o are left out: they need the image. Then the
 entry point starts the server as it would there, on a tiny model with random weights, and the health check must pass. Megatron
-must not be importable. --system-site-packages takes installed packages instead of downloading torch.
+must not be importable. In place of the base image of "train" there is an environment with the packages of it that training needs,
+but for Transformer Engine. --system-site-packages takes installed packages instead of downloading torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MOVED = ("/opt/dmc", "/src", "/cache")
+MOVED = ("/opt/dmc", "/opt/megatron-dmc", "/src", "/cache")
+# Of NVIDIA's PyTorch image: what training needs of it. constraints.txt says which versions are tested.
+BASE_OF_TRAIN = ("torch", "numpy", "packaging", "pyyaml", "tqdm", "psutil", "tensorboard", "matplotlib")
+ONLY_ON_GPUS = "transformer_engine, "
 PORT = "8000"
 
 
@@ -59,6 +63,12 @@ class Image:
         self.workdir, self.health, self.entry, self.command = "/", [], [], []
         directory.mkdir(parents=True)
 
+    def stand_in(self) -> None:
+        """What the base image of "train" has."""
+        self.shell("python3 -m venv /opt/dmc")
+        self.env["PATH"] = f"{self.moved('/opt/dmc')}/bin:{self.env['PATH']}"
+        self.shell(f"pip install -q -c {ROOT}/constraints.txt {' '.join(BASE_OF_TRAIN)}")
+
     def moved(self, text: str) -> str:
         for path in MOVED:
             text = re.sub(rf"(?<![\w.}}/]){path}\b", f"{self.root}{path}", text)
@@ -70,6 +80,7 @@ class Image:
     def shell(self, line: str) -> None:
         packages = r"apt-get update && apt-get install -y (.*?) && rm -rf /var/lib/apt/lists/\*"
         line = re.sub(packages, r"apt-get install --simulate \1", line)
+        line = line.replace(ONLY_ON_GPUS, "")
         line = re.sub(r"useradd .*? && install -d -o dmc -g dmc", "mkdir -p", line)
         if line.startswith("python3 -m venv"):
             line = line.replace("python3", str(self.args.python), 1)
@@ -155,9 +166,9 @@ def main() -> int:
         for name, rest in instructions():
             if name == "FROM":
                 stage = rest.split(" AS ")[1]
-                if stage == "train":
-                    break  # its effects are those of NVIDIA's image
                 stages[stage] = Image(directory / stage, args)
+                if stage == "train":
+                    stages[stage].stand_in()
             elif stages:
                 stages[stage].do(name, rest, stages)
         image = stages["serve"]
@@ -168,7 +179,7 @@ def main() -> int:
         assert libraries, "the kernels were not built ahead of time"
         print(f"kernels: {', '.join(sorted(path.name for path in libraries))}")
         serve(image, directory)
-    print("all as it should be (train: not tried, its base image is needed)")
+    print("all as it should be (the base images, Transformer Engine among them, were not at hand)")
     return 0
 
 
