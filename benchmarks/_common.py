@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy")
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flashinfer-python", "numpy")
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

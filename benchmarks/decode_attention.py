@@ -5,6 +5,8 @@ Measured, in turn within one process, on caches of random slots whose pages lie 
   kernel     the compiled decode attention (C++ or CUDA); bytes are those of the slots' keys and values
   reference  the same op in plain PyTorch (on a GPU only where the heads are shortest: it takes many times the memory)
   append     on a GPU: decide, pool, rotate and write one token per sequence before it, one head in four taking a slot
+  flashinfer on a GPU, with --flashinfer: its paged decode attention on the same cache, every head a sequence of its own; the
+             faster of its two kernels (ordinary and tensor cores), planned beforehand, in graphs too
 One row per query heads / KV heads, dtype and slots per head. On a CPU "ragged" heads hold between a half and one and a half of
 these; on a GPU "skewed" ones an exponential share, up to four times. On a GPU everything but the reference is a CUDA graph of ten
 calls, so that the host's time does not count.
@@ -16,6 +18,7 @@ Targets (--check) on a CPU:
 On a GPU of 64 sequences and more:
   bandwidth  kernel at least 0.85 of copy at 512 slots and more, 0.60 at 128
   append     with the pages it takes, less than a tenth of append and kernel, at 512 slots and more
+  flashinfer kernel at least as fast
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import _flashinfer
 import torch
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
@@ -38,7 +42,7 @@ SLOTS = {"cpu": (512, 4096, 16384), "cuda": (128, 512, 2048)}
 BATCH = {"cpu": 4, "cuda": 64}
 BANDWIDTH_TARGETS = {"cpu": ((4096, 0.60),), "cuda": ((512, 0.85), (128, 0.60))}  # from so many slots on
 MEMORY_BYTES = 128 * 2**20  # of a cache on a CPU, where memory's bandwidth is the measure
-SPEED_TARGET, APPEND_TARGET, APPEND_FROM = 5.0, 0.10, 512
+SPEED_TARGET, APPEND_TARGET, APPEND_FROM, FLASHINFER_TARGET = 5.0, 0.10, 512, 1.0
 REPEATS, ROUNDS = 10, (5, 30)  # calls of a CUDA graph; rounds of a measurement
 GROWTH = REPEATS * (ROUNDS[1] + 3)  # slots that a head gains at most while append is measured
 
@@ -125,6 +129,11 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         "copy": graphed(lambda: target.copy_(source), device),
         "kernel": graphed(lambda: decode_attention(state, 0, q, rows, d**-0.5), device),
     }
+    if args.flashinfer:
+        ours = decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
+        for name, function in _flashinfer.decode_functions(state, q, d**-0.5).items():
+            torch.testing.assert_close(function(), ours, atol=2e-2, rtol=2e-2)
+            functions[name] = graphed(function, device)
     repeats = 1 if device.type == "cpu" else REPEATS
     times = interleave(functions, device, seconds=args.seconds, rounds=ROUNDS)
     times = {name: [t / repeats for t in values] for name, values in times.items()}
@@ -141,6 +150,7 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         assert int(state.counters[REFUSED]) == 0
         state.check_integrity()
     ms = {name: spread(values) for name, values in times.items()}
+    theirs = min((name for name in times if name.startswith("flashinfer")), key=lambda name: ms[name]["median"], default=None)
     moved = {"copy": 2 * bytes_read, "kernel": bytes_read, "reference": bytes_read}
     return {
         "query_heads": query_heads,
@@ -157,6 +167,7 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         "gb_per_s": {name: moved[name] / 1e6 / x["median"] for name, x in ms.items() if name in moved},
         "of_copy": ratio([t / 2 for t in times["copy"]], times["kernel"]),
         "speed_up": speed_up,
+        "over_flashinfer": ratio(times[theirs], times["kernel"]) if theirs else None,
         "append_share": ms["append"]["median"] / (ms["append"]["median"] + ms["kernel"]["median"]) if "append" in ms else None,
     }
 
@@ -175,6 +186,8 @@ def missed_targets(figures: list[dict], device: torch.device) -> list[str]:
             missed.append(f"speed: {f['speed_up']['median']:.1f} x the reference at {name}; the target is {SPEED_TARGET:.0f}")
         if device.type == "cuda" and f["slots"] >= APPEND_FROM and f["append_share"] >= APPEND_TARGET:
             missed.append(f"append: {f['append_share']:.2f} of append and kernel at {name}; the target is {APPEND_TARGET:.2f}")
+        if f["over_flashinfer"] and f["over_flashinfer"]["median"] < FLASHINFER_TARGET:
+            missed.append(f"flashinfer: {f['over_flashinfer']['median']:.2f} x its speed at {name}; the target is 1")
     return missed
 
 
@@ -185,10 +198,13 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", metavar="N", help="per head; default: 512 4096 16384, GPU: 128 512 2048")
     parser.add_argument("--batch", type=int, help="sequences, on a CPU at least; default: 4, GPU: 64")
     parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--flashinfer", action="store_true", help="on a GPU, where flashinfer-python is installed: compare with it")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per row")
     args = parser.parse_args()
     device, dtype = resolve_device(args)
     on = device.type
+    if args.flashinfer and (on == "cpu" or not _flashinfer.available()):
+        parser.error("--flashinfer needs a GPU and the package flashinfer-python")
     args.slots, args.batch = sorted(args.slots or SLOTS[on]), args.batch or BATCH[on]
     dtypes = [dtype] if args.dtype or on == "cuda" else [torch.float32, torch.bfloat16]
     print(f"kernel: {active_backend(on)}, pages of {args.page_size}")
@@ -207,9 +223,11 @@ def main() -> None:
                         f"{share['q1']:.2f}-{share['q3']:.2f}",
                         *((speed["median"], f"{speed['q1']:.1f}-{speed['q3']:.1f}") if speed else ("", "")),
                         *((f"{f['ms']['append']['median']:.3f}", f["append_share"]) if on == "cuda" else ()),
+                        *((f["over_flashinfer"]["median"],) if args.flashinfer else ()),
                     ])  # fmt: skip
     columns = ["heads", "D", "dtype", "slots", "batch", "MiB", "kernel ms", "copy GB/s", "kernel GB/s", "of copy", "quartiles",
-               "x reference", "quartiles", *(("append ms", "share") if on == "cuda" else ())]  # fmt: skip
+               "x reference", "quartiles", *(("append ms", "share") if on == "cuda" else ()),
+               *(("x flashinfer",) if args.flashinfer else ())]  # fmt: skip
     print(table(columns, rows))
     finish(args, "decode_attention", figures, missed_targets(figures, device), start)
 
