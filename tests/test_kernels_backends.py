@@ -27,12 +27,13 @@ from megatron.dmc.kernels import append, build, decode_attention, fork, free, us
 
 @on_compiled_backends
 @pytest.mark.parametrize("window", [12, 3, None])
+@pytest.mark.parametrize("d", [40, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_cache_as_the_reference(monkeypatch, backend, device, dtype, window) -> None:
+def test_the_same_cache_as_the_reference(monkeypatch, backend, device, dtype, d, window) -> None:
     """After every step: the same pages for the same heads, equal lengths, segments, rings and slots; twice the same bits, on the
     emulator with threads in another order."""
-    q, k, v = tokens((3, 70), 2, 2, 40, SHIFTS["some"], dtype)
-    options = {"num_pages": 64, "max_seqs": 3, "num_layers": 2, "num_kv_heads": 2, "head_dim": 40, "max_slots": 80}
+    q, k, v = tokens((3, 70), 2, 2, d, SHIFTS["some"], dtype)
+    options = {"num_pages": 64, "max_seqs": 3, "num_layers": 2, "num_kv_heads": 2, "head_dim": d, "max_slots": 80}
     runs = {
         name: Run(q, k, v, [2, 0, 1], poisoned(device, window=window, dtype=dtype, **options), window=window, device=device)
         for name in ("reference", "compiled", "again")

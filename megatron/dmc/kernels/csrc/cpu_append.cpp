@@ -6,42 +6,59 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // tokens of a task; each looks back over the window by itself
+constexpr int64_t kBlock = 16;  // tokens of a task; each looks back over the window by itself
 
 struct Item {  // one (sequence, head)
   int64_t i, h, begin, count, row, index;
 };
 
+INLINE int64_t count_of(const AppendParams& p, int64_t i) { return p.slots[i] < 0 ? 0 : p.cu_seqlens[i + 1] - p.cu_seqlens[i]; }
+
 INLINE Item item_of(const AppendParams& p, int64_t at) {
   Item x;
   x.i = at / p.cache.heads, x.h = at % p.cache.heads;
-  x.begin = p.cu_seqlens[x.i], x.count = p.cu_seqlens[x.i + 1] - x.begin, x.row = p.slots[x.i];
-  if (x.row < 0) x.count = 0;
+  x.begin = p.cu_seqlens[x.i], x.count = count_of(p, x.i), x.row = p.slots[x.i];
   x.index = x.count ? head_index(p.cache, x.row, p.layer, x.h) : 0;
   return x;
 }
 
+// What each token wants, and its weight.
+template <class T> INLINE void decide_token(const AppendParams& p, int64_t t) {
+  int64_t heads = p.cache.heads, last = p.cache.head_dim - 1;
+  const T* k = (const T*)p.k.data + t * p.k.token + last;
+  const T* q = (const T*)p.q.data + t * p.q.token + last;
+  for (int64_t h = 0; h < heads; h++) {
+    float mean = 0;
+    for (int64_t j = 0; j < p.groups; j++) mean += load1(q + (h * p.groups + j) * p.q.head);
+    p.merge[t * heads + h] = load1(k + h * p.k.head) - p.bias > 0;
+    p.omega[t * heads + h] = 1.0f / (1.0f + expf(-(mean / (float)p.groups + p.bias))) + p.epsilon;
+  }
+}
+
 template <class T> void decide(const AppendParams& p) {
   const Cache& c = p.cache;
-  int64_t heads = c.heads, items = p.n * heads, last = c.head_dim - 1;
-#pragma omp parallel for num_threads(p.tokens * heads < 4096 ? 1 : p.threads)
-  for (int64_t at = 0; at < items; at++) {
-    Item x = item_of(p, at);
-    int32_t slot = (x.count ? c.lengths[x.index] : 0) - 1;
-    p.before[at] = slot + 1;
-    for (int64_t t = x.begin; t < x.begin + x.count; t++) {
-      bool merge = false;
-      if (p.compress) {
-        // The first token of a sequence has nothing to merge with.
-        merge = load1((const T*)p.k.data + t * p.k.token + x.h * p.k.head + last) - p.bias > 0 && slot >= 0;
-        float mean = 0;
-        for (int64_t j = 0; j < p.groups; j++)
-          mean += load1((const T*)p.q.data + t * p.q.token + (x.h * p.groups + j) * p.q.head + last);
-        p.omega[t * heads + x.h] = 1.0f / (1.0f + expf(-(mean / (float)p.groups + p.bias))) + p.epsilon;
-      }
-      slot += !merge;
-      p.merge[t * heads + x.h] = merge;
-      p.slot_index[t * heads + x.h] = slot;
+  int64_t heads = c.heads;
+#pragma omp parallel num_threads(p.tokens * heads < 4096 ? 1 : p.threads)
+  {
+    // By tokens, not by heads: threads do not write the same lines.
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < p.tokens; t++) {
+      if (p.compress) decide_token<T>(p, t);
+      else memset(p.merge + t * heads, 0, heads);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < p.n; i++) {
+      int64_t count = count_of(p, i), begin = p.cu_seqlens[i];
+      for (int64_t h = 0; h < heads; h++) p.before[i * heads + h] = count ? c.lengths[head_index(c, p.slots[i], p.layer, h)] : 0;
+      const int32_t* slot = p.before + i * heads;
+      for (int64_t at = begin * heads; at < (begin + count) * heads; slot = p.slot_index + at, at += heads)
+        for (int64_t h = 0; h < heads; h++) {
+          int32_t newest = slot[h] - (at == begin * heads);
+          // The first token of a sequence has nothing to merge with.
+          bool merge = p.merge[at + h] && newest >= 0;
+          p.merge[at + h] = merge;
+          p.slot_index[at + h] = newest + !merge;
+        }
     }
   }
 }
@@ -134,6 +151,111 @@ template <class T> void pool_window(const AppendParams& p, const Item& x, int64_
   }
 }
 
+// The last channel of the second half of a row is the neuron, which a compressing model takes out.
+INLINE vf without_last(vf x) {
+  vi keep;
+  for (int i = 0; i < VW; i++) keep[i] = i + 1 < VW ? -1 : 0;
+  return (vf)((vi)x & keep);
+}
+
+// Channels c and c + half of a row, as in `rotate`.
+INLINE void turn(vf& low, vf& high, const float* table, int c, int half, int compress) {
+  bool neuron = compress && c + VW == half;
+  if (neuron) high = without_last(high);
+  vf cosine = load(table + c), sine = load(table + half + c), x = low * cosine - high * sine, y = high * cosine + low * sine;
+  low = x, high = neuron ? without_last(y) : y;
+}
+
+template <class T> INLINE void store_halves(T* to, int c, int half, vf low, vf high) {
+  store(to + c, low);
+  store(to + half + c, high);
+}
+
+constexpr int kListed = 64;
+
+// Can a window be pooled in registers, half a row at a time?
+INLINE bool in_halves(const AppendParams& p) {
+  return p.cache.head_dim / 2 % VW == 0 && (!p.compress || (p.window && p.window <= kListed));
+}
+
+// As pool_window for one token, without a buffer in between.
+template <class T> INLINE void pool_token(const AppendParams& p, const Item& x, int64_t t) {
+  const Cache& c = p.cache;
+  int d = c.head_dim, half = d / 2;
+  Slots slots = slots_of(c, x.row, p.layer, x.h);
+  const T *k[kListed], *v[kListed];
+  float weights[kListed];
+  int64_t at = t * c.heads + x.h;
+  int n = 0;
+  float total = 0;
+  auto list = [&](const T* key, const T* value, float weight) {
+    k[n] = key, v[n] = value, weights[n++] = weight;
+    total += weight;
+  };
+  if (!p.merge[at]) {
+    list(raw<T>(p.k, t, x.h), raw<T>(p.v, t, x.h), 1.0f);
+  } else {
+    int64_t u = t;
+    bool begun = false;
+    for (; n < p.window && u >= x.begin && !begun; u--) {
+      list(raw<T>(p.k, u, x.h), raw<T>(p.v, u, x.h), p.omega[u * c.heads + x.h]);
+      begun = !p.merge[u * c.heads + x.h];
+    }
+    // The segment began in an earlier step: the rest of the window is in the ring.
+    for (int64_t i = c.segment[x.index] - 1; !begun && n < p.window && i >= 0; i--) {
+      int64_t place = x.index * c.ring + i % c.ring;
+      list((const T*)c.ring_k + place * d, (const T*)c.ring_v + place * d, c.ring_w[place]);
+    }
+  }
+  vf scale = splat(1.0f / total);
+  bool newest = t + 1 == x.begin + x.count || !p.merge[at + c.heads];
+  T* key = newest ? (T*)slots.key<T>(p.slot_index[at]) : nullptr;
+  T* value = newest ? (T*)slots.value<T>(p.slot_index[at]) : nullptr;
+  T* k_part = p.k_part.data ? (T*)p.k_part.data + t * p.k_part.token + x.h * p.k_part.head : nullptr;
+  T* v_part = p.k_part.data ? (T*)p.v_part.data + t * p.v_part.token + x.h * p.v_part.head : nullptr;
+  for (int e = 0; e < half; e += VW) {
+    vf k_low{}, k_high{}, v_low{}, v_high{};
+    for (int i = 0; i < n; i++) {
+      vf w = splat(weights[i]);
+      k_low += load(k[i] + e) * w, k_high += load(k[i] + half + e) * w;
+      v_low += load(v[i] + e) * w, v_high += load(v[i] + half + e) * w;
+    }
+    k_low *= scale, k_high *= scale, v_low *= scale, v_high *= scale;
+    turn(k_low, k_high, p.cos_sin + t * d, e, half, p.compress);
+    if (k_part) store_halves(k_part, e, half, k_low, k_high), store_halves(v_part, e, half, v_low, v_high);
+    if (newest) store_halves(key, e, half, k_low, k_high), store_halves(value, e, half, v_low, v_high);
+  }
+}
+
+// Tokens [from, to) of a sequence, all heads: token after token, as they lie.
+template <class T> void pool_block(const AppendParams& p, int64_t i, int64_t from, int64_t to, bool halves) {
+  for (int64_t t = from; halves && t < to; t++)
+    for (int64_t h = 0; h < p.cache.heads; h++) pool_token<T>(p, item_of(p, i * p.cache.heads + h), t);
+  for (int64_t h = 0; !halves && h < p.cache.heads; h++) pool_window<T>(p, item_of(p, i * p.cache.heads + h), from, to);
+}
+
+// Queries of a token, rotated.
+template <class T> INLINE void rotate_queries(const AppendParams& p, int64_t t, bool halves) {
+  int d = p.cache.head_dim, half = d / 2;
+  const float* table = p.cos_sin + t * d;
+  float q[256 + VW];
+  for (int64_t h = 0; h < p.cache.heads * p.groups; h++) {
+    const T* from = raw<T>(p.q, t, h);
+    T* to = (T*)p.q_rot.data + t * p.q_rot.token + h * p.q_rot.head;
+    if (!halves) {
+      read_row(q, from, d, 1.0f);
+      rotate(q, table, d, p.compress);
+      write_row(to, q, d, 1.0f);
+      continue;
+    }
+    for (int e = 0; e < half; e += VW) {
+      vf low = load(from + e), high = load(from + half + e);
+      turn(low, high, table, e, half, p.compress);
+      store_halves(to, e, half, low, high);
+    }
+  }
+}
+
 // All tokens of one head without a window: the fp32 mean of the segment moves on.
 template <class T> void pool_segment(const AppendParams& p, const Item& x) {
   const Cache& c = p.cache;
@@ -192,7 +314,7 @@ template <class T> void write(const AppendParams& p) {
   const Cache& c = p.cache;
   int d = c.head_dim;
   int64_t heads = c.heads, items = p.n * heads;
-  bool alone = p.tokens * heads * (p.groups + 2) * d < 32768;
+  bool alone = p.tokens * heads * (p.groups + 2) * d < 32768, halves = in_halves(p);
 #pragma omp parallel num_threads(alone ? 1 : p.threads)
   {
 #pragma omp for schedule(static)
@@ -201,32 +323,27 @@ template <class T> void write(const AppendParams& p) {
       float position = (float)p.positions[t];
       for (int e = 0; e < d / 2; e++) sine_cosine(position * p.inv_freq[e], table + d / 2 + e, table + e);
     }
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < p.tokens; t++) {
-      float q[256 + VW];
-      for (int64_t h = 0; h < heads * p.groups; h++) {
-        read_row(q, raw<T>(p.q, t, h), d, 1.0f);
-        rotate(q, p.cos_sin + t * d, d, p.compress);
-        write_row((T*)p.q_rot.data + t * p.q_rot.token + h * p.q_rot.head, q, d, 1.0f);
-      }
-    }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < p.tokens; t++) rotate_queries<T>(p, t, halves);
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < p.n; i++)
       for (int64_t t = p.cu_seqlens[i]; p.slots[i] < 0 && t < p.cu_seqlens[i + 1]; t++) clear<T>(p, t);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t at = 0; at < items; at++) {
-      Item x = item_of(p, at);
-      if (p.compress && !p.window) pool_segment<T>(p, x);
-      else if (x.count <= kBlock) pool_window<T>(p, x, x.begin, x.begin + x.count);
-    }
-    if (!p.compress || p.window)
-      for (int64_t at = 0; at < items; at++) {
-        Item x = item_of(p, at);
-        if (x.count <= kBlock) continue;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t from = 0; from < x.count; from += kBlock)
-          pool_window<T>(p, x, x.begin + from, x.begin + (from + kBlock < x.count ? from + kBlock : x.count));
+    if (p.compress && !p.window) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t at = 0; at < items; at++) pool_segment<T>(p, item_of(p, at));
+    } else {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < p.n; i++)
+        if (count_of(p, i) <= kBlock) pool_block<T>(p, i, p.cu_seqlens[i], p.cu_seqlens[i] + count_of(p, i), halves);
+      for (int64_t i = 0; i < p.n; i++) {
+        int64_t begin = p.cu_seqlens[i], count = count_of(p, i);
+        if (count <= kBlock) continue;
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t from = 0; from < count; from += kBlock)
+          pool_block<T>(p, i, begin + from, begin + (from + kBlock < count ? from + kBlock : count), halves);
       }
+    }
+#pragma omp barrier  // what is remembered takes the place of what was pooled
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < items; at++) {
       Item x = item_of(p, at);

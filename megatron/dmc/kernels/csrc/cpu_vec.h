@@ -36,7 +36,13 @@ struct f16 { uint16_t bits; };
 
 INLINE vf splat(float x) { return x - vf{}; }
 
-INLINE vf widen(vh h, bf16) { return (vf)(__builtin_convertvector(h, vi) << 16); }
+INLINE vf widen(vh h, bf16) {
+#if defined(__AVX512F__)  // the compiler would do halves
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+  return (vf)(__builtin_convertvector(h, vi) << 16);
+#endif
+}
 
 INLINE vf widen(vh h, f16) {
 #if defined(__AVX512F__)
@@ -68,8 +74,13 @@ INLINE void store(float* p, vf x) { *(vfu*)p = (vfu)x; }
 INLINE void store(bf16* p, vf x) {
   vi bits = (vi)x;
   vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+#if defined(__AVX512F__)
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  *(vhu*)p = (vhu)_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc0)));
+#else
   vi nan = x != x;
   *(vhu*)p = (vhu)__builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+#endif
 }
 INLINE void store(f16* p, vf x) {
 #if defined(__AVX512F__)
