@@ -39,7 +39,9 @@ def step(state: CacheState, q, k, v, cu_seqlens, slots, positions, inv_freq) -> 
     kernels.fork(state, slots[:1], slots[:1] + 1)
     decoded = kernels.decode_attention(state, 1, done.q_rot[:2] * 2, slots + 1, 0.2)
     kernels.free(state, slots[:1])
-    return torch.cat((out, decoded))
+    x, weight = torch.cat((out, decoded)).flatten(1), torch.ones(out[0].numel(), device=out.device)
+    total, normed = kernels.add_rms_norm(x, kernels.rms_norm(x, weight, 1e-5), weight, 1e-5)
+    return kernels.silu_and_mul(total + normed)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -58,6 +60,13 @@ def test_schemas_and_fakes_are_true(device, op) -> None:
         "free": (rows,),
     }
     torch.library.opcheck(getattr(OPS, op.split()[0]).default, (*state.tensors(), *others[op]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_schemas_and_fakes_of_rows_are_true(device) -> None:
+    x, weight = torch.randn(3, 32, device=device), torch.rand(32, device=device)
+    for op, arguments in (("rms_norm", (x, weight, 1e-5)), ("add_rms_norm", (x, x + 1, weight, 1e-5)), ("silu_and_mul", (x,))):
+        torch.library.opcheck(getattr(OPS, op).default, arguments)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -230,7 +230,7 @@ def _part(event: Any) -> Optional[str]:
         return name.removeprefix("dmc.")
     if name == "dmc::append":
         return "append"
-    if name.startswith("dmc::"):
+    if name in ("dmc::decode_attention", "dmc::prefill_attention"):
         return "attention"
     if name in LINEAR_OPS:
         return "linear"

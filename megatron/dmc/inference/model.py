@@ -155,12 +155,18 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, state: CacheState) -> Tensor:
         """Take the tokens into the cache; logits of the wanted ones, fp32 [m, vocabulary]."""
-        x = self._embed(batch.tokens)
+        epsilon = self.info.model.norm_epsilon
+        x, delta = self._embed(batch.tokens), None
         for n, layer in enumerate(self.layers):
-            x = x + self.parallel.sum(self._attend(n, layer, self._normed(x, layer.input_norm), batch, state))
-            gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + self.parallel.sum(linear(F.silu(gate) * up, layer.down))
-        return self._logits(self._normed(x[batch.logits_at], self.norm))
+            if delta is None:
+                y = kernels.rms_norm(x, layer.input_norm, epsilon)
+            else:
+                x, y = kernels.add_rms_norm(x, delta, layer.input_norm, epsilon)
+            delta = self.parallel.sum(self._attend(n, layer, y, batch, state))
+            x, y = kernels.add_rms_norm(x, delta, layer.mlp_norm, epsilon)
+            delta = self.parallel.sum(linear(kernels.silu_and_mul(linear(y, layer.gate_up)), layer.down))
+        at = batch.logits_at
+        return self._logits(kernels.add_rms_norm(x[at], delta[at], self.norm, epsilon)[1])
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.info.model.norm_epsilon)

@@ -1,4 +1,4 @@
-"""Kernels of the inference engine over the compressed paged cache of ``state.py``.
+"""Kernels of the inference engine over the compressed paged cache of ``state.py``, and of the rows between its linear layers.
 
 A step of the engine runs T tokens of N sequences, in order, flattened: sequence i has the tokens ``cu_seqlens[i]`` to
 ``cu_seqlens[i + 1]`` (one while it decodes, a chunk of its prompt before), and its cache in row ``slots[i]`` of the state. A row
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron.dmc.kernels.dispatch import active_backend, use_backend
 from megatron.dmc.kernels.state import CacheState, make_state
-from megatron.dmc.kernels.torch_ops import call
+from megatron.dmc.kernels.torch_ops import call, call_rowwise
 
 
 class Appended(NamedTuple):
@@ -140,15 +140,41 @@ def free(state: CacheState, slots: Tensor) -> None:
     call("free", state, slots)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` of every row (arXiv 1910.07467), in fp32, rounded before the weight and after it.
+
+    Args:
+        x: [T, h], contiguous; weight: [h], in x's dtype.
+    """
+    return call_rowwise("rms_norm", x, weight, float(epsilon))
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """``x + delta``, and its :func:`rms_norm`, in one pass: the residual stream between two layers.
+
+    Args:
+        x, delta: [T, h], contiguous; weight: [h], in x's dtype.
+    """
+    return call_rowwise("add_rms_norm", x, delta, weight, float(epsilon))
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """``silu(gates) * ups`` of rows ``[gates, ups]`` (SwiGLU, arXiv 2002.05202): [T, 2 F], contiguous -> [T, F]."""
+    return call_rowwise("silu_and_mul", x)
+
+
 __all__ = [
     "Appended",
     "CacheState",
     "active_backend",
+    "add_rms_norm",
     "append",
     "decode_attention",
     "fork",
     "free",
     "make_state",
     "prefill_attention",
+    "rms_norm",
+    "silu_and_mul",
     "use_backend",
 ]

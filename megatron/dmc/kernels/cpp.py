@@ -26,8 +26,9 @@ def _load():
 
 
 _library = _load()
-_append, _decode, _prefill, _fork, _free = (
-    _library[name] for name in ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows")
+_append, _decode, _prefill, _fork, _free, _norm, _silu = (
+    _library[name]
+    for name in ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows", "add_rms_norm", "silu_and_mul")
 )
 
 
@@ -97,3 +98,24 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
 def free(state: CacheState, slots: Tensor) -> None:
     """See :func:`megatron.dmc.kernels.free`."""
     _free(*state.tensors(), slots)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See :func:`megatron.dmc.kernels.rms_norm`."""
+    out, none = torch.empty_like(x), x[:0]
+    _norm(x, none, weight, epsilon, none, out, torch.get_num_threads())
+    return out
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See :func:`megatron.dmc.kernels.add_rms_norm`."""
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _norm(x, delta, weight, epsilon, total, out, torch.get_num_threads())
+    return total, out
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """See :func:`megatron.dmc.kernels.silu_and_mul`."""
+    out = torch.empty((x.size(0), x.size(1) // 2), dtype=x.dtype)
+    _silu(x, out, torch.get_num_threads())
+    return out

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron.dmc.kernels import build
+from megatron.dmc.kernels import build, reference
 from megatron.dmc.kernels.state import CacheState
 
 
@@ -24,6 +24,7 @@ class CudaKernels:
     def __init__(self, library: Any) -> None:
         names = ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows")
         self._append, self._decode, self._prefill, self._fork, self._free = (library[name] for name in names)
+        self._norm, self._silu = library["add_rms_norm"], library["silu_and_mul"]
         self._append_bytes = library["append_bytes"]
         self._decode_bytes = lru_cache(maxsize=1024)(library["decode_bytes"])
 
@@ -86,6 +87,30 @@ class CudaKernels:
     def free(self, state: CacheState, slots: Tensor) -> None:
         """See :func:`megatron.dmc.kernels.free`."""
         self._free(*state.tensors(), slots)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """See :func:`megatron.dmc.kernels.rms_norm`."""
+        if x.size(1) % 8:
+            return reference.rms_norm(x, weight, epsilon)
+        out, none = _like(x), x[:0]
+        self._norm(x, none, weight, epsilon, none, out)
+        return out
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """See :func:`megatron.dmc.kernels.add_rms_norm`."""
+        if x.size(1) % 8:
+            return reference.add_rms_norm(x, delta, weight, epsilon)
+        total, out = _like(x), _like(x)
+        self._norm(x, delta, weight, epsilon, total, out)
+        return total, out
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """See :func:`megatron.dmc.kernels.silu_and_mul`."""
+        if x.size(1) % 16:
+            return reference.silu_and_mul(x)
+        out = torch.empty((x.size(0), x.size(1) // 2), dtype=x.dtype, device=x.device)
+        self._silu(x, out)
+        return out
 
 
 def _like(x: Tensor) -> Tensor:

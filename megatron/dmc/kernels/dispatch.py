@@ -13,7 +13,6 @@ from typing import Any
 from torch._C._profiler import _RecordFunctionFast
 
 from megatron.dmc.kernels import reference
-from megatron.dmc.kernels.state import CacheState
 
 BACKENDS = ("reference", "cpp", "cuda")
 VARIABLE = "MEGATRON_DMC_KERNELS"
@@ -83,9 +82,9 @@ def use_backend(backend: Any) -> Iterator[None]:
         _forced = before
 
 
-def call(op: str, state: CacheState, *arguments: Any) -> Any:
-    """Run ``op`` on the backend of the state's device."""
-    choice = _choice(state.k_pages.device.type)
+def call(op: str, device_type: str, *arguments: Any) -> Any:
+    """Run ``op`` on the backend of a device."""
+    choice = _choice(device_type)
     backend = _load(choice) if isinstance(choice, str) else choice
     with _RecordFunctionFast(f"dmc::{op}"):  # the compiled kernels are no torch ops: so that torch.profiler shows them
-        return getattr(backend, op)(state, *arguments)
+        return getattr(backend, op)(*arguments)

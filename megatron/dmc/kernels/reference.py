@@ -328,3 +328,20 @@ def free(state: CacheState, slots: Tensor) -> None:
     state.counters[RETURNED] += ids.numel()
     state.lengths[rows] = 0
     state.segment[rows] = 0
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See :func:`megatron.dmc.kernels.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See :func:`megatron.dmc.kernels.add_rms_norm`."""
+    total = x + delta
+    return total, rms_norm(total, weight, epsilon)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """See :func:`megatron.dmc.kernels.silu_and_mul`."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up

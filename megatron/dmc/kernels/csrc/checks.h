@@ -53,7 +53,7 @@ Dtype dtype_of(const TensorView& x) {
   if (is(x, kDLFloat, 32)) return kF32;
   if (is(x, kDLBfloat, 16)) return kBF16;
   if (is(x, kDLFloat, 16)) return kF16;
-  TVM_FFI_THROW(ValueError) << "the cache must be of float32, bfloat16 or float16";
+  TVM_FFI_THROW(ValueError) << "tensors must be of float32, bfloat16 or float16";
   return kF32;
 }
 
@@ -165,6 +165,36 @@ void fill_prefill(PrefillParams& p, const State& state, int64_t layer, const Ten
   p.slot_index = ints<int32_t>(slot_index, p.tokens * c.heads, "slot_index", "int32 [T, H]");
   p.slots = rows_of(slots);
   p.cu_seqlens = ints<int32_t>(cu_seqlens, p.n + 1, "cu_seqlens", "int32 [N + 1], contiguous");
+}
+
+void* matrix(const TensorView& x, int64_t rows, int64_t width, Dtype dtype, const char* name, const char* want) {
+  bool ok = x.device().device_type == DMC_DEVICE && x.ndim() == 2 && x.size(0) == rows && x.size(1) == width && contiguous(x);
+  check(ok && dtype_of(x) == dtype, name, x, want);
+  return x.data_ptr();
+}
+
+// `delta` and `sum` of no elements: none.
+void fill_norm(NormParams& p, const TensorView& x, const TensorView& delta, const TensorView& weight, double epsilon,
+               const TensorView& sum, const TensorView& out) {
+  check(x.ndim() == 2, "x", x, "[T, h]");
+  p.rows = x.size(0), p.width = x.size(1), p.dtype = dtype_of(x), p.epsilon = (float)epsilon, p.threads = 1;
+  p.x = matrix(x, p.rows, p.width, p.dtype, "x", "[T, h], contiguous");
+  p.delta = p.sum = nullptr;
+  if (delta.numel()) {
+    p.delta = matrix(delta, p.rows, p.width, p.dtype, "delta", "like x");
+    p.sum = matrix(sum, p.rows, p.width, p.dtype, "sum", "like x");
+  }
+  bool ok = weight.device().device_type == DMC_DEVICE && weight.ndim() == 1 && weight.size(0) == p.width && contiguous(weight);
+  check(ok && dtype_of(weight) == p.dtype, "weight", weight, "[h], of x's dtype");
+  p.weight = weight.data_ptr();
+  p.out = matrix(out, p.rows, p.width, p.dtype, "out", "like x");
+}
+
+void fill_silu(SiluParams& p, const TensorView& x, const TensorView& out) {
+  check(x.ndim() == 2 && x.size(1) % 2 == 0, "x", x, "[T, 2 F]");
+  p.rows = x.size(0), p.width = x.size(1) / 2, p.dtype = dtype_of(x), p.threads = 1;
+  p.x = matrix(x, p.rows, 2 * p.width, p.dtype, "x", "[T, 2 F], contiguous");
+  p.out = matrix(out, p.rows, p.width, p.dtype, "out", "[T, F]");
 }
 
 }  // namespace

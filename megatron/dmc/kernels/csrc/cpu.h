@@ -13,6 +13,8 @@ struct Kernels {
   int (*prefill)(const PrefillParams&);
   void (*decide)(const AppendParams&);   // merge, omega, slot_index, before
   void (*write)(const AppendParams&);    // everything else, after the pages were taken
+  void (*norm)(const NormParams&);
+  void (*silu)(const SiluParams&);
 };
 
 }  // namespace dmc

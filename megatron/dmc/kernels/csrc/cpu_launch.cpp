@@ -15,8 +15,11 @@
   int dmc_prefill_##isa(const dmc::PrefillParams&);                                             \
   void dmc_decide_##isa(const dmc::AppendParams&);                                              \
   void dmc_write_##isa(const dmc::AppendParams&);                                               \
+  void dmc_norm_##isa(const dmc::NormParams&);                                                  \
+  void dmc_silu_##isa(const dmc::SiluParams&);                                                  \
   }                                                                                             \
-  static const dmc::Kernels table_##isa = {#isa, dmc_decode_##isa, dmc_prefill_##isa, dmc_decide_##isa, dmc_write_##isa};
+  static const dmc::Kernels table_##isa = {#isa,           dmc_decode_##isa, dmc_prefill_##isa, dmc_decide_##isa, \
+                                           dmc_write_##isa, dmc_norm_##isa,   dmc_silu_##isa};
 
 #ifdef DMC_WITH_avx512bf16
 DMC_TABLE(avx512bf16)
@@ -226,6 +229,20 @@ void free_rows(STATE_ARGS, TensorView slots) {
   c.counters[1] = next;
 }
 
+void add_rms_norm(TensorView x, TensorView delta, TensorView weight, double epsilon, TensorView sum, TensorView out, int64_t threads) {
+  NormParams p;
+  fill_norm(p, x, delta, weight, epsilon, sum, out);
+  p.threads = (int)threads;
+  kernels().norm(p);
+}
+
+void silu_and_mul(TensorView x, TensorView out, int64_t threads) {
+  SiluParams p;
+  fill_silu(p, x, out);
+  p.threads = (int)threads;
+  kernels().silu(p);
+}
+
 tvm::ffi::String isa() { return kernels().name; }
 
 }  // namespace
@@ -235,4 +252,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_attention, decode_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefill_attention, prefill_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fork_rows, fork_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(free_rows, free_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, add_rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, silu_and_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, isa);

@@ -37,4 +37,6 @@ const char* dmc_cuda_decode(const dmc::CudaDecode&, void* stream);
 const char* dmc_cuda_prefill(const dmc::PrefillParams&, int device, void* stream);
 const char* dmc_cuda_fork(const dmc::CudaFork&, int device, void* stream);
 const char* dmc_cuda_free(const dmc::CudaFree&, int device, void* stream);
+const char* dmc_cuda_norm(const dmc::NormParams&, int device, void* stream);
+const char* dmc_cuda_silu(const dmc::SiluParams&, int device, void* stream);
 }

@@ -116,6 +116,26 @@ void free_rows(STATE_ARGS, TensorView slots) {
   done(dmc_cuda_free(p, place.device, place.stream));
 }
 
+void check_rows(const TensorView& x, int64_t width) {
+  check(width % 8 == 0 && (uintptr_t)x.data_ptr() % 16 == 0, "x", x, "of rows of a multiple of 8 elements, aligned to 16 bytes");
+}
+
+void add_rms_norm(TensorView x, TensorView delta, TensorView weight, double epsilon, TensorView sum, TensorView out) {
+  NormParams p;
+  fill_norm(p, x, delta, weight, epsilon, sum, out);
+  for (const TensorView* t : {&x, &delta, &weight}) check_rows(*t, p.width);
+  Place place(x);
+  done(dmc_cuda_norm(p, place.device, place.stream));
+}
+
+void silu_and_mul(TensorView x, TensorView out) {
+  SiluParams p;
+  fill_silu(p, x, out);
+  check_rows(x, p.width);
+  Place place(x);
+  done(dmc_cuda_silu(p, place.device, place.stream));
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, append);
@@ -125,3 +145,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_bytes, dmc_cuda_decode_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefill_attention, prefill_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fork_rows, fork_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(free_rows, free_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, add_rms_norm);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, silu_and_mul);

@@ -74,4 +74,23 @@ struct AppendParams {
   int threads;
 };
 
+// Rows of `width` elements, all contiguous.
+struct NormParams {
+  const void *x, *delta;  // [rows, width]; delta null: none
+  const void* weight;     // [width]
+  void *sum, *out;        // [rows, width]; sum: x + delta, where there is a delta
+  int64_t rows, width;
+  float epsilon;
+  Dtype dtype;
+  int threads;
+};
+
+struct SiluParams {
+  const void* x;  // [rows, 2 width]: gates, then what they open
+  void* out;      // [rows, width]
+  int64_t rows, width;
+  Dtype dtype;
+  int threads;
+};
+
 }  // namespace dmc
