@@ -30,6 +30,7 @@ from megatron.dmc.inference.sampling import Logprobs, Sampler, SamplerState, Sam
 from megatron.dmc.inference.scheduler import Plan, Scheduler
 from megatron.dmc.inference.text import Detokenizer
 from megatron.dmc.inference.weights import dtype_of, read_info
+from megatron.dmc.kernels.state import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Engine:
         """
         self.config, self.tokenizer = config, tokenizer
         device = config.torch_device()
+        if device.type == "cpu":
+            keep_freed_memory()
         if not isinstance(path, hf.HFDirectory):
             path = (dummy if config.load_format == "dummy" else hf).open_directory(path)
         directory, info = path, read_info(path)

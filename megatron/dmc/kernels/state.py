@@ -21,6 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAGE_SIZES = (16, 32, 64)
 
 _HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # of Linux
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 TAKEN, RETURNED, REFUSED = range(3)  # what ``counters`` counts
 
@@ -147,6 +148,19 @@ def in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device
         # Before the first touch. It is a wish: a kernel without huge pages returns an error, and nothing is lost.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
     return x
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep up to 256 MiB of memory that was freed, and take what is up to 32 MiB long from there.
+
+    Every step of an engine allocates the same activations; when they go back to the operating system in between, each 4 KiB of
+    them costs a page fault (1.4 us in a virtual machine: a tenth of the time of reading a prompt). For the whole process; nothing
+    where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that is allowed
 
 
 def make_state(
