@@ -76,13 +76,16 @@ class PagedCache:
         self.rows, layers, heads = state.lengths.shape
         self.page_size, self.num_pages = state.page_size, state.num_pages
         self.shape = (layers, heads)
-        self.lengths = np.zeros((self.rows, parallel.size, layers * heads), dtype=np.int64)
+        self._shift = self.page_size.bit_length() - 1  # pages have a power of two of slots
+        self.lengths = np.zeros((self.rows, parallel.size, layers * heads), dtype=np.int32)
         """Host copy: slots of each head of each row."""
         self.tokens = np.zeros(self.rows, dtype=np.int64)
         """That each row has read."""
         self.live = np.zeros(self.rows, dtype=bool)
         self._free_rows = list(range(self.rows - 1, -1, -1))
         self._pages = np.zeros((self.rows, parallel.size), dtype=np.int64)
+        # Heads whose next slot takes a page.
+        self._full = np.full((self.rows, parallel.size), layers * heads, dtype=np.int64)
         # Of the pages of a row, those in the chain of _Shared that ends at its base; per head, and their sums.
         self._shared = np.zeros_like(self.lengths)
         self._shared_pages = np.zeros_like(self._pages)
@@ -96,7 +99,7 @@ class PagedCache:
 
     def pages_for(self, slots: np.ndarray) -> np.ndarray:
         """Pages of heads with so many slots: [..., heads] -> [...]."""
-        return (-(-slots // self.page_size)).sum(-1)
+        return ((slots + (self.page_size - 1)) >> self._shift).sum(-1)
 
     def pages_at(self, tokens: float) -> int:
         """Pages on a rank of a new sequence with ``tokens`` slots in every head."""
@@ -112,7 +115,9 @@ class PagedCache:
 
     def growth(self, rows: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """Pages that each row takes at worst when it reads so many tokens more: [n, ranks]."""
-        after = self.lengths[list(rows)] + np.asarray(tokens, dtype=np.int64)[:, None, None]
+        if tokens and min(tokens) == max(tokens) == 1:  # of a decode step: nothing is to be looked at head by head
+            return self._full[list(rows)]
+        after = self.lengths[list(rows)] + np.asarray(tokens, dtype=np.int32)[:, None, None]
         return self.pages_for(after) - self._pages[list(rows)]
 
     def most_tokens(self, row: int, pages: np.ndarray, wanted: int) -> int:
@@ -147,6 +152,7 @@ class PagedCache:
             self._base[row] = None
         for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
             x[list(rows)] = 0
+        self._full[list(rows)] = self.lengths[0, 0].size
         self._free_rows += rows
 
     # ------------------------------------------------------------------------------------------------ rows that share
@@ -173,7 +179,7 @@ class PagedCache:
             self._all_shared += pages
             self._live_shared += pages * self.live[source]
             self._shared[source], self._shared_pages[source] = final, final.sum(-1)
-        for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
+        for x in (self.lengths, self.tokens, self._pages, self._full, self._shared, self._shared_pages):
             x[row] = x[source]
         shared = self._base[row] = self._base[source]
         if shared is not None:
@@ -223,8 +229,10 @@ class PagedCache:
         known = self.parallel.gather(torch.cat((lengths, refused))).transpose(0, 1).cpu().numpy()
         if known[-1].any():
             raise RuntimeError(f"{known[-1].max()} heads found no page: the host's bound was wrong, and their caches are")
-        self.lengths[list(rows)] = known[:-1]
-        self._pages[list(rows)] = self.pages_for(self.lengths[list(rows)])
+        known = known[:-1]
+        self.lengths[list(rows)] = known
+        self._pages[list(rows)] = self.pages_for(known)
+        self._full[list(rows)] = np.count_nonzero((known & (self.page_size - 1)) == 0, axis=-1)
 
     def use(self, row: int) -> CacheUse:
         """What ``row`` holds, after the last step."""

@@ -282,6 +282,8 @@ class Engine:
 
     def _read_prompt_logprobs(self, logits: Tensor, order: Seq[tuple[Sequence, int]], pieces: Seq[Piece]) -> None:
         """Position t of a prompt predicts its token t + 1."""
+        if all(sequence.params.prompt_logprobs is None for sequence, _ in order):
+            return
         at = 0
         for (sequence, _), piece in zip(order, pieces):
             rows, at = logits[at : at + piece.logits], at + piece.logits

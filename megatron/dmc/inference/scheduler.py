@@ -167,7 +167,10 @@ class _Step:
         One whose prefix is being read by another waits for the snapshot, the answers of one request for the first of them; they let
         those behind them pass.
         """
-        scheduler, cr = self.scheduler, self.scheduler.cr()
+        scheduler = self.scheduler
+        if not scheduler.waiting:
+            return
+        cr = scheduler.cr()
         owed = sum(self._owed(s, cr) for s in scheduler.running if s.remaining > 1)
         coming = {node for s in scheduler.running for node in self.prefix.stops(s)}
         asked = {s.request_id for s in scheduler.running if s.computed < s.prompt_length}
