@@ -16,8 +16,8 @@ def available() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
-def decode_functions(state: CacheState, q: torch.Tensor, scale: float) -> dict[str, Callable[[], torch.Tensor]]:
-    """By kernel, calls that attend from ``q`` ``[rows, query heads, D]`` to layer 0 and return ``[rows, KV heads, group, D]``.
+def decode_functions(state: CacheState, layer: int, q: torch.Tensor, scale: float) -> dict[str, Callable[[], torch.Tensor]]:
+    """By kernel, calls that attend from ``q`` ``[rows, query heads, D]`` to a layer and return ``[rows, KV heads, group, D]``.
 
     "flashinfer" multiplies on the ordinary cores, "flashinfer tc" on tensor cores, as FlashInfer advises for groups of four and
     more. What it plans on the host (split ranges, from lengths copied there) has been done before the first call; the kernels
@@ -25,11 +25,11 @@ def decode_functions(state: CacheState, q: torch.Tensor, scale: float) -> dict[s
     """
     import flashinfer
 
-    lengths, page_size = state.lengths[:, 0].int(), state.page_size
+    lengths, page_size = state.lengths[:, layer].int(), state.page_size
     rows, heads = lengths.shape
     pages = (lengths + page_size - 1) // page_size
     held = torch.arange(state.page_table.size(3), device=q.device) < pages[..., None]
-    indices = state.page_table[:, 0][held].int()
+    indices = state.page_table[:, layer][held].int()
     indptr = torch.zeros(rows * heads + 1, dtype=torch.int32, device=q.device)
     indptr[1:] = pages.flatten().cumsum(0)
     last = (lengths - (pages - 1) * page_size).flatten().int()

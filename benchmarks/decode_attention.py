@@ -131,7 +131,7 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     }
     if args.flashinfer:
         ours = decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
-        for name, function in _flashinfer.decode_functions(state, q, d**-0.5).items():
+        for name, function in _flashinfer.decode_functions(state, 0, q, d**-0.5).items():
             torch.testing.assert_close(function(), ours, atol=2e-2, rtol=2e-2)
             functions[name] = graphed(function, device)
     repeats = 1 if device.type == "cpu" else REPEATS

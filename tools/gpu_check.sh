@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under 10 minutes, on a machine where nothing can be downloaded: builds the CUDA
-# kernels, runs the gpu tests, compute-sanitizer over a part of them, and the benchmarks. Leaves one JSON with the results, the
-# GPU, versions, the commit and hashes of the kernels' sources; commit it, and tests/test_gpu_record.py is content.
+# Everything that needs a GPU, on a machine where nothing can be downloaded: builds the CUDA kernels, runs the gpu tests,
+# compute-sanitizer over a part of them, and the benchmarks. Leaves one JSON with the results, the GPU, versions, the commit and
+# hashes of the kernels' sources; commit it, and tests/test_gpu_record.py is content.
 #
-#   tools/gpu_check.sh [--wheels DIR] [--output FILE] [--only kernels|training]
+#   tools/gpu_check.sh [--wheels DIR] [--output FILE] [--only kernels|serving|training]
 #
-# --wheels: a folder of wheels that the machine lacks (apache-tvm-ffi, pytest, psutil ...), installed into a temporary folder.
-# PyTorch with CUDA must be there, and nvcc unless the kernels were built into the package. Without megatron-core the training half is
-# left out. --output: default benchmarks/results/gpu_<name of the GPU>.json. Exit 1 when a part failed or missed a target.
+# Each of the three takes less than 10 minutes, and parts that would take more are cut off; run one after the other they add to the
+# same JSON while the kernels stay the same. Without --only: all that 10 minutes allow, in this order.
+# --wheels: a folder of wheels that the machine lacks (apache-tvm-ffi, pytest, psutil, flashinfer-python ...), installed into a
+# temporary folder. PyTorch with CUDA must be there, and nvcc unless the kernels were built into the package. Without megatron-core
+# training is left out, without flashinfer-python (0.6.3 is a small one) the comparison with it. --output: default
+# benchmarks/results/gpu_<name of the GPU>.json. Exit 1 when a part failed or missed a target.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 wheels="" output="" only=""
@@ -15,11 +18,12 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
         --output) output=${2:?--output needs a file}; shift 2 ;;
-        --only) only=${2:?--only needs kernels or training}; shift 2 ;;
-        -h|--help) sed -n '2,10p' "$0" | cut -c3-; exit 0 ;;
+        --only) only=${2:?--only needs kernels, serving or training}; shift 2 ;;
+        -h|--help) sed -n '2,13p' "$0" | cut -c3-; exit 0 ;;
         *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
     esac
 done
+case "$only" in ""|kernels|serving|training) ;; *) echo "error: --only $only: kernels, serving or training" >&2; exit 2 ;; esac
 PYTHON=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -58,7 +62,8 @@ skip() {  # name, why
     printf '%s\t-1\t0\n' "$1" >>"$work/parts.tsv"
 }
 
-if [ "$only" != training ]; then
+wanted() { [ -z "$only" ] || [ "$only" = "$1" ]; }
+if wanted kernels; then
     if command -v "${NVCC:-nvcc}" >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
         part build 180 "$PYTHON" -m megatron.dmc.kernels.build --device cuda
         part resources 120 "$PYTHON" -m megatron.dmc.kernels.build --resources
@@ -82,8 +87,27 @@ if [ "$only" != training ]; then
     fi
     part decode_attention 150 "$PYTHON" benchmarks/decode_attention.py --device cuda --seconds 0.6 --check \
         --json "$work/decode_attention.json"
+    part decode_attention_256 90 "$PYTHON" benchmarks/decode_attention.py --device cuda --batch 256 --slots 512 --seconds 0.6 --check \
+        --json "$work/decode_attention_256.json"
+    if "$PYTHON" -c 'import flashinfer' 2>/dev/null; then
+        # It compiles its own kernels first.
+        export FLASHINFER_WORKSPACE_BASE="$work"
+        part flashinfer 240 "$PYTHON" benchmarks/decode_attention.py --device cuda --flashinfer --slots 512 2048 --seconds 0.6 --check \
+            --json "$work/flashinfer.json"
+    else
+        skip flashinfer "there is no flashinfer-python"
+    fi
+    part prefill_attention 60 "$PYTHON" benchmarks/prefill_attention.py --device cuda --tokens 8192 --chunk 2048 --seconds 1 \
+        --json "$work/prefill_attention.json"
 fi
-if [ "$only" != kernels ]; then
+if wanted serving; then
+    part backend 180 "$PYTHON" -c 'from megatron.dmc.kernels import active_backend; assert active_backend("cuda") == "cuda"'
+    part throughput_7b 420 "$PYTHON" benchmarks/throughput.py --device cuda --shapes llama2-7b --output-lens 1536 --check \
+        --json "$work/throughput_7b.json"
+    part throughput_13b 200 "$PYTHON" benchmarks/throughput.py --device cuda --shapes llama2-13b --output-lens 1536 \
+        --compression-ratios 1 4 --parts throughput --check --json "$work/throughput_13b.json"
+fi
+if wanted training; then
     if "$PYTHON" -c 'import megatron.core' 2>/dev/null; then
         part tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore-glob 'tests/test_kernels*.py'
         part train_attention 120 "$PYTHON" benchmarks/train_attention.py --device cuda --seconds 1 --check --json "$work/train_attention.json"
@@ -115,6 +139,8 @@ for line in (work / "parts.tsv").read_text().splitlines():
 name = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower().replace("nvidia", "")).strip("_")
 output = pathlib.Path(output or f"benchmarks/results/gpu_{name}.json")
 output.parent.mkdir(parents=True, exist_ok=True)
+if output.is_file() and (before := json.loads(output.read_text())).get("kernels") == kernel_hashes():
+    parts = {**before["parts"], **parts}
 output.write_text(json.dumps({"machine": machine(), "kernels": kernel_hashes(), "parts": parts}, indent=2) + "\n")
 print(f"written: {output}")
 EOP
