@@ -9,7 +9,7 @@
 # same JSON while the kernels stay the same. Without --only: all that 10 minutes allow, in this order.
 # --wheels: a folder of wheels that the machine lacks (apache-tvm-ffi, pytest, psutil, flashinfer-python ...), installed into a
 # temporary folder. PyTorch with CUDA must be there, and nvcc unless the kernels were built into the package. Without megatron-core
-# training is left out, without flashinfer-python (0.6.3 is a small one) the comparison with it. --output: default
+# training is left out, without flashinfer-python (0.6.3 is small, and wants nvidia-ml-py) the comparison with it. --output: default
 # benchmarks/results/gpu_<name of the GPU>.json. Exit 1 when a part failed or missed a target.
 set -uo pipefail
 cd "$(dirname "$0")/.."

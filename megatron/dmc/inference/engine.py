@@ -236,7 +236,8 @@ class Engine:
 
     def _rows(self, logits: Tensor, at: Seq[int], ready: Seq[Sequence]) -> Tensor:
         """Of the sequences that draw: [n, vocabulary]."""
-        rows = logits[torch.tensor(at, dtype=torch.long).to(self.device)]
+        whole = len(at) == logits.size(0)  # as in every decode step
+        rows = logits if whole else logits[torch.tensor(at, dtype=torch.long).to(self.device)]
         return torch.cat([rows, torch.stack([s.logits for s in ready])]) if ready else rows
 
     def _forward(self, pieces: Seq[Piece]) -> Tensor:
@@ -268,7 +269,8 @@ class Engine:
         """Next token of each (None: its logits are no numbers), and its log-probabilities when asked for."""
         if not sequences:
             return []
-        sound = torch.isfinite(logits).all(-1)
+        low, high = logits.aminmax(dim=-1)  # a NaN is both
+        sound = torch.isfinite(low) & torch.isfinite(high)
         # A row that is not sound is drawn from too, and thrown away: what to do is known on the host only.
         tokens = self.sampler(torch.where(sound[:, None], logits, 0.0), [s.sampler for s in sequences])
         tokens = self.parallel.from_first(torch.where(sound, tokens, -1))
