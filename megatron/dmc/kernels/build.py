@@ -260,20 +260,25 @@ class Resources(NamedTuple):
     """Bytes that are stored and loaded for want of registers."""
 
 
-def cuda_resources(sources: Sequence[str] = CUDA_SOURCES, architectures: Sequence[str] = CUDA_ARCHITECTURES) -> list[Resources]:
+def cuda_resources() -> list[Resources]:
     """Compile and report on every kernel. Takes as long as a build, and leaves nothing.
 
     Raises:
         BuildError: as :func:`build_cuda`.
     """
-    nvcc, found = cuda_compiler(), []
+    nvcc = cuda_compiler()
     with tempfile.TemporaryDirectory() as scratch:
         jobs = [
             [nvcc, *CUDA_FLAGS, f"-arch=sm_{arch}", "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.{arch}.o"]
-            for source in sources
-            for arch in architectures
+            for source in CUDA_SOURCES
+            for arch in CUDA_ARCHITECTURES
         ]
-        text = "".join(_run_all(jobs))
+        return read_resources("".join(_run_all(jobs)))
+
+
+def read_resources(text: str) -> list[Resources]:
+    """What ``ptxas -v`` has printed, in order of the kernels' names."""
+    found = []
     entry = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
         r"loads.*?Used (\d+) registers([^\n]*)",
