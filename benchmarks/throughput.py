@@ -29,12 +29,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from _common import ROOT, add_device, arguments, finish, interleave, resolve_device, spread, table
 
 sys.path.insert(0, str(ROOT))
-from megatron.dmc.inference import Engine, EngineConfig, SamplingParams, dummy  # noqa: E402
-from megatron.dmc.inference.bench import random_prompts  # noqa: E402
+from megatron.dmc.config import DMCConfig  # noqa: E402
+from megatron.dmc.inference import Engine, EngineConfig, StepOutput, dummy  # noqa: E402
+from megatron.dmc.inference.bench import Iteration, Work, iterate, random_prompts  # noqa: E402
+from megatron.dmc.inference.cache import page_bytes, row_bytes  # noqa: E402
 from megatron.dmc.kernels import active_backend  # noqa: E402
 
 SHAPES = {  # layers, hidden, feed-forward, query heads, KV heads, vocabulary
@@ -44,7 +47,7 @@ SHAPES = {  # layers, hidden, feed-forward, query heads, KV heads, vocabulary
     "tiny": (2, 256, 512, 4, 4, 512),
 }
 TARGETS, FLOOR_TARGET, PREFILL_TARGET = {4: 3.7, 8: 7.0}, 0.80, 1.0
-PROTOCOL = {"batch": 16, "input_len": 512, "output_len": 2048, "last": 32}
+LAST = 32  # steps of the authors' protocol
 PAGE, HELD = 16, 0.98  # slots of a page; the share of the pages that is counted on: heads do not merge equally often
 
 
@@ -66,18 +69,19 @@ def engine(shape: str, ratio: float, longest: int, rows: int | None, args: argpa
               "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5,
               "max_position_embeddings": 65536, "vocab_size": vocabulary, "tie_word_embeddings": False,
               "torch_dtype": args.dtype or ("bfloat16" if device.type == "cuda" else "float32")}  # fmt: skip
+    dtype = getattr(torch, config["torch_dtype"])
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_text(json.dumps(config))
         directory = dummy.open_directory(name, ratio)
-    weights = sum(math.prod(x.shape) for x in directory.tensors.values())
-    width, all_heads = 2 if config["torch_dtype"] == "bfloat16" else 4, layers * kv_heads
-    memory = int((args.memory_gib - args.reserve_gib) * 2**30) - weights * width
+    weights, all_heads = dtype.itemsize * sum(math.prod(x.shape) for x in directory.tensors.values()), layers * kv_heads
+    memory = int((args.memory_gib - args.reserve_gib) * 2**30) - weights
     if memory <= 0:
-        raise SystemExit(f"error: {args.memory_gib} GiB do not hold the {weights * width / 2**30:.1f} GiB of weights of {shape}")
+        raise SystemExit(f"error: {args.memory_gib} GiB do not hold the {weights / 2**30:.1f} GiB of weights of {shape}")
     if rows is None:
         # Half of a head's last page is empty on average.
-        each = all_heads * (longest / ratio / PAGE + 0.5) * 2 * PAGE * (hidden // heads) * width
-        tables = all_heads * (4 * longest // PAGE + 12 * (hidden // heads) * 2 * width)  # of a row: page table and ring
+        each = all_heads * (longest / ratio / PAGE + 0.5) * page_bytes(PAGE, hidden // heads, dtype)
+        ring = DMCConfig().window if ratio > 1 else 0
+        tables = row_bytes(all_heads, hidden // heads, longest, PAGE, ring, dtype)
         rows = max(1, int(HELD * memory / (each + tables)))
     tokens = max(rows, 2048 if device.type == "cuda" else 512)
     settings = EngineConfig(device=device.type, kv_cache_memory_bytes=memory, max_num_seqs=rows, max_model_len=longest,
@@ -85,57 +89,56 @@ def engine(shape: str, ratio: float, longest: int, rows: int | None, args: argpa
     return Engine(directory, settings)
 
 
-def run(engine: Engine, input_len: int, output_len: int, count: int) -> dict:
-    """All requests at once, to their end. Seconds of every step, and of those in which all decode the slots that were read."""
-    import numpy as np
+class Steps:
+    """What :func:`iterate` calls for a step: seconds of each, and of those in which all sequences decode the slots in use."""
 
-    prompts = random_prompts([input_len] * count, engine.info.model.vocab_size, np.random.default_rng(0))
-    before = engine.scheduler.preemptions
-    for i, prompt in enumerate(prompts):
-        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True))
-    steps, decoding, first, finished = [], [], None, []
-    while engine.has_unfinished():
+    def __init__(self, count: int) -> None:
+        self.count, self.seconds, self.decoding, self.first = count, [], [], None
+
+    def step(self, engine: Engine) -> list[StepOutput]:
         running = list(engine.scheduler.running)
-        all_decode = len(running) == count and all(sequence.remaining == 1 for sequence in running)
+        all_decode = len(running) == self.count and all(sequence.remaining == 1 for sequence in running)
         began = time.perf_counter()
         outputs = engine.step()
-        steps.append(time.perf_counter() - began)
-        if first is None and outputs:
-            first = sum(steps)
-        finished += [output for output in outputs if output.finished]
-        if errors := [output.error for output in outputs if output.error]:
-            raise SystemExit(f"error: a request failed: {errors[0]}")
-        if all_decode and len(outputs) == count and engine.has_unfinished():
-            decoding.append((steps[-1], engine.stats().slots_used))
-    uses = [output.cache for output in finished]
-    return {"steps": steps, "decoding": decoding, "first": first, "preemptions": engine.scheduler.preemptions - before,
-            "compression_ratio": sum(u.tokens * u.heads for u in uses) / sum(u.total_slots for u in uses),
-            "page_waste": 1 - sum(u.total_slots for u in uses) / (PAGE * sum(u.pages for u in uses))}  # fmt: skip
+        self.seconds.append(time.perf_counter() - began)
+        if self.first is None and outputs:
+            self.first = sum(self.seconds)
+        if all_decode and len(outputs) == self.count and engine.has_unfinished():
+            self.decoding.append((self.seconds[-1], engine.stats().slots_used))
+        return outputs
+
+
+def run(engine: Engine, input_len: int, output_len: int, count: int) -> tuple[Iteration, Steps]:
+    """All requests at once, to their end."""
+    prompts = random_prompts([input_len] * count, engine.info.model.vocab_size, np.random.default_rng(0))
+    steps = Steps(count)
+    return iterate(engine, Work(prompts, [output_len] * count, temperature=0), steps), steps
 
 
 def throughput(shape: str, ratio: float, output_len: int, copy: float, args: argparse.Namespace, device: torch.device) -> dict:
     e = engine(shape, ratio, args.input_len + output_len, None, args, device)
     batch = min(e.sizes.max_num_seqs, args.max_requests or e.sizes.max_num_seqs)
     run(e, min(64, args.input_len), 4, min(2, batch))  # warm
-    found = run(e, args.input_len, output_len, batch)
+    done, steps = run(e, args.input_len, output_len, batch)
+    slots, seconds = sum(use.total_slots for use in done.uses), sum(steps.seconds)
     # Of the embedding a step reads a row per token, unless it is the output layer too.
     weights = e.model.nbytes() - (e.model.embedding.nbytes if e.model.head is not e.model.embedding else 0)
     slot = 2 * e.model.head_dim * e.model.dtype.itemsize
-    floors = [1e-9 * (weights + slots * slot) / copy for _, slots in found["decoding"]]
+    floors = [1e-9 * (weights + used * slot) / copy for _, used in steps.decoding]
     return {"shape": shape, "asked": ratio, "input_len": args.input_len, "output_len": output_len, "batch": batch,
-            "compression_ratio": found["compression_ratio"], "page_waste": found["page_waste"], "preemptions": found["preemptions"],
-            "weights_bytes": e.model.nbytes(), "seconds": sum(found["steps"]),
-            "tokens_per_second": batch * output_len / sum(found["steps"]),
-            "decode_step_ms": spread([1e3 * s for s, _ in found["decoding"]]),
-            "decode_tokens_per_second": batch * len(found["decoding"]) / sum(s for s, _ in found["decoding"]),
-            "of_floor": spread([floor / s for floor, (s, _) in zip(floors, found["decoding"])])}  # fmt: skip
+            "compression_ratio": sum(use.tokens * use.heads for use in done.uses) / slots,
+            "page_waste": 1 - slots / (PAGE * sum(use.pages for use in done.uses)), "preemptions": done.preemptions,
+            "weights_bytes": e.model.nbytes(), "seconds": seconds, "tokens_per_second": done.output_tokens / seconds,
+            "decode_step_ms": spread([1e3 * s for s, _ in steps.decoding]),
+            "decode_tokens_per_second": batch * len(steps.decoding) / sum(s for s, _ in steps.decoding),
+            "of_floor": spread([floor / s for floor, (s, _) in zip(floors, steps.decoding)])}  # fmt: skip
 
 
 def protocol(shape: str, ratio: float, args: argparse.Namespace, device: torch.device) -> dict:
     batch, new = args.protocol_batch, args.protocol_output_len
     e = engine(shape, ratio, args.input_len + new, batch, args, device)
     run(e, min(64, args.input_len), 4, min(2, batch))
-    last = [s for s, _ in run(e, args.input_len, new, batch)["decoding"]][-PROTOCOL["last"] :]
+    last = [s for s, _ in run(e, args.input_len, new, batch)[1].decoding][-LAST:]
     return {"shape": shape, "asked": ratio, "batch": batch, "last_ms": spread([1e3 * s for s in last]),
             "mean_ms": 1e3 * sum(last) / len(last)}  # fmt: skip
 
@@ -143,7 +146,7 @@ def protocol(shape: str, ratio: float, args: argparse.Namespace, device: torch.d
 def prefill(shape: str, ratio: float, args: argparse.Namespace, device: torch.device) -> list[dict]:
     e, rows = engine(shape, ratio, max(args.prefill_lens) + 1, 2, args, device), []
     for length in args.prefill_lens:
-        times = [run(e, length, 1, 1)["first"] for _ in range(args.prefill_rounds + 1)][1:]
+        times = [run(e, length, 1, 1)[1].first for _ in range(args.prefill_rounds + 1)][1:]
         rows.append({"shape": shape, "asked": ratio, "tokens": length, "seconds": spread(times)})
     return rows
 
@@ -188,8 +191,8 @@ def main() -> None:
     parser.add_argument("--max-requests", type=int, help="fewer than fit, for a try")
     parser.add_argument("--prefill-lens", type=int, nargs="+", default=[2048, 8192, 32768], metavar="N")
     parser.add_argument("--prefill-rounds", type=int, default=3)
-    parser.add_argument("--protocol-batch", type=int, default=PROTOCOL["batch"])
-    parser.add_argument("--protocol-output-len", type=int, default=PROTOCOL["output_len"])
+    parser.add_argument("--protocol-batch", type=int, default=16)
+    parser.add_argument("--protocol-output-len", type=int, default=2048)
     args = parser.parse_args()
     device, _ = resolve_device(args)
     limits = ceilings(device)

@@ -40,6 +40,16 @@ def close(frequencies: Tensor, probabilities: Tensor, n: int = 20_000) -> None:
     assert ((frequencies - probabilities).abs() <= bound).all(), (frequencies, probabilities)
 
 
+@pytest.fixture(params=["as CPUs draw", "as GPUs draw"])
+def way(request, monkeypatch) -> None:
+    if request.param == "as GPUs draw":
+        monkeypatch.setattr(Sampler, "_by_sum", Sampler._by_noise)
+
+
+both_ways = pytest.mark.usefixtures("way")
+
+
+@both_ways
 def test_greedy_is_exact_beside_random_rows() -> None:
     logits = some_logits(6)
     states = [state(temperature=0.0 if i % 2 else 5.0, top_p=0.1 if i % 2 else 1.0) for i in range(6)]
@@ -48,17 +58,20 @@ def test_greedy_is_exact_beside_random_rows() -> None:
         assert torch.equal(tokens[1::2], logits.argmax(-1)[1::2])
 
 
+@both_ways
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_temperature(temperature: float) -> None:
     logits = some_logits()
     close(draw(logits, temperature=temperature), torch.softmax(logits[0] / temperature, -1))
 
 
+@both_ways
 def test_a_tiny_temperature_does_not_overflow() -> None:
     logits = some_logits() * 1e4
     assert draw(logits, n=50, temperature=2e-5)[logits.argmax()] == 1
 
 
+@both_ways
 @pytest.mark.parametrize("top_k", [1, 3, 11, 12, 99])
 def test_top_k(top_k: int) -> None:
     logits = some_logits()
@@ -66,6 +79,7 @@ def test_top_k(top_k: int) -> None:
     close(draw(logits, top_k=top_k), torch.softmax(logits[0].masked_fill(~kept, -math.inf), -1))
 
 
+@both_ways
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.7, 0.999])
 def test_top_p(top_p: float) -> None:
     logits = some_logits()
@@ -77,6 +91,7 @@ def test_top_p(top_p: float) -> None:
     close(draw(logits, top_p=top_p), wanted)
 
 
+@both_ways
 def test_min_p() -> None:
     logits = some_logits()
     p = torch.softmax(logits[0], -1)
@@ -86,6 +101,7 @@ def test_min_p() -> None:
     assert draw(logits, n=100, min_p=1.0)[p.argmax()] == 1
 
 
+@both_ways
 def test_top_k_then_top_p() -> None:
     """top_p counts within what top_k has left."""
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1] + [0.0] * 8]).log()
@@ -106,6 +122,7 @@ def test_rows_have_their_own_parameters() -> None:
     assert torch.equal(p[0], torch.softmax(logits[0], -1))
 
 
+@both_ways
 def test_a_seed_draws_the_same_whatever_is_beside_it() -> None:
     logits = some_logits(30, seed=3)
 

@@ -126,10 +126,10 @@ work, output = pathlib.Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, "benchmarks")
 from _common import machine
 from megatron.dmc.kernels.build import kernel_hashes
-parts = {}
+parts, about = {}, machine()
 for line in (work / "parts.tsv").read_text().splitlines():
     name, status, seconds = line.split("\t")
-    part = {"status": int(status), "seconds": int(seconds), "tail": (work / f"{name}.log").read_text()[-2000:]}
+    part = {"status": int(status), "seconds": int(seconds), "commit": about["commit"], "tail": (work / f"{name}.log").read_text()[-2000:]}
     if name == "resources":
         part["tail"] = (work / f"{name}.log").read_text()
     if (work / f"{name}.json").is_file():
@@ -141,7 +141,7 @@ output = pathlib.Path(output or f"benchmarks/results/gpu_{name}.json")
 output.parent.mkdir(parents=True, exist_ok=True)
 if output.is_file() and (before := json.loads(output.read_text())).get("kernels") == kernel_hashes():
     parts = {**before["parts"], **parts}
-output.write_text(json.dumps({"machine": machine(), "kernels": kernel_hashes(), "parts": parts}, indent=2) + "\n")
+output.write_text(json.dumps({"machine": about, "kernels": kernel_hashes(), "parts": parts}, indent=2) + "\n")
 print(f"written: {output}")
 EOP
 [ $failed -eq 0 ] && echo "gpu check passed" || echo "gpu check FAILED"

@@ -210,12 +210,16 @@ class Sampler:
         # Scaled after the maximum is taken off, so that a tiny temperature cannot overflow.
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
         p = truncate(logits, [state.params for state in states])
-        if self.device.type == "cpu":
-            # The first token at which the sum of p is above a uniform number: one number a row, where a CPU takes 20 ms to draw a
-            # million of Exp(1). A token whose p is 0 does not add to the sum, so it is never that one.
-            sums = p.cumsum(dim=-1, dtype=torch.float64)
-            return torch.searchsorted(sums, self._uniform(states) * sums[:, -1:], right=True)[:, 0].clamp_max_(p.size(-1) - 1)
-        # argmax of p / Exp(1) is a draw from p, without a sum over the vocabulary or a question to the host.
+        return self._by_sum(p, states) if self.device.type == "cpu" else self._by_noise(p, states)
+
+    def _by_sum(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """The first token at which the sum of p is above a uniform number: one number a row, where a CPU takes 20 ms to draw a
+        million of Exp(1). A token whose p is 0 does not add to the sum, so it is never that one."""
+        sums = p.cumsum(dim=-1, dtype=torch.float64)
+        return torch.searchsorted(sums, self._uniform(states) * sums[:, -1:], right=True)[:, 0].clamp_max_(p.size(-1) - 1)
+
+    def _by_noise(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """argmax of p / Exp(1): a draw from p without a sum over the vocabulary or a question to the host, for GPUs."""
         return (p / self._noise(p, states)).argmax(dim=-1)
 
     def _uniform(self, states: Sequence[SamplerState]) -> Tensor:
