@@ -32,9 +32,20 @@ EXTRAS_REQUIRE = {
     "eval": ["lm-eval[api]", "transformers"],
     # The second line is "serve", whose tests need it.
     "dev": [
-        "pytest>=8", "hypothesis", "ruff>=0.9", "openai", "schemathesis>=4", "lm-eval[api]",
-        "fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2", "httpx2",
-    ],  # fmt: skip
+        "pytest>=8",
+        "hypothesis",
+        "ruff>=0.9",
+        "openai",
+        "schemathesis>=4",
+        "lm-eval[api]",
+        "fastapi",
+        "uvicorn",
+        "pydantic>=2.9",
+        "prometheus_client",
+        "transformers",
+        "jinja2",
+        "httpx2",
+    ],
 }
 
 

@@ -1,4 +1,6 @@
-"""FlashInfer's paged decode attention on the same cache: every KV head of every row is a sequence of its own, with one KV head."""
+"""FlashInfer's paged decode attention on the same cache: every KV head of every row is a sequence of its own, with one
+KV head.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,15 @@ def available() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
-def decode_functions(state: CacheState, layer: int, q: torch.Tensor, scale: float) -> dict[str, Callable[[], torch.Tensor]]:
-    """By kernel, calls that attend from ``q`` ``[rows, query heads, D]`` to a layer and return ``[rows, KV heads, group, D]``.
+def decode_functions(
+    state: CacheState, layer: int, q: torch.Tensor, scale: float
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """By kernel, calls that attend from ``q`` ``[rows, query heads, D]`` to a layer and return ``[rows, KV heads,
+    group, D]``.
 
-    "flashinfer" multiplies on the ordinary cores, "flashinfer tc" on tensor cores, as FlashInfer advises for groups of four and
-    more. What it plans on the host (split ranges, from lengths copied there) has been done before the first call; the kernels
-    it is compared with plan on the GPU in every call.
+    "flashinfer" multiplies on the ordinary cores, "flashinfer tc" on tensor cores, as FlashInfer advises for groups of
+    four and more. What it plans on the host (split ranges, from lengths copied there) has been done before the first
+    call; the kernels it is compared with plan on the GPU in every call.
     """
     import flashinfer
 
@@ -39,7 +44,17 @@ def decode_functions(state: CacheState, layer: int, q: torch.Tensor, scale: floa
     for name, tensor_cores in (("flashinfer", False), ("flashinfer tc", True)):
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
-        wrapper.plan(indptr, indices, last, q.size(1), 1, q.size(2), page_size, q_data_type=q.dtype, kv_data_type=q.dtype,
-                     sm_scale=scale)  # fmt: skip
+        wrapper.plan(
+            indptr,
+            indices,
+            last,
+            q.size(1),
+            1,
+            q.size(2),
+            page_size,
+            q_data_type=q.dtype,
+            kv_data_type=q.dtype,
+            sm_scale=scale,
+        )
         found[name] = lambda wrapper=wrapper: wrapper.run(q, cache).view(rows, heads, -1, q.size(-1))
     return found

@@ -1,4 +1,6 @@
-"""A light HTTP client on asyncio, and a load that behaves badly: what benchmarks/serving.py and the tests put on a server."""
+"""A light HTTP client on asyncio, and a load that behaves badly: what benchmarks/serving.py and the tests put on a
+server.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +60,19 @@ class Outcome:
     tokens: int = 0
 
 
-async def load(port: int, prompts: Sequence[Sequence[int]], lone: Sequence[Sequence[int]], *, requests: int, clients: int = 64,
-               seed: int = 0, leaving: float = 0.15) -> Outcome:  # fmt: skip
-    """Random requests of ``clients`` at a time: lengths, streams or not, some leave. ``lone``: the greedy answer to each prompt."""
+async def load(
+    port: int,
+    prompts: Sequence[Sequence[int]],
+    lone: Sequence[Sequence[int]],
+    *,
+    requests: int,
+    clients: int = 64,
+    seed: int = 0,
+    leaving: float = 0.15,
+) -> Outcome:
+    """Random requests of ``clients`` at a time: lengths, streams or not, some leave. ``lone``: the greedy answer to
+    each prompt.
+    """
     outcome, order = Outcome(), random.Random(seed)
     left = iter(range(requests))
 
@@ -69,8 +81,14 @@ async def load(port: int, prompts: Sequence[Sequence[int]], lone: Sequence[Seque
             which, stream = order.randrange(len(prompts)), order.random() < 0.5
             most = order.randint(1, len(lone[which]))
             leave = order.choice((0, 1, 200, 2000)) if order.random() < leaving else None
-            body = {"prompt": list(prompts[which]), "max_tokens": most, "temperature": 0, "ignore_eos": True, "stream": stream,
-                    "return_token_ids": True}  # fmt: skip
+            body = {
+                "prompt": list(prompts[which]),
+                "max_tokens": most,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": stream,
+                "return_token_ids": True,
+            }
             try:
                 status, text = await post(port, body, leave_after=leave)
                 if status == 200:

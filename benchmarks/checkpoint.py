@@ -1,10 +1,11 @@
 """What a checkpoint costs training: written at once, and in the background.
 
-The product's own Trainer in one process; each round writes the same state twice, in turn: ``save`` at once (training waits for
-all of it), and with async_save, where it waits for two parts: the start (metadata, and the copy of the state: on the CPU a
-fork) and the completion (the last metadata, manifest, the name). Between them the steps go on: their time is given beside that
-of undisturbed ones. Checksums are taken in both; verifying one is timed too. Default: 118M parameters, fp32 with Adam's moments,
-1.4 GB. The start's and the completion's fixed parts are some 0.15 s here, so larger checkpoints have a smaller share.
+The product's own Trainer in one process; each round writes the same state twice, in turn: ``save`` at once (training
+waits for all of it), and with async_save, where it waits for two parts: the start (metadata, and the copy of the state:
+on the CPU a fork) and the completion (the last metadata, manifest, the name). Between them the steps go on: their time
+is given beside that of undisturbed ones. Checksums are taken in both; verifying one is timed too. Default: 118M
+parameters, fp32 with Adam's moments, 1.4 GB. The start's and the completion's fixed parts are some 0.15 s here, so
+larger checkpoints have a smaller share.
 
 Targets (--check): in the background training waits for less than 10% of the time of a write at once.
 """
@@ -30,13 +31,18 @@ VOCABULARY = 8192
 def run_config(args, prefix: Path, save: Path, bf16: bool) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            num_layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
-            num_attention_heads=args.hidden // 64, kv_channels=64, vocab_size=VOCABULARY, max_position_embeddings=256,
+            num_layers=args.layers,
+            hidden_size=args.hidden,
+            ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
+            num_attention_heads=args.hidden // 64,
+            kv_channels=64,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=256,
         ),
         stage=StageConfig(stage="pretrain", train_iters=10000),
         data=DataConfig(data_path=[str(prefix)], tokenizer="random", seq_length=128),
         training=TrainingConfig(micro_batch_size=1, global_batch_size=1, bf16=bf16, save=str(save), keep_checkpoints=1),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -68,9 +74,19 @@ def main() -> None:
             function(*more)
             return time.perf_counter() - begun
 
-        times: dict[str, list[float]] = {name: [] for name in (
-            "write at once", "in the background: start", "in the background: completion", "in the background: both",
-            "in the background: the write itself", "a step", "a step beside a write", "verifying")}  # fmt: skip
+        times: dict[str, list[float]] = {
+            name: []
+            for name in (
+                "write at once",
+                "in the background: start",
+                "in the background: completion",
+                "in the background: both",
+                "in the background: the write itself",
+                "a step",
+                "a step beside a write",
+                "verifying",
+            )
+        }
         for round_ in range(-1, args.rounds):  # the first one warms up
             now: dict[str, float] = {"a step": timed(trainer.train_step, iterators)}
             trainer.saves = None
@@ -99,14 +115,21 @@ def main() -> None:
         parameters = sum(p.numel() for p in trainer.models[0].parameters())
         initialize.shutdown()
     got = ratio(times["in the background: both"], times["write at once"])
-    rows = [[name, s["median"] * 1e3, f"{s['q1'] * 1e3:.0f}-{s['q3'] * 1e3:.0f}"]
-            for name, s in ((name, spread(t)) for name, t in times.items() if t)]  # fmt: skip
+    rows = [
+        [name, s["median"] * 1e3, f"{s['q1'] * 1e3:.0f}-{s['q3'] * 1e3:.0f}"]
+        for name, s in ((name, spread(t)) for name, t in times.items() if t)
+    ]
     print(f"{parameters / 1e6:.1f}M parameters, {dtype}, a checkpoint of {size / 1e9:.2f} GB")
     print(table(["", "ms", "quartiles"], rows))
     quartiles = f"quartiles {got['q1']:.1%}-{got['q3']:.1%}, {got['n']} rounds"
     print(f"training waits for {got['median']:.1%} of the time of a write at once ({quartiles})")
     missed = [f"{got['median']:.1%} of a write at once; the target is below {TARGET:.0%}"] * (got["median"] >= TARGET)
-    figures = {"parameters": parameters, "bytes": size, "seconds": {n: spread(t) for n, t in times.items() if t}, "ratio": got}
+    figures = {
+        "parameters": parameters,
+        "bytes": size,
+        "seconds": {n: spread(t) for n, t in times.items() if t},
+        "ratio": got,
+    }
     finish(args, "checkpoint", figures, missed, start)
 
 

@@ -1,11 +1,13 @@
 """Import and export of a model of 8 GB and more: memory, and speed against copying the same files.
 
-A random Llama 3 model (bf16, vocabulary 128256) is written in shards. Then, in rounds: its files are copied and it is imported;
-the checkpoint's files are copied and it is exported. Each in a process of its own, each synced to disk, each with what it
-reads in the page cache and nothing else (the rest is dropped from it). Memory is the process' peak of resident memory above what it
-has after its imports. Needs three times the model's size on disk, and twice in memory for the page cache.
+A random Llama 3 model (bf16, vocabulary 128256) is written in shards. Then, in rounds: its files are copied and it is
+imported; the checkpoint's files are copied and it is exported. Each in a process of its own, each synced to disk, each
+with what it reads in the page cache and nothing else (the rest is dropped from it). Memory is the process' peak of
+resident memory above what it has after its imports. Needs three times the model's size on disk, and twice in memory for
+the page cache.
 
-Targets (--check): import and export peak below 2 GB; both are at least 0.6 times as fast as the copy beside them (median of the
+Targets (--check): import and export peak below 2 GB; both are at least 0.6 times as fast as the copy beside them
+    (median of the
 rounds); the exported files are those of the model, byte for byte.
 """
 
@@ -73,8 +75,16 @@ def write_model(directory: Path, layers: int, seed: int = 0) -> int:
     def hash_of(name: str) -> int:
         return sum((i + 1) * 7919 * c for i, c in enumerate(name.encode()))
 
-    model = ModelConfig(num_layers=layers, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
-                        vocab_size=128256, max_position_embeddings=8192, rotary_base=5e5)  # fmt: skip
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rotary_base=5e5,
+    )
     config = mapping.to_hf_config(model, "bfloat16")
     tensors = {name: Random(name, shape) for name, shape in mapping.hf_shapes(mapping.family_of(config), model).items()}
     directory.mkdir()
@@ -117,8 +127,12 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {what: [] for what in ("copy", "import", "copy back", "export")}
         same = True
         for _ in range(args.rounds):
-            for what, a, b in (("copy", source, copy), ("import", source, checkpoint), ("copy back", checkpoint, copy),
-                               ("export", checkpoint, back)):  # fmt: skip
+            for what, a, b in (
+                ("copy", source, copy),
+                ("import", source, checkpoint),
+                ("copy back", checkpoint, copy),
+                ("export", checkpoint, back),
+            ):
                 warm_only(place, a)
                 found[what].append(measure(what.split()[0], a, b))
                 if b == copy:
@@ -133,8 +147,16 @@ def main() -> None:
         speed, peak = ratio(seconds[beside], seconds[what]), max(run["bytes"] for run in found[what])
         median = spread(seconds[what])["median"]
         figures[what] = {"speed_against_copy": speed, "peak_bytes": peak}
-        rows.append([what, f"{median:.1f}", f"{nbytes / median / 1e9:.2f}", f"{speed['median']:.2f}",
-                     f"{speed['min']:.2f}-{speed['max']:.2f}", f"{peak / 1e9:.2f}"])  # fmt: skip
+        rows.append(
+            [
+                what,
+                f"{median:.1f}",
+                f"{nbytes / median / 1e9:.2f}",
+                f"{speed['median']:.2f}",
+                f"{speed['min']:.2f}-{speed['max']:.2f}",
+                f"{peak / 1e9:.2f}",
+            ]
+        )
         if what != beside and speed["median"] < SPEED_TARGET:
             missed.append(f"{what}: {speed['median']:.2f} times the speed of the copy, target {SPEED_TARGET}")
         if what != beside and peak > MEMORY_TARGET:

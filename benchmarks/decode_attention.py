@@ -1,19 +1,21 @@
-"""Paged decode attention: bytes of cache read per second against the machine's copy bandwidth, compiled against PyTorch.
+"""Paged decode attention: bytes of cache read per second against the machine's copy bandwidth, compiled against
+PyTorch.
 
 Measured, in turn within one process, on caches of random slots whose pages lie in random order:
   copy       torch's copy_ of a buffer as large as the cache; reads and writes both count
   kernel     the compiled decode attention (C++ or CUDA); bytes are those of the slots' keys and values
   reference  the same op in plain PyTorch (on a GPU only where the heads are shortest: it takes many times the memory)
   append     on a GPU: decide, pool, rotate and write one token per sequence before it, one head in four taking a slot
-  flashinfer on a GPU, with --flashinfer: its paged decode attention on the same cache, every head a sequence of its own; the
-             faster of its two kernels (ordinary and tensor cores), planned beforehand, in graphs too
-One row per query heads / KV heads, dtype and slots per head. On a CPU "ragged" heads hold between a half and one and a half of
-these; on a GPU "skewed" ones an exponential share, up to four times. On a GPU everything but the reference is a CUDA graph of ten
-calls, so that the host's time does not count.
+  flashinfer on a GPU, with --flashinfer: its paged decode attention on the same cache, every head a sequence of its
+             own; the faster of its two kernels (ordinary and tensor cores), planned beforehand, in graphs too
+One row per query heads / KV heads, dtype and slots per head. On a CPU "ragged" heads hold between a half and one and a
+half of these; on a GPU "skewed" ones an exponential share, up to four times. On a GPU everything but the reference is a
+CUDA graph of ten calls, so that the host's time does not count.
 
 Targets (--check) on a CPU:
-  bandwidth  kernel at least 0.60 of copy at 4,096 slots and more, fp32 and bf16, equal and ragged heads; there are so many
-             sequences then that the cache is 128 MiB at least: a smaller one, and its copy, lie in the CPU's own caches
+  bandwidth  kernel at least 0.60 of copy at 4,096 slots and more, fp32 and bf16, equal and ragged heads; there are so
+             many sequences then that the cache is 128 MiB at least: a smaller one, and its copy, lie in the CPU's own
+             caches
   speed      kernel at least 5 times as fast as the reference, everywhere
 On a GPU of 64 sequences and more:
   bandwidth  kernel at least 0.85 of copy at 512 slots and more, 0.60 at 128
@@ -50,7 +52,9 @@ GROWTH = REPEATS * (ROUNDS[1] + 3)  # slots that a head gains at most while appe
 def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: int, dtype, device) -> CacheState:
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(rows, 1, heads, generator=generator)
-    share = (share + 0.5 if device.type == "cpu" else (-share.log()).clamp(1 / 16, 4)) if uneven else torch.ones_like(share)
+    share = (
+        (share + 0.5 if device.type == "cpu" else (-share.log()).clamp(1 / 16, 4)) if uneven else torch.ones_like(share)
+    )
     lengths = (slots * share).long()
     pages = -(-lengths // page_size)
     total = int(pages.sum())
@@ -146,11 +150,15 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         speed_up = None
     if device.type == "cuda":  # the last: it changes the lengths
         functions = {"append": graphed(appending(state, query_heads), device)}
-        times["append"] = [t / repeats for t in interleave(functions, device, seconds=args.seconds / 4, rounds=ROUNDS)["append"]]
+        times["append"] = [
+            t / repeats for t in interleave(functions, device, seconds=args.seconds / 4, rounds=ROUNDS)["append"]
+        ]
         assert int(state.counters[REFUSED]) == 0
         state.check_integrity()
     ms = {name: spread(values) for name, values in times.items()}
-    theirs = min((name for name in times if name.startswith("flashinfer")), key=lambda name: ms[name]["median"], default=None)
+    theirs = min(
+        (name for name in times if name.startswith("flashinfer")), key=lambda name: ms[name]["median"], default=None
+    )
     moved = {"copy": 2 * bytes_read, "kernel": bytes_read, "reference": bytes_read}
     return {
         "query_heads": query_heads,
@@ -168,7 +176,9 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         "of_copy": ratio([t / 2 for t in times["copy"]], times["kernel"]),
         "speed_up": speed_up,
         "over_flashinfer": ratio(times[theirs], times["kernel"]) if theirs else None,
-        "append_share": ms["append"]["median"] / (ms["append"]["median"] + ms["kernel"]["median"]) if "append" in ms else None,
+        "append_share": ms["append"]["median"] / (ms["append"]["median"] + ms["kernel"]["median"])
+        if "append" in ms
+        else None,
     }
 
 
@@ -183,9 +193,13 @@ def missed_targets(figures: list[dict], device: torch.device) -> list[str]:
         if share < target:
             missed.append(f"bandwidth: {share:.2f} of copy at {name}; the target is {target:.2f}")
         if device.type == "cpu" and f["speed_up"]["median"] < SPEED_TARGET:
-            missed.append(f"speed: {f['speed_up']['median']:.1f} x the reference at {name}; the target is {SPEED_TARGET:.0f}")
+            missed.append(
+                f"speed: {f['speed_up']['median']:.1f} x the reference at {name}; the target is {SPEED_TARGET:.0f}"
+            )
         if device.type == "cuda" and f["slots"] >= APPEND_FROM and f["append_share"] >= APPEND_TARGET:
-            missed.append(f"append: {f['append_share']:.2f} of append and kernel at {name}; the target is {APPEND_TARGET:.2f}")
+            missed.append(
+                f"append: {f['append_share']:.2f} of append and kernel at {name}; the target is {APPEND_TARGET:.2f}"
+            )
         if f["over_flashinfer"] and f["over_flashinfer"]["median"] < FLASHINFER_TARGET:
             missed.append(f"flashinfer: {f['over_flashinfer']['median']:.2f} x its speed at {name}; the target is 1")
     return missed
@@ -195,10 +209,14 @@ def main() -> None:
     start = time.perf_counter()
     parser = arguments(__doc__)
     add_device(parser)
-    parser.add_argument("--slots", type=int, nargs="+", metavar="N", help="per head; default: 512 4096 16384, GPU: 128 512 2048")
+    parser.add_argument(
+        "--slots", type=int, nargs="+", metavar="N", help="per head; default: 512 4096 16384, GPU: 128 512 2048"
+    )
     parser.add_argument("--batch", type=int, help="sequences, on a CPU at least; default: 4, GPU: 64")
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--flashinfer", action="store_true", help="on a GPU, where flashinfer-python is installed: compare with it")
+    parser.add_argument(
+        "--flashinfer", action="store_true", help="on a GPU, where flashinfer-python is installed: compare with it"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per row")
     args = parser.parse_args()
     device, dtype = resolve_device(args)
@@ -217,17 +235,41 @@ def main() -> None:
                     figures.append(f)
                     rate, share, speed = f["gb_per_s"], f["of_copy"], f["speed_up"]
                     kind = "" if not uneven else " ragged" if on == "cpu" else " skewed"
-                    rows.append([
-                        f"{shape[0]}/{shape[1]}", shape[2], f["dtype"], f"{slots}{kind}", f["batch"], f["bytes"] / 2**20,
-                        f"{f['ms']['kernel']['median']:.3f}", rate["copy"], rate["kernel"], share["median"],
-                        f"{share['q1']:.2f}-{share['q3']:.2f}",
-                        *((speed["median"], f"{speed['q1']:.1f}-{speed['q3']:.1f}") if speed else ("", "")),
-                        *((f"{f['ms']['append']['median']:.3f}", f["append_share"]) if on == "cuda" else ()),
-                        *((f["over_flashinfer"]["median"],) if args.flashinfer else ()),
-                    ])  # fmt: skip
-    columns = ["heads", "D", "dtype", "slots", "batch", "MiB", "kernel ms", "copy GB/s", "kernel GB/s", "of copy", "quartiles",
-               "x reference", "quartiles", *(("append ms", "share") if on == "cuda" else ()),
-               *(("x flashinfer",) if args.flashinfer else ())]  # fmt: skip
+                    rows.append(
+                        [
+                            f"{shape[0]}/{shape[1]}",
+                            shape[2],
+                            f["dtype"],
+                            f"{slots}{kind}",
+                            f["batch"],
+                            f["bytes"] / 2**20,
+                            f"{f['ms']['kernel']['median']:.3f}",
+                            rate["copy"],
+                            rate["kernel"],
+                            share["median"],
+                            f"{share['q1']:.2f}-{share['q3']:.2f}",
+                            *((speed["median"], f"{speed['q1']:.1f}-{speed['q3']:.1f}") if speed else ("", "")),
+                            *((f"{f['ms']['append']['median']:.3f}", f["append_share"]) if on == "cuda" else ()),
+                            *((f["over_flashinfer"]["median"],) if args.flashinfer else ()),
+                        ]
+                    )
+    columns = [
+        "heads",
+        "D",
+        "dtype",
+        "slots",
+        "batch",
+        "MiB",
+        "kernel ms",
+        "copy GB/s",
+        "kernel GB/s",
+        "of copy",
+        "quartiles",
+        "x reference",
+        "quartiles",
+        *(("append ms", "share") if on == "cuda" else ()),
+        *(("x flashinfer",) if args.flashinfer else ()),
+    ]
     print(table(columns, rows))
     finish(args, "decode_attention", figures, missed_targets(figures, device), start)
 

@@ -1,17 +1,19 @@
-"""Decoding with the inference engine: CR 4 against CR 1 at the same cache memory, and the plain model against transformers.
+"""Decoding with the inference engine: CR 4 against CR 1 at the same cache memory, and the plain model against
+transformers.
 
-A random Llama whose heads merge three tokens of four, each head others: the decision neuron reads channels of the embedding that
-nothing else writes. The plain model has the same weights. Ratios are of interleaved rounds in one run.
+A random Llama whose heads merge three tokens of four, each head others: the decision neuron reads channels of the
+embedding that nothing else writes. The plain model has the same weights. Ratios are of interleaved rounds in one run.
 
-1. Cache memory for ``--cache-tokens`` tokens at CR 1, page tables and rings included. Both engines take in as many sequences of
-   ``--contexts`` tokens as fit, then decode: tokens per second of all sequences together, sequences, share of empty slots in the
-   pages. The contexts are not computed: while sequences are read, a stand-in for the model gives random keys and values, and
-   decisions, to the public op ``kernels.append``. Scheduler, cache and pages do what they always do; the decoding steps are the
-   model's own.
-2. The plain model in the engine and in transformers' ``generate`` with its dynamic cache and sdpa attention, both with all threads:
-   same prompts, greedy, batch 1 and 16, reading of the prompts included.
+1. Cache memory for ``--cache-tokens`` tokens at CR 1, page tables and rings included. Both engines take in as many
+   sequences of ``--contexts`` tokens as fit, then decode: tokens per second of all sequences together, sequences, share
+   of empty slots in the pages. The contexts are not computed: while sequences are read, a stand-in for the model gives
+   random keys and values, and decisions, to the public op ``kernels.append``. Scheduler, cache and pages do what they
+   always do; the decoding steps are the model's own.
+2. The plain model in the engine and in transformers' ``generate`` with its dynamic cache and sdpa attention, both with
+   all threads: same prompts, greedy, batch 1 and 16, reading of the prompts included.
 
-Targets (--check): 1. at least 3.6 times the sequences up to 4,096 tokens, and 3 times the tokens per second from 8,192 on. 2. at
+Targets (--check): 1. at least 3.6 times the sequences up to 4,096 tokens, and 3 times the tokens per second from 8,192
+    on. 2. at
 least 1.5 times the tokens per second at both batch sizes, and the same tokens.
 """
 
@@ -55,7 +57,11 @@ def write_models(directory: Path, args: argparse.Namespace, dtype: torch.dtype) 
     embedding = torch.randn(vocabulary, h, generator=generator)
     # A token says "append" in a quarter of these channels.
     embedding[:, :SIGNALS] = torch.where(torch.rand(vocabulary, SIGNALS, generator=generator) < 0.25, -1.0, 1.0)
-    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(h), "lm_head.weight": draw(vocabulary, h)}
+    weights = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": torch.ones(h),
+        "lm_head.weight": draw(vocabulary, h),
+    }
     for n in range(args.layers):
         name = f"model.layers.{n}."
         for projection in "qkv":
@@ -63,18 +69,47 @@ def write_models(directory: Path, args: argparse.Namespace, dtype: torch.dtype) 
         neurons = weights[f"{name}self_attn.k_proj.weight"].view(heads, d, h)[:, -1]
         neurons.zero_()
         neurons[torch.arange(heads), (torch.arange(heads) + n * heads) % SIGNALS] = 1.0
-        shapes = {"self_attn.o_proj": (h, heads * d), "mlp.gate_proj": (ffn, h), "mlp.up_proj": (ffn, h), "mlp.down_proj": (h, ffn)}
+        shapes = {
+            "self_attn.o_proj": (h, heads * d),
+            "mlp.gate_proj": (ffn, h),
+            "mlp.up_proj": (ffn, h),
+            "mlp.down_proj": (h, ffn),
+        }
         for part, (rows, columns) in shapes.items():
             weights[f"{name}{part}.weight"] = draw(rows, columns)
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             weights[f"{name}{part}.weight"][:SIGNALS] = 0
         weights |= {f"{name}{norm}.weight": torch.ones(h) for norm in ("input_layernorm", "post_attention_layernorm")}
-    plain = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=h, intermediate_size=ffn, rope_theta=1e4,
-                 num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads, head_dim=d, rms_norm_eps=1e-5,
-                 vocab_size=vocabulary, max_position_embeddings=max(args.contexts) + 4096, tie_word_embeddings=False,
-                 hidden_act="silu", torch_dtype=str(dtype).removeprefix("torch."))  # fmt: skip
-    block = dict(format_version=1, base_model_type="llama", decision_bias=0.0, window=12, importance_epsilon=2.0**-7,
-                 add_qkv_bias=False, qk_layernorm=False, stage="finetune", step=1, target_cr=4.0, measured_cr=4.0)  # fmt: skip
+    plain = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_size=h,
+        intermediate_size=ffn,
+        rope_theta=1e4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=d,
+        rms_norm_eps=1e-5,
+        vocab_size=vocabulary,
+        max_position_embeddings=max(args.contexts) + 4096,
+        tie_word_embeddings=False,
+        hidden_act="silu",
+        torch_dtype=str(dtype).removeprefix("torch."),
+    )
+    block = dict(
+        format_version=1,
+        base_model_type="llama",
+        decision_bias=0.0,
+        window=12,
+        importance_epsilon=2.0**-7,
+        add_qkv_bias=False,
+        qk_layernorm=False,
+        stage="finetune",
+        step=1,
+        target_cr=4.0,
+        measured_cr=4.0,
+    )
     compressed = {**plain, "architectures": ["DMCForCausalLM"], "model_type": "dmc", "dmc": block}
     for name, config in (("dmc", compressed), ("plain", plain)):
         (directory / name).mkdir()
@@ -95,7 +130,9 @@ class StandIn:
         self.model = model = llm.engine.model
         generator = torch.Generator().manual_seed(2)
         shape = (llm.engine.sizes.max_num_batched_tokens, model.kv_heads, model.head_dim)
-        self.q, self.k, self.v = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(3))
+        self.q, self.k, self.v = (
+            torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(3)
+        )
 
     def __call__(self, batch, state) -> torch.Tensor:
         info, count = self.model.info, batch.tokens.numel()
@@ -103,17 +140,35 @@ class StandIn:
             # Above the bias: merge.
             self.k[..., -1] = (torch.rand(self.k.shape[:2], device=self.k.device) < 0.75).to(self.k.dtype) * 2 - 1
             kernels.append(
-                state, layer, self.q[:count], self.k[:count], self.v[:count], batch.cu_seqlens, batch.rows, batch.positions,
-                self.model.inv_freq, bias=info.decision_bias, epsilon=info.dmc.importance_epsilon if info.dmc else 0.0,
-                window=info.window, compress=info.compresses, partial=False,
-            )  # fmt: skip
+                state,
+                layer,
+                self.q[:count],
+                self.k[:count],
+                self.v[:count],
+                batch.cu_seqlens,
+                batch.rows,
+                batch.positions,
+                self.model.inv_freq,
+                bias=info.decision_bias,
+                epsilon=info.dmc.importance_epsilon if info.dmc else 0.0,
+                window=info.window,
+                compress=info.compresses,
+                partial=False,
+            )
         return torch.zeros(batch.logits_at.numel(), info.model.vocab_size, device=self.k.device)
 
 
 def filled(path: Path, context: int, rows: int, memory: int, device: torch.device) -> LLM:
     """An engine with as many decoding sequences as its cache takes. The rest of the requests is gone."""
-    llm = LLM(path, device=device.type, kv_cache_memory_bytes=memory, max_num_seqs=rows, max_model_len=context + ROOM,
-              max_num_batched_tokens=FILL, enable_prefix_caching=False)  # fmt: skip
+    llm = LLM(
+        path,
+        device=device.type,
+        kv_cache_memory_bytes=memory,
+        max_num_seqs=rows,
+        max_model_len=context + ROOM,
+        max_num_batched_tokens=FILL,
+        enable_prefix_caching=False,
+    )
     engine = llm.engine
     engine.model.forward = StandIn(llm)
     for i, prompt in enumerate(prompts(rows, context)):
@@ -126,7 +181,8 @@ def filled(path: Path, context: int, rows: int, memory: int, device: torch.devic
             break  # there was nothing to read, and still no room for another
     for sequence in list(engine.scheduler.waiting):
         engine.abort(sequence.request_id)
-    # Whoever decodes on needs pages: one more for every head, or else the youngest would be pre-empted while we measure.
+    # Whoever decodes on needs pages: one more for every head, or else the youngest would be pre-empted while we
+    # measure.
     while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * engine.cache.lengths[0].size:
         engine.abort(engine.scheduler.running[-1].request_id)
     del engine.model.forward
@@ -141,7 +197,9 @@ def budget(context: int, sequences: int, args: argparse.Namespace, dtype: torch.
     return pages * (page_bytes(PAGE, args.head_dim, dtype) + 8) + rows
 
 
-def decode(dmc: Path, plain: Path, context: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
+def decode(
+    dmc: Path, plain: Path, context: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict:
     """Both engines, filled and decoding in turn."""
     count = max(1, args.cache_tokens // context)
     memory = budget(context, count, args, dtype)
@@ -163,11 +221,16 @@ def decode(dmc: Path, plain: Path, context: int, args: argparse.Namespace, devic
         assert (now.running, now.preemptions) == (was.running, was.preemptions), f"{name}: {was} became {now}"
     per_token = {name: [t / before[name].running for t in series] for name, series in times.items()}
     figures = {
-        name: {"sequences": s.running, "compression_ratio": s.compression_ratio, "waste": s.waste, "pages": s.pages,
-               "tokens_per_second": spread([1e3 * STEPS / t for t in per_token[name]]),
-               "step_ms": spread([t / STEPS for t in times[name]])}
+        name: {
+            "sequences": s.running,
+            "compression_ratio": s.compression_ratio,
+            "waste": s.waste,
+            "pages": s.pages,
+            "tokens_per_second": spread([1e3 * STEPS / t for t in per_token[name]]),
+            "step_ms": spread([t / STEPS for t in times[name]]),
+        }
         for name, s in before.items()
-    }  # fmt: skip
+    }
     return {
         "cache_bytes": memory,
         **figures,
@@ -176,8 +239,9 @@ def decode(dmc: Path, plain: Path, context: int, args: argparse.Namespace, devic
     }
 
 
-def fixed_memory(dmc: Path, plain: Path, args: argparse.Namespace, device: torch.device,
-                 dtype: torch.dtype) -> tuple[dict, list[str]]:  # fmt: skip
+def fixed_memory(
+    dmc: Path, plain: Path, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, list[str]]:
     figures, missed, rows = {}, [], []
     for context in args.contexts:
         f = figures[f"context {context}"] = decode(dmc, plain, context, args, device, dtype)
@@ -185,26 +249,55 @@ def fixed_memory(dmc: Path, plain: Path, args: argparse.Namespace, device: torch
         more, faster = f["sequences_ratio"], f["tokens_ratio"]
         for name in ("CR 1", "CR 4"):
             x = f[name]
-            rows.append([context, name, x["sequences"], x["compression_ratio"], f"{x['waste']:.1%}", x["step_ms"]["median"],
-                         x["tokens_per_second"]["median"]])  # fmt: skip
+            rows.append(
+                [
+                    context,
+                    name,
+                    x["sequences"],
+                    x["compression_ratio"],
+                    f"{x['waste']:.1%}",
+                    x["step_ms"]["median"],
+                    x["tokens_per_second"]["median"],
+                ]
+            )
         rows[-1] += [more, faster["median"], f"{faster['q1']:.2f}-{faster['q3']:.2f}"]
         rows[-2] += ["", "", ""]
         if context <= SEQUENCES_UP_TO and more < SEQUENCES_TARGET:
             missed.append(f"{more:.2f} times the sequences of {context} tokens, not {SEQUENCES_TARGET}")
         if context >= DECODE_FROM and faster["median"] < DECODE_TARGET:
-            missed.append(f"{faster['median']:.2f} times the tokens per second at {context} tokens, not {DECODE_TARGET}")
-    columns = ("context", "", "sequences", "CR", "empty", "ms/step", "tokens/s", "x sequences", "x tokens/s", "quartiles")
+            missed.append(
+                f"{faster['median']:.2f} times the tokens per second at {context} tokens, not {DECODE_TARGET}"
+            )
+    columns = (
+        "context",
+        "",
+        "sequences",
+        "CR",
+        "empty",
+        "ms/step",
+        "tokens/s",
+        "x sequences",
+        "x tokens/s",
+        "quartiles",
+    )
     print(table(columns, rows), end="\n\n")
     return figures, missed
 
 
-def against_transformers(plain: Path, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[dict, list[str]]:
+def against_transformers(
+    plain: Path, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, list[str]]:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     # Without prefix caching: every round asks the same prompts.
-    llm = LLM(plain, device=device.type, max_num_seqs=16, enable_prefix_caching=False,
-              num_pages=16 * args.layers * args.heads * (-(-(args.prompt + args.new_tokens) // 16) + 1))  # fmt: skip
+    llm = LLM(
+        plain,
+        device=device.type,
+        max_num_seqs=16,
+        enable_prefix_caching=False,
+        num_pages=16 * args.layers * args.heads * (-(-(args.prompt + args.new_tokens) // 16) + 1),
+    )
     params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
     figures, missed, rows = {}, [], []
     for batch in (1, 16):
@@ -215,19 +308,32 @@ def against_transformers(plain: Path, args: argparse.Namespace, device: torch.de
             found["engine"] = [r.outputs[0].token_ids for r in llm.generate(ids, params)]
 
         def transformers(tensor=tensor, found=found):
-            out = reference.generate(tensor, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens, do_sample=False,
-                                     attention_mask=torch.ones_like(tensor), pad_token_id=0)  # fmt: skip
+            out = reference.generate(
+                tensor,
+                max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens,
+                do_sample=False,
+                attention_mask=torch.ones_like(tensor),
+                pad_token_id=0,
+            )
             found["transformers"] = out[:, args.prompt :].tolist()
 
-        times = interleave({"engine": engine, "transformers": transformers}, device, seconds=args.seconds, rounds=(3, 9))
+        times = interleave(
+            {"engine": engine, "transformers": transformers}, device, seconds=args.seconds, rounds=(3, 9)
+        )
         faster = ratio(times["transformers"], times["engine"])
         same = sum(a == b for one, two in zip(found["engine"], found["transformers"]) for a, b in zip(one, two))
         same /= batch * args.new_tokens
         speed = {name: spread([1e3 * batch * args.new_tokens / t for t in series]) for name, series in times.items()}
         figures[f"batch {batch}"] = {"tokens_per_second": speed, "ratio": faster, "same_tokens": same}
-        rows.append((batch, speed["engine"]["median"], speed["transformers"]["median"], faster["median"], f"{same:.1%}"))
+        rows.append(
+            (batch, speed["engine"]["median"], speed["transformers"]["median"], faster["median"], f"{same:.1%}")
+        )
         if faster["median"] < TRANSFORMERS_TARGET:
-            missed.append(f"batch {batch}: {faster['median']:.2f} times transformers' tokens per second, not {TRANSFORMERS_TARGET}")
+            missed.append(
+                f"batch {batch}: {faster['median']:.2f} times transformers' tokens per second, not "
+                f"{TRANSFORMERS_TARGET}"
+            )
         if dtype == torch.float32 and same < 1:
             missed.append(f"batch {batch}: {same:.1%} of the tokens are transformers'")
     print(table(("batch", "engine tokens/s", "transformers", "ratio", "same tokens"), rows))
@@ -238,24 +344,38 @@ def main() -> None:
     parser = arguments(__doc__)
     add_device(parser)
     for name, value, text in (
-        ("layers", 4, ""), ("hidden", 512, ""), ("heads", 32, "query and KV heads"), ("head-dim", 64, ""),
-        ("cache-tokens", 49152, "that the cache holds at CR 1"), ("prompt", 512, "tokens, against transformers"),
+        ("layers", 4, ""),
+        ("hidden", 512, ""),
+        ("heads", 32, "query and KV heads"),
+        ("head-dim", 64, ""),
+        ("cache-tokens", 49152, "that the cache holds at CR 1"),
+        ("prompt", 512, "tokens, against transformers"),
         ("new-tokens", 64, "against transformers"),
-    ):  # fmt: skip
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384], metavar="N",
-                        help="tokens of a sequence before it decodes")  # fmt: skip
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[2048, 4096, 8192, 16384],
+        metavar="N",
+        help="tokens of a sequence before it decodes",
+    )
     parser.add_argument("--seconds", type=float, default=30, help="of each comparison")
     args = parser.parse_args()
     began = time.perf_counter()
     device, dtype = resolve_device(args)
     backend = active_backend(device.type)
-    print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, {dtype}, kernels: {backend}\n")
+    print(
+        f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, {dtype}, kernels: {backend}\n"
+    )
     with tempfile.TemporaryDirectory() as name:
         dmc, plain = write_models(Path(name), args, dtype)
         memory, missed = fixed_memory(dmc, plain, args, device, dtype)
         reference, more = against_transformers(plain, args, device, dtype)
-    finish(args, "engine", {"kernels": backend, "fixed_memory": memory, "transformers": reference}, [*missed, *more], began)
+    finish(
+        args, "engine", {"kernels": backend, "fixed_memory": memory, "transformers": reference}, [*missed, *more], began
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Prefill of one layer over the compressed cache against dense attention, and compiled against PyTorch.
 
-Measured, in turn within one process, for a prompt of ``--tokens`` tokens of one sequence, all with ``--threads`` threads:
-  sdpa       torch's causal scaled_dot_product_attention over the prompt, keys and values given for every query head; nothing else
-  CR 1, 4    append (decide, pool, rotate, write) and prefill_attention, in chunks of ``--chunk`` tokens; CR 1 is a plain model,
+Measured, in turn within one process, for a prompt of ``--tokens`` tokens of one sequence, all with ``--threads``
+  threads: sdpa       torch's causal scaled_dot_product_attention over the prompt, keys and values given for every query
+  head; nothing else CR 1, 4    append (decide, pool, rotate, write) and prefill_attention, in chunks of ``--chunk``
+  tokens; CR 1 is a plain model,
              and at CR 4 every head merges three tokens of four, each others
   reference  the same as CR 4 in plain PyTorch
 
@@ -29,18 +30,30 @@ DENSE_TARGET, SPEED_TARGET = 1.0, 5.0
 class Prompt:
     """Raw queries, keys and values of a prompt, and a cache with room for it."""
 
-    def __init__(self, shape: tuple[int, int, int], tokens: int, cr: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], tokens: int, cr: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         heads, kv_heads, d = shape
         generator = torch.Generator().manual_seed(0)
         self.q, self.k, self.v = (torch.randn(tokens, h, d, generator=generator) for h in (heads, kv_heads, kv_heads))
         self.k[..., -1] = torch.where(torch.rand(tokens, kv_heads, generator=generator) < 1 / cr, -1.0, 1.0)
         self.q, self.k, self.v = (x.to(device, dtype) for x in (self.q, self.k, self.v))
         self.options = {"bias": 0.0, "epsilon": 2.0**-7, "window": 12, "compress": cr > 1}
-        self.inv_freq, self.row = rotary_frequencies(d, 1e4, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+        self.inv_freq, self.row = (
+            rotary_frequencies(d, 1e4, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
         self.state: CacheState = make_state(
-            num_pages=kv_heads * -(-tokens // 16), max_seqs=1, num_layers=1, num_kv_heads=kv_heads, head_dim=d, max_slots=tokens,
-            compress=cr > 1, dtype=dtype, device=device,
-        )  # fmt: skip
+            num_pages=kv_heads * -(-tokens // 16),
+            max_seqs=1,
+            num_layers=1,
+            num_kv_heads=kv_heads,
+            head_dim=d,
+            max_slots=tokens,
+            compress=cr > 1,
+            dtype=dtype,
+            device=device,
+        )
 
     def read(self, tokens: int, chunk: int) -> None:
         """Through the kernels, into the empty cache."""
@@ -77,12 +90,17 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, args, device: torch
     times = interleave(functions, device, seconds=args.seconds)
     slots = int(dmc.state.lengths.sum())
     return {
-        "query_heads": shape[0], "heads": shape[1], "head_dim": shape[2], "dtype": str(dtype).removeprefix("torch."),
-        "tokens": args.tokens, "chunk": args.chunk, "compression_ratio": args.tokens * shape[1] / slots,
+        "query_heads": shape[0],
+        "heads": shape[1],
+        "head_dim": shape[2],
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": args.tokens,
+        "chunk": args.chunk,
+        "compression_ratio": args.tokens * shape[1] / slots,
         "ms": {name: spread(values) for name, values in times.items()},
         "of_sdpa": {name: ratio(times[name], times["sdpa"]) for name in ("CR 1", "CR 4")},
         "speed_up": ratio(times["reference"], times["CR 4"]),
-    }  # fmt: skip
+    }
 
 
 def missed_targets(figures: list[dict]) -> list[str]:
@@ -91,7 +109,9 @@ def missed_targets(figures: list[dict]) -> list[str]:
         name = f"{f['query_heads']}/{f['heads']} heads of {f['head_dim']}, {f['dtype']}"
         share, speed = f["of_sdpa"]["CR 4"]["median"], f["speed_up"]["median"]
         if share > DENSE_TARGET:
-            missed.append(f"dense: CR 4 takes {share:.2f} of the time of sdpa at {name}; the target is {DENSE_TARGET:.2f}")
+            missed.append(
+                f"dense: CR 4 takes {share:.2f} of the time of sdpa at {name}; the target is {DENSE_TARGET:.2f}"
+            )
         if speed < SPEED_TARGET:
             missed.append(f"speed: {speed:.1f} x the reference at {name}; the target is {SPEED_TARGET:.0f}")
     return missed
@@ -114,13 +134,34 @@ def main() -> None:
             f = measure(shape, of, args, device)
             figures.append(f)
             ms, share, speed = f["ms"], f["of_sdpa"], f["speed_up"]
-            rows.append([
-                f"{shape[0]}/{shape[1]}", shape[2], f["dtype"], ms["sdpa"]["median"], ms["CR 1"]["median"], ms["CR 4"]["median"],
-                share["CR 1"]["median"], share["CR 4"]["median"], f"{share['CR 4']['q1']:.2f}-{share['CR 4']['q3']:.2f}",
-                speed["median"], f"{speed['q1']:.1f}-{speed['q3']:.1f}",
-            ])  # fmt: skip
-    columns = ["heads", "D", "dtype", "sdpa ms", "CR 1 ms", "CR 4 ms", "CR 1 / sdpa", "CR 4 / sdpa", "quartiles", "x reference",
-               "quartiles"]  # fmt: skip
+            rows.append(
+                [
+                    f"{shape[0]}/{shape[1]}",
+                    shape[2],
+                    f["dtype"],
+                    ms["sdpa"]["median"],
+                    ms["CR 1"]["median"],
+                    ms["CR 4"]["median"],
+                    share["CR 1"]["median"],
+                    share["CR 4"]["median"],
+                    f"{share['CR 4']['q1']:.2f}-{share['CR 4']['q3']:.2f}",
+                    speed["median"],
+                    f"{speed['q1']:.1f}-{speed['q3']:.1f}",
+                ]
+            )
+    columns = [
+        "heads",
+        "D",
+        "dtype",
+        "sdpa ms",
+        "CR 1 ms",
+        "CR 4 ms",
+        "CR 1 / sdpa",
+        "CR 4 / sdpa",
+        "quartiles",
+        "x reference",
+        "quartiles",
+    ]
     print(table(columns, rows))
     finish(args, "prefill_attention", figures, missed_targets(figures), start)
 

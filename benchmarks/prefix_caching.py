@@ -1,15 +1,17 @@
 """Time to the first token with and without a cached prefix, and what prefix caching costs prompts that share nothing.
 
-The random models of ``engine.py``, heads that merge three tokens of four (CR 4) and the same weights plain (CR 1). In every round
+The random models of ``engine.py``, heads that merge three tokens of four (CR 4) and the same weights plain (CR 1). In
+every round
 
 - miss: a prefix of ``--prefix`` tokens that the engine has not seen, and a question of ``--question`` tokens;
 - second: the same prefix before another question: it is read once more, and a snapshot taken where the questions begin;
 - hit: a third question. same: the third prompt again, of which nothing is read.
 
-Then ``--requests`` requests with one new prefix come together, and as many with nothing in common, in an engine with prefix caching
-and in one without. Ratios are of interleaved rounds in one run.
+Then ``--requests`` requests with one new prefix come together, and as many with nothing in common, in an engine with
+prefix caching and in one without. Ratios are of interleaved rounds in one run.
 
-Targets (--check): a hit's first token comes at least 10 times sooner than a miss's; requests that come together are answered at
+Targets (--check): a hit's first token comes at least 10 times sooner than a miss's; requests that come together are
+    answered at
 least 3 times sooner; those with nothing in common at least 0.95 times as soon.
 """
 
@@ -63,13 +65,17 @@ def together(path: Path, args: argparse.Namespace, device: torch.device) -> dict
 
     def ask(llm: LLM, shared: bool):
         def run() -> None:
-            prefix = prompts(1 if shared else args.requests, args.prefix, next(seeds)) * (args.requests if shared else 1)
+            prefix = prompts(1 if shared else args.requests, args.prefix, next(seeds)) * (
+                args.requests if shared else 1
+            )
             questions = prompts(args.requests, args.question, next(seeds))
             llm.generate([a + b for a, b in zip(prefix, questions)], answer)
 
         return run
 
-    functions = {f"{kind}, {name}": ask(llm, kind == "shared") for kind in ("shared", "apart") for name, llm in engines.items()}
+    functions = {
+        f"{kind}, {name}": ask(llm, kind == "shared") for kind in ("shared", "apart") for name, llm in engines.items()
+    }
     return interleave(functions, device, seconds=args.seconds, rounds=(3, 9))
 
 
@@ -77,26 +83,39 @@ def main() -> None:
     parser = arguments(__doc__)
     add_device(parser)
     for name, value, text in (
-        ("layers", 4, ""), ("hidden", 512, ""), ("heads", 8, "query and KV heads"), ("head-dim", 64, ""),
-        ("prefix", 2048, "tokens"), ("question", 64, "tokens"), ("requests", 8, "that come together"),
-        ("new-tokens", 8, "of each of these"), ("step-tokens", 512, "of a step"),
-    ):  # fmt: skip
+        ("layers", 4, ""),
+        ("hidden", 512, ""),
+        ("heads", 8, "query and KV heads"),
+        ("head-dim", 64, ""),
+        ("prefix", 2048, "tokens"),
+        ("question", 64, "tokens"),
+        ("requests", 8, "that come together"),
+        ("new-tokens", 8, "of each of these"),
+        ("step-tokens", 512, "of a step"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     parser.add_argument("--seconds", type=float, default=15, help="of each comparison")
     args = parser.parse_args()
     args.contexts = [args.prefix]
     began, figures, missed, rows = time.perf_counter(), {}, [], []
     device, dtype = resolve_device(args)
-    print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, {dtype}, kernels: "
-          f"{active_backend(device.type)}; prefix {args.prefix}, question {args.question}\n")  # fmt: skip
+    print(
+        f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, {dtype}, kernels: "
+        f"{active_backend(device.type)}; prefix {args.prefix}, question {args.question}\n"
+    )
     with tempfile.TemporaryDirectory() as name:
         for label, path in zip(("CR 4", "CR 1"), write_models(Path(name), args, dtype)):
             first, many = first_token(path, args, device), together(path, args, device)
-            gains = {"hit": ratio(first["miss"], first["hit"]), "together": ratio(many["shared, off"], many["shared, on"]),
-                     "apart": ratio(many["apart, off"], many["apart, on"])}  # fmt: skip
+            gains = {
+                "hit": ratio(first["miss"], first["hit"]),
+                "together": ratio(many["shared, off"], many["shared, on"]),
+                "apart": ratio(many["apart, off"], many["apart, on"]),
+            }
             figures[label] = {**{k: spread(v) for k, v in (first | many).items()}, "ratios": gains}
-            rows += [(label, what, spread(series)["median"], spread(series)["q1"], spread(series)["q3"])
-                     for what, series in (first | many).items()]  # fmt: skip
+            rows += [
+                (label, what, spread(series)["median"], spread(series)["q1"], spread(series)["q3"])
+                for what, series in (first | many).items()
+            ]
             for what, target in (("hit", HIT_TARGET), ("together", TOGETHER_TARGET), ("apart", APART_TARGET)):
                 if gains[what]["median"] < target:
                     missed.append(f"{label}: {what} {gains[what]['median']:.2f} times as fast, not {target}")

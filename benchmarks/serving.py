@@ -5,16 +5,16 @@ Modes (``--mode``):
 
 overhead
     The same requests (token ids, all of one length, greedy) three ways, in turn, in one run: the engine offline
-    (``LLM.generate``), through HTTP by ``--clients`` closed-loop clients that take whole answers, and by as many that take
-    streams. Engine, server and client share the cores; the client speaks plain HTTP/1.0 and takes little.
+    (``LLM.generate``), through HTTP by ``--clients`` closed-loop clients that take whole answers, and by as many that
+    take streams. Engine, server and client share the cores; the client speaks plain HTTP/1.0 and takes little.
     Target: tokens per second through HTTP, whole and streamed, are at least 0.90 of the offline engine's (median of the
     rounds' ratios).
 
 load
-    ``--requests`` random requests of 64 clients, streamed and not, 15% of which leave, on a pool that is far too small, with
-    a bounded queue. Targets: every request is answered with the tokens of a lone run, refused with 503, or left by its
-    client; sequences are pre-empted; all pages are free at the end; the server's resident memory at the end is at most 3%
-    above that at a third of the load; SIGTERM ends it with 0.
+    ``--requests`` random requests of 64 clients, streamed and not, 15% of which leave, on a pool that is far too small,
+    with a bounded queue. Targets: every request is answered with the tokens of a lone run, refused with 503, or left by
+    its client; sequences are pre-empted; all pages are free at the end; the server's resident memory at the end is at
+    most 3% above that at a third of the load; SIGTERM ends it with 0.
 """
 
 from __future__ import annotations
@@ -63,8 +63,17 @@ def add_tokenizer(directory: Path) -> None:
 @contextmanager
 def served(path: Path, threads: int, *options: object):
     """(process, port) of a ``dmc serve`` of its own, which ends with SIGTERM and must exit with 0."""
-    command = [sys.executable, "-m", "megatron.dmc.serving.cli", "serve", str(path), "--port", "0", "--disable-access-log",
-               *map(str, options)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "megatron.dmc.serving.cli",
+        "serve",
+        str(path),
+        "--port",
+        "0",
+        "--disable-access-log",
+        *map(str, options),
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     lines: list[str] = []
@@ -85,17 +94,26 @@ def served(path: Path, threads: int, *options: object):
         process.wait()
 
 
-# -------------------------------------------------------------------------------------------------------------- overhead
+# --------------------------------------------------------------------------------------------------------------
+# overhead
 
 
-async def closed_loop(port: int, asked: list[list[int]], clients: int, new_tokens: int, stream: bool) -> list[list[int]]:
+async def closed_loop(
+    port: int, asked: list[list[int]], clients: int, new_tokens: int, stream: bool
+) -> list[list[int]]:
     """All requests by so many clients, each one after the other; their answers."""
     left, found = iter(range(len(asked))), [[] for _ in asked]
 
     async def client() -> None:
         for n in left:
-            body = {"prompt": asked[n], "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": stream,
-                    "return_token_ids": True}  # fmt: skip
+            body = {
+                "prompt": asked[n],
+                "max_tokens": new_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": stream,
+                "return_token_ids": True,
+            }
             status, text = await post(port, body)
             if status != 200:
                 raise SystemExit(f"HTTP {status}: {text[:300]!r}")
@@ -128,16 +146,25 @@ def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
                     raise SystemExit(f"{name}: the answers through HTTP are not those of the engine")
     speed = {name: spread([total / t for t in series]) for name, series in seconds.items()}
     ratios = {name: ratio(seconds["offline"], seconds[name]) for name in ("whole", "stream")}
-    rows = [(name, s["median"], s["q1"], s["q3"], ratios[name]["median"] if name in ratios else 1.0) for name, s in speed.items()]
-    print(f"{len(asked)} requests of {args.prompt} + {args.new_tokens} tokens, {args.clients} at a time; "
-          f"the client takes up to {own:.1%} of a core")  # fmt: skip
+    rows = [
+        (name, s["median"], s["q1"], s["q3"], ratios[name]["median"] if name in ratios else 1.0)
+        for name, s in speed.items()
+    ]
+    print(
+        f"{len(asked)} requests of {args.prompt} + {args.new_tokens} tokens, {args.clients} at a time; "
+        f"the client takes up to {own:.1%} of a core"
+    )
     print(table(("", "tokens/s", "q1", "q3", "of offline"), rows))
-    missed = [f"{name}: {r['median']:.3f} of the engine's offline throughput, not {OVERHEAD_TARGET}"
-              for name, r in ratios.items() if r["median"] < OVERHEAD_TARGET]  # fmt: skip
+    missed = [
+        f"{name}: {r['median']:.3f} of the engine's offline throughput, not {OVERHEAD_TARGET}"
+        for name, r in ratios.items()
+        if r["median"] < OVERHEAD_TARGET
+    ]
     return {"tokens_per_second": speed, "of_offline": ratios, "client_cpu_share": own}, missed
 
 
-# ------------------------------------------------------------------------------------------------------------------ load
+# ------------------------------------------------------------------------------------------------------------------
+# load
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -153,9 +180,20 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     lone = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in asked]
     heads, rows, sizes = args.layers * args.heads, 16, llm.engine.sizes
     pages = heads * 15  # one of the longest sequences, if it were not compressed; about five that are
-    options = ("--device", "cpu", "--max-model-len", 256, "--max-num-seqs", rows, "--max-num-batched-tokens", 128,
-               "--kv-cache-memory-bytes", pages * (sizes.page_bytes + 4) + rows * sizes.row_bytes,
-               "--max-num-queued-requests", 52)  # fmt: skip
+    options = (
+        "--device",
+        "cpu",
+        "--max-model-len",
+        256,
+        "--max-num-seqs",
+        rows,
+        "--max-num-batched-tokens",
+        128,
+        "--kv-cache-memory-bytes",
+        pages * (sizes.page_bytes + 4) + rows * sizes.row_bytes,
+        "--max-num-queued-requests",
+        52,
+    )
     memory: list[tuple[float, float]] = []
     with served(path, args.threads, *options) as (process, port):
         info, began, done = psutil.Process(process.pid), time.perf_counter(), threading.Event()
@@ -175,8 +213,10 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     early = statistics.median(m for _, m in memory[third : third + max(1, third // 3)])
     late = statistics.median(m for _, m in memory[-max(1, third // 3) :])
     counts = dict(outcome.counts)
-    print(f"{args.requests} requests in {seconds:.1f} s: {counts}, wrong {len(outcome.wrong)}; {preempted:.0f} pre-emptions; "
-          f"{free:.0f} of {pages:.0f} pages free")  # fmt: skip
+    print(
+        f"{args.requests} requests in {seconds:.1f} s: {counts}, wrong {len(outcome.wrong)}; {preempted:.0f} "
+        f"pre-emptions; {free:.0f} of {pages:.0f} pages free"
+    )
     points = [memory[min(len(memory) - 1, i * len(memory) // 8)] for i in range(9)]
     print(table(("s", "MiB resident"), points))
     missed = [f"request went wrong: {text}" for text in outcome.wrong[:3]]
@@ -188,18 +228,34 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
         missed.append(f"the load was not bad: {counts}, {preempted:.0f} pre-emptions")
     if late > MEMORY_TARGET * early:
         missed.append(f"memory went from {early:.1f} to {late:.1f} MiB, more than {MEMORY_TARGET}")
-    return {"counts": counts, "wrong": len(outcome.wrong), "seconds": seconds, "preemptions": preempted, "pages": pages,
-            "rss_mib": memory[:: max(1, len(memory) // 100)], "rss_early": early, "rss_late": late}, missed  # fmt: skip
+    return {
+        "counts": counts,
+        "wrong": len(outcome.wrong),
+        "seconds": seconds,
+        "preemptions": preempted,
+        "pages": pages,
+        "rss_mib": memory[:: max(1, len(memory) // 100)],
+        "rss_early": early,
+        "rss_late": late,
+    }, missed
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--mode", choices=("overhead", "load", "both"), default="both")
     for name, value, text in (
-        ("layers", 8, ""), ("hidden", 1024, ""), ("heads", 16, "query and KV heads"), ("head-dim", 64, ""), ("clients", 32, ""),
-        ("per-client", 2, "requests of a client in a round"), ("prompt", 64, "tokens"), ("new-tokens", 48, "of an answer"),
-        ("rounds", 3, ""), ("requests", 2000, "of the bad load"), ("threads", os.cpu_count() or 1, "of torch, in either process"),
-    ):  # fmt: skip
+        ("layers", 8, ""),
+        ("hidden", 1024, ""),
+        ("heads", 16, "query and KV heads"),
+        ("head-dim", 64, ""),
+        ("clients", 32, ""),
+        ("per-client", 2, "requests of a client in a round"),
+        ("prompt", 64, "tokens"),
+        ("new-tokens", 48, "of an answer"),
+        ("rounds", 3, ""),
+        ("requests", 2000, "of the bad load"),
+        ("threads", os.cpu_count() or 1, "of torch, in either process"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     args = parser.parse_args()
     args.contexts = [0]  # of write_models: 4,096 positions

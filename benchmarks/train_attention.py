@@ -4,8 +4,9 @@ Measured, in turn within one process:
   SDPA       torch's scaled_dot_product_attention, causal, on given q, k, v
   rope+SDPA  the same after rotating q and k, with the fused rotation that DMC uses: what a plain model runs
   DMC        all that takes the place of rope+SDPA: noise, decisions, importance, pooling (W = 12), rotation, attention
-  dense      the same with the mask as a bias of one number per query and key, added to scores that are held whole: the direct way,
-             and that of the method's first release; up to 4,096 tokens. Its output is DMC's, which is checked
+  dense      the same with the mask as a bias of one number per query and key, added to scores that are held whole: the
+             direct way, and that of the method's first release; up to 4,096 tokens. Its output is DMC's, which is
+             checked
 
 Time: medians; the ratios are medians of the ratios within each round, with their quartiles.
 Memory: the most bytes alive above the inputs (torch's allocations; on CUDA its allocator's peak).
@@ -63,7 +64,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> Tensor
     groups = heads // k.size(1)
     k, v, log_keep = (x.repeat_interleave(groups, dim=1) for x in (k, v, log_keep))
     row = torch.arange(s, device=q.device)
-    bias = log_keep.to(q.dtype)[:, :, None, :].masked_fill(row[:, None] == row, 0.0).masked_fill(row[:, None] < row, float("-inf"))
+    bias = (
+        log_keep.to(q.dtype)[:, :, None, :]
+        .masked_fill(row[:, None] == row, 0.0)
+        .masked_fill(row[:, None] < row, float("-inf"))
+    )
     return torch.softmax(q @ k.transpose(-1, -2) * d**-0.5 + bias, dim=-1) @ v
 
 
@@ -123,8 +128,17 @@ def missed_targets(figures: list[dict]) -> list[str]:
         got = f["time_to_sdpa"]["median"]
         if f["length"] >= TIME_FROM and got > TIME_TARGET:
             missed.append(f"time: {got:.2f} x SDPA at {name}; the target is {TIME_TARGET}")
-        half = next((h for h in figures if h["length"] * 2 == f["length"] and h["heads"] == f["heads"]
-                     and h["groups"] == f["groups"] and h["head_dim"] == f["head_dim"]), None)  # fmt: skip
+        half = next(
+            (
+                h
+                for h in figures
+                if h["length"] * 2 == f["length"]
+                and h["heads"] == f["heads"]
+                and h["groups"] == f["groups"]
+                and h["head_dim"] == f["head_dim"]
+            ),
+            None,
+        )
         if half is not None and f["length"] == max(g["length"] for g in figures):
             growth = f["peak_bytes"]["dmc"] / half["peak_bytes"]["dmc"]
             if growth > MEMORY_TARGET:
@@ -149,14 +163,39 @@ def main() -> None:
             f = measure(shape, length, args.batch, args.window or None, device, dtype, args.seconds)
             figures.append(f)
             ms, peak, to_sdpa, dense = f["ms"], f["peak_bytes"], f["time_to_sdpa"], f["dense_time_to_dmc"]
-            rows.append([
-                f"{shape[0]}/{shape[1]}", shape[2], length, *(ms[n]["median"] for n in ("sdpa", "rope_sdpa", "dmc")),
-                to_sdpa["median"], f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}", f["time_to_rope_sdpa"]["median"],
-                peak["sdpa"] / 2**20, peak["dmc"] / 2**20, peak["dmc"] / peak["sdpa"],
-                *((dense["median"], peak["dense"] / peak["dmc"]) if dense else ("", "")), ms["dmc"]["n"],
-            ])  # fmt: skip
-    columns = ["heads", "D", "S", "SDPA ms", "rope+SDPA", "DMC ms", "DMC/SDPA", "quartiles", "/rope+SDPA",
-               "SDPA MiB", "DMC MiB", "ratio", "dense/DMC", "MiB", "rounds"]  # fmt: skip
+            rows.append(
+                [
+                    f"{shape[0]}/{shape[1]}",
+                    shape[2],
+                    length,
+                    *(ms[n]["median"] for n in ("sdpa", "rope_sdpa", "dmc")),
+                    to_sdpa["median"],
+                    f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}",
+                    f["time_to_rope_sdpa"]["median"],
+                    peak["sdpa"] / 2**20,
+                    peak["dmc"] / 2**20,
+                    peak["dmc"] / peak["sdpa"],
+                    *((dense["median"], peak["dense"] / peak["dmc"]) if dense else ("", "")),
+                    ms["dmc"]["n"],
+                ]
+            )
+    columns = [
+        "heads",
+        "D",
+        "S",
+        "SDPA ms",
+        "rope+SDPA",
+        "DMC ms",
+        "DMC/SDPA",
+        "quartiles",
+        "/rope+SDPA",
+        "SDPA MiB",
+        "DMC MiB",
+        "ratio",
+        "dense/DMC",
+        "MiB",
+        "rounds",
+    ]
     print(table(columns, rows))
     finish(args, "train_attention", figures, missed_targets(figures), start)
 

@@ -1,7 +1,8 @@
 """A whole training step with DMC against the same step of the plain model.
 
 Both run the product's own Trainer in one process, in turn: data, forward, backward, gradient norm, clipping, Adam. The
-plain model is stage ``pretrain``: the same layers with flash attention and Megatron's rotation, no decisions, no pooling.
+plain model is stage ``pretrain``: the same layers with flash attention and Megatron's rotation, no decisions, no
+pooling.
 Default: 20M parameters, S = 1024, 4 sequences per step, fp32 on CPU, bf16 on CUDA.
 
 Targets (--check): the median of the per-round ratios is at most 1.25. The goal is 1.1.
@@ -27,14 +28,19 @@ VOCABULARY = 8192
 def run_config(args, stage: StageConfig, prefix: Path, bf16: bool) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            num_layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
-            num_attention_heads=args.hidden // 64, num_query_groups=args.groups, kv_channels=64,
-            vocab_size=VOCABULARY, max_position_embeddings=args.seq_length,
+            num_layers=args.layers,
+            hidden_size=args.hidden,
+            ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
+            num_attention_heads=args.hidden // 64,
+            num_query_groups=args.groups,
+            kv_channels=64,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=args.seq_length,
         ),
         stage=stage,
         data=DataConfig(data_path=[str(prefix)], tokenizer="random", seq_length=args.seq_length),
         training=TrainingConfig(micro_batch_size=args.batch, global_batch_size=args.batch, bf16=bf16),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -67,14 +73,18 @@ def main() -> None:
             trainers[name] = trainer, trainer._iterators(trainer.train_data, 0)
         times = interleave(
             {name: lambda t=t, i=i: t.train_step(i) for name, (t, i) in trainers.items()},
-            device, seconds=args.seconds, rounds=(7, steps - 4),
-        )  # fmt: skip
+            device,
+            seconds=args.seconds,
+            rounds=(7, steps - 4),
+        )
         parameters = sum(p.numel() for p in trainers["DMC"][0].models[0].parameters())
         initialize.shutdown()
     got = ratio(times["DMC"], times["plain"])
     tokens = args.batch * args.seq_length
-    rows = [[name, s["median"], f"{s['q1']:.0f}-{s['q3']:.0f}", tokens / s["median"] * 1e3]
-            for name, s in ((name, spread(t)) for name, t in times.items())]  # fmt: skip
+    rows = [
+        [name, s["median"], f"{s['q1']:.0f}-{s['q3']:.0f}", tokens / s["median"] * 1e3]
+        for name, s in ((name, spread(t)) for name, t in times.items())
+    ]
     print(f"{parameters / 1e6:.1f}M parameters, S {args.seq_length}, {args.batch} sequences per step, {dtype}")
     print(table(["step", "ms", "quartiles", "tokens/s"], rows))
     print(f"DMC / plain: {got['median']:.3f} (quartiles {got['q1']:.3f}-{got['q3']:.3f}, {got['n']} rounds)")

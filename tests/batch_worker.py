@@ -1,5 +1,6 @@
-"""Runs ``dmc`` commands in forked children: what is slow to import is imported once. One JSON list of arguments per line of stdin;
-the child's process id comes first, then its exit status (negative: the signal that ended it)."""
+"""Runs ``dmc`` commands in forked children: what is slow to import is imported once. One JSON list of arguments per
+line of stdin; the child's process id comes first, then its exit status (negative: the signal that ended it).
+"""
 
 from __future__ import annotations
 

@@ -118,7 +118,9 @@ def run_distributed() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def transformers_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers copies the files into a package in its cache, imports and registers them: here nothing of it stays."""
+    """transformers copies the files into a package in its cache, imports and registers them:
+    here nothing of it stays.
+    """
     from transformers import dynamic_module_utils
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

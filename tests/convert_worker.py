@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 4 tests/convert_worker.py DIRECTORY NAME [NAME ...]
 
-DIRECTORY/NAME.mg is a checkpoint, DIRECTORY/NAME.tokens.pt int64 [b, s]; writes DIRECTORY/NAME.TPxPP.pt, logits [b, s, vocab].
+DIRECTORY/NAME.mg is a checkpoint, DIRECTORY/NAME.tokens.pt int64 [b, s]; writes DIRECTORY/NAME.TPxPP.pt, logits [b, s,
+vocab].
 """
 
 from __future__ import annotations
@@ -42,10 +43,21 @@ def logits(checkpoint: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Te
         return output, lambda x, non_loss_data: gather_from_tensor_model_parallel_region(x.detach())
 
     found = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=[iter(())], model=[model], num_microbatches=1, seq_length=tokens.size(1),
-        micro_batch_size=tokens.size(0), forward_only=True, collect_non_loss_data=True)  # fmt: skip
+        forward_step_func=forward_step,
+        data_iterator=[iter(())],
+        model=[model],
+        num_microbatches=1,
+        seq_length=tokens.size(1),
+        micro_batch_size=tokens.size(0),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
     is_last = parallel_state.is_pipeline_last_stage()
-    chosen = is_last and parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_data_parallel_rank() == 0
+    chosen = (
+        is_last
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank() == 0
+    )
     parallel_state.destroy_model_parallel()
     return found[0].detach()[..., : run.model.vocab_size] if chosen else None
 

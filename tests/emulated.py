@@ -1,4 +1,6 @@
-"""The CUDA kernels compiled for the CPU at hand, with tests/cuda_emulator in place of a GPU: their real code, without one."""
+"""The CUDA kernels compiled for the CPU at hand, with tests/cuda_emulator in place of a GPU: their real code, without
+one.
+"""
 
 from __future__ import annotations
 

@@ -26,13 +26,17 @@ def main() -> None:
     stats = llm.engine.stats()
     llm.engine.reset_prefix_cache()
     answer = {
-        "tokens": [r.outputs[0].token_ids for r in results], "random": [r.outputs[0].token_ids for r in random],
+        "tokens": [r.outputs[0].token_ids for r in results],
+        "random": [r.outputs[0].token_ids for r in random],
         "logprobs": [[entry.logprob for entry in r.outputs[0].logprobs] for r in results],
-        "again": [[c.token_ids for c in r.outputs] for r in again], "longer": longer, "hits": stats.prefix_cache_hits,
+        "again": [[c.token_ids for c in r.outputs] for r in again],
+        "longer": longer,
+        "hits": stats.prefix_cache_hits,
         "cached": [r.num_cached_tokens for r in again],
-        "slots": [r.outputs[0].cache.slots for r in results], "preemptions": stats.preemptions,
+        "slots": [r.outputs[0].cache.slots for r in results],
+        "preemptions": stats.preemptions,
         "free": llm.engine.cache.state.free_count() == llm.engine.cache.num_pages,
-    }  # fmt: skip
+    }
     everyone: list = [None] * size
     dist.all_gather_object(everyone, answer)
     if dist.get_rank() == 0:

@@ -73,7 +73,9 @@ def ids_of(outputs: list[StepOutput]) -> tuple[int, ...]:
 
 
 def full_logprobs(outputs: list[StepOutput]) -> Tensor:
-    """Of the prompt's positions but the last, then of the answer's: [positions, vocabulary]. Asked for with VOCABULARY."""
+    """Of the prompt's positions but the last, then of the answer's: [positions, vocabulary].
+    Asked for with VOCABULARY.
+    """
     rows = [entry.top for output in outputs for entry in (*output.prompt_logprobs, *output.logprobs)]
     out = torch.full((len(rows), VOCABULARY), float("nan"))
     for row, top in zip(out, rows):

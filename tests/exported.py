@@ -17,8 +17,13 @@ from megatron.dmc.ops import OracleCache, rotary_frequencies
 
 REMOTE_CODE = Path(checkpoint.__file__).parent / "remote_code"
 EPSILON, VOCABULARY, HIDDEN, LAYERS, GROUPS, D = 2.0**-7, 61, 32, 2, 2, 16
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 # decision_bias sets how often tokens merge: the neuron's rows below give keys[D-1] of about N(0, 1).
 CASES = {
@@ -40,21 +45,65 @@ CASES = {
 class Exported:
     """A small random model: its directory, and the same model as plain PyTorch over :class:`OracleCache`."""
 
-    def __init__(self, directory: Path, *, bias: float, window: int | None = 12, g: int = 2, qkv_bias: bool = False,
-                 qk_norm: bool = False, tied: bool = False, head_dim: int | None = None, rope: dict | None = None,
-                 new_style: bool = False, stage: str = "finetune", seed: int = 0) -> None:  # fmt: skip
-        self.directory, self.bias, self.window, self.g, self.d, self.stage = directory, bias, window, g, head_dim or D, stage
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        bias: float,
+        window: int | None = 12,
+        g: int = 2,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        tied: bool = False,
+        head_dim: int | None = None,
+        rope: dict | None = None,
+        new_style: bool = False,
+        stage: str = "finetune",
+        seed: int = 0,
+    ) -> None:
+        self.directory, self.bias, self.window, self.g, self.d, self.stage = (
+            directory,
+            bias,
+            window,
+            g,
+            head_dim or D,
+            stage,
+        )
         self.inv_freq = rotary_frequencies(self.d, 5e4, rope)
-        self.dmc = {"format_version": 1, "base_model_type": "llama", "decision_bias": bias, "window": window,
-                    "importance_epsilon": EPSILON, "add_qkv_bias": qkv_bias, "qk_layernorm": qk_norm, "stage": stage,
-                    "step": 2000, "target_cr": 4.0, "measured_cr": 4.03}  # fmt: skip
+        self.dmc = {
+            "format_version": 1,
+            "base_model_type": "llama",
+            "decision_bias": bias,
+            "window": window,
+            "importance_epsilon": EPSILON,
+            "add_qkv_bias": qkv_bias,
+            "qk_layernorm": qk_norm,
+            "stage": stage,
+            "step": 2000,
+            "target_cr": 4.0,
+            "measured_cr": 4.03,
+        }
         self.config = {
-            "architectures": ["DMCForCausalLM"], "model_type": "dmc", "dmc": self.dmc, "dtype": "float32",
-            "auto_map": {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"},
-            "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": GROUPS * g,
-            "num_key_value_heads": GROUPS, "head_dim": self.d, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY,
-            "max_position_embeddings": 256, "tie_word_embeddings": tied, "hidden_act": "silu",
-        }  # fmt: skip
+            "architectures": ["DMCForCausalLM"],
+            "model_type": "dmc",
+            "dmc": self.dmc,
+            "dtype": "float32",
+            "auto_map": {
+                "AutoConfig": "configuration_dmc.DMCConfig",
+                "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM",
+            },
+            "hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": GROUPS * g,
+            "num_key_value_heads": GROUPS,
+            "head_dim": self.d,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": tied,
+            "hidden_act": "silu",
+        }
         if new_style:
             self.config["rope_parameters"] = {"rope_theta": 5e4, **(rope or {"rope_type": "default"})}
         else:
@@ -66,11 +115,16 @@ class Exported:
         for file in REMOTE_CODE.glob("*.py"):
             shutil.copy(file, directory)
 
-    def random_weights(self, generator: torch.Generator, qkv_bias: bool, qk_norm: bool, tied: bool) -> dict[str, Tensor]:
+    def random_weights(
+        self, generator: torch.Generator, qkv_bias: bool, qk_norm: bool, tied: bool
+    ) -> dict[str, Tensor]:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator) * scale
 
-        d, weights = self.d, {"model.embed_tokens.weight": draw(VOCABULARY, HIDDEN), "model.norm.weight": 1 + draw(HIDDEN) / 9}
+        d, weights = (
+            self.d,
+            {"model.embed_tokens.weight": draw(VOCABULARY, HIDDEN), "model.norm.weight": 1 + draw(HIDDEN) / 9},
+        )
         for n in range(LAYERS):
             name = f"model.layers.{n}."
             for projection, heads in (("q", GROUPS * self.g), ("k", GROUPS), ("v", GROUPS)):
@@ -119,7 +173,9 @@ class Oracle:
             name = f"model.layers.{n}."
             y = self.norm(x, name + "input_layernorm")
             q, k, v = (
-                F.linear(y, w[f"{name}self_attn.{p}_proj.weight"], w.get(f"{name}self_attn.{p}_proj.bias")).view(1, -1, d)
+                F.linear(y, w[f"{name}self_attn.{p}_proj.weight"], w.get(f"{name}self_attn.{p}_proj.bias")).view(
+                    1, -1, d
+                )
                 for p in "qkv"
             )
             if f"{name}self_attn.q_norm.weight" in w:

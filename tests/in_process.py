@@ -15,8 +15,12 @@ from megatron.dmc.training import cpu, initialize
 @contextmanager
 def megatron_in_process(run: RunConfig) -> Iterator[None]:
     """Initialized, and no trace of it (nor of the CPU layer's patches) afterwards."""
-    places = [(torch.cuda, "current_device"), (torch.cuda, "synchronize"),
-              (mcore_random, "_get_cuda_rng_state"), (mcore_random, "_set_cuda_rng_state")]  # fmt: skip
+    places = [
+        (torch.cuda, "current_device"),
+        (torch.cuda, "synchronize"),
+        (mcore_random, "_get_cuda_rng_state"),
+        (mcore_random, "_set_cuda_rng_state"),
+    ]
     saved, patched_before = [getattr(*place) for place in places], cpu._mode is not None
     initialize.initialize(run)
     try:

@@ -32,23 +32,41 @@ from megatron.dmc.training.model import build_model, unwrap
 SEQ, VOCAB, STEPS = 48, 100, 3
 
 BASE = {
-    "model": dict(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                  vocab_size=VOCAB, make_vocab_size_divisible_by=8, max_position_embeddings=64, init_method_std=0.15),
+    "model": dict(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=VOCAB,
+        make_vocab_size_divisible_by=8,
+        max_position_embeddings=64,
+        init_method_std=0.15,
+    ),
     # The decision neurons hold random weights; with this bias about a third of the tokens merge.
     "dmc": dict(decision_bias=0.3),
     # In every step some of the sequences are beyond the target and some are not.
     "stage": dict(stage="retrofit", train_iters=STEPS, start_cr=1.0, target_cr=4.0),
     "optimizer": dict(lr=1e-3),
     "training": dict(micro_batch_size=1, global_batch_size=8, seed=7, eval_iters=1, transformer_impl="local"),
-}  # fmt: skip
+}
 
 
 def _layout(**values) -> dict:
     """Overrides by field name -> by section."""
-    names = dict(tp="tensor_model_parallel_size", pp="pipeline_model_parallel_size", sp="sequence_parallel",
-                 vpp="virtual_pipeline_model_parallel_size", do="use_distributed_optimizer", og="overlap_grad_reduce",
-                 op="overlap_param_gather", recompute="recompute_granularity", method="recompute_method",
-                 layers="recompute_num_layers", modules="recompute_modules")  # fmt: skip
+    names = dict(
+        tp="tensor_model_parallel_size",
+        pp="pipeline_model_parallel_size",
+        sp="sequence_parallel",
+        vpp="virtual_pipeline_model_parallel_size",
+        do="use_distributed_optimizer",
+        og="overlap_grad_reduce",
+        op="overlap_param_gather",
+        recompute="recompute_granularity",
+        method="recompute_method",
+        layers="recompute_num_layers",
+        modules="recompute_modules",
+    )
     training = {k: values.pop(k) for k in ("micro_batch_size", "bf16", "distill_from") if k in values}
     if "distill_from" in training:
         training |= dict(distill_weight=0.7, distill_temperature=2.0)
@@ -83,7 +101,9 @@ CASES: dict[int, dict[str, dict]] = {
         "distill, micro-batch 2, recompute": _layout(micro_batch_size=2, **_FULL, **_TEACHER),
         "bf16 distill": _layout(bf16=True, **_TEACHER),
         "dms": _dms(),
-        "dms, micro-batch 2, recompute core_attn": _dms(micro_batch_size=2, recompute="selective", modules=["core_attn"]),
+        "dms, micro-batch 2, recompute core_attn": _dms(
+            micro_batch_size=2, recompute="selective", modules=["core_attn"]
+        ),
     },
     2: {
         "TP2": _layout(tp=2),
@@ -151,14 +171,19 @@ def write_dataset(prefix: Path, documents: int, seed: int) -> None:
         tokens += ids.size + 1
     builder.finalize(f"{prefix}.idx")
     sizes = [os.path.getsize(f"{prefix}.{kind}") for kind in ("bin", "idx")]
-    Sidecar("fake", FakeTokenizer.fingerprint, VOCAB, 0, True, False, "uint16", documents, tokens, *sizes,
-            f"{seed:064d}").write(f"{prefix}.json")  # fmt: skip
+    Sidecar(
+        "fake", FakeTokenizer.fingerprint, VOCAB, 0, True, False, "uint16", documents, tokens, *sizes, f"{seed:064d}"
+    ).write(f"{prefix}.json")
 
 
 def configuration(directory: Path, name: str, extra: dict) -> RunConfig:
     values = {section: dict(content) for section, content in BASE.items()}
-    values["data"] = dict(data_path=[str(directory / "train")], valid_data_path=[str(directory / "valid")],
-                          seq_length=SEQ, data_cache_path=str(directory / "cache"))  # fmt: skip
+    values["data"] = dict(
+        data_path=[str(directory / "train")],
+        valid_data_path=[str(directory / "valid")],
+        seq_length=SEQ,
+        data_cache_path=str(directory / "cache"),
+    )
     for section, content in extra.items():
         values.setdefault(section, {}).update(content)
     if "distill_from" in values["training"]:

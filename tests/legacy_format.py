@@ -1,7 +1,9 @@
-"""Writes small checkpoints exactly as Megatron-LM of 2024 does (branch ``dmc``, commit d36bf8d): ``mp_rank_*/model_optim_rng.pt``.
+"""Writes small checkpoints exactly as Megatron-LM of 2024 does (branch ``dmc``, commit d36bf8d):
+``mp_rank_*/model_optim_rng.pt``.
 
-Everything that a real file has is there: the run's whole argument list with an enum of a module that exists no more, numpy's and
-CUDA's random states, an optimizer, Transformer Engine's extra state, parameters that are views of one flat buffer on a GPU.
+Everything that a real file has is there: the run's whole argument list with an enum of a module that exists no more,
+numpy's and CUDA's random states, an optimizer, Transformer Engine's extra state, parameters that are views of one flat
+buffer on a GPU.
 """
 
 from __future__ import annotations
@@ -27,8 +29,16 @@ from torch import Tensor
 from megatron.dmc.config import ModelConfig
 
 ENUM_MODULE = "megatron.core.enums_of_2024"
-DMC_ARGS = dict(dmc_init_val=5.0, dmc_window_size=12, dmc_temp=0.1, dmc_cr=8.0, dmc_finetune=True, dmc_is_stage_one=False,
-                dmc_paged_cache_size=40.0, dmc_paged_block_size=256)  # fmt: skip
+DMC_ARGS = dict(
+    dmc_init_val=5.0,
+    dmc_window_size=12,
+    dmc_temp=0.1,
+    dmc_cr=8.0,
+    dmc_finetune=True,
+    dmc_is_stage_one=False,
+    dmc_paged_cache_size=40.0,
+    dmc_paged_block_size=256,
+)
 """As ``_add_dmc_args`` of the branch defines them; a checkpoint of its ``pretrain_gpt_with_dmc.py`` always has all."""
 
 
@@ -61,14 +71,20 @@ def full_tensors(model: ModelConfig, padded: int, dtype: torch.dtype = torch.bfl
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded, h)}
     for i in range(model.num_layers):
         attention, mlp = f"decoder.layers.{i}.self_attention.", f"decoder.layers.{i}.mlp."
-        shapes |= {attention + "linear_proj.weight": (h, q), attention + "linear_qkv.layer_norm_weight": (h,),
-                   attention + "linear_qkv.weight": (q + 2 * kv, h)}  # fmt: skip
+        shapes |= {
+            attention + "linear_proj.weight": (h, q),
+            attention + "linear_qkv.layer_norm_weight": (h,),
+            attention + "linear_qkv.weight": (q + 2 * kv, h),
+        }
         if model.add_qkv_bias:
             shapes[attention + "linear_qkv.bias"] = (q + 2 * kv,)
         if model.qk_layernorm:
             shapes |= {attention + "q_layernorm.weight": (d,), attention + "k_layernorm.weight": (d,)}
-        shapes |= {mlp + "linear_fc1.layer_norm_weight": (h,), mlp + "linear_fc1.weight": (2 * f, h),
-                   mlp + "linear_fc2.weight": (h, f)}  # fmt: skip
+        shapes |= {
+            mlp + "linear_fc1.layer_norm_weight": (h,),
+            mlp + "linear_fc1.weight": (2 * f, h),
+            mlp + "linear_fc2.weight": (h, f),
+        }
     shapes["decoder.final_layernorm.weight"] = (h,)
     if model.untie_embeddings_and_output_weights:
         shapes["output_layer.weight"] = (padded, h)
@@ -80,27 +96,72 @@ def arguments(model: ModelConfig, padded: int, tp: int = 1, pp: int = 1, vpp: in
     """The part of Megatron's arguments that says something of the model, and some of the rest."""
     gqa = model.kv_heads != model.num_attention_heads
     values = dict(
-        num_layers=model.num_layers, encoder_num_layers=model.num_layers, decoder_num_layers=None, hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size, num_attention_heads=model.num_attention_heads, kv_channels=model.head_dim,
-        group_query_attention=gqa, num_query_groups=model.kv_heads if gqa else 1,
-        max_position_embeddings=model.max_position_embeddings, seq_length=model.max_position_embeddings,
-        position_embedding_type="rope", use_rotary_position_embeddings=True, rotary_base=int(model.rotary_base),
-        rotary_percent=1.0, rotary_interleaved=False, rotary_seq_len_interpolation_factor=None, use_rope_scaling=False,
-        add_position_embedding=False, make_vocab_size_divisible_by=model.make_vocab_size_divisible_by, normalization="RMSNorm",
-        norm_epsilon=model.norm_epsilon, apply_layernorm_1p=False, apply_residual_connection_post_layernorm=False,
-        openai_gelu=False, squared_relu=False, swiglu=True, add_bias_linear=False,
-        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights, add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm, multi_latent_attention=False, num_experts=None, use_legacy_models=False, spec=None,
-        init_method_std=model.init_method_std, init_method_xavier_uniform=False, transformer_impl="transformer_engine",
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=tp > 1, context_parallel_size=1,
+        num_layers=model.num_layers,
+        encoder_num_layers=model.num_layers,
+        decoder_num_layers=None,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        kv_channels=model.head_dim,
+        group_query_attention=gqa,
+        num_query_groups=model.kv_heads if gqa else 1,
+        max_position_embeddings=model.max_position_embeddings,
+        seq_length=model.max_position_embeddings,
+        position_embedding_type="rope",
+        use_rotary_position_embeddings=True,
+        rotary_base=int(model.rotary_base),
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        rotary_seq_len_interpolation_factor=None,
+        use_rope_scaling=False,
+        add_position_embedding=False,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        normalization="RMSNorm",
+        norm_epsilon=model.norm_epsilon,
+        apply_layernorm_1p=False,
+        apply_residual_connection_post_layernorm=False,
+        openai_gelu=False,
+        squared_relu=False,
+        swiglu=True,
+        add_bias_linear=False,
+        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        multi_latent_attention=False,
+        num_experts=None,
+        use_legacy_models=False,
+        spec=None,
+        init_method_std=model.init_method_std,
+        init_method_xavier_uniform=False,
+        transformer_impl="transformer_engine",
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1,
+        context_parallel_size=1,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        num_layers_per_virtual_pipeline_stage=model.num_layers // (pp * vpp) if vpp > 1 else None, vocab_size=None,
-        padded_vocab_size=padded, tokenizer_type="SentencePieceTokenizer", tokenizer_model="tokenizer.model",
-        params_dtype=torch.bfloat16, bf16=True, fp16=False, model_type=ModelType.encoder_or_decoder, data_path=["1.0", "wiki"],
-        train_iters=2000, train_samples=2048000, iteration=99, curr_iteration=99, consumed_train_samples=102400,
-        global_batch_size=1024, lr=3e-5, min_lr=3e-6, adam_eps=1e-8, data_cache_path=pathlib.PosixPath("cache"), rank=0,
+        num_layers_per_virtual_pipeline_stage=model.num_layers // (pp * vpp) if vpp > 1 else None,
+        vocab_size=None,
+        padded_vocab_size=padded,
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model="tokenizer.model",
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        fp16=False,
+        model_type=ModelType.encoder_or_decoder,
+        data_path=["1.0", "wiki"],
+        train_iters=2000,
+        train_samples=2048000,
+        iteration=99,
+        curr_iteration=99,
+        consumed_train_samples=102400,
+        global_batch_size=1024,
+        lr=3e-5,
+        min_lr=3e-6,
+        adam_eps=1e-8,
+        data_cache_path=pathlib.PosixPath("cache"),
+        rank=0,
         world_size=tp * pp,
-    )  # fmt: skip
+    )
     return {**values, **more}
 
 
@@ -128,7 +189,9 @@ def extra_state() -> io.BytesIO:
     return buffer
 
 
-def chunk_state(full: dict[str, Tensor], t: int, tp: int, layers: range, first: bool, last: bool, spec: str) -> OrderedDict:
+def chunk_state(
+    full: dict[str, Tensor], t: int, tp: int, layers: range, first: bool, last: bool, spec: str
+) -> OrderedDict:
     """``state_dict_for_save_checkpoint()`` of one model chunk, as views of one flat buffer."""
     shares: dict[str, Tensor] = {}
     for name, tensor in full.items():
@@ -145,7 +208,9 @@ def chunk_state(full: dict[str, Tensor], t: int, tp: int, layers: range, first: 
     for name, share in shares.items():
         state[name if spec == "te" else local_name(name)] = buffer[at : at + share.numel()].view(share.shape)
         at += share.numel()
-        if spec == "te" and name.endswith(("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")):
+        if spec == "te" and name.endswith(
+            ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+        ):
             state[name.replace("weight", "_extra_state")] = extra_state()
     state["output_layer._extra_state"] = None
     state._metadata = OrderedDict()  # nn.Module.state_dict() has it
@@ -153,9 +218,15 @@ def chunk_state(full: dict[str, Tensor], t: int, tp: int, layers: range, first: 
 
 
 def rng_state() -> list[dict[str, Any]]:
-    return [{"random_rng_state": random.getstate(), "np_rng_state": np.random.RandomState(1).get_state(),
-             "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.zeros(16, dtype=torch.uint8),
-             "rng_tracker_states": {"model-parallel-rng": torch.ones(16, dtype=torch.uint8)}}]  # fmt: skip
+    return [
+        {
+            "random_rng_state": random.getstate(),
+            "np_rng_state": np.random.RandomState(1).get_state(),
+            "torch_rng_state": torch.get_rng_state(),
+            "cuda_rng_state": torch.zeros(16, dtype=torch.uint8),
+            "rng_tracker_states": {"model-parallel-rng": torch.ones(16, dtype=torch.uint8)},
+        }
+    ]
 
 
 def optimizer_state(models: list[OrderedDict]) -> dict[str, Any]:
@@ -169,7 +240,10 @@ def optimizer_state(models: list[OrderedDict]) -> dict[str, Any]:
 def save_file(content: Any, path: Path) -> None:
     """``torch.save`` on a machine with a GPU."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_module(ENUM_MODULE, ModelType), mock.patch("torch.serialization.location_tag", lambda storage: "cuda:0"):
+    with (
+        temporary_module(ENUM_MODULE, ModelType),
+        mock.patch("torch.serialization.location_tag", lambda storage: "cuda:0"),
+    ):
         torch.save(content, path)
 
 
@@ -177,9 +251,21 @@ def rank_directory(directory: Path, t: int, p: int, pp: int) -> Path:
     return directory / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
 
 
-def write(directory: Path, full: dict[str, Tensor], model: ModelConfig, *, tp: int = 1, pp: int = 1, vpp: int = 1,
-          iteration: int = 100, spec: str = "te", prefix: str = "", optimizer: bool = True, change: Any = None,
-          **more: Any) -> Path:  # fmt: skip
+def write(
+    directory: Path,
+    full: dict[str, Tensor],
+    model: ModelConfig,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    iteration: int = 100,
+    spec: str = "te",
+    prefix: str = "",
+    optimizer: bool = True,
+    change: Any = None,
+    **more: Any,
+) -> Path:
     """``directory`` with the tracker file and one iteration; returns the iteration's directory.
 
     Args:
@@ -195,13 +281,18 @@ def write(directory: Path, full: dict[str, Tensor], model: ModelConfig, *, tp: i
             models = []
             for v in range(vpp):
                 start = (v * pp + p) * count
-                state = chunk_state(full, t, tp, range(start, start + count), p == v == 0, (v, p) == (vpp - 1, pp - 1), spec)
+                state = chunk_state(
+                    full, t, tp, range(start, start + count), p == v == 0, (v, p) == (vpp - 1, pp - 1), spec
+                )
                 models.append(OrderedDict((prefix + name, value) for name, value in state.items()))
             args = argparse.Namespace(**arguments(model, padded, tp, pp, vpp, **more))
             content = {"args": args, "checkpoint_version": 3.0, "iteration": iteration}
             content |= {"model": models[0]} if vpp == 1 else {f"model{v}": state for v, state in enumerate(models)}
             if optimizer:
-                content |= {"optimizer": optimizer_state(models), "opt_param_scheduler": {"max_lr": 3e-5, "num_steps": 102400}}
+                content |= {
+                    "optimizer": optimizer_state(models),
+                    "opt_param_scheduler": {"max_lr": 3e-5, "num_steps": 102400},
+                }
             content |= {"rng_state": rng_state(), "num_floating_point_operations_so_far": 3 * 10**20}
             if change is not None:
                 change(content, t, p)

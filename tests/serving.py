@@ -28,7 +28,9 @@ TEMPLATE = (
 
 
 def add_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
-    """A byte-level tokenizer of 61 tokens: letters and some signs, the two bytes of an umlaut, space, BOS 59 and EOS 60."""
+    """A byte-level tokenizer of 61 tokens: letters and some signs, the two bytes of an umlaut, space, BOS 59 and EOS
+    60.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     characters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJ", *"0123456789", *".,:;!?()-+"]
@@ -40,7 +42,9 @@ def add_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 59)])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config | ({"chat_template": template} if template else {})))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config | ({"chat_template": template} if template else {}))
+    )
 
 
 def make_model(directory: Path, case: str = "half") -> Model:
@@ -57,13 +61,29 @@ def until(true: Callable[[], object], seconds: float = 30) -> None:
 
 
 class Running:
-    """A server in a thread of this process, on a free port of the loopback; ``service`` and ``engine`` can be looked into."""
+    """A server in a thread of this process, on a free port of the loopback; ``service`` and ``engine`` can be looked
+    into.
+    """
 
-    def __init__(self, path: str, *, limits: Limits | None = None, keys: tuple[str, ...] = (), max_body_bytes: int = 1 << 20,
-                 metrics_prefix: str = "dmc", timeout: float = 20, **settings: object) -> None:  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        *,
+        limits: Limits | None = None,
+        keys: tuple[str, ...] = (),
+        max_body_bytes: int = 1 << 20,
+        metrics_prefix: str = "dmc",
+        timeout: float = 20,
+        **settings: object,
+    ) -> None:
         self.engine = Engine(path, EngineConfig(**settings), load_tokenizer(path))
-        self._options = dict(model_name="m", keys=keys, limits=limits or Limits(), max_body_bytes=max_body_bytes,
-                             metrics_prefix=metrics_prefix)  # fmt: skip
+        self._options = dict(
+            model_name="m",
+            keys=keys,
+            limits=limits or Limits(),
+            max_body_bytes=max_body_bytes,
+            metrics_prefix=metrics_prefix,
+        )
         self._timeout, self._ready = timeout, threading.Event()
         self.sock = bind("127.0.0.1", 0)
         self.port = self.sock.getsockname()[1]
@@ -73,8 +93,9 @@ class Running:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.service = make_service(self.engine, **self._options)
-        config = uvicorn.Config(create_app(self.service), log_config=None, access_log=False, lifespan="off",
-                                timeout_graceful_shutdown=5)  # fmt: skip
+        config = uvicorn.Config(
+            create_app(self.service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5
+        )
         self.server = Server(config, self.service, self._timeout)
         self._ready.set()
         try:
@@ -95,14 +116,25 @@ class Running:
         self._thread.join(60)
         assert not self._thread.is_alive()
 
-    def ask(self, path: str, body: object = None, *, raw: bytes | None = None, headers: dict | None = None,
-            method: str | None = None) -> tuple[int, dict[str, str], str]:  # fmt: skip
+    def ask(
+        self,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        headers: dict | None = None,
+        method: str | None = None,
+    ) -> tuple[int, dict[str, str], str]:
         """(status, headers in lower case, text). ``body``: as JSON; ``raw``: as it is."""
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method or ("GET" if data is None else "POST"), path, data,
-                               {"Content-Type": "application/json", **(headers or {})})  # fmt: skip
+            connection.request(
+                method or ("GET" if data is None else "POST"),
+                path,
+                data,
+                {"Content-Type": "application/json", **(headers or {})},
+            )
             answer = connection.getresponse()
             return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode()
         finally:
@@ -132,5 +164,12 @@ class Running:
         while (runner.unfinished or self.service.gate.in_flight) and time.monotonic() < deadline:
             time.sleep(0.01)
         self.call(all_back)
-        assert (runner.unfinished, runner.queued_answers, runner.queued_tokens, self.service.gate.in_flight) == (0, 0, 0, 0)
-        assert not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._answers
+        assert (runner.unfinished, runner.queued_answers, runner.queued_tokens, self.service.gate.in_flight) == (
+            0,
+            0,
+            0,
+            0,
+        )
+        assert (
+            not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._answers
+        )

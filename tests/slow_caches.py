@@ -1,6 +1,7 @@
 """Cache policies in the plainest way: Python lists, one token, one sequence, one head at a time, by the papers' rules.
 
-Written to share nothing with ``megatron.dmc.evaluation.policies``. Each has :class:`OracleCache`'s ``step`` and ``lengths``.
+Written to share nothing with ``megatron.dmc.evaluation.policies``. Each has :class:`OracleCache`'s ``step`` and
+``lengths``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class Token:
 class SlowCache:
     """Holds every token. budget: entry n is what may be held after n tokens."""
 
-    def __init__(self, batch: int, groups: int, inv_freq: Tensor, budget: list[int] | None = None,
-                 neuron_out: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, batch: int, groups: int, inv_freq: Tensor, budget: list[int] | None = None, neuron_out: bool = False
+    ) -> None:
         self.held: list[list[list[Token]]] = [[[] for _ in range(groups)] for _ in range(batch)]
         self.inv_freq, self.budget, self.neuron_out, self.position = inv_freq, budget, neuron_out, 0
 

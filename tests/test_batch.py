@@ -94,9 +94,13 @@ def command(model: Model, source: Path, out: Path, *more: str) -> list[str]:
 
 def test_answers_have_openais_shape_and_are_the_engines_own(model: Model, tmp_path: Path, capsys) -> None:
     chat = {"messages": [{"role": "user", "content": "hello"}], **GREEDY}
-    lines = [completion("one", logprobs=1), {"custom_id": "two", "method": "POST", "url": "/v1/chat/completions", "body": chat},
-             {"prompt": [5, 6, 7], **GREEDY}, completion("four", prompt=["a", "b"], n=2, temperature=1.0, seed=3),
-             {"custom_id": "five", **chat}]  # fmt: skip
+    lines = [
+        completion("one", logprobs=1),
+        {"custom_id": "two", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"prompt": [5, 6, 7], **GREEDY},
+        completion("four", prompt=["a", "b"], n=2, temperature=1.0, seed=3),
+        {"custom_id": "five", **chat},
+    ]
     out = tmp_path / "new" / "out.jsonl"
     assert main(command(model, write(tmp_path / "in", lines), out, "--served-model-name", "served")) == 0
     found = read(out)
@@ -108,7 +112,9 @@ def test_answers_have_openais_shape_and_are_the_engines_own(model: Model, tmp_pa
     llm = LLM(model.path)
 
     def text(prompt, **params) -> list[str]:
-        return [c.text for c in llm.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True, **params))[0].outputs]
+        return [
+            c.text for c in llm.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True, **params))[0].outputs
+        ]
 
     assert [c["text"] for c in body["one"]["choices"]] == text("abc", temperature=0)
     assert len(body["one"]["choices"][0]["logprobs"]["tokens"]) == 6
@@ -145,7 +151,9 @@ BAD = [
 ]
 
 
-def test_a_bad_line_is_an_error_line_and_stops_nothing(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_line_is_an_error_line_and_stops_nothing(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batch_files, "MAX_LINE", 150000)
     lines: list = [completion("first")]
     for bad, *_ in BAD:
@@ -162,12 +170,19 @@ def test_a_bad_line_is_an_error_line_and_stops_nothing(model: Model, tmp_path: P
     for n, (_, code, message) in enumerate(BAD):
         entry = found[f"line-{2 * n + 2}"]
         error = entry["error"]
-        assert 400 <= entry["response"]["status_code"] < 500 and entry["response"]["body"]["error"]["message"] == error["message"]
+        assert (
+            400 <= entry["response"]["status_code"] < 500
+            and entry["response"]["body"]["error"]["message"] == error["message"]
+        )
         assert (code is None or error["code"] == code) and (message is None or message in error["message"]), (n, error)
     good = {found[f"after {2 * n + 3}"]["response"]["body"]["choices"][0]["text"] for n in range(len(BAD))}
     assert len(good) == 1
     # And all of it is done: another run has nothing to ask.
-    assert (again := run(engine, source, out)).complete and again.skipped == len(lines) and again.answered + again.errors == 0
+    assert (
+        (again := run(engine, source, out)).complete
+        and again.skipped == len(lines)
+        and again.answered + again.errors == 0
+    )
 
 
 def run(engine: Engine, source: Path, out: Path, phase: Callable[[], int] = lambda: RUN, **options: object) -> Summary:
@@ -182,7 +197,14 @@ def run(engine: Engine, source: Path, out: Path, phase: Callable[[], int] = lamb
 
 def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
     """The first line has the answer, every later one an error, in this run and in the next."""
-    lines = [completion("a"), completion("b"), completion("a"), {"prompt": "x", **GREEDY}, completion("line-4"), completion("a")]
+    lines = [
+        completion("a"),
+        completion("b"),
+        completion("a"),
+        {"prompt": "x", **GREEDY},
+        completion("line-4"),
+        completion("a"),
+    ]
     engine = Engine(model.path, EngineConfig(max_num_seqs=2), load_tokenizer(model.path))
     source, out = write(tmp_path / "in", lines), tmp_path / "out"
     said = run(engine, source, out)
@@ -226,15 +248,23 @@ def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path, monkeyp
 
 
 def test_defaults_hold_for_lines_that_do_not_say(model: Model, tmp_path: Path) -> None:
-    lines = [{"prompt": "ab", "ignore_eos": True}, {"prompt": "ab", "max_tokens": 2, "ignore_eos": True},
-             {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3, "ignore_eos": True}]  # fmt: skip
-    assert main(command(model, write(tmp_path / "in", lines), tmp_path / "out", "--max-tokens", "9", "--temperature", "0")) == 0
+    lines = [
+        {"prompt": "ab", "ignore_eos": True},
+        {"prompt": "ab", "max_tokens": 2, "ignore_eos": True},
+        {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3, "ignore_eos": True},
+    ]
+    assert (
+        main(command(model, write(tmp_path / "in", lines), tmp_path / "out", "--max-tokens", "9", "--temperature", "0"))
+        == 0
+    )
     found = read(tmp_path / "out")
     assert [found[f"line-{n}"]["response"]["body"]["usage"]["completion_tokens"] for n in (1, 2, 3)] == [9, 2, 3]
 
 
 def test_gzip_and_shards(model: Model, tmp_path: Path) -> None:
-    """Shards have the lines of the whole between them, each once, with the same answers; blank lines have no number's place."""
+    """Shards have the lines of the whole between them, each once, with the same answers; blank lines have no number's
+    place.
+    """
     lines = mixed(11)
     lines[4:4] = [b"", b"  "]
     source = write(tmp_path / "in", lines)
@@ -249,8 +279,10 @@ def test_gzip_and_shards(model: Model, tmp_path: Path) -> None:
         assert part and not part.keys() & parts.keys()
         parts |= part
     assert parts == whole and len(whole) == 11
-    assert [min(int(json.loads(line)["id"].split("_")[2]) for line in (tmp_path / f"part{i}").read_text().splitlines())
-            for i in range(3)] == [1, 2, 3]  # fmt: skip
+    assert [
+        min(int(json.loads(line)["id"].split("_")[2]) for line in (tmp_path / f"part{i}").read_text().splitlines())
+        for i in range(3)
+    ] == [1, 2, 3]
 
 
 def test_a_damaged_gzip_file_is_answered_as_far_as_it_goes(model: Model, tmp_path: Path, capsys) -> None:
@@ -276,21 +308,26 @@ def test_no_more_is_read_than_is_needed(model: Model, tmp_path: Path) -> None:
                 ahead.append(len(engine._requests))
                 yield number, line
 
-    source = write(tmp_path / "in", [{"prompt": [1, 2], "n": 1 + n % 3, **GREEDY, "temperature": 1.0} for n in range(40)])
+    source = write(
+        tmp_path / "in", [{"prompt": [1, 2], "n": 1 + n % 3, **GREEDY, "temperature": 1.0} for n in range(40)]
+    )
     output, prompts = Output(tmp_path / "out"), Prompts(None, 61, 256)
     assert Batch(engine, prompts, output, Options("m", frozenset())).run(Watched(source)).answered == 40
     assert 2 <= max(ahead) <= 4 and ahead[0] == 0
     output.close()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["-i", "{tmp}/none"], "none cannot be read"),
-    (["-o", "{tmp}/in"], "in is the input"),
-    (["-o", "{tmp}/foreign"], "foreign, line 1 is no line of a batch's answers"),
-    (["-o", "{tmp}/broken"], "broken, line 2 is no line of a batch's answers"),
-    (["-o", "{tmp}"], "cannot be opened"),
-    (["--model", "{tmp}"], "config.json cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-i", "{tmp}/none"], "none cannot be read"),
+        (["-o", "{tmp}/in"], "in is the input"),
+        (["-o", "{tmp}/foreign"], "foreign, line 1 is no line of a batch's answers"),
+        (["-o", "{tmp}/broken"], "broken, line 2 is no line of a batch's answers"),
+        (["-o", "{tmp}"], "cannot be opened"),
+        (["--model", "{tmp}"], "config.json cannot be read"),
+    ],
+)
 def test_what_is_wrong_with_the_files(options: list[str], message: str, model: Model, tmp_path: Path, capsys) -> None:
     """Nothing of a file that is not ours is changed."""
     write(tmp_path / "in", [completion("a")])
@@ -336,7 +373,16 @@ def test_an_output_that_is_cut_anywhere_is_completed(model: Model, tmp_path: Pat
     run(engine, source, tmp_path / "whole")
     whole, data = read(tmp_path / "whole"), (tmp_path / "whole").read_bytes()
     ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
-    cuts = [0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[5], len(data) - 1, *random.Random(3).sample(range(len(data)), 6)]
+    cuts = [
+        0,
+        1,
+        ends[0] - 1,
+        ends[0],
+        ends[0] + 1,
+        ends[5],
+        len(data) - 1,
+        *random.Random(3).sample(range(len(data)), 6),
+    ]
     for cut in cuts:
         (tmp_path / "out").write_bytes(data[:cut])
         said = run(engine, source, tmp_path / "out")
@@ -358,7 +404,9 @@ def test_lines_may_move_between_runs(model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("later", [LEAVE, DRAIN])
 def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -> None:
-    """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the file."""
+    """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the
+    file.
+    """
     # The lines have one prompt: with the prefix cache the second would start when the first has read it.
     engine = Engine(model.path, EngineConfig(max_num_seqs=2, enable_prefix_caching=False), load_tokenizer(model.path))
     source = write(tmp_path / "in", [completion(f"{n}", max_tokens=8) for n in range(10)])
@@ -375,8 +423,14 @@ class Worker:
     """Runs commands in children of a process that has imported all; see batch_worker.py."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "batch_worker.py")], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, env=subprocess_env(), cwd=ROOT)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "batch_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=subprocess_env(),
+            cwd=ROOT,
+        )
 
     def start(self, arguments: list[str]) -> int:
         self.process.stdin.write(json.dumps(arguments) + "\n")
@@ -409,8 +463,9 @@ def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path, worker: Worker) -> None:
-    """kill -9 after a random number of lines and a random moment more: at the end every line is answered once, and as if nothing
-    had happened."""
+    """kill -9 after a random number of lines and a random moment more: at the end every line is answered once, and as
+    if nothing had happened.
+    """
     source, draw = write(tmp_path / "in", [*mixed(6 * KILLS), b"{bad", completion("c0")]), random.Random()
     options = ("--max-num-seqs", "4")
     worker.start(command(model, source, tmp_path / "whole", *options))
@@ -426,14 +481,18 @@ def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path, work
     assert killed == KILLS
     worker.start(command(model, source, out, *options))
     assert worker.status() == 0
-    lines = {name: sorted(path.read_bytes().splitlines(), key=lambda x: json.loads(x)["id"]) for name, path in
-             (("whole", tmp_path / "whole"), ("out", out))}  # fmt: skip
+    lines = {
+        name: sorted(path.read_bytes().splitlines(), key=lambda x: json.loads(x)["id"])
+        for name, path in (("whole", tmp_path / "whole"), ("out", out))
+    }
     assert len(lines["whole"]) == 6 * KILLS + 2
     assert [strip(line) for line in lines["out"]] == [strip(line) for line in lines["whole"]]
 
 
 @pytest.mark.parametrize(("number", "timeout"), [(signal.SIGTERM, "0"), (signal.SIGTERM, "60"), (signal.SIGINT, "0")])
-def test_a_signal_ends_a_run_that_can_go_on(number: int, timeout: str, model: Model, tmp_path: Path, worker: Worker) -> None:
+def test_a_signal_ends_a_run_that_can_go_on(
+    number: int, timeout: str, model: Model, tmp_path: Path, worker: Worker
+) -> None:
     source, out = write(tmp_path / "in", mixed(80)), tmp_path / "out"
     arguments = command(model, source, out, "--max-num-seqs", "4", "--shutdown-timeout", timeout)
     pid = worker.start(arguments)

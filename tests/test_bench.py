@@ -18,9 +18,20 @@ from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams, be
 from megatron.dmc.inference.bench import Watch, Work, iterate
 from megatron.dmc.serving.cli import main
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
-          "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "vocab_size": 512,
-          "max_position_embeddings": 1024, "tie_word_embeddings": False, "torch_dtype": "float32"}  # fmt: skip
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +109,11 @@ def test_an_iteration_counts_what_the_engine_did(model: Model) -> None:
     assert found.preemptions == engine.scheduler.preemptions
     assert 0 < watch.peak_pages <= 40
     # Methods that were watched are the engine's own again.
-    assert not {"plan"} & set(vars(engine.scheduler)) and "forward" not in vars(engine.model) and "_draw" not in vars(engine)
+    assert (
+        not {"plan"} & set(vars(engine.scheduler))
+        and "forward" not in vars(engine.model)
+        and "_draw" not in vars(engine)
+    )
     figures = bench.cache_figures(engine, work, [found])
     slots = sum(sum(map(sum, use.slots)) for use in found.uses)
     assert figures["compression_ratio"] == pytest.approx(sum(u.tokens for u in found.uses) * LAYERS * GROUPS / slots)
@@ -120,6 +135,7 @@ def test_the_parts_of_a_step(model: Model) -> None:
 
 def test_parts_of_made_up_events() -> None:
     """What lies in a part is not counted again, and ops outside of the forward pass are the host's."""
+
     class Event:
         def __init__(self, name: str, us: float, parent: Event | None = None) -> None:
             self.name, self.cpu_time_total, self.cpu_parent = name, us, parent
@@ -127,15 +143,34 @@ def test_parts_of_made_up_events() -> None:
     forward = Event("dmc.forward", 100)
     linear, append = Event("aten::linear", 30, forward), Event("dmc::append", 20, forward)
     wrapper = Event("aten::something", 25, forward)
-    events = [Event("dmc.schedule", 5), forward, linear, Event("aten::mm", 28, linear), append, Event("aten::mm", 4, append),
-              wrapper, Event("dmc::decode_attention", 15, wrapper), Event("dmc.sampling", 9), Event("aten::mm", 50)]  # fmt: skip
+    events = [
+        Event("dmc.schedule", 5),
+        forward,
+        linear,
+        Event("aten::mm", 28, linear),
+        append,
+        Event("aten::mm", 4, append),
+        wrapper,
+        Event("dmc::decode_attention", 15, wrapper),
+        Event("dmc.sampling", 9),
+        Event("aten::mm", 50),
+    ]
     events.append(Event("aten::mm", 2, events[-2]))
     found = {name: round(1e6 * seconds, 6) for name, seconds in bench._cpu_parts(events).items()}
-    assert found == {"schedule": 5, "append": 20, "attention": 15, "linear": 30, "communication": 0, "sampling": 9, "other": 35}
+    assert found == {
+        "schedule": 5,
+        "append": 20,
+        "attention": 15,
+        "linear": 30,
+        "communication": 0,
+        "sampling": 9,
+        "other": 35,
+    }
 
 
 def test_gpu_parts_of_made_up_events() -> None:
     """By the op that launched a kernel, or else by its name; what stands on the time line besides is no kernel."""
+
     class Kernel:
         def __init__(self, name: str, duration: float) -> None:
             self.name, self.duration = name, duration
@@ -147,12 +182,23 @@ def test_gpu_parts_of_made_up_events() -> None:
 
     sampling, forward = Event("dmc.sampling"), Event("dmc.forward")
     append = Event("dmc::append", parent=forward)
-    events = [Event("dmc::append", 99), Event("dmc.forward", 500), Event("decide(dmc::CudaAppend)", 10), Event("::attend<T>", 20),
-              Event("nvjet_hsh_128x64", 40), Event("ampere_sgemm_32", 5), Event("elementwise", 8), Event("argmax", 4),
-              sampling, forward, append, Event("aten::argmax", parent=sampling, kernels=(Kernel("argmax", 4),)),
-              Event("aten::add", parent=append, kernels=(Kernel("elementwise", 3),)),
-              Event("aten::mul", parent=forward, kernels=(Kernel("elementwise", 2),)),
-              Event("aten::mm", parent=forward, kernels=(Kernel("ampere_sgemm_32", 5),))]  # fmt: skip
+    events = [
+        Event("dmc::append", 99),
+        Event("dmc.forward", 500),
+        Event("decide(dmc::CudaAppend)", 10),
+        Event("::attend<T>", 20),
+        Event("nvjet_hsh_128x64", 40),
+        Event("ampere_sgemm_32", 5),
+        Event("elementwise", 8),
+        Event("argmax", 4),
+        sampling,
+        forward,
+        append,
+        Event("aten::argmax", parent=sampling, kernels=(Kernel("argmax", 4),)),
+        Event("aten::add", parent=append, kernels=(Kernel("elementwise", 3),)),
+        Event("aten::mul", parent=forward, kernels=(Kernel("elementwise", 2),)),
+        Event("aten::mm", parent=forward, kernels=(Kernel("ampere_sgemm_32", 5),)),
+    ]
     found = {name: round(1e6 * seconds, 6) for name, seconds in bench._gpu_parts(events).items()}
     assert found == {"append": 13, "attention": 20, "linear": 45, "communication": 0, "sampling": 4, "other": 5}
 
@@ -193,22 +239,60 @@ def test_a_request_that_fails_ends_the_measurement(model: Model) -> None:
 def test_bench_throughput_of_several_models(bare: Path, tmp_path: Path, capsys) -> None:
     """One memory for all; the one that merges holds more; ratios are of the same rounds."""
     out = tmp_path / "deep" / "t.json"
-    assert main(["bench", "throughput", str(bare), "--load-format", "dummy", "--compression-ratio", "1,4", "--input-len", "60,150",
-                 "--output-len", "6", "--num-prompts", "8", "--kv-cache-memory-bytes", "900000", "--max-num-seqs", "8",
-                 "--num-iters", "2", "--output-json", str(out), "--random-range-ratio", "0.2"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "bench",
+                "throughput",
+                str(bare),
+                "--load-format",
+                "dummy",
+                "--compression-ratio",
+                "1,4",
+                "--input-len",
+                "60,150",
+                "--output-len",
+                "6",
+                "--num-prompts",
+                "8",
+                "--kv-cache-memory-bytes",
+                "900000",
+                "--max-num-seqs",
+                "8",
+                "--num-iters",
+                "2",
+                "--output-json",
+                str(out),
+                "--random-range-ratio",
+                "0.2",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "where the time of a step goes" in text and "x first" in text and f"{bare.name} CR 4" in text
     figures = json.loads(out.read_text())
     rows = figures["results"]
     assert [(r["name"], r["case"]["input_len"]) for r in rows] == [
-        (f"{bare.name} CR {c}", n) for n in (60, 150) for c in (1, 4)]  # fmt: skip
-    assert {"elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"} < figures.keys()
+        (f"{bare.name} CR {c}", n) for n in (60, 150) for c in (1, 4)
+    ]
+    assert {
+        "elapsed_time",
+        "num_requests",
+        "total_num_tokens",
+        "requests_per_second",
+        "tokens_per_second",
+    } < figures.keys()
     plain, dmc = rows[2:]
     assert plain["kv_cache_memory_bytes"] == pytest.approx(dmc["kv_cache_memory_bytes"], rel=0.02)
     assert plain["compression_ratio"] == 1 and 3 < dmc["compression_ratio"] < 5
     assert dmc["max_batch_size_ratio"] == dmc["max_batch_size"] / plain["max_batch_size"] > 2
     assert plain["batch_limited_by"] == "memory" and dmc["batch_limited_by"] == "num_prompts"
-    assert plain["total_num_tokens"] == dmc["total_num_tokens"] == plain["total_prompt_tokens"] + plain["total_output_tokens"]
+    assert (
+        plain["total_num_tokens"]
+        == dmc["total_num_tokens"]
+        == plain["total_prompt_tokens"] + plain["total_output_tokens"]
+    )
     ratios = sorted(a / b for a, b in zip(plain["elapsed_times"], dmc["elapsed_times"]))
     assert [dmc["speedup"][k] for k in ("min", "max")] == ratios
     assert plain["tokens_per_second"] == pytest.approx(plain["total_num_tokens"] / plain["elapsed_time"])
@@ -216,20 +300,59 @@ def test_bench_throughput_of_several_models(bare: Path, tmp_path: Path, capsys) 
 
 def test_bench_throughput_of_a_dataset(model: Model, tmp_path: Path, capsys) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": [1, 2, 3]}\n\n{"prompt": [4, 5, 6, 7, 8, 9]}\n')
-    options = ["bench", "throughput", model.path, "--dataset-path", str(tmp_path / "p.jsonl"), "--num-prompts", "3", "--num-iters",
-               "1", "--num-iters-warmup", "0", "--output-len", "4", "--output-json", str(tmp_path / "o.json")]  # fmt: skip
+    options = [
+        "bench",
+        "throughput",
+        model.path,
+        "--dataset-path",
+        str(tmp_path / "p.jsonl"),
+        "--num-prompts",
+        "3",
+        "--num-iters",
+        "1",
+        "--num-iters-warmup",
+        "0",
+        "--output-len",
+        "4",
+        "--output-json",
+        str(tmp_path / "o.json"),
+    ]
     for more, tokens in ((), 3 + 6 + 3), (("--input-len", "4"), 3 + 4 + 3):
         assert main([*options, *more]) == 0
         found = json.loads((tmp_path / "o.json").read_text())
-        assert (found["total_prompt_tokens"], found["total_output_tokens"], found["step_parts_ms"]) == (tokens, 12, None)
+        assert (found["total_prompt_tokens"], found["total_output_tokens"], found["step_parts_ms"]) == (
+            tokens,
+            12,
+            None,
+        )
     text = capsys.readouterr().out
     assert "Throughput: " in text and "Total num prompt tokens:  12\nTotal num output tokens:  12\n" in text
 
 
 def test_bench_latency(model: Model, tmp_path: Path, capsys) -> None:
     out = tmp_path / "l.json"
-    assert main(["bench", "latency", model.path, "--input-len", "20", "--output-len", "5", "--batch-size", "3",
-                 "--num-iters-warmup", "0", "--num-iters", "4", "--output-json", str(out)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "bench",
+                "latency",
+                model.path,
+                "--input-len",
+                "20",
+                "--output-len",
+                "5",
+                "--batch-size",
+                "3",
+                "--num-iters-warmup",
+                "0",
+                "--num-iters",
+                "4",
+                "--output-json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     figures = json.loads(out.read_text())
     assert len(figures["latencies"]) == 4 and figures["percentiles"].keys() == {"10", "25", "50", "75", "90", "99"}
     assert figures["avg_latency"] == pytest.approx(sum(figures["latencies"]) / 4)
@@ -238,15 +361,18 @@ def test_bench_latency(model: Model, tmp_path: Path, capsys) -> None:
     assert f"Avg latency: {figures['avg_latency']} seconds" in text and "99% percentile latency: " in text
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["throughput", "--compression-ratio", "2"], "--compression-ratio goes with --load-format dummy"),
-    (["throughput", "--dataset-name", "custom"], "--dataset-name custom needs --dataset-path"),
-    (["throughput", "--dataset-path", "{tmp}/none"], "none cannot be read"),
-    (["throughput", "--dataset-path", "{tmp}/bad"], 'bad, line 2 has no "prompt"'),
-    (["throughput", "--dataset-path", "{tmp}/empty"], "empty holds no prompts"),
-    (["throughput", "--random-range-ratio", "1"], "random_range_ratio is 1.0"),
-    (["latency", "--input-len", "250"], "prompt and answer have up to 378 tokens; max_model_len is 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["throughput", "--compression-ratio", "2"], "--compression-ratio goes with --load-format dummy"),
+        (["throughput", "--dataset-name", "custom"], "--dataset-name custom needs --dataset-path"),
+        (["throughput", "--dataset-path", "{tmp}/none"], "none cannot be read"),
+        (["throughput", "--dataset-path", "{tmp}/bad"], 'bad, line 2 has no "prompt"'),
+        (["throughput", "--dataset-path", "{tmp}/empty"], "empty holds no prompts"),
+        (["throughput", "--random-range-ratio", "1"], "random_range_ratio is 1.0"),
+        (["latency", "--input-len", "250"], "prompt and answer have up to 378 tokens; max_model_len is 256"),
+    ],
+)
 def test_bench_says_what_is_wrong(options: list[str], message: str, model: Model, tmp_path: Path, capsys) -> None:
     (tmp_path / "bad").write_text('{"prompt": "x"}\n{"text": "y"}\n')
     (tmp_path / "empty").write_text("\n")
@@ -255,7 +381,9 @@ def test_bench_says_what_is_wrong(options: list[str], message: str, model: Model
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("options", [["throughput", "m", "--num-iters", "0"], ["latency", "m", "--batch-size", "1,x"], []])
+@pytest.mark.parametrize(
+    "options", [["throughput", "m", "--num-iters", "0"], ["latency", "m", "--batch-size", "1,x"], []]
+)
 def test_bench_refuses_options_that_are_no_numbers(options: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *options])
@@ -265,9 +393,27 @@ def test_bench_refuses_options_that_are_no_numbers(options: list[str], capsys) -
 def test_bench_on_two_ranks(bare: Path, tmp_path: Path, run_distributed: Callable) -> None:
     """All ranks work, one speaks; the time that they wait for each other is a part of a step."""
     out = tmp_path / "o.json"
-    arguments = ["bench", "latency", str(bare), "--load-format", "dummy", "--compression-ratio", "1,4", "--output-json", str(out),
-                 "--tensor-parallel-size", "2", "--num-iters-warmup", "1", "--num-iters", "1", "--input-len", "40",
-                 "--output-len", "8"]  # fmt: skip
+    arguments = [
+        "bench",
+        "latency",
+        str(bare),
+        "--load-format",
+        "dummy",
+        "--compression-ratio",
+        "1,4",
+        "--output-json",
+        str(out),
+        "--tensor-parallel-size",
+        "2",
+        "--num-iters-warmup",
+        "1",
+        "--num-iters",
+        "1",
+        "--input-len",
+        "40",
+        "--output-len",
+        "8",
+    ]
     result = run_distributed("megatron.dmc.serving.cli", 2, arguments)
     assert result.stdout.count("x first") == 1
     plain, dmc = json.loads(out.read_text())["results"]

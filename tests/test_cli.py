@@ -61,10 +61,16 @@ def checkpoint(save, stage, iteration=10, train_iters=10, target_cr=1.0, **secti
         stage_section["target_cr"] = target_cr
     if stage == "retrofit":
         stage_section["start_cr"] = 1.0
-    config = RunConfig.from_dict({
-        "model": tiny.MODEL, "stage": stage_section, "optimizer": {"lr": 1e-3},
-        "training": {"global_batch_size": 4, "micro_batch_size": 2, "save": str(save)},
-        "data": {"seq_length": tiny.SEQ}, **sections})  # fmt: skip
+    config = RunConfig.from_dict(
+        {
+            "model": tiny.MODEL,
+            "stage": stage_section,
+            "optimizer": {"lr": 1e-3},
+            "training": {"global_batch_size": 4, "micro_batch_size": 2, "save": str(save)},
+            "data": {"seq_length": tiny.SEQ},
+            **sections,
+        }
+    )
     (directory / "config.yaml").write_text(arguments.dump(config))
     (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (directory / "__0_0.distcp").write_bytes(b"weights" * 100)
@@ -79,19 +85,30 @@ def pretrain(data, **more):
 
 # Sizes: all of it is known from WORLD_SIZE, before the processes meet
 
-@pytest.mark.parametrize("world, options, says", [
-    (3, dict(tensor_model_parallel_size=3, num_query_groups=4, kv_channels=8),
-     ["num_attention_heads 4 is not divisible by tensor_model_parallel_size 3"]),
-    (4, dict(tensor_model_parallel_size=4), ["tensor_model_parallel_size 4 exceeds the 2 KV heads", "use at most 2"]),
-    (3, dict(pipeline_model_parallel_size=3), ["num_layers 2 is not divisible by the 3 pipeline chunks"]),
-    (1, dict(seq_length=65), ["seq_length 65 exceeds max_position_embeddings 64"]),
-    (3, dict(tensor_model_parallel_size=2), ["world size 3", "2 x 1"]),
-    (1, dict(global_batch_size=3), ["global_batch_size 3", "micro_batch_size 2"]),
-    (1, dict(hidden_size=30), ["hidden_size 30", "num_attention_heads 4", "kv_channels"]),
-    (1, dict(transformer_impl="transformer_engine"), ["transformer_impl is transformer_engine", "local"]),
-    (1, dict(train_iters=None), ["stage pretrain needs train_iters"]),
-    (1, dict(save_interval=2, save=None), ["save_interval is 2", "save is not set"]),
-])
+
+@pytest.mark.parametrize(
+    "world, options, says",
+    [
+        (
+            3,
+            dict(tensor_model_parallel_size=3, num_query_groups=4, kv_channels=8),
+            ["num_attention_heads 4 is not divisible by tensor_model_parallel_size 3"],
+        ),
+        (
+            4,
+            dict(tensor_model_parallel_size=4),
+            ["tensor_model_parallel_size 4 exceeds the 2 KV heads", "use at most 2"],
+        ),
+        (3, dict(pipeline_model_parallel_size=3), ["num_layers 2 is not divisible by the 3 pipeline chunks"]),
+        (1, dict(seq_length=65), ["seq_length 65 exceeds max_position_embeddings 64"]),
+        (3, dict(tensor_model_parallel_size=2), ["world size 3", "2 x 1"]),
+        (1, dict(global_batch_size=3), ["global_batch_size 3", "micro_batch_size 2"]),
+        (1, dict(hidden_size=30), ["hidden_size 30", "num_attention_heads 4", "kv_channels"]),
+        (1, dict(transformer_impl="transformer_engine"), ["transformer_impl is transformer_engine", "local"]),
+        (1, dict(train_iters=None), ["stage pretrain needs train_iters"]),
+        (1, dict(save_interval=2, save=None), ["save_interval is 2", "save is not set"]),
+    ],
+)
 def test_wrong_sizes(refused, data, world, options, says):
     if world == 1 and options.get("transformer_impl") and torch.cuda.is_available():
         pytest.skip("Transformer Engine may be there")
@@ -108,8 +125,13 @@ def test_one_rank_speaks(data, tmp_path, capsys, monkeypatch):
 
 # Data and tokenizer
 
+
 def test_data_that_cannot_be_trained_on(refused, data, tmp_path):
-    refused(pretrain(data, data_path=[tmp_path / "absent"]), f"{tmp_path / 'absent'}.bin does not exist", "preprocess_data.py")
+    refused(
+        pretrain(data, data_path=[tmp_path / "absent"]),
+        f"{tmp_path / 'absent'}.bin does not exist",
+        "preprocess_data.py",
+    )
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"cut{suffix}").write_bytes(Path(f"{data / 'train'}{suffix}").read_bytes())
     os.truncate(tmp_path / "cut.bin", 100)
@@ -121,7 +143,9 @@ def test_data_that_cannot_be_trained_on(refused, data, tmp_path):
 
 
 def test_tokenizers_that_do_not_fit(refused, data):
-    refused(pretrain(data, tokenizer=data / "other.model", vocab_size=600), "was made with another tokenizer", "other.model")
+    refused(
+        pretrain(data, tokenizer=data / "other.model", vocab_size=600), "was made with another tokenizer", "other.model"
+    )
     refused(pretrain(data, tokenizer=data / "absent.model"), "absent.model does not exist")
     refused(pretrain(data, tokenizer=None), "tokenizer is not set")
     refused(pretrain(data, tokenizer=data / "train.jsonl"), "not a sentencepiece model")
@@ -129,6 +153,7 @@ def test_tokenizers_that_do_not_fit(refused, data):
 
 
 # Configuration
+
 
 def test_configuration_files_and_flags(refused, data, tmp_path):
     refused([*pretrain(data), "--leraning-rate", "1"], "unrecognized arguments: --leraning-rate 1")
@@ -153,15 +178,22 @@ def test_places_that_cannot_be_written(refused, data, tmp_path):
 
 # Checkpoints
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda c: (c / "manifest.json").unlink(), "manifest.json"),
-    (lambda c: (c / "metadata.json").unlink(), "metadata.json"),
-    (lambda c: (c / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-    (lambda c: os.truncate(c / "__0_0.distcp", 99), "__0_0.distcp has 99 bytes and should have 700"),
-    (lambda c: (c / "config.yaml").unlink(), "config.yaml is missing"),
-    (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is not a version 1"),
-    (lambda c: (c / "manifest.json").write_text('{"format": "other", "format_version": 1}'), "another format or version"),
-])
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda c: (c / "manifest.json").unlink(), "manifest.json"),
+        (lambda c: (c / "metadata.json").unlink(), "metadata.json"),
+        (lambda c: (c / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda c: os.truncate(c / "__0_0.distcp", 99), "__0_0.distcp has 99 bytes and should have 700"),
+        (lambda c: (c / "config.yaml").unlink(), "config.yaml is missing"),
+        (lambda c: (c / "manifest.json").write_text("{"), "manifest.json is not a version 1"),
+        (
+            lambda c: (c / "manifest.json").write_text('{"format": "other", "format_version": 1}'),
+            "another format or version",
+        ),
+    ],
+)
 @pytest.mark.parametrize("older", [False, True], ids=["alone", "with an older one"])
 def test_damaged_checkpoints(refused, data, tmp_path, damage, says, older):
     """By --init-from (the directory, or the checkpoint in it), and by --save. Never silently from an older one."""
@@ -169,29 +201,38 @@ def test_damaged_checkpoints(refused, data, tmp_path, damage, says, older):
     damage(damaged)
     refused(tiny.command(data, "zero_out", init_from=damaged, save="z"), says)
     if not older:
-        refused(tiny.command(data, "zero_out", init_from="p", save="z"), "manifest" if says == "manifest.json" else says)
+        refused(
+            tiny.command(data, "zero_out", init_from="p", save="z"), "manifest" if says == "manifest.json" else says
+        )
         refused(pretrain(data, train_iters=10, save="p"), says)
         return
     (damaged.parent / LATEST).unlink()
     checkpoint(tmp_path / "p", "pretrain", 5)
     refused(pretrain(data, train_iters=10, save="p"), says, "iter_0000010")
-    refused(tiny.command(data, "zero_out", init_from="p", save="z"), says if says != "manifest.json" else "iter_0000010")
+    refused(
+        tiny.command(data, "zero_out", init_from="p", save="z"), says if says != "manifest.json" else "iter_0000010"
+    )
 
 
 def test_newest_checkpoint_lost_altogether(refused, data, tmp_path):
     checkpoint(tmp_path / "p", "pretrain", 5)
     (tmp_path / "p" / LATEST).write_text("10\n")
-    refused(pretrain(data, train_iters=10, save="p"), "iter_0000010 is not a complete checkpoint", "iter_0000005", LATEST)
+    refused(
+        pretrain(data, train_iters=10, save="p"), "iter_0000010 is not a complete checkpoint", "iter_0000005", LATEST
+    )
 
 
-@pytest.mark.parametrize("stage, of, says", [
-    ("zero_out", "zero_out", "stage zero_out cannot start from"),
-    ("zero_out", "retrofit", "it needs import or pretrain"),
-    ("retrofit", "pretrain", "which is of stage pretrain; it needs zero_out or retrofit"),
-    ("finetune", "zero_out", "which is of stage zero_out; it needs retrofit"),
-    ("finetune", "finetune", "it needs retrofit"),
-    ("pretrain", "finetune", "it needs import or pretrain"),
-])
+@pytest.mark.parametrize(
+    "stage, of, says",
+    [
+        ("zero_out", "zero_out", "stage zero_out cannot start from"),
+        ("zero_out", "retrofit", "it needs import or pretrain"),
+        ("retrofit", "pretrain", "which is of stage pretrain; it needs zero_out or retrofit"),
+        ("finetune", "zero_out", "which is of stage zero_out; it needs retrofit"),
+        ("finetune", "finetune", "it needs retrofit"),
+        ("pretrain", "finetune", "it needs import or pretrain"),
+    ],
+)
 def test_wrong_order(refused, data, tmp_path, stage, of, says):
     checkpoint(tmp_path / "from", of, target_cr=2.0 if of in ("retrofit", "finetune") else 1.0)
     more = {"pretrain": dict(train_iters=4), "retrofit": dict(target_cr=2)}.get(stage, {})
@@ -199,15 +240,22 @@ def test_wrong_order(refused, data, tmp_path, stage, of, says):
 
 
 def test_stages_need_what_they_start_from(refused, data, tmp_path):
-    for stage, needs in (("zero_out", "import or pretrain"), ("retrofit", "zero_out or retrofit"), ("finetune", "retrofit")):
+    for stage, needs in (
+        ("zero_out", "import or pretrain"),
+        ("retrofit", "zero_out or retrofit"),
+        ("finetune", "retrofit"),
+    ):
         more = dict(target_cr=2) if stage == "retrofit" else {}
         refused([*tiny.command(data, stage, save="run", **more)], f"stage {stage} needs --init-from", needs)
     (tmp_path / "empty").mkdir()
     refused(tiny.command(data, "zero_out", init_from="empty", save="run"), "empty holds no complete checkpoint")
     refused(tiny.command(data, "zero_out", init_from="absent", save="run"), "checkpoint absent does not exist")
     checkpoint(tmp_path / "z", "zero_out", 7, 10)
-    refused(tiny.command(data, "retrofit", init_from="z", save="run", target_cr=2), "z/iter_0000007 is unfinished",
-            "iteration 7 of 10")
+    refused(
+        tiny.command(data, "retrofit", init_from="z", save="run", target_cr=2),
+        "z/iter_0000007 is unfinished",
+        "iteration 7 of 10",
+    )
     checkpoint(tmp_path / "z", "zero_out", 10, 10)
     refused(tiny.command(data, "retrofit", init_from="z", save="run"), "stage retrofit needs target_cr")
     refused(tiny.command(data, "retrofit", init_from="z", save="run", target_cr=1), "target_cr 1.0", "already")
@@ -215,22 +263,29 @@ def test_stages_need_what_they_start_from(refused, data, tmp_path):
 
 def test_another_model(refused, data, tmp_path):
     checkpoint(tmp_path / "p", "pretrain")
-    refused(tiny.command(data, "zero_out", init_from="p", save="z", hidden_size=64), "model.hidden_size is 64", "with 32")
+    refused(
+        tiny.command(data, "zero_out", init_from="p", save="z", hidden_size=64), "model.hidden_size is 64", "with 32"
+    )
     # How a model decides is its own from the first stage that compresses.
     checkpoint(tmp_path / "r", "retrofit", target_cr=2.0)
-    refused(tiny.command(data, "finetune", init_from="r", save="f", decision_bias=4), "dmc.decision_bias is 4.0", "with 5.0")
+    refused(
+        tiny.command(data, "finetune", init_from="r", save="f", decision_bias=4), "dmc.decision_bias is 4.0", "with 5.0"
+    )
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(train_iters=20), ["stage.train_iters is 20", "written with 10"]),
-    (dict(lr=2e-3), ["optimizer.lr is 0.002", "written with 0.001"]),
-    (dict(seed=5), ["training.seed is 5", "written with 1234"]),
-    (dict(global_batch_size=8), ["training.global_batch_size is 8", "written with 4"]),
-    (dict(seq_length=16), ["data.seq_length is 16", "written with 32"]),
-    (dict(bf16=True), ["training.bf16 is True", "written with False"]),
-    (dict(loss_weight=2), ["dmc.loss_weight is 2.0", "written with 1.0"]),
-    (dict(hidden_size=64), ["model.hidden_size is 64", "trained with 32"]),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(train_iters=20), ["stage.train_iters is 20", "written with 10"]),
+        (dict(lr=2e-3), ["optimizer.lr is 0.002", "written with 0.001"]),
+        (dict(seed=5), ["training.seed is 5", "written with 1234"]),
+        (dict(global_batch_size=8), ["training.global_batch_size is 8", "written with 4"]),
+        (dict(seq_length=16), ["data.seq_length is 16", "written with 32"]),
+        (dict(bf16=True), ["training.bf16 is True", "written with False"]),
+        (dict(loss_weight=2), ["dmc.loss_weight is 2.0", "written with 1.0"]),
+        (dict(hidden_size=64), ["model.hidden_size is 64", "trained with 32"]),
+    ],
+)
 def test_resuming_with_other_settings(refused, data, tmp_path, change, says):
     checkpoint(tmp_path / "run", "pretrain", 5)
     refused(pretrain(data, **{"train_iters": 10, **change}), *says)
@@ -238,10 +293,13 @@ def test_resuming_with_other_settings(refused, data, tmp_path, change, says):
 
 def test_save_of_another_stage(refused, data, tmp_path):
     checkpoint(tmp_path / "p", "pretrain")
-    refused(tiny.command(data, "zero_out", init_from="p", save="p"), "--save p holds stage pretrain", "directory of its own")
+    refused(
+        tiny.command(data, "zero_out", init_from="p", save="p"), "--save p holds stage pretrain", "directory of its own"
+    )
 
 
 # What is accepted, and the compression ratios that follow
+
 
 def test_ratios_follow_from_the_checkpoint(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""The comparison: what it plans, that jobs run once and in order, what the report says; and all of it on a tiny model."""
+"""The comparison: what it plans, that jobs run once and in order, what the report says;
+and all of it on a tiny model.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,22 @@ TINY = {
     "recipe": {"zero_out_iters": 2, "iters_per_cr": 2, "finetune_iters": 2, "dms_window": 8},
     "measure": {"windows": 2, "recall_lengths": [192], "recall_depths": [0.5], "recall_samples": 2},
     "run": {
-        "model": dict(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, kv_channels=32, vocab_size=512,
-                      max_position_embeddings=192, init_method_std=0.08, rotary_base=1e7),
+        "model": dict(
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=96,
+            num_attention_heads=4,
+            kv_channels=32,
+            vocab_size=512,
+            max_position_embeddings=192,
+            init_method_std=0.08,
+            rotary_base=1e7,
+        ),
         "dmc": {"decision_bias": 0.0},
         "data": {"seq_length": 192},
         "training": dict(micro_batch_size=2, global_batch_size=2, log_interval=1),
     },
-}  # fmt: skip
+}
 
 
 def load(tmp_path: Path, **changes) -> CompareConfig:
@@ -46,8 +57,13 @@ def load(tmp_path: Path, **changes) -> CompareConfig:
 
 
 def everything(tmp_path: Path) -> CompareConfig:
-    return load(tmp_path, seeds=[1, 2], ratios=[2, 4], compound={"gqa_ratio": 2, "ratios": [2, 4]},
-                economy={"ratio": 4, "shares": [0.25, 0.5], "methods": ["DMC", "DMC + distillation"]})  # fmt: skip
+    return load(
+        tmp_path,
+        seeds=[1, 2],
+        ratios=[2, 4],
+        compound={"gqa_ratio": 2, "ratios": [2, 4]},
+        economy={"ratio": 4, "shares": [0.25, 0.5], "methods": ["DMC", "DMC + distillation"]},
+    )
 
 
 # The plan
@@ -56,7 +72,17 @@ def everything(tmp_path: Path) -> CompareConfig:
 def test_every_method_gets_as_many_steps_as_the_control(tmp_path) -> None:
     plan = Planner(everything(tmp_path)).build()
     rows = {(row.method, row.ratio): row for row in plan.rows if row.seed == 1 and row.table == "main"}
-    methods = {"full cache", "control", "DMC", "DMC + distillation", "DMS + distillation", "GQA", "H2O", "TOVA", "StreamingLLM"}
+    methods = {
+        "full cache",
+        "control",
+        "DMC",
+        "DMC + distillation",
+        "DMS + distillation",
+        "GQA",
+        "H2O",
+        "TOVA",
+        "StreamingLLM",
+    }
     assert {method for method, _ in rows} == methods
     for (method, ratio), row in rows.items():
         assert plan.steps(row.run) == {1: 0, 2: 2 + 2 + 2, 4: 2 + 6 + 2}[ratio], row
@@ -92,23 +118,37 @@ def test_jobs_wait_for_what_they_read(tmp_path) -> None:
 def test_a_changed_setting_changes_what_depends_on_it(tmp_path) -> None:
     one, two = (Planner(load(tmp_path, recipe={"finetune_iters": n})).build() for n in (2, 3))
     changed = {name for name in one.jobs if one.digest(name) != two.digest(name)}
-    assert changed == {name for name in one.jobs if name.startswith(("seed1/dmc/2x", "seed1/dmc-distillation/2x",
-                       "seed1/dms-distillation/2x", "seed1/gqa/2x", "seed1/control/2x")) and not name.endswith(
-                       ("-retrofit", "-constant", "-merged"))}  # fmt: skip
+    assert changed == {
+        name
+        for name in one.jobs
+        if name.startswith(
+            (
+                "seed1/dmc/2x",
+                "seed1/dmc-distillation/2x",
+                "seed1/dms-distillation/2x",
+                "seed1/gqa/2x",
+                "seed1/control/2x",
+            )
+        )
+        and not name.endswith(("-retrofit", "-constant", "-merged"))
+    }
 
 
-@pytest.mark.parametrize("message, changes", [
-    ("method 'SnapKV' is unknown", {"methods": ["SnapKV"]}),
-    ("4 KV heads cannot be merged 3 to one", {"ratios": [3]}),
-    ("compound needs GQA", {"methods": ["DMC"], "compound": {}}),
-    ("must be among the methods", {"methods": ["DMC"], "economy": {"ratio": 2}}),
-    ("between 0 and 1", {"economy": {"ratio": 2, "shares": [1.5]}}),
-    ("seeds .* must be different", {"seeds": [1, 1]}),
-    ("must ascend", {"ratios": [4, 2]}),
-    ("give all three", {"corpus": {"train": "a.jsonl"}}),
-    ("exceed max_position_embeddings", {"measure": {"recall_lengths": [500]}}),
-    ("unknown configuration key economy.ratios", {"economy": {"ratios": [2]}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "message, changes",
+    [
+        ("method 'SnapKV' is unknown", {"methods": ["SnapKV"]}),
+        ("4 KV heads cannot be merged 3 to one", {"ratios": [3]}),
+        ("compound needs GQA", {"methods": ["DMC"], "compound": {}}),
+        ("must be among the methods", {"methods": ["DMC"], "economy": {"ratio": 2}}),
+        ("between 0 and 1", {"economy": {"ratio": 2, "shares": [1.5]}}),
+        ("seeds .* must be different", {"seeds": [1, 1]}),
+        ("must ascend", {"ratios": [4, 2]}),
+        ("give all three", {"corpus": {"train": "a.jsonl"}}),
+        ("exceed max_position_embeddings", {"measure": {"recall_lengths": [500]}}),
+        ("unknown configuration key economy.ratios", {"economy": {"ratios": [2]}}),
+    ],
+)
 def test_wrong_configurations_are_refused(message, changes, tmp_path, capsys) -> None:
     with pytest.raises(ValueError, match=message):
         load(tmp_path, **changes)
@@ -146,7 +186,9 @@ def test_jobs_run_once_in_order_and_go_on_after_a_failure(tmp_path) -> None:
 
 
 def test_a_training_that_leaves_early_is_not_done_and_its_directory_is_not_taken_for_another(tmp_path, capsys) -> None:
-    training = lambda n, at: Job("run", (shell(f"mkdir -p {tmp_path}/run; echo ' iteration   {at}/ {n} '"),), (), 100.0, n)
+    training = lambda n, at: Job(
+        "run", (shell(f"mkdir -p {tmp_path}/run; echo ' iteration   {at}/ {n} '"),), (), 100.0, n
+    )
     with pytest.raises(RuntimeError, match="before it was done"):
         pool(tmp_path, training(4, 3)).run()
     short = pool(tmp_path, training(4, 3))
@@ -165,14 +207,31 @@ def fake(output: Path, plan: Plan) -> None:
     for i, row in enumerate(plan.rows):
         path = output / f"{row.key}/measured.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        c = Compression.of(slots * torch.arange(1, 193) * (row.heads_ratio / row.ratio if row.method != "control" else 1))
-        figures = [("loss", "all", 2.0 + 0.1 * row.seed + 0.01 * i), ("loss", "96-191", 1.5), ("identifiers", "gap >= 128", 0.25)]
-        figures += [(f"{task}, tokens", "192 tokens", 0.5) for task in ("needle", "multi-key", "variable tracking", "copying")]
-        path.write_text(json.dumps({
-            "figures": [dict(task=a, where=b, value=c, n=1, stderr=0.0) for a, b, c in figures],
-            "compression": dict(at_end=c.at_end, mean=c.mean, reads=c.reads, by_head=c.by_head.tolist(),
-                                by_position=c.by_position.tolist()),
-        }))  # fmt: skip
+        c = Compression.of(
+            slots * torch.arange(1, 193) * (row.heads_ratio / row.ratio if row.method != "control" else 1)
+        )
+        figures = [
+            ("loss", "all", 2.0 + 0.1 * row.seed + 0.01 * i),
+            ("loss", "96-191", 1.5),
+            ("identifiers", "gap >= 128", 0.25),
+        ]
+        figures += [
+            (f"{task}, tokens", "192 tokens", 0.5) for task in ("needle", "multi-key", "variable tracking", "copying")
+        ]
+        path.write_text(
+            json.dumps(
+                {
+                    "figures": [dict(task=a, where=b, value=c, n=1, stderr=0.0) for a, b, c in figures],
+                    "compression": dict(
+                        at_end=c.at_end,
+                        mean=c.mean,
+                        reads=c.reads,
+                        by_head=c.by_head.tolist(),
+                        by_position=c.by_position.tolist(),
+                    ),
+                }
+            )
+        )
 
 
 def test_tables_are_means_over_seeds_beside_the_control_of_the_same_seed(tmp_path) -> None:
@@ -213,7 +272,14 @@ def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
     left = sum(row.seed == 1 and row.method != "TOVA" for row in plan.rows)
     assert f"{left} of {len(plan.rows)} rows" in text and "TOVA" not in text and "| H2O | 1/4 |" in text
     assert {path.name for path in (output / "report").iterdir()} == {
-        "report.md", "report.json", "quality.png", "cr_by_head.png", "cr_by_position.png", "curves.png", "economy.png"}  # fmt: skip
+        "report.md",
+        "report.json",
+        "quality.png",
+        "cr_by_head.png",
+        "cr_by_position.png",
+        "curves.png",
+        "economy.png",
+    }
     for row in plan.rows:  # the controls come first
         if row.method != "control":
             (output / f"{row.key}/measured.json").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ def resolve(*argv, saved=None):
 
 # Schedules
 
+
 def test_target_rises_over_two_retrofits_without_a_jump():
     first = StageConfig(stage="retrofit", start_cr=1.0, target_cr=2.0, iters_per_cr=10)
     second = StageConfig(stage="retrofit", start_cr=2.0, target_cr=4.0, iters_per_cr=10)
@@ -49,7 +50,8 @@ def test_only_two_stages_compress():
 def test_neuron_decays_linearly_to_zero():
     config = StageConfig(stage="zero_out", train_iters=10)
     assert [schedule.neuron_scale(config, i) for i in range(10)] == pytest.approx(
-        [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0])
+        [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0]
+    )
     assert schedule.neuron_scale(config, 8) == schedule.neuron_scale(config, 10) == 0.0
     assert schedule.neuron_scale(StageConfig(stage="pretrain", train_iters=5), 4) == 1.0
     assert schedule.neuron_scale(StageConfig(stage="retrofit", target_cr=2), 0) == 0.0
@@ -96,7 +98,11 @@ WRONG = [
     ("parallel", dict(virtual_pipeline_model_parallel_size=2), ["needs pipeline_model_parallel_size > 1"]),
     ("parallel", dict(virtual_pipeline_model_parallel_size=0), ["virtual_pipeline_model_parallel_size is 0"]),
     ("parallel", dict(sequence_parallel=True), ["sequence_parallel needs tensor_model_parallel_size > 1"]),
-    ("parallel", dict(context_parallel_size=2), ["context_parallel_size is 2", "docs/training.md", "use sequence_parallel"]),
+    (
+        "parallel",
+        dict(context_parallel_size=2),
+        ["context_parallel_size is 2", "docs/training.md", "use sequence_parallel"],
+    ),
     ("parallel", dict(overlap_param_gather=True), ["use_distributed_optimizer and overlap_grad_reduce"]),
     ("parallel", dict(recompute_modules=["mlp", "moe"]), ["['moe']", "core_attn, mlp"]),
     ("stage", dict(train_iters=0), ["train_iters is 0"]),
@@ -133,13 +139,17 @@ def test_wrong_values_are_named(section, values, says):
 
 
 def test_world_size_must_fit():
-    config = RunConfig.from_dict({**GOOD, "parallel": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)})
+    config = RunConfig.from_dict(
+        {**GOOD, "parallel": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)}
+    )
     config.check(8)
     with pytest.raises(ValueError, match="world size 6 is not divisible by tensor x pipeline parallel size 2 x 2"):
         config.check(6)
     config.parallel.virtual_pipeline_model_parallel_size = 2
     config.training.global_batch_size = 3
-    with pytest.raises(ValueError, match="3 micro-batches per step are not divisible by pipeline_model_parallel_size 2"):
+    with pytest.raises(
+        ValueError, match="3 micro-batches per step are not divisible by pipeline_model_parallel_size 2"
+    ):
         config.check(4)
 
 
@@ -150,20 +160,23 @@ def test_defaults_pass_and_survive_a_round_trip():
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("data, says", [
-    ({"modle": {}}, ["unknown configuration key modle", "model"]),
-    ({"model": {"layers": 2, "heads": 3}}, ["keys model.heads, model.layers", "num_layers"]),
-    ({"model": 5}, ["model. must be a mapping"]),
-    ([], ["must be a mapping, not list"]),
-    ({"model": {"num_layers": "many"}}, ["model.num_layers is 'many'", "int"]),
-    ({"model": {"num_layers": True}}, ["model.num_layers is True"]),
-    ({"optimizer": {"lr": "fast"}}, ["optimizer.lr is 'fast'", "number"]),
-    ({"optimizer": {"lr": float("nan")}}, ["optimizer.lr is nan", "finite"]),
-    ({"optimizer": {"lr": "inf"}}, ["optimizer.lr is inf", "finite"]),
-    ({"stage": {"stage": "finish"}}, ["stage.stage is 'finish'", "finetune"]),
-    ({"data": {"data_path": "p"}}, ["data.data_path is 'p'", "list"]),
-    ({"training": {"bf16": "yes"}}, ["training.bf16 is 'yes'", "bool"]),
-])
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        ({"modle": {}}, ["unknown configuration key modle", "model"]),
+        ({"model": {"layers": 2, "heads": 3}}, ["keys model.heads, model.layers", "num_layers"]),
+        ({"model": 5}, ["model. must be a mapping"]),
+        ([], ["must be a mapping, not list"]),
+        ({"model": {"num_layers": "many"}}, ["model.num_layers is 'many'", "int"]),
+        ({"model": {"num_layers": True}}, ["model.num_layers is True"]),
+        ({"optimizer": {"lr": "fast"}}, ["optimizer.lr is 'fast'", "number"]),
+        ({"optimizer": {"lr": float("nan")}}, ["optimizer.lr is nan", "finite"]),
+        ({"optimizer": {"lr": "inf"}}, ["optimizer.lr is inf", "finite"]),
+        ({"stage": {"stage": "finish"}}, ["stage.stage is 'finish'", "finetune"]),
+        ({"data": {"data_path": "p"}}, ["data.data_path is 'p'", "list"]),
+        ({"training": {"bf16": "yes"}}, ["training.bf16 is 'yes'", "bool"]),
+    ],
+)
 def test_unknown_keys_and_types_are_named(data, says):
     with pytest.raises(ValueError) as error:
         RunConfig.from_dict(data)
@@ -173,10 +186,17 @@ def test_unknown_keys_and_types_are_named(data, says):
 
 # Files and flags
 
-@pytest.mark.parametrize("name, text", [
-    ("c.yaml", "optimizer: {lr: 3e-5, min_lr: 1}\nmodel: {rotary_base: 500000, num_query_groups: null}\n"),
-    ("c.json", '{"optimizer": {"lr": "3e-5", "min_lr": 1}, "model": {"rotary_base": 500000, "num_query_groups": null}}'),
-])
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("c.yaml", "optimizer: {lr: 3e-5, min_lr: 1}\nmodel: {rotary_base: 500000, num_query_groups: null}\n"),
+        (
+            "c.json",
+            '{"optimizer": {"lr": "3e-5", "min_lr": 1}, "model": {"rotary_base": 500000, "num_query_groups": null}}',
+        ),
+    ],
+)
 def test_yaml_and_json_mean_the_same(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     config = resolve("--config", str(tmp_path / name))
@@ -201,8 +221,11 @@ def load_file_error(path):
 
 def test_every_field_has_a_flag():
     options = {option for action in arguments.build_parser()._actions for option in action.option_strings}
-    names = [f.name for section in dataclasses.fields(RunConfig)
-             for f in dataclasses.fields(typing.get_type_hints(RunConfig)[section.name])]
+    names = [
+        f.name
+        for section in dataclasses.fields(RunConfig)
+        for f in dataclasses.fields(typing.get_type_hints(RunConfig)[section.name])
+    ]
     assert len(names) == len(set(names)) > 60
     for name in names:
         assert "--" + name.replace("_", "-") in options
@@ -212,10 +235,29 @@ def test_every_field_has_a_flag():
 def test_flags_win_over_the_file_and_the_file_over_the_checkpoint(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("optimizer: {lr: 1e-3, clip_grad: 2}\ndmc: {loss_weight: 3}\ntraining: {bf16: true, save: there}\n")
-    saved = RunConfig.from_dict({"model": dict(num_layers=2), "dmc": dict(window=None, loss_weight=7),
-                                 "optimizer": dict(lr=9.0), "training": dict(seed=9)}).to_dict()
-    config = resolve("--config", str(path), "--lr", "5e-4", "--no-bf16", "--save", "none", "--data-path", "a", "b",
-                     "--seed", "5", saved=saved)
+    saved = RunConfig.from_dict(
+        {
+            "model": dict(num_layers=2),
+            "dmc": dict(window=None, loss_weight=7),
+            "optimizer": dict(lr=9.0),
+            "training": dict(seed=9),
+        }
+    ).to_dict()
+    config = resolve(
+        "--config",
+        str(path),
+        "--lr",
+        "5e-4",
+        "--no-bf16",
+        "--save",
+        "none",
+        "--data-path",
+        "a",
+        "b",
+        "--seed",
+        "5",
+        saved=saved,
+    )
     assert (config.optimizer.lr, config.optimizer.clip_grad, config.training.bf16) == (5e-4, 2.0, False)
     assert config.training.save is None and config.data.data_path == ["a", "b"] and config.training.seed == 5
     # Only what belongs to the model comes from the checkpoint.
@@ -225,8 +267,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_checkpoint(tmp_path):
 
 def test_a_model_other_than_the_checkpoints_is_refused(tmp_path):
     saved = RunConfig().to_dict()
-    for argv, says in ((["--hidden-size", "64"], "model.hidden_size is 64, but the checkpoint was trained with 4096"),
-                       (["--window", "none"], "dmc.window is None, but the checkpoint was trained with 12")):
+    for argv, says in (
+        (["--hidden-size", "64"], "model.hidden_size is 64, but the checkpoint was trained with 4096"),
+        (["--window", "none"], "dmc.window is None, but the checkpoint was trained with 12"),
+    ):
         with pytest.raises(ValueError, match=says):
             resolve(*argv, saved=saved)
     path = tmp_path / "c.yaml"
@@ -244,20 +288,24 @@ def test_decisions_may_be_chosen_until_a_stage_compresses():
 
 
 def test_rope_scaling_and_switches_by_flag():
-    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=8192)
+    scaling = dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     config = resolve("--rope-scaling", json.dumps(scaling), "--recompute-granularity", "none", "--sequence-parallel")
     assert config.model.rope_scaling == scaling and config.parallel.recompute_granularity is None
     assert config.parallel.sequence_parallel
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--leraning-rate", "1"], "unrecognized arguments: --leraning-rate"),
-    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-    (["--num-layers", "2.5"], "argument --num-layers: invalid int value"),
-    (["--rope-scaling", "{"], "argument --rope-scaling"),
-    (["--stage", "finish"], "invalid choice: 'finish'"),
-])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--leraning-rate", "1"], "unrecognized arguments: --leraning-rate"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--num-layers", "2.5"], "argument --num-layers: invalid int value"),
+        (["--rope-scaling", "{"], "argument --rope-scaling"),
+        (["--stage", "finish"], "invalid choice: 'finish'"),
+    ],
+)
 def test_wrong_flags_are_value_errors(argv, says):
     with pytest.raises(ValueError, match=says):
         resolve(*argv)

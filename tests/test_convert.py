@@ -44,7 +44,9 @@ def contents(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
 def assert_same_weights(a: Path, b: Path) -> None:
     """Files, key sets, dtypes, bits."""
     one, two = contents(a), contents(b)
-    assert {file: list(tensors) for file, tensors in one.items()} == {file: list(tensors) for file, tensors in two.items()}
+    assert {file: list(tensors) for file, tensors in one.items()} == {
+        file: list(tensors) for file, tensors in two.items()
+    }
     for file, tensors in one.items():
         for name, tensor in tensors.items():
             assert tensor.dtype == two[file][name].dtype
@@ -140,8 +142,15 @@ def test_large_tensors_are_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_manifest_and_side_files(made: Path) -> None:
     manifest = read_manifest(made / "qwen3.mg")
-    assert (manifest.stage, manifest.family, manifest.has_optimizer, manifest.target_cr) == ("import", "qwen3", False, 1.0)
-    assert {"config.json", "generation_config.json", "shards.json"} == {p.name for p in (made / "qwen3.mg" / HF_FILES).iterdir()}
+    assert (manifest.stage, manifest.family, manifest.has_optimizer, manifest.target_cr) == (
+        "import",
+        "qwen3",
+        False,
+        1.0,
+    )
+    assert {"config.json", "generation_config.json", "shards.json"} == {
+        p.name for p in (made / "qwen3.mg" / HF_FILES).iterdir()
+    }
     assert f"{HF_FILES}/config.json" in manifest.files
 
 
@@ -181,11 +190,20 @@ def test_verify_sees_one_bit(made: Path, tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("model_type", "gpt2"), ("rope_parameters", None),
-        ("sliding_window", 16), ("num_hidden_layers", None), ("hidden_size", "64"), ("logit_softcap", 30.0),
-        ("quantization_config", {"bits": 4}), ("architectures", ["LlamaForSequenceClassification"]), ("num_key_value_heads", 3),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("model_type", "gpt2"),
+        ("rope_parameters", None),
+        ("sliding_window", 16),
+        ("num_hidden_layers", None),
+        ("hidden_size", "64"),
+        ("logit_softcap", 30.0),
+        ("quantization_config", {"bits": 4}),
+        ("architectures", ["LlamaForSequenceClassification"]),
+        ("num_key_value_heads", 3),
     ],
-)  # fmt: skip
+)
 def test_a_configuration_that_is_not_understood(
     made: Path, tmp_path: Path, key: str, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,8 +258,9 @@ def damaged(case: str, source: Path) -> str:
     return name
 
 
-@pytest.mark.parametrize("case", ["missing shard", "truncated", "empty", "type", "mixed types", "shape", "missing tensor",
-                                  "extra tensor"])  # fmt: skip
+@pytest.mark.parametrize(
+    "case", ["missing shard", "truncated", "empty", "type", "mixed types", "shape", "missing tensor", "extra tensor"]
+)
 def test_damaged_weights(made: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(made / "llama3.hf", tmp_path / "hf")
     expected = damaged(case, tmp_path / "hf")

@@ -60,8 +60,13 @@ def config(corpus, tmp_path):
     """A run on dataset a, validated on b, that check_datasets accepts."""
     config = RunConfig()
     config.model.vocab_size = 512
-    config.data = dataclasses.replace(config.data, data_path=[str(corpus / "a")], valid_data_path=[str(corpus / "b")],
-                                      seq_length=SEQ, data_cache_path=str(tmp_path / "cache"))
+    config.data = dataclasses.replace(
+        config.data,
+        data_path=[str(corpus / "a")],
+        valid_data_path=[str(corpus / "b")],
+        seq_length=SEQ,
+        data_cache_path=str(tmp_path / "cache"),
+    )
     return config
 
 
@@ -71,9 +76,19 @@ def write_jsonl(path, texts, key="text"):
 
 def preprocess(directory, source, prefix, *options):
     sources = [source] if isinstance(source, str) else source
-    return preprocess_data.main(["--input", *(str(directory / s) for s in sources), "--tokenizer",
-                                 str(directory / "tokenizer.model"), "--output-prefix", str(directory / prefix),
-                                 "--workers", "1", *options])
+    return preprocess_data.main(
+        [
+            "--input",
+            *(str(directory / s) for s in sources),
+            "--tokenizer",
+            str(directory / "tokenizer.model"),
+            "--output-prefix",
+            str(directory / prefix),
+            "--workers",
+            "1",
+            *options,
+        ]
+    )
 
 
 def bytes_of(prefix):
@@ -91,8 +106,13 @@ class Numbers(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         tokens = torch.full((4,), i)
-        return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(4), "position_ids": torch.arange(4),
-                "dataset_id": 0}
+        return {
+            "tokens": tokens,
+            "labels": tokens + 1,
+            "loss_mask": torch.ones(4),
+            "position_ids": torch.arange(4),
+            "dataset_id": 0,
+        }
 
 
 def ids_of(batches):
@@ -100,6 +120,7 @@ def ids_of(batches):
 
 
 # Tokenizer
+
 
 def test_tokenizer_gives_standard_library_text_back_exactly(tokenizer, texts):
     for text in [*texts, "", " ", "\n", "\t\r\n\f x", "  lead and trail  ", "é€😀\x00", "</s><s>"]:
@@ -122,9 +143,17 @@ def test_hugging_face_tokenizer(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.train_from_iterator(["def hello(world):\n    return world"] * 3, tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<s>", "</s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    backend.train_from_iterator(
+        ["def hello(world):\n    return world"] * 3,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=270,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path
+    )
     tokenizer = load_tokenizer(tmp_path)
     text = "  def hello ( é ) :\n\treturn 's"
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -144,6 +173,7 @@ def test_bad_tokenizer_paths(tmp_path):
 
 # tools/preprocess_data.py
 
+
 def test_output_is_the_same_for_any_number_of_workers_and_for_gzip(corpus, monkeypatch):
     monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 2000)
     with gzip.open(corpus / "a.jsonl.gz", "wb") as stream:
@@ -157,7 +187,9 @@ def test_documents_options_and_sidecar(corpus, tokenizer, texts, capsys):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     write_jsonl(corpus / "c.jsonl", [texts[0], "", texts[1]], key="body")
-    assert preprocess(corpus, ["c.jsonl", "c.jsonl"], "c", "--json-key", "body", "--no-append-eod", "--prepend-bos") == 0
+    assert (
+        preprocess(corpus, ["c.jsonl", "c.jsonl"], "c", "--json-key", "body", "--no-append-eod", "--prepend-bos") == 0
+    )
     indexed = IndexedDataset(str(corpus / "c"))
     expected = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in (texts[0], texts[1])] * 2
     assert [document.tolist() for document in indexed] == expected and indexed[0].dtype == numpy.uint16
@@ -170,14 +202,17 @@ def test_documents_options_and_sidecar(corpus, tokenizer, texts, capsys):
     assert with_eod[0].tolist() == [*tokenizer.encode(texts[0]), tokenizer.eod_id]
 
 
-@pytest.mark.parametrize("workers, line, message", [
-    ("1", '{"text": "cut off', "bad.jsonl:3: not a JSON document"),
-    ("2", '{"text": "cut off', "bad.jsonl:3: not a JSON document"),
-    ("1", '{"txet": "typo"}', "bad.jsonl:3: no key 'text' (found: txet)"),
-    ("1", '["list"]', "bad.jsonl:3: no key 'text' (found: a list)"),
-    ("1", '{"text": 5}', "bad.jsonl:3: 'text' is a int, not a string"),
-    ("1", '{"text": "\\ud800"}', "bad.jsonl:3: the text cannot be tokenized"),
-])
+@pytest.mark.parametrize(
+    "workers, line, message",
+    [
+        ("1", '{"text": "cut off', "bad.jsonl:3: not a JSON document"),
+        ("2", '{"text": "cut off', "bad.jsonl:3: not a JSON document"),
+        ("1", '{"txet": "typo"}', "bad.jsonl:3: no key 'text' (found: txet)"),
+        ("1", '["list"]', "bad.jsonl:3: no key 'text' (found: a list)"),
+        ("1", '{"text": 5}', "bad.jsonl:3: 'text' is a int, not a string"),
+        ("1", '{"text": "\\ud800"}', "bad.jsonl:3: the text cannot be tokenized"),
+    ],
+)
 def test_bad_line_is_named_and_leaves_nothing(corpus, tmp_path, capsys, workers, line, message):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
     code = preprocess(corpus, str(tmp_path / "bad.jsonl"), str(tmp_path / "out" / "x"), "--workers", workers)
@@ -190,7 +225,11 @@ def test_bad_files_leave_nothing(corpus, tmp_path, capsys):
     with gzip.open(tmp_path / "cut.jsonl.gz", "wb") as stream:
         stream.write(os.urandom(10000).hex().encode())
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-100])
-    for name, message in (("empty.jsonl", "no documents"), ("cut.jsonl.gz", "damaged"), ("absent.jsonl", "does not exist")):
+    for name, message in (
+        ("empty.jsonl", "no documents"),
+        ("cut.jsonl.gz", "damaged"),
+        ("absent.jsonl", "does not exist"),
+    ):
         assert preprocess(corpus, str(tmp_path / name), str(tmp_path / "x")) == 2
         error = capsys.readouterr().err
         assert message in error and name in error
@@ -213,12 +252,27 @@ def test_existing_output_needs_overwrite(corpus, tmp_path, capsys):
 
 def test_script_runs_from_a_checkout(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", __file__, "--tokenizer",
-                             "nowhere", "--output-prefix", "x"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tools" / "preprocess_data.py"),
+            "--input",
+            __file__,
+            "--tokenizer",
+            "nowhere",
+            "--output-prefix",
+            "x",
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and "tokenizer nowhere does not exist" in result.stderr
 
 
 # check_datasets
+
 
 def test_good_data_passes(config, tokenizer):
     check_datasets(config, tokenizer)
@@ -235,14 +289,17 @@ def test_blends():
             parse_blend(wrong)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda p: Path(f"{p}.bin").unlink(), "x.bin does not exist"),
-    (lambda p: Path(f"{p}.idx").unlink(), "x.idx does not exist"),
-    (lambda p: Path(f"{p}.json").unlink(), "has no x.json: it is incomplete"),
-    (lambda p: Path(f"{p}.json").write_text("{}"), "x.json is not a version 1 dataset description"),
-    (lambda p: os.truncate(f"{p}.bin", 100), "x.bin has 100 bytes and should have"),
-    (lambda p: os.truncate(f"{p}.idx", 100), "x.idx has 100 bytes and should have"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: Path(f"{p}.bin").unlink(), "x.bin does not exist"),
+        (lambda p: Path(f"{p}.idx").unlink(), "x.idx does not exist"),
+        (lambda p: Path(f"{p}.json").unlink(), "has no x.json: it is incomplete"),
+        (lambda p: Path(f"{p}.json").write_text("{}"), "x.json is not a version 1 dataset description"),
+        (lambda p: os.truncate(f"{p}.bin", 100), "x.bin has 100 bytes and should have"),
+        (lambda p: os.truncate(f"{p}.idx", 100), "x.idx has 100 bytes and should have"),
+    ],
+)
 def test_damaged_data_is_refused(corpus, config, tokenizer, tmp_path, damage, message):
     for suffix, content in zip((".bin", ".idx", ".json"), bytes_of(corpus / "a")):
         (tmp_path / f"x{suffix}").write_bytes(content)
@@ -273,6 +330,7 @@ def test_data_that_does_not_fit_is_refused(corpus, config, tokenizer):
 
 
 # build_datasets
+
 
 def test_samples_are_shifted_pieces_of_the_data(config, tokenizer, corpus):
     tokens = Sidecar.read(corpus / "a").tokens
@@ -342,7 +400,9 @@ def test_index_cache_is_published_whole_and_follows_the_data(corpus, config, tok
 
 def _rank(rank, world, store, config, tokenizer, results):
     torch.set_num_threads(1)  # forked: OpenMP must not start threads
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, world), rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(store, world), rank=rank, world_size=world
+    )
     train, valid = build_datasets(config, tokenizer, 100, 10)
     results.put((rank, [train[i]["tokens"].sum().item() for i in range(100)] + [len(valid)]))
     torch.distributed.barrier()
@@ -353,8 +413,10 @@ def test_every_rank_gets_the_same_datasets(config, tokenizer, tmp_path, corpus, 
     config.data.data_path = [str(corpus / "a"), str(corpus / "b")]
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, world, str(tmp_path / "store"), config, tokenizer, results))
-             for rank in range(world)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, str(tmp_path / "store"), config, tokenizer, results))
+        for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -369,21 +431,39 @@ def test_every_rank_gets_the_same_datasets(config, tokenizer, tmp_path, corpus, 
 
 # batch_iterator
 
+
 @settings(deadline=None, max_examples=40)
-@given(micro=st.integers(1, 4), ranks=st.integers(1, 4), accumulation=st.integers(1, 4), steps=st.integers(1, 3),
-       start=st.integers(0, 50), rest=st.integers(0, 5))
+@given(
+    micro=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    accumulation=st.integers(1, 4),
+    steps=st.integers(1, 3),
+    start=st.integers(0, 50),
+    rest=st.integers(0, 5),
+)
 def test_every_layout_takes_the_same_samples_per_step(micro, ranks, accumulation, steps, start, rest):
     batch = micro * ranks * accumulation
     dataset = Numbers(start + steps * batch + rest % batch)
-    taken = [ids_of(batch_iterator(dataset, consumed_samples=start, micro_batch_size=micro, global_batch_size=batch,
-                                   dp_rank=rank, dp_size=ranks)) for rank in range(ranks)]
+    taken = [
+        ids_of(
+            batch_iterator(
+                dataset,
+                consumed_samples=start,
+                micro_batch_size=micro,
+                global_batch_size=batch,
+                dp_rank=rank,
+                dp_size=ranks,
+            )
+        )
+        for rank in range(ranks)
+    ]
     for rank in range(ranks):
         assert len(taken[rank]) == steps * accumulation
         for m, rows in enumerate(taken[rank]):  # the documented formula
             step, m = divmod(m, accumulation)
             assert rows == [start + step * batch + m * micro * ranks + rank * micro + j for j in range(micro)]
     for step in range(steps):
-        rows = [i for rank in taken for rows in rank[step * accumulation:(step + 1) * accumulation] for i in rows]
+        rows = [i for rank in taken for rows in rank[step * accumulation : (step + 1) * accumulation] for i in rows]
         assert sorted(rows) == list(range(start + step * batch, start + (step + 1) * batch))
 
 
@@ -400,7 +480,10 @@ def test_resumed_stream_equals_uninterrupted(workers):
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert whole[0]["tokens"].shape == (2, 4) and torch.equal(whole[0]["tokens"][:, 0], whole[0]["sample_ids"])
     assert [whole[0][name].dtype for name in ("tokens", "loss_mask", "sample_ids")] == [
-        torch.int64, torch.float32, torch.int64]
+        torch.int64,
+        torch.float32,
+        torch.int64,
+    ]
 
 
 def test_stages_without_tokens_get_the_sample_ids():
@@ -412,7 +495,9 @@ def test_stages_without_tokens_get_the_sample_ids():
     assert ids_of(next(without) for _ in range(4)) == ids_of(batch_iterator(Numbers(12), **options))
 
 
-@pytest.mark.parametrize("wrong", [dict(micro_batch_size=3), dict(dp_rank=2), dict(consumed_samples=-1), dict(dp_size=0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(micro_batch_size=3), dict(dp_rank=2), dict(consumed_samples=-1), dict(dp_size=0)]
+)
 def test_bad_layout_is_refused_at_once(wrong):
     options = dict(consumed_samples=0, micro_batch_size=2, global_batch_size=8, dp_rank=0, dp_size=2)
     with pytest.raises(ValueError):
@@ -420,8 +505,9 @@ def test_bad_layout_is_refused_at_once(wrong):
 
 
 def test_loader_processes_survive_a_job_signal():
-    batches = batch_iterator(Numbers(400), consumed_samples=0, micro_batch_size=1, global_batch_size=1, dp_rank=0,
-                             dp_size=1, num_workers=1)
+    batches = batch_iterator(
+        Numbers(400), consumed_samples=0, micro_batch_size=1, global_batch_size=1, dp_rank=0, dp_size=1, num_workers=1
+    )
     assert ids_of([next(batches)]) == [[0]]
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGUSR1, signal.SIGTERM):  # from a process that is not its parent

@@ -73,12 +73,16 @@ def test_strides_of_the_teacher_do_not_matter() -> None:
     student, teacher, labels, _ = draw()
     transposed = teacher.transpose(0, 1).contiguous().transpose(0, 1)
     assert not transposed.is_contiguous()
-    assert torch.equal(distillation_loss(student, transposed, labels, 0.7), distillation_loss(student, teacher, labels, 0.7))
+    assert torch.equal(
+        distillation_loss(student, transposed, labels, 0.7), distillation_loss(student, teacher, labels, 0.7)
+    )
 
 
 @pytest.mark.slow
 def test_teachers(tmp_path, capsys) -> None:
-    """A run beside its own starting point has nothing to learn; what cannot teach is refused before anything is written."""
+    """A run beside its own starting point has nothing to learn; what cannot teach is refused before anything is
+    written.
+    """
     import tiny
 
     from megatron.dmc.training import retrofit
@@ -94,7 +98,15 @@ def test_teachers(tmp_path, capsys) -> None:
     # Cancelled to rounding: the gradients' norm without a teacher is of the order of 1.
     assert abs(float.fromhex(step["distill loss"])) < 1e-6 and float.fromhex(step["grad norm"]) < 1e-4
     assert "distill loss: " in same.output()
-    taught = run("taught", "retrofit", target_cr=2, train_iters=2, init_from=zero, distill_from=original, save=tmp_path / "taught")
+    taught = run(
+        "taught",
+        "retrofit",
+        target_cr=2,
+        train_iters=2,
+        init_from=zero,
+        distill_from=original,
+        save=tmp_path / "taught",
+    )
     assert float.fromhex(taught.values()[1]["distill loss"]) > 1e-4
 
     (tmp_path / "hf").mkdir()

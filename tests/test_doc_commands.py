@@ -1,6 +1,8 @@
-"""Every command in README and docs is one that the programs take: read by their own parsers, run where that needs no model.
+"""Every command in README and docs is one that the programs take: read by their own parsers, run where that needs no
+model.
 
-A block of code is either commands, all of which must be known here, or Python, whose imports must work, or one of OUTPUTS.
+A block of code is either commands, all of which must be known here, or Python, whose imports must work, or one of
+OUTPUTS.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "exam
 SLURM = ROOT / "examples" / "dmc" / "slurm"
 OUTPUTS = ("11980 lines answered, ", "iteration 20/140 | ")  # how blocks begin that show what a program prints
 FOREIGN = {"curl", "lm_eval", "cd", "export", "grep", "mv", "docker"}
-NUMBERS = dict.fromkeys(("N", "T", "P", "D", "V", "S", "B"), "1") | {"KIND": "none", "I/N": "0/1", "$SLURM_ARRAY_TASK_ID/8": "0/8"}
+NUMBERS = dict.fromkeys(("N", "T", "P", "D", "V", "S", "B"), "1") | {
+    "KIND": "none",
+    "I/N": "0/1",
+    "$SLURM_ARRAY_TASK_ID/8": "0/8",
+}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -48,7 +54,9 @@ def blocks(page: Path) -> list[tuple[str, str]]:
         elif fence is not None:
             found[-1][1].append(line)
         elif line.startswith("    ") and not re.match(r"\s*([-*]|\d+\.) ", line):
-            if not (found and found[-1][0] == "" and (before.startswith("    ") or not before.strip()) and found[-1][1]):
+            if not (
+                found and found[-1][0] == "" and (before.startswith("    ") or not before.strip()) and found[-1][1]
+            ):
                 found.append(("", []))
             found[-1][1].extend([""] * bool(found[-1][1] and not before.strip()) + [line[4:]])
         elif line.strip() and found and found[-1][0] == "":
@@ -80,11 +88,13 @@ SHELL = [(page, text) for page, kind, text in BLOCKS if not is_python(kind, text
 
 
 def commands(text: str) -> list[list[str]]:
-    """Words of every command: continued lines joined, comments and variables in front taken off, placeholders filled in."""
+    """Words of every command: continued lines joined, comments and variables in front taken off, placeholders filled
+    in.
+    """
     found = []
     if "\n$ " in f"\n{text}":  # a session: what begins with a $ was typed
         text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("$ "))
-    text = text.replace("\\\n", " ").replace('run() {', "").replace('"$@"; }', "").replace(" && ", "\n")
+    text = text.replace("\\\n", " ").replace("run() {", "").replace('"$@"; }', "").replace(" && ", "\n")
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
             continue
@@ -174,7 +184,9 @@ def flags_are_known(source: str, words: list[str]) -> None:
         assert not word.startswith("examples/") or (ROOT / word).exists(), word
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent != ROOT / "examples" / "dmc" else "examples")
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.name if page.parent != ROOT / "examples" / "dmc" else "examples"
+)
 def test_commands_are_taken_by_their_programs(page: Path) -> None:
     for where, text in SHELL:
         if where == page:
@@ -191,18 +203,34 @@ def test_commands_are_taken_by_their_programs(page: Path) -> None:
 def test_commands_are_found() -> None:
     """What a page with a mistake would do: the test above is not blind."""
     found = [words for _, text in SHELL for words in commands(text)]
-    assert len(found) > 50 and {words[0] for words in found} >= {"dmc", "torchrun", "sbatch", "make", "tools/convert_checkpoint.py"}
-    for wrong in ("dmc serve MODEL --prot 8000", "make quickstrat", "pip install 'x[nothing]'", "tools/plan.py x --gpu 8 --tpp 2",
-                  "torchrun -m megatron.dmc.training.retrofit --stages zero_out", "foo --bar",
-                  "tools/convert_checkpoint.py improt --hf a --save b", "torchrun ... --stage zero",
-                  "python -m megatron.dmc.kernels.build --everything",
-                  "torchrun -m megatron.dmc.training.retrofit --config examples/dmc/configs/llama3-7b.yaml"):  # fmt: skip
+    assert len(found) > 50 and {words[0] for words in found} >= {
+        "dmc",
+        "torchrun",
+        "sbatch",
+        "make",
+        "tools/convert_checkpoint.py",
+    }
+    for wrong in (
+        "dmc serve MODEL --prot 8000",
+        "make quickstrat",
+        "pip install 'x[nothing]'",
+        "tools/plan.py x --gpu 8 --tpp 2",
+        "torchrun -m megatron.dmc.training.retrofit --stages zero_out",
+        "foo --bar",
+        "tools/convert_checkpoint.py improt --hf a --save b",
+        "torchrun ... --stage zero",
+        "python -m megatron.dmc.kernels.build --everything",
+        "torchrun -m megatron.dmc.training.retrofit --config examples/dmc/configs/llama3-7b.yaml",
+    ):
         with pytest.raises((AssertionError, ValueError)):
             check(commands(wrong)[0])
 
 
-@pytest.mark.parametrize("page, kind, text", [block for block in BLOCKS if is_python(*block[1:])],
-                         ids=lambda value: value.name if isinstance(value, Path) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "page, kind, text",
+    [block for block in BLOCKS if is_python(*block[1:])],
+    ids=lambda value: value.name if isinstance(value, Path) else "",
+)
 def test_python_is_whole_and_imports_what_there_is(page: Path, kind: str, text: str) -> None:
     found = ast.parse(text)
     for node in found.body:
@@ -223,7 +251,9 @@ def test_sessions_print_what_the_page_says() -> None:
 
 
 def test_slurm_commands(tmp_path: Path) -> None:
-    """cluster.md's blocks, in one shell: sbatch starts the script here, as job 77, and srun writes down what it would run."""
+    """cluster.md's blocks, in one shell: sbatch starts the script here, as job 77, and srun writes down what it would
+    run.
+    """
     text = "\n".join(text for page, text in SHELL if page.name == "cluster.md" and not text.startswith("docker"))
     for name in ("ckpt", "data", "models"):
         (tmp_path / name).mkdir()
@@ -235,32 +265,51 @@ def test_slurm_commands(tmp_path: Path) -> None:
     text = text.replace("answers.jsonl", f"{tmp_path}/answers.jsonl")
     log, bin = tmp_path / "log", tmp_path / "bin"
     bin.mkdir()
-    array = "SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=8 SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=7"
+    array = "SLURM_ARRAY_JOB_ID=70 SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=8 "
+    array += "SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=7"
     job = f"SLURM_JOB_ID=77 SLURM_NNODES=4 SLURM_GPUS_ON_NODE=8 SLURM_JOB_NODELIST=n SLURM_SUBMIT_DIR=$PWD {array}"
     stand_ins = {
         "sbatch": f'echo "sbatch $*" >>{log}; while [[ $1 == -* ]]; do shift; done\n'
-                  f'out=$(env {job} bash "$@" 2>&1) || {{ echo "FAILED $*: $out" >>{log}; exit 1; }}\necho 77',
+        f'out=$(env {job} bash "$@" 2>&1) || {{ echo "FAILED $*: $out" >>{log}; exit 1; }}\necho 77',
         "srun": f'words="$*"; echo "srun ${{words//[[:cntrl:]]/ }}" >>{log}',
-        "scontrol": "echo n1", "squeue": "date -d '+1 hour' +%FT%T",
-    }  # fmt: skip
+        "scontrol": "echo n1",
+        "squeue": "date -d '+1 hour' +%FT%T",
+    }
     for name, body in stand_ins.items():
         (bin / name).write_text(f"#!/bin/bash\n{body}\n")
         (bin / name).chmod(0o755)
     shutil.copytree(ROOT / "examples" / "dmc", tmp_path / "repository" / "examples" / "dmc")
     env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"}
-    subprocess.run(["bash", "-euc", text], cwd=tmp_path / "repository", env=env, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["bash", "-euc", text], cwd=tmp_path / "repository", env=env, check=True, timeout=60, stdout=subprocess.DEVNULL
+    )
     said = log.read_text()
     assert "FAILED" not in said, said
     started = [line for line in said.splitlines() if line.startswith("srun")]
-    for part in ("convert_checkpoint.py import --hf", "convert_checkpoint.py export --load", "--stage zero_out", "--stage retrofit",
-                 "--stage finetune", "dmc serve", "dmc batch"):  # fmt: skip
+    for part in (
+        "convert_checkpoint.py import --hf",
+        "convert_checkpoint.py export --load",
+        "--stage zero_out",
+        "--stage retrofit",
+        "--stage finetune",
+        "dmc serve",
+        "dmc batch",
+    ):
         assert any(part in line for line in started), (part, said)
     for line in started:  # and training takes what the scripts give it
         if "megatron.dmc.training.retrofit " in line:
-            parse(arguments.build_parser(), [word for word in shlex.split(line.split("training.retrofit ")[1])
-                                             if word != "../configs/llama2-7b.yaml"][1:])  # fmt: skip
+            parse(
+                arguments.build_parser(),
+                [
+                    word
+                    for word in shlex.split(line.split("training.retrofit ")[1])
+                    if word != "../configs/llama2-7b.yaml"
+                ][1:],
+            )
         elif " dmc " in line:
-            check(shlex.split(line[line.rindex(" dmc ") :]) + ["-o", "OUTPUT"] * (" dmc batch " in line))  # -o: the launcher's
+            check(
+                shlex.split(line[line.rindex(" dmc ") :]) + ["-o", "OUTPUT"] * (" dmc batch " in line)
+            )  # -o: the launcher's
 
 
 def test_error_lines_can_be_taken_out_of_a_batch(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ SOURCES = [*(ROOT / "megatron").rglob("*.py"), *(ROOT / "examples" / "dmc" / "sl
 
 
 def templates() -> list[set[str]]:
-    """The words of every string literal (f-strings without what is filled in) and of every line of the shell scripts."""
+    """The words of every string literal (f-strings without what is filled in) and of every line of the
+    shell scripts.
+    """
     found = []
     for path in SOURCES:
         if path.suffix == ".py":
@@ -59,8 +61,22 @@ def test_flags_and_files_exist(page):
     scripts = " ".join(path.read_text() for path in programs if path.is_file())
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", text))
     # of sbatch, srun, containers, docker and torchrun
-    others = {"--time", "--nodes", "--gpus-per-node", "--dependency", "--array", "--signal", "--container-image",
-              "--container-mounts", "--nv", "--bind", "--gpus", "--target", "--nproc-per-node", "--flag"}  # fmt: skip
+    others = {
+        "--time",
+        "--nodes",
+        "--gpus-per-node",
+        "--dependency",
+        "--array",
+        "--signal",
+        "--container-image",
+        "--container-mounts",
+        "--nv",
+        "--bind",
+        "--gpus",
+        "--target",
+        "--nproc-per-node",
+        "--flag",
+    }
     # An option of a program's parser, or a case of a shell script's.
     odd = sorted(word for word in words - known - others if f'"{word}"' not in scripts and f" {word}) " not in scripts)
     assert words & known or page == "cluster.md"

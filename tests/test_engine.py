@@ -1,4 +1,6 @@
-"""The engine against the step-by-step oracle and transformers: the same tokens for any chunking, batch, schedule and pool."""
+"""The engine against the step-by-step oracle and transformers: the same tokens for any chunking, batch, schedule and
+pool.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_logits_and_tokens_equal_the_oracle(case: str, models) -> None:
 def test_plain_models_equal_transformers(case: str, tmp_path: Path) -> None:
     reference = families.make(case, tmp_path / "model", dtype="float32")
     llm = LLM(tmp_path / "model", max_num_batched_tokens=16, max_num_seqs=4)
-    prompts = [torch.randint(1, 131, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 3, 40, 64, 17)]
+    prompts = [
+        torch.randint(1, 131, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 3, 40, 64, 17)
+    ]
     results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=0))
     for prompt, result in zip(prompts, results):
         got = result.outputs[0].token_ids
@@ -133,12 +137,20 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(case=st.sampled_from(["half", "llama 3", "no merging"]), actions=ACTIONS, rows=st.integers(2, 6),
-       chunk=st.integers(6, 64), pages=st.integers(7 * HEADS, 10 * HEADS))  # fmt: skip
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    case=st.sampled_from(["half", "llama 3", "no merging"]),
+    actions=ACTIONS,
+    rows=st.integers(2, 6),
+    chunk=st.integers(6, 64),
+    pages=st.integers(7 * HEADS, 10 * HEADS),
+)
 def test_any_schedule(models, case: str, actions: list, rows: int, chunk: int, pages: int) -> None:
-    """Arrivals, aborts, chunk budgets and pools that force pre-emption, at random: always the oracle's tokens, never a lost
-    page, and an aborted request stops where it was."""
+    """Arrivals, aborts, chunk budgets and pools that force pre-emption, at random: always the oracle's tokens, never a
+    lost page, and an aborted request stops where it was.
+    """
     model = models(case)
     # Merging halves the pages, so half of them are as tight.
     pages = pages if case == "no merging" else pages * 2 // 3
@@ -181,7 +193,8 @@ def test_any_schedule(models, case: str, actions: list, rows: int, chunk: int, p
 
 
 def test_the_same_budget_holds_more_sequences_with_compression() -> None:
-    """>= 3.6 times as many of 2k tokens at CR 4, page waste included: counted from pages, and by running both pools full.
+    """>= 3.6 times as many of 2k tokens at CR 4, page waste included: counted from pages, and by running both pools
+    full.
 
     Decisions are made to order: the key's neuron follows the token, so that a sequence merges three tokens of four.
     """
@@ -190,8 +203,15 @@ def test_the_same_budget_holds_more_sequences_with_compression() -> None:
     held: dict[int, int] = {}
     for cr in (1, 4):
         # Room for 5 sequences at CR 1.
-        state = kernels.make_state(num_pages=5 * layers * heads * tokens // 16, max_seqs=20, num_layers=layers, num_kv_heads=heads,
-                                   head_dim=d, max_slots=tokens, compress=cr > 1)  # fmt: skip
+        state = kernels.make_state(
+            num_pages=5 * layers * heads * tokens // 16,
+            max_seqs=20,
+            num_layers=layers,
+            num_kv_heads=heads,
+            head_dim=d,
+            max_slots=tokens,
+            compress=cr > 1,
+        )
         neuron = torch.where(torch.arange(tokens) % cr == 0, -1.0, 1.0)
         k = torch.randn(tokens, heads, d, generator=torch.Generator().manual_seed(0))
         # Heads differ, as they do: one opens a slot at tokens 0, 4, 8, ..., the other at 1, 5, 9, ...
@@ -202,8 +222,22 @@ def test_the_same_budget_holds_more_sequences_with_compression() -> None:
         while state.free_count() >= needed:
             row = held.get(cr, 0)
             for layer in range(layers):
-                kernels.append(state, layer, k, k, k, bounds, rows[row : row + 1], positions, torch.ones(d // 2), bias=0.0,
-                               epsilon=2.0**-7, window=12, compress=cr > 1, partial=False)  # fmt: skip
+                kernels.append(
+                    state,
+                    layer,
+                    k,
+                    k,
+                    k,
+                    bounds,
+                    rows[row : row + 1],
+                    positions,
+                    torch.ones(d // 2),
+                    bias=0.0,
+                    epsilon=2.0**-7,
+                    window=12,
+                    compress=cr > 1,
+                    partial=False,
+                )
             held[cr] = row + 1
         state.check_integrity()
     assert held[4] >= 3.6 * held[1], held
@@ -258,18 +292,21 @@ def test_stats(models) -> None:
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(("prompt", "params", "message"), [
-    ([], {}, "the prompt is empty"),
-    ([1, 61], {}, "token 1 of the prompt is 61; the model has the tokens 0 to 60"),
-    ([-1], {}, "token 0 of the prompt is -1"),
-    ([1.5], {}, "token 0 of the prompt is 1.5"),
-    ([1] * 256, {}, "the prompt has 256 tokens; with room for an answer it may have 255"),
-    ([1] * 200, {}, "the prompt has 200 tokens and would take 52 pages"),
-    ("text", {}, "has no tokenizer; give the prompt as token ids"),
-    ([1], {"stop": "x"}, "there is no tokenizer; use stop_token_ids"),
-    ([1], {"stop_token_ids": [61]}, "stop_token_ids holds token 61; the model has 61 tokens"),
-    ([1], {"logit_bias": {70: 1.0}}, "logit_bias holds token 70"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1, 61], {}, "token 1 of the prompt is 61; the model has the tokens 0 to 60"),
+        ([-1], {}, "token 0 of the prompt is -1"),
+        ([1.5], {}, "token 0 of the prompt is 1.5"),
+        ([1] * 256, {}, "the prompt has 256 tokens; with room for an answer it may have 255"),
+        ([1] * 200, {}, "the prompt has 200 tokens and would take 52 pages"),
+        ("text", {}, "has no tokenizer; give the prompt as token ids"),
+        ([1], {"stop": "x"}, "there is no tokenizer; use stop_token_ids"),
+        ([1], {"stop_token_ids": [61]}, "stop_token_ids holds token 61; the model has 61 tokens"),
+        ([1], {"logit_bias": {70: 1.0}}, "logit_bias holds token 70"),
+    ],
+)
 def test_a_bad_request_fails_alone(prompt, params: dict, message: str, models) -> None:
     model = models("no merging", measured_cr=1.0)
     llm = LLM(model.path, num_pages=40)
@@ -292,7 +329,9 @@ def test_the_same_id_twice_is_refused(models) -> None:
 
 
 def test_logits_that_are_no_numbers(models) -> None:
-    """A token whose embedding is NaN spoils the requests that have it, and no other: not even on the pages that it used."""
+    """A token whose embedding is NaN spoils the requests that have it, and no other: not even on the pages that it
+    used.
+    """
     model = models("half")
     engine = model.engine(num_pages=48, max_num_seqs=3, max_num_batched_tokens=64)
     engine.model.embedding[7] = float("nan")
@@ -363,18 +402,21 @@ def test_a_step_that_raises_loses_nothing(when: str, models, monkeypatch: pytest
         assert ids_of([o for o in outputs if o.request_id == name] + later) == model.answer(prompts[int(name)])
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"max_model_len": 300}, "max_model_len is 300; the model has 256 positions"),
-    ({"num_pages": 3}, "the cache would have 3 pages, and the 4 heads"),
-    ({"kv_cache_memory_bytes": 1000}, "give kv_cache_memory_bytes"),
-    ({"block_size": 5}, "page_size 5 is not possible"),
-    ({"dtype": "int8"}, "dtype is 'int8'"),
-    ({"max_num_seqs": 0}, "max_num_seqs is 0"),
-    ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens is 8, less than max_num_seqs 9"),
-    ({"device": "tpu"}, "device is 'tpu'"),
-    ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0"),
-    ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, and this process is no rank of a group"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_model_len": 300}, "max_model_len is 300; the model has 256 positions"),
+        ({"num_pages": 3}, "the cache would have 3 pages, and the 4 heads"),
+        ({"kv_cache_memory_bytes": 1000}, "give kv_cache_memory_bytes"),
+        ({"block_size": 5}, "page_size 5 is not possible"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens is 8, less than max_num_seqs 9"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, and this process is no rank of a group"),
+    ],
+)
 def test_bad_settings(setting: dict, message: str, models) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         models("half").engine(**setting)

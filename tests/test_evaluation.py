@@ -27,13 +27,29 @@ def trained(tmp_path_factory) -> Path:
     tiny.make_data(out)
     common = dict(decision_bias=0.05, valid_data_path=[out / "valid"], eval_iters=1)
     tiny.run(tiny.command(out, "pretrain", train_iters=4, save=out / "original", **common), out / "runs/1")
-    tiny.run(tiny.command(out, "pretrain", train_iters=2, init_from=out / "original", save=out / "control", **common),
-             out / "runs/2")  # fmt: skip
-    tiny.run(tiny.command(out, "zero_out", train_iters=2, init_from=out / "original", save=out / "zero", **common),
-             out / "runs/3")  # fmt: skip
-    tiny.run(tiny.command(out, "retrofit", train_iters=12, lr=2e-2, loss_weight=5.0, target_cr=3.0, init_from=out / "zero",
-                          save=out / "retrofit", tensorboard_dir=out / "board/1", **{k: v for k, v in common.items() if k !=
-                          "decision_bias"}), out / "runs/4")  # fmt: skip
+    tiny.run(
+        tiny.command(out, "pretrain", train_iters=2, init_from=out / "original", save=out / "control", **common),
+        out / "runs/2",
+    )
+    tiny.run(
+        tiny.command(out, "zero_out", train_iters=2, init_from=out / "original", save=out / "zero", **common),
+        out / "runs/3",
+    )
+    tiny.run(
+        tiny.command(
+            out,
+            "retrofit",
+            train_iters=12,
+            lr=2e-2,
+            loss_weight=5.0,
+            target_cr=3.0,
+            init_from=out / "zero",
+            save=out / "retrofit",
+            tensorboard_dir=out / "board/1",
+            **{k: v for k, v in common.items() if k != "decision_bias"},
+        ),
+        out / "runs/4",
+    )
     return out
 
 
@@ -50,8 +66,21 @@ def _one_process():
 def test_report_writes_table_json_and_plots(trained: Path, capsys) -> None:
     rows = ["original=original", "control=control", "DMC=retrofit:control"]
     args = [x for row in rows for x in ("--row", row.replace("=", f"={trained}/"))]
-    status = report.main(["--tokenizer", str(trained / "tokenizer.model"), "--data", str(trained / "valid"), *args,
-                          "--sequences", "8", "--curves", str(trained / "board/1"), "--output", str(trained / "report")])
+    status = report.main(
+        [
+            "--tokenizer",
+            str(trained / "tokenizer.model"),
+            "--data",
+            str(trained / "valid"),
+            *args,
+            "--sequences",
+            "8",
+            "--curves",
+            str(trained / "board/1"),
+            "--output",
+            str(trained / "report"),
+        ]
+    )
     assert status == 0, capsys.readouterr().err
     results = {r["name"]: r for r in json.loads((trained / "report/report.json").read_text())}
     assert results["original"]["cr"] == results["control"]["cr"] == 1.0
@@ -89,7 +118,14 @@ def test_decoding_token_by_token_gives_the_validation_loss(trained: Path) -> Non
 
 
 def test_generation_prints_text_and_slots(trained: Path, capsys) -> None:
-    argv = ["--load", str(trained / "retrofit"), "--tokenizer", str(trained / "tokenizer.model"), "--prompt", "def main("]
+    argv = [
+        "--load",
+        str(trained / "retrofit"),
+        "--tokenizer",
+        str(trained / "tokenizer.model"),
+        "--prompt",
+        "def main(",
+    ]
     assert generate.main([*argv, "--max-tokens", "6"]) == 0
     greedy = capsys.readouterr().out
     assert greedy.startswith("def main(") and "CR " in greedy.splitlines()[-1]
@@ -98,14 +134,23 @@ def test_generation_prints_text_and_slots(trained: Path, capsys) -> None:
     assert generate.main([*argv, "--max-tokens", "6", "--temperature", "1", "--top-p", "0.9", "--seed", "3"]) == 0
 
 
-@pytest.mark.parametrize("change, message", [
-    (("--row", "DMC"), "NAME=CHECKPOINT"),
-    (("--row", "DMC=nowhere"), "does not exist"),
-    (("--row", "DMC=nowhere:control"), "no row before"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("--row", "DMC"), "NAME=CHECKPOINT"),
+        (("--row", "DMC=nowhere"), "does not exist"),
+        (("--row", "DMC=nowhere:control"), "no row before"),
+    ],
+)
 def test_report_refuses_wrong_rows(trained: Path, capsys, change, message) -> None:
-    base = ["--tokenizer", str(trained / "tokenizer.model"), "--data", str(trained / "valid"), "--output",
-            str(trained / "not-written")]  # fmt: skip
+    base = [
+        "--tokenizer",
+        str(trained / "tokenizer.model"),
+        "--data",
+        str(trained / "valid"),
+        "--output",
+        str(trained / "not-written"),
+    ]
     assert report.main([*base, *change]) == 2
     assert message in capsys.readouterr().err
     assert not (trained / "not-written").exists()

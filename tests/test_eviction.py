@@ -1,4 +1,6 @@
-"""DMS in training: attention whose marked columns fade a window later, against a dense implementation; slots as in the cache."""
+"""DMS in training: attention whose marked columns fade a window later, against a dense implementation; slots as in the
+cache.
+"""
 
 from __future__ import annotations
 

@@ -37,10 +37,21 @@ def lineage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "hf" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     convert.import_hf(root / "hf", root / "import")
     common = dict(train_iters=30, lr=1e-2)
-    run = tiny.command(data, "zero_out", init_from=root / "import", save=root / "zero_out", tensor_model_parallel_size=2, **common)
+    run = tiny.command(
+        data, "zero_out", init_from=root / "import", save=root / "zero_out", tensor_model_parallel_size=2, **common
+    )
     tiny.run(run, root / "zero_out_run", world=2)
-    run = tiny.command(data, "retrofit", init_from=root / "zero_out", save=root / "retrofit", target_cr=2, loss_weight=5,
-                       decision_bias=0.5, pipeline_model_parallel_size=2, **common)  # fmt: skip
+    run = tiny.command(
+        data,
+        "retrofit",
+        init_from=root / "zero_out",
+        save=root / "retrofit",
+        target_cr=2,
+        loss_weight=5,
+        decision_bias=0.5,
+        pipeline_model_parallel_size=2,
+        **common,
+    )
     tiny.run(run, root / "retrofit_run", world=2)
     convert.export(root / "retrofit", root / "out")
     convert.import_hf(root / "out", root / "again")
@@ -53,16 +64,28 @@ def test_what_is_exported(lineage: Path) -> None:
     assert (config["model_type"], config["architectures"]) == ("dmc", ["DMCForCausalLM"])
     assert manifest.lineage == ["import", "zero_out"] and manifest.family == "qwen3"
     assert config["dmc"] == {
-        "format_version": 1, "base_model_type": "qwen3", "decision_bias": 0.5, "window": 12, "importance_epsilon": 2.0**-7,
-        "add_qkv_bias": False, "qk_layernorm": True, "stage": "retrofit", "step": 30, "target_cr": manifest.target_cr,
+        "format_version": 1,
+        "base_model_type": "qwen3",
+        "decision_bias": 0.5,
+        "window": 12,
+        "importance_epsilon": 2.0**-7,
+        "add_qkv_bias": False,
+        "qk_layernorm": True,
+        "stage": "retrofit",
+        "step": 30,
+        "target_cr": manifest.target_cr,
         "measured_cr": manifest.measured_cr,
-    }  # fmt: skip
+    }
     plain = json.loads((lineage / "hf" / "config.json").read_text())
     own = ("model_type", "architectures")
-    assert {k: v for k, v in config.items() if k in plain and k not in own} == {k: v for k, v in plain.items() if k not in own}
+    assert {k: v for k, v in config.items() if k in plain and k not in own} == {
+        k: v for k, v in plain.items() if k not in own
+    }
     for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
         assert (lineage / "out" / name).read_bytes() == (lineage / "hf" / name).read_bytes()
-    layout = [json.loads((lineage / d / "model.safetensors.index.json").read_text())["weight_map"] for d in ("hf", "out")]
+    layout = [
+        json.loads((lineage / d / "model.safetensors.index.json").read_text())["weight_map"] for d in ("hf", "out")
+    ]
     assert layout[0] == layout[1]
     assert "finetune" not in (lineage / "out" / "README.md").read_text()
 
@@ -81,7 +104,9 @@ def test_transformers_generates_what_the_project_does(lineage: Path) -> None:
     lengths = out.past_key_values.lengths()[:, 0]
     assert torch.equal(lengths, cache.lengths())
     tokens = out.sequences.size(1) - 1
-    assert 1.1 < tokens * lengths.numel() / lengths.sum() < tokens, "this model does not tell heads that merge from others"
+    assert 1.1 < tokens * lengths.numel() / lengths.sum() < tokens, (
+        "this model does not tell heads that merge from others"
+    )
 
 
 def test_it_comes_back_in(lineage: Path) -> None:
@@ -97,7 +122,9 @@ def test_it_comes_back_in(lineage: Path) -> None:
 
 @pytest.mark.parametrize(("hf", "load"), [("hf", "import"), ("out", "retrofit"), ("out", "again")])
 def test_verify_with_logits(lineage: Path, hf: str, load: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert_checkpoint.main(["verify", "--hf", str(lineage / hf), "--load", str(lineage / load), "--logits"]) == 0
+    assert (
+        convert_checkpoint.main(["verify", "--hf", str(lineage / hf), "--load", str(lineage / load), "--logits"]) == 0
+    )
     out = capsys.readouterr().out
     assert "identical: " in out and "same most likely token 100.00%" in out
 
@@ -116,7 +143,9 @@ def test_inspect(lineage: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unfinished_zero_out_is_refused(lineage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tiny.command(lineage, "zero_out", init_from=lineage / "import", save=tmp_path / "z", train_iters=4, exit_interval=2)
+    run = tiny.command(
+        lineage, "zero_out", init_from=lineage / "import", save=tmp_path / "z", train_iters=4, exit_interval=2
+    )
     tiny.run(run, tmp_path / "run")
     assert convert_checkpoint.main(["export", "--load", str(tmp_path / "z"), "--save", str(tmp_path / "out")]) == 2
     assert "middle of zero_out" in capsys.readouterr().err

@@ -46,12 +46,18 @@ def test_the_new_family_is_read_and_served(page: dict, tmp_path: Path) -> None:
     for file in source.glob("*.safetensors"):
         before, after = load_file(file), load_file(out / file.name)
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    code = f"import sys; sys.path.insert(0, 'tools')\n{BLOCKS}\nfrom megatron.dmc.checkpoint.mapping import FAMILIES\n" \
-           "FAMILIES['seed_oss'] = family\nimport convert_checkpoint\nsys.exit(convert_checkpoint.main(sys.argv[1:]))"  # fmt: skip
-    result = run_command([sys.executable, "-c", code, "verify", "--hf", str(source), "--load", str(checkpoint), "--logits"])
+    code = (
+        f"import sys; sys.path.insert(0, 'tools')\n{BLOCKS}\nfrom megatron.dmc.checkpoint.mapping import FAMILIES\n"
+        "FAMILIES['seed_oss'] = family\nimport convert_checkpoint\nsys.exit(convert_checkpoint.main(sys.argv[1:]))"
+    )
+    result = run_command(
+        [sys.executable, "-c", code, "verify", "--hf", str(source), "--load", str(checkpoint), "--logits"]
+    )
     assert float(re.search(r"largest difference (\S+)", result.stdout)[1]) < 1e-4, result.stdout
     prompt = torch.randint(families.SIZES["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(2))
-    expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 20:].tolist()
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        0, 20:
+    ].tolist()
     engine = Engine(str(source), EngineConfig(dtype="float32"))
     engine.add_request("a", prompt[0].tolist(), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
     assert list(ids_of(drain(engine)["a", 0])) == expected

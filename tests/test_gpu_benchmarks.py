@@ -19,12 +19,42 @@ import _flashinfer
 
 
 def test_throughput_of_a_tiny_shape(tmp_path: Path) -> None:
-    """Every part, with what it counts: CR as asked for, nothing pre-empted in the cache that was filled to the last pages."""
+    """Every part, with what it counts: CR as asked for, nothing pre-empted in the cache that was filled to the last
+    pages.
+    """
     out = tmp_path / "out.json"
-    run_command([sys.executable, "benchmarks/throughput.py", "--device", "cpu", "--shapes", "tiny", "--memory-gib", "0.02",
-                "--reserve-gib", "0.005", "--input-len", "48", "--output-lens", "48", "--compression-ratios", "1", "4",
-                "--prefill-lens", "64", "--prefill-rounds", "1", "--protocol-batch", "2", "--protocol-output-len", "40",
-                "--json", str(out)], cwd=ROOT)  # fmt: skip
+    run_command(
+        [
+            sys.executable,
+            "benchmarks/throughput.py",
+            "--device",
+            "cpu",
+            "--shapes",
+            "tiny",
+            "--memory-gib",
+            "0.02",
+            "--reserve-gib",
+            "0.005",
+            "--input-len",
+            "48",
+            "--output-lens",
+            "48",
+            "--compression-ratios",
+            "1",
+            "4",
+            "--prefill-lens",
+            "64",
+            "--prefill-rounds",
+            "1",
+            "--protocol-batch",
+            "2",
+            "--protocol-output-len",
+            "40",
+            "--json",
+            str(out),
+        ],
+        cwd=ROOT,
+    )
     figures = json.loads(out.read_text())["figures"]
     plain, dmc = figures["throughput"]
     assert plain["compression_ratio"] == 1
@@ -40,17 +70,37 @@ def test_throughput_of_a_tiny_shape(tmp_path: Path) -> None:
 
 
 class StandIn:
-    """FlashInfer's wrapper by its documentation, in PyTorch: layout NHD, pages of a sequence in a row of ``indices``."""
+    """FlashInfer's wrapper by its documentation, in PyTorch:
+    layout NHD, pages of a sequence in a row of ``indices``.
+    """
 
     def __init__(self, workspace: torch.Tensor, kv_layout: str, use_tensor_cores: bool) -> None:
         assert kv_layout == "NHD"
         assert workspace.dtype == torch.uint8
 
-    def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, q_data_type, kv_data_type,
-             sm_scale) -> None:  # fmt: skip
+    def plan(
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        *,
+        q_data_type,
+        kv_data_type,
+        sm_scale,
+    ) -> None:
         assert num_kv_heads == 1
         assert all(x.dtype == torch.int32 for x in (indptr, indices, last_page_len))
-        self.indptr, self.indices, self.last, self.page_size, self.scale = indptr, indices, last_page_len, page_size, sm_scale
+        self.indptr, self.indices, self.last, self.page_size, self.scale = (
+            indptr,
+            indices,
+            last_page_len,
+            page_size,
+            sm_scale,
+        )
 
     def run(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         out = torch.empty_like(q)

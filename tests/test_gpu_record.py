@@ -1,4 +1,6 @@
-"""The last run of tools/gpu_check.sh on a GPU: a warning, not a failure, where it is missing or was of other kernels."""
+"""The last run of tools/gpu_check.sh on a GPU:
+a warning, not a failure, where it is missing or was of other kernels.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def stale(results: Path) -> str:
-    """What is wrong with the newest record, empty if nothing. The best is the one that knows most of today's sources."""
+    """What is wrong with the newest record, empty if nothing.
+    The best is the one that knows most of today's sources.
+    """
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("gpu_*.json"))]
     if not records:
         return "no GPU has run the CUDA kernels: there is no gpu_*.json in benchmarks/results"
@@ -27,7 +31,9 @@ def stale(results: Path) -> str:
 def test_a_gpu_has_run_these_kernels() -> None:
     what = stale(ROOT / "benchmarks" / "results")
     if what:
-        warnings.warn(f"{what}; run tools/gpu_check.sh where there is one, and commit its JSON", UserWarning, stacklevel=1)
+        warnings.warn(
+            f"{what}; run tools/gpu_check.sh where there is one, and commit its JSON", UserWarning, stacklevel=1
+        )
 
 
 def test_what_is_stale(tmp_path: Path) -> None:
@@ -43,4 +49,6 @@ def test_what_is_stale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["--nonsense"]])
 def test_the_script_reads_its_arguments(arguments: list[str]) -> None:
     done = subprocess.run([str(ROOT / "tools" / "gpu_check.sh"), *arguments], capture_output=True, text=True)
-    assert (done.returncode, "compute-sanitizer" in done.stdout) == ((0, True) if arguments == ["--help"] else (2, False))
+    assert (done.returncode, "compute-sanitizer" in done.stdout) == (
+        (0, True) if arguments == ["--help"] else (2, False)
+    )

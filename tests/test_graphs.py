@@ -1,4 +1,6 @@
-"""Decode steps by graphs of fixed sizes: the same tokens, padding touches nothing, results may be overwritten by the next."""
+"""Decode steps by graphs of fixed sizes: the same tokens, padding touches nothing, results may be overwritten by the
+next.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from megatron.dmc.inference.model import Piece
 
 
 class Recorder:
-    """What a CUDA graph promises and no more: the function runs as captured, and its result lies in the same place every time."""
+    """What a CUDA graph promises and no more: the function runs as captured, and its result lies in the same place
+    every time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.replayed: list[int] = []
@@ -67,13 +71,20 @@ def test_what_is_no_step_for_a_graph(tmp_path: Path) -> None:
     def forward(batch) -> Tensor:
         seen.append(len(batch.tokens))
         assert batch.decoding == len(batch.tokens) == len(batch.rows)
-        assert batch.cu_seqlens.tolist() == list(range(seen[-1] + 1)) and batch.logits_at.tolist() == list(range(seen[-1]))
+        assert batch.cu_seqlens.tolist() == list(range(seen[-1] + 1)) and batch.logits_at.tolist() == list(
+            range(seen[-1])
+        )
         return torch.stack([batch.tokens, batch.positions, batch.rows]).t().float()
 
     decode = DecodeGraphs(forward, 4, torch.device("cpu"), Recorder(torch.device("cpu")))
     assert seen == [4, 2, 1]
     assert decode([Piece(0, 0, [5, 6], 1)]) is None and decode([Piece(i, 0, [5], 1) for i in range(5)]) is None
-    assert decode([Piece(i, 10 + i, [5 + i], 1) for i in range(4)]).tolist() == [[5, 10, 0], [6, 11, 1], [7, 12, 2], [8, 13, 3]]
+    assert decode([Piece(i, 10 + i, [5 + i], 1) for i in range(4)]).tolist() == [
+        [5, 10, 0],
+        [6, 11, 1],
+        [7, 12, 2],
+        [8, 13, 3],
+    ]
     # Fewer than before: what the batch before left in the buffers is not there any more.
     assert decode([Piece(3, 20, [9], 1), Piece(1, 2, [4], 0), Piece(2, 7, [3], 1)]).tolist() == [[9, 20, 3], [3, 7, 2]]
     assert decode._inputs.tolist() == [[9, 4, 3, 0], [20, 2, 7, 0], [3, 1, 2, -1]]

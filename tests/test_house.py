@@ -70,8 +70,9 @@ def test_both_halves_of_the_namespace_import(place: str, tmp_path: Path) -> None
 
 @dataclass(frozen=True)
 class Rule:
-    """What the modules of an area may import: the areas of this package, no distribution in ``never``, and where ``only`` is
-    given, no other distribution at all (the standard library is always allowed)."""
+    """What the modules of an area may import: the areas of this package, no distribution in ``never``, and where
+    ``only`` is given, no other distribution at all (the standard library is always allowed).
+    """
 
     areas: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
@@ -100,7 +101,17 @@ RULES = {
     "checkpoint.remote_code": Rule(("checkpoint.remote_code",), ("megatron.core",), ("torch", "transformers")),
     "training": Rule(("config", "schedule", "ops", "model", "checkpoint", "training")),
     "inference": Rule(
-        ("config", "schedule", "ops", "kernels", "checkpoint.mapping", "checkpoint.tensors", "checkpoint.hf", "inference"), MEGATRON
+        (
+            "config",
+            "schedule",
+            "ops",
+            "kernels",
+            "checkpoint.mapping",
+            "checkpoint.tensors",
+            "checkpoint.hf",
+            "inference",
+        ),
+        MEGATRON,
     ),
     "serving": Rule(("config", "checkpoint.mapping", "checkpoint.hf", "inference", "serving"), MEGATRON),
 }

@@ -13,8 +13,17 @@ from megatron.dmc.evaluation import induction
 from megatron.dmc.evaluation.policies import Budget, StreamingLLM
 from megatron.dmc.evaluation.teacher_forced import TeacherForced
 
-MODEL = ModelConfig(num_layers=3, hidden_size=128, ffn_hidden_size=64, num_attention_heads=4, kv_channels=32, vocab_size=300,
-                    max_position_embeddings=256, rotary_base=1e6, init_method_std=0.02)  # fmt: skip
+MODEL = ModelConfig(
+    num_layers=3,
+    hidden_size=128,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    kv_channels=32,
+    vocab_size=300,
+    max_position_embeddings=256,
+    rotary_base=1e6,
+    init_method_std=0.02,
+)
 
 
 def repeated(length: int, gap: int, rows: int = 8) -> torch.Tensor:
@@ -35,13 +44,17 @@ def test_untrained_it_gives_what_followed_the_same_token(tmp_path, seed) -> None
         assert correct[:, : length - 1].mean() < 0.05
     # It is the circuit that does it, and it reads the cache: neither a window nor the same model without the heads can.
     far = repeated(20, 200)
-    assert model.score(far, StreamingLLM(Budget(4))).correct[:, -15:].double().mean() < 0.1  # the first four tokens are its sinks
+    assert (
+        model.score(far, StreamingLLM(Budget(4))).correct[:, -15:].double().mean() < 0.1
+    )  # the first four tokens are its sinks
     for layer in model.layers[:2]:
         layer.out[:, :32] = 0
     assert model.score(far).correct[:, -19:].double().mean() < 0.1
 
 
-@pytest.mark.parametrize("change", [dict(num_layers=1), dict(rotary_base=1e4), dict(add_qkv_bias=True), dict(qk_layernorm=True)])
+@pytest.mark.parametrize(
+    "change", [dict(num_layers=1), dict(rotary_base=1e4), dict(add_qkv_bias=True), dict(qk_layernorm=True)]
+)
 def test_models_without_room_are_refused(change, tmp_path) -> None:
     with pytest.raises(ValueError, match="no room for an induction circuit"):
         induction.write(tmp_path / "model", dataclasses.replace(MODEL, **change), 0)
@@ -52,8 +65,10 @@ def test_models_without_room_are_refused(change, tmp_path) -> None:
 
 def test_its_command(tmp_path, capsys) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 2, vocab_size: 64, "
-                      "rotary_base: 1.0e+7, max_position_embeddings: 64}\n")  # fmt: skip
+    config.write_text(
+        "model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 2, vocab_size: 64, "
+        "rotary_base: 1.0e+7, max_position_embeddings: 64}\n"
+    )
     assert induction.main(["--config", str(config), "--save", str(tmp_path / "hf")]) == 0
     assert TeacherForced.load(tmp_path / "hf").info.model.hidden_size == 64
     config.write_text("model: {num_layers: 1}\n")

@@ -89,10 +89,17 @@ def test_bytes_that_never_become_a_character_do_not_wait_for_ever() -> None:
     assert len(made.take()) >= 24
 
 
-@pytest.mark.parametrize(("stop", "include", "wanted", "met"), [
-    (["END"], False, "one two ", "END"), (["END"], True, "one two END", "END"), (["two", "one"], False, "", "one"),
-    (["zzz"], False, "one two END three", None), (["D t", "END"], False, "one two ", "END"), (["e"], False, "on", "e"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stop", "include", "wanted", "met"),
+    [
+        (["END"], False, "one two ", "END"),
+        (["END"], True, "one two END", "END"),
+        (["two", "one"], False, "", "one"),
+        (["zzz"], False, "one two END three", None),
+        (["D t", "END"], False, "one two ", "END"),
+        (["e"], False, "on", "e"),
+    ],
+)
 def test_stop_strings(stop: list[str], include: bool, wanted: str, met: str | None) -> None:
     """Nothing of a stop string is ever given out, though it comes in pieces."""
     pieces, made = feed("one two END three", stop=stop, include_stop=include)
@@ -114,7 +121,9 @@ def test_generate_with_text(model: Model) -> None:
     assert completion.finish_reason == "length"
     # Stopped by a string from the middle of it.
     middle = completion.text[7:9]
-    stopped = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=middle))[0].outputs[0]
+    stopped = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=middle))[
+        0
+    ].outputs[0]
     assert stopped.text == completion.text[: completion.text.index(middle)]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", middle)
     pieces = [out.text for out in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))]
@@ -127,18 +136,28 @@ def test_the_tokenizer_of_an_exported_model_asks_nothing(tmp_path: Path, monkeyp
     import sentencepiece
 
     (tmp_path / "text").write_text("\n".join(f"hello world def main({i}): return {i * 7}" for i in range(300)))
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60,
-                                             model_type="bpe", hard_vocab_limit=False, minloglevel=9)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=9,
+    )
     made = Model(tmp_path / "m", "half")
     (tmp_path / "tokenizer.model").rename(Path(made.path) / "tokenizer.model")
-    (Path(made.path) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (Path(made.path) / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}'
+    )
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     llm = LLM(made.path)
     result = llm.generate("hello main", SamplingParams(temperature=0, max_tokens=8))[0]
     assert result.prompt_token_ids[0] == llm.engine.tokenizer.bos_token_id
     assert tuple(result.outputs[0].token_ids) == made.answer(tuple(result.prompt_token_ids), 8)
     pieces = [output.text for output in llm.stream("hello main", SamplingParams(temperature=0, max_tokens=8))]
-    whole = llm.engine.tokenizer.decode([*result.prompt_token_ids, *result.outputs[0].token_ids], skip_special_tokens=True)
+    whole = llm.engine.tokenizer.decode(
+        [*result.prompt_token_ids, *result.outputs[0].token_ids], skip_special_tokens=True
+    )
     assert "hello main" + "".join(pieces) == whole
 
 
@@ -173,7 +192,9 @@ def test_the_end_of_a_text(model: Model) -> None:
 
 def test_the_window_ends_an_answer(model: Model) -> None:
     llm = LLM(model.path, max_model_len=40)
-    result = llm.generate(model.prompt(30), SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))[0].outputs[0]
+    result = llm.generate(model.prompt(30), SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))[0].outputs[
+        0
+    ]
     assert (len(result.token_ids), result.finish_reason) == (10, "length")
 
 
@@ -203,7 +224,9 @@ def test_seeds_survive_preemption(model: Model) -> None:
 def test_prompt_logprobs(model: Model, chunk: int) -> None:
     llm = LLM(model.path, max_num_batched_tokens=chunk, max_num_seqs=2)
     prompt = model.prompt(30)
-    result = llm.generate([prompt, prompt], SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, logprobs=1, n=1))[1]
+    result = llm.generate(
+        [prompt, prompt], SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, logprobs=1, n=1)
+    )[1]
     scores = model.logprobs((*prompt, *result.outputs[0].token_ids))
     assert [entry.token for entry in result.prompt_logprobs] == list(prompt[1:])
     for at, entry in enumerate(result.prompt_logprobs):
@@ -262,19 +285,26 @@ def test_dmc_generate(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", model.path, "--prompt-ids", prompt, "--max-tokens", "9", "--ignore-eos", "--stats"]) == 0
     out = capsys.readouterr().out
     assert "38 tokens; slots and CR by layer and KV head" in out and "30 prompt + 9 new tokens" in out
-    whole = LLM(model.path).generate(model.prompt(30), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0].outputs[0]
+    whole = (
+        LLM(model.path)
+        .generate(model.prompt(30), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0]
+        .outputs[0]
+    )
     assert whole.text in out
     assert main(["generate", model.path, "--prompt", "+,-", "--stream", "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("+,-")
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ([], "error: there is no prompt"),
-    (["--prompt", "+", "--top-p", "2"], "error: top_p is 2.0; it must be a number above 0 and at most 1"),
-    (["--prompt", "+", "--prompt", "-", "--stream"], "error: --stream shows one answer"),
-    (["--prompt-ids", "1,99"], "error: token 1 of the prompt is 99"),
-    (["--prompt-ids", "1", "--max-model-len", "10000"], "error: max_model_len is 10000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "error: there is no prompt"),
+        (["--prompt", "+", "--top-p", "2"], "error: top_p is 2.0; it must be a number above 0 and at most 1"),
+        (["--prompt", "+", "--prompt", "-", "--stream"], "error: --stream shows one answer"),
+        (["--prompt-ids", "1,99"], "error: token 1 of the prompt is 99"),
+        (["--prompt-ids", "1", "--max-model-len", "10000"], "error: max_model_len is 10000"),
+    ],
+)
 def test_dmc_generate_says_what_is_wrong(options: list[str], message: str, model: Model, capsys) -> None:
     assert main(["generate", model.path, *options]) == 2
     err = capsys.readouterr().err
@@ -282,7 +312,9 @@ def test_dmc_generate_says_what_is_wrong(options: list[str], message: str, model
 
 
 def test_more_commands_can_be_handed_in(capsys: pytest.CaptureFixture[str]) -> None:
-    extra = Command("hello", "says hello", lambda parser: parser.add_argument("name"), lambda args: print("hello", args.name) or 0)
+    extra = Command(
+        "hello", "says hello", lambda parser: parser.add_argument("name"), lambda args: print("hello", args.name) or 0
+    )
     assert main(["hello", "you"], [*COMMANDS, extra]) == 0
     assert capsys.readouterr().out == "hello you\n"
     with pytest.raises(SystemExit, match="2"):
@@ -304,8 +336,9 @@ def test_the_command_needs_no_megatron_core(model: Model) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pages", [None, 8])
 def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed: Callable) -> None:
-    """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules, also over what the
-    prefix cache keeps."""
+    """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules, also over
+    what the prefix cache keeps.
+    """
     prompts = [list(model.prompt(n, seed)) for seed, n in enumerate((14, 40, 3, 17))]
     settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
     settings |= {"num_pages": pages} if pages else {}
@@ -322,7 +355,9 @@ def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed
     assert bool(first["preemptions"]) == bool(pages)
     plain = LLM(model.path, enable_prefix_caching=False)
     for prompt, answers in zip(first["longer"], first["again"]):
-        assert answers == 2 * [plain.generate(prompt, SamplingParams(temperature=0, max_tokens=24))[0].outputs[0].token_ids]
+        assert answers == 2 * [
+            plain.generate(prompt, SamplingParams(temperature=0, max_tokens=24))[0].outputs[0].token_ids
+        ]
     assert first["hits"] > sum(first["cached"]) > 0
 
 
@@ -336,7 +371,9 @@ def test_engine_outputs_of_many_requests(model: Model) -> None:
     """The step API: outputs are named, one token each, and the last one has cache and times."""
     engine = model.engine(max_num_seqs=3)
     for name in "abcd":
-        engine.add_request(name, model.prompt(10 + ord(name) % 7), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        engine.add_request(
+            name, model.prompt(10 + ord(name) % 7), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+        )
     found = drain(engine)
     assert {name for name, _ in found} == set("abcd")
     for (name, index), outputs in found.items():

@@ -15,8 +15,13 @@ from megatron.dmc.inference.sampling import Sampler, SamplerState, constrain, lo
 SIZE = 12
 
 
-def state(prompt: tuple[int, ...] = (1, 2), answer: tuple[int, ...] = (), stop: tuple[int, ...] = (), index: int = 0,
-          **params: object) -> SamplerState:  # fmt: skip
+def state(
+    prompt: tuple[int, ...] = (1, 2),
+    answer: tuple[int, ...] = (),
+    stop: tuple[int, ...] = (),
+    index: int = 0,
+    **params: object,
+) -> SamplerState:
     made = SamplerState.start(SamplingParams(**params), prompt, stop, SIZE, index)
     for token in answer:
         made.take(token)
@@ -129,7 +134,9 @@ def test_a_seed_draws_the_same_whatever_is_beside_it() -> None:
     def run(others: int, seed: int, index: int = 0) -> list[int]:
         sampler = Sampler(seed=others)
         mine, beside = state(seed=seed, index=index), [state() for _ in range(others)]
-        return [int(sampler(torch.cat((some_logits(others, seed=9), row[None])), [*beside, mine])[-1]) for row in logits]
+        return [
+            int(sampler(torch.cat((some_logits(others, seed=9), row[None])), [*beside, mine])[-1]) for row in logits
+        ]
 
     assert run(0, 5) == run(3, 5) == run(7, 5)
     assert run(0, 5) != run(0, 6)
@@ -180,14 +187,32 @@ def test_logprobs() -> None:
     assert values == sorted(values, reverse=True) and sum(map(math.exp, values)) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value", "limits"), [
-    ("n", 0, "at least 1"), ("temperature", -0.1, "at least 0"), ("temperature", math.nan, "at least 0"), ("top_p", 0, "above 0"),
-    ("top_p", 1.1, "at most 1"), ("top_k", -2, "at least -1"), ("top_k", 1.5, "an integer"), ("min_p", 2, "at most 1"),
-    ("repetition_penalty", 0, "above 0"), ("presence_penalty", 3, "at most 2"), ("frequency_penalty", -3, "at least -2"),
-    ("max_tokens", -1, "at least 0"), ("min_tokens", -1, "at least 0"), ("logprobs", -1, "at least 0"), ("seed", "x", "an integer"),
-    ("prompt_logprobs", 1000, "at most 100"), ("stop", ["a", ""], "not empty"), ("stop_token_ids", [-1], "at least 0"),
-    ("logit_bias", {3: 101}, "at most 100"), ("logit_bias", {"a": 1}, "an integer"), ("temperature", True, "a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("n", 0, "at least 1"),
+        ("temperature", -0.1, "at least 0"),
+        ("temperature", math.nan, "at least 0"),
+        ("top_p", 0, "above 0"),
+        ("top_p", 1.1, "at most 1"),
+        ("top_k", -2, "at least -1"),
+        ("top_k", 1.5, "an integer"),
+        ("min_p", 2, "at most 1"),
+        ("repetition_penalty", 0, "above 0"),
+        ("presence_penalty", 3, "at most 2"),
+        ("frequency_penalty", -3, "at least -2"),
+        ("max_tokens", -1, "at least 0"),
+        ("min_tokens", -1, "at least 0"),
+        ("logprobs", -1, "at least 0"),
+        ("seed", "x", "an integer"),
+        ("prompt_logprobs", 1000, "at most 100"),
+        ("stop", ["a", ""], "not empty"),
+        ("stop_token_ids", [-1], "at least 0"),
+        ("logit_bias", {3: 101}, "at most 100"),
+        ("logit_bias", {"a": 1}, "an integer"),
+        ("temperature", True, "a number"),
+    ],
+)
 def test_wrong_values_are_named(name: str, value: object, limits: str) -> None:
     with pytest.raises(ValueError, match=f"{name}.*{re.escape(limits)}"):
         SamplingParams(**{name: value})

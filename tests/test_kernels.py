@@ -1,4 +1,6 @@
-"""The kernels of the inference engine: against the step-by-step oracle, against plain attention, and against each other."""
+"""The kernels of the inference engine: against the step-by-step oracle, against plain attention, and against each
+other.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,12 @@ def _backend(request):
 
 on_backends = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 # Those that look at values, and so can raise: the CUDA kernels wait for nothing.
-on_checking_backends = pytest.mark.parametrize(("backend", "device"), [b for b in BACKENDS if b.values[0] in ("cpp", "reference")])
-on_compiled_backends = pytest.mark.parametrize(("backend", "device"), [b for b in BACKENDS if b.values[0] != "reference"])
+on_checking_backends = pytest.mark.parametrize(
+    ("backend", "device"), [b for b in BACKENDS if b.values[0] in ("cpp", "reference")]
+)
+on_compiled_backends = pytest.mark.parametrize(
+    ("backend", "device"), [b for b in BACKENDS if b.values[0] != "reference"]
+)
 
 
 def ints(values, device="cpu") -> Tensor:
@@ -55,7 +61,9 @@ def ints(values, device="cpu") -> Tensor:
 
 
 def tokens(shape: tuple[int, ...], g: int, kv: int, d: int, shift: float, dtype=torch.float32) -> tuple[Tensor, ...]:
-    """Raw q [*shape, g * kv, D], k, v [*shape, kv, D] as views of one fused projection; ``shift`` makes tokens merge."""
+    """Raw q [*shape, g * kv, D], k, v [*shape, kv, D] as views of one fused projection;
+    ``shift`` makes tokens merge.
+    """
     fused = torch.randn(*shape, (g + 2) * kv, d, generator=torch.Generator().manual_seed(len(shape) + d))
     fused[..., g * kv : (g + 1) * kv, -1] += shift
     fused = fused.to(dtype)
@@ -93,14 +101,26 @@ class Run:
         self.out = torch.full_like(self.q, math.nan, memory_format=torch.contiguous_format)
 
     def step(self, counts: list[int], decode: bool = False) -> None:
-        """``counts[i]`` tokens of sequence i, sequences without tokens included; ``decode``: through decode_attention."""
+        """``counts[i]`` tokens of sequence i, sequences without tokens included;
+        ``decode``: through decode_attention.
+        """
         sequence = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], dtype=torch.long)
         at = torch.tensor([self.position[i] + j for i, n in enumerate(counts) for j in range(n)], dtype=torch.long)
         cu = ints([0, *torch.tensor(counts).cumsum(0).tolist()], self.device)
         rows = ints(self.rows, self.device)
         q, k, v = (x[sequence, at] for x in (self.q, self.k, self.v))
         done = append(
-            self.state, self.layer, q, k, v, cu, rows, ints(at, self.device), self.inv_freq, partial=not decode, **self.options
+            self.state,
+            self.layer,
+            q,
+            k,
+            v,
+            cu,
+            rows,
+            ints(at, self.device),
+            self.inv_freq,
+            partial=not decode,
+            **self.options,
         )
         scale = q.size(-1) ** -0.5
         if decode:
@@ -158,7 +178,9 @@ def test_mixed_steps_equal_the_oracle(backend, device, window, g, shift) -> None
     assert torch.equal(state.lengths[[3, 0, 4], 1].long().cpu(), cache.lengths())
     for i, row in enumerate(run.rows):
         for head in range(2):
-            for got, slots in zip(slots_of(state, row, 1, head), (cache.heads[i][head].keys, cache.heads[i][head].values)):
+            for got, slots in zip(
+                slots_of(state, row, 1, head), (cache.heads[i][head].keys, cache.heads[i][head].values)
+            ):
                 close(got, torch.stack(slots))
     free(state, ints([0, -1, 3], device))
     state.check_integrity()
@@ -269,7 +291,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def decode_case(lengths, g, d, page_size, dtype, device, loud: float = 1.0) -> None:
-    """The error is at most twice that of the same attention in PyTorch in this dtype, both against fp64. ``loud``: times q."""
+    """The error is at most twice that of the same attention in PyTorch in this dtype, both against fp64. ``loud``:
+    times q.
+    """
     state, content = filled(lengths, d, page_size, dtype, device)
     rows, heads = len(lengths), len(lengths[0])
     q = (loud * torch.randn(rows, heads * g, 2 * d, generator=torch.Generator().manual_seed(4))).to(dtype)[..., :d]
@@ -278,7 +302,12 @@ def decode_case(lengths, g, d, page_size, dtype, device, loud: float = 1.0) -> N
     # [rows, Hq, D] -> [rows, H, g, D]
     grouped = q.reshape(rows, heads, g, d)
     exact, same = (
-        torch.stack([torch.stack([attend(grouped[i, j].to(of), *content[i][j].to(of)) for j in range(heads)]) for i in range(rows)])
+        torch.stack(
+            [
+                torch.stack([attend(grouped[i, j].to(of), *content[i][j].to(of)) for j in range(heads)])
+                for i in range(rows)
+            ]
+        )
         for of in (torch.float64, dtype)
     )
     error, allowed = ((x.view(exact.shape).double() - exact).norm() for x in (out, same))
@@ -343,7 +372,9 @@ def test_prefill_precision(backend, device, d, g, dtype) -> None:
     table = cos_sin(rotary_frequencies(d, 1e4), torch.arange(220))
     exact, same = (
         prefill_in_torch(
-            compress(*(x.transpose(1, 2).to(of) for x in (q, k, v)), *table, decision_bias=BIAS, epsilon=EPSILON, window=12)
+            compress(
+                *(x.transpose(1, 2).to(of) for x in (q, k, v)), *table, decision_bias=BIAS, epsilon=EPSILON, window=12
+            )
         ).transpose(1, 2)
         for of in (torch.float64, dtype)
     )
@@ -360,10 +391,15 @@ def test_padding_and_sequences_without_tokens_are_left_alone(backend, device) ->
     inv_freq = rotary_frequencies(32, 1e4, device=device)
     options = {"num_pages": 16, "max_seqs": 4, "num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "max_slots": 32}
     results = []
-    for keep, cu, rows in ((range(7), [0, 2, 2, 5, 6, 7], [1, 3, 0, -1, 2]), ((0, 1, 2, 3, 4, 6), [0, 2, 5, 6], [1, 0, 2])):
+    for keep, cu, rows in (
+        (range(7), [0, 2, 2, 5, 6, 7], [1, 3, 0, -1, 2]),
+        ((0, 1, 2, 3, 4, 6), [0, 2, 5, 6], [1, 0, 2]),
+    ):
         state, at = poisoned(device, **options), ints(range(7), device)[list(keep)]
         args = (ints(cu, device), ints(rows, device))
-        a = append(state, 1, *(x[list(keep)] for x in (q, k, v)), *args, at, inv_freq, bias=BIAS, epsilon=EPSILON, window=12)
+        a = append(
+            state, 1, *(x[list(keep)] for x in (q, k, v)), *args, at, inv_freq, bias=BIAS, epsilon=EPSILON, window=12
+        )
         results.append((state, prefill_attention(state, 1, *a, *args, 32**-0.5), a))
     (one, out, a), (two, want, _) = results
     assert torch.equal(out[[0, 1, 2, 3, 4, 6]], want)

@@ -30,12 +30,15 @@ from megatron.dmc.kernels import append, build, decode_attention, fork, free, us
 @pytest.mark.parametrize("d", [40, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_cache_as_the_reference(monkeypatch, backend, device, dtype, d, window) -> None:
-    """After every step: the same pages for the same heads, equal lengths, segments, rings and slots; twice the same bits, on the
-    emulator with threads in another order."""
+    """After every step: the same pages for the same heads, equal lengths, segments, rings and slots; twice the same
+    bits, on the emulator with threads in another order.
+    """
     q, k, v = tokens((3, 70), 2, 2, d, SHIFTS["some"], dtype)
     options = {"num_pages": 64, "max_seqs": 3, "num_layers": 2, "num_kv_heads": 2, "head_dim": d, "max_slots": 80}
     runs = {
-        name: Run(q, k, v, [2, 0, 1], poisoned(device, window=window, dtype=dtype, **options), window=window, device=device)
+        name: Run(
+            q, k, v, [2, 0, 1], poisoned(device, window=window, dtype=dtype, **options), window=window, device=device
+        )
         for name in ("reference", "compiled", "again")
     }
     for counts in MIXTURE:
@@ -78,7 +81,14 @@ def test_results_do_not_depend_on_threads() -> None:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             results.append(decode_attention(state, 1, q, ints([0, 1]), 0.125))
-            options = {"num_pages": 64, "max_seqs": 2, "num_layers": 2, "num_kv_heads": 2, "head_dim": 64, "max_slots": 150}
+            options = {
+                "num_pages": 64,
+                "max_seqs": 2,
+                "num_layers": 2,
+                "num_kv_heads": 2,
+                "head_dim": 64,
+                "max_slots": 150,
+            }
             run = Run(*raw, [0, 1], poisoned(dtype=torch.bfloat16, **options), window=12)
             run.step([100, 30])
             run.step([50, 120])
@@ -99,7 +109,14 @@ def test_wrong_arguments_are_named(backend, op) -> None:
         bad |= {"k": k[:2], "cu": ints([0, 2]), "inv_freq": torch.ones(32)}
     if backend == "emulated":  # looks at no values
         bad |= {name: value for name, value in (("rows", torch.tensor([0])), ("cu", ints([0, 1, 3]))) if name in bad}
-    names = {"layer": "layer 2", "q": "q", "rows": r"slots(\[0\])? is", "k": "k is", "cu": "cu_seqlens", "inv_freq": "inv_freq"}
+    names = {
+        "layer": "layer 2",
+        "q": "q",
+        "rows": r"slots(\[0\])? is",
+        "k": "k is",
+        "cu": "cu_seqlens",
+        "inv_freq": "inv_freq",
+    }
 
     def call(layer, q, k, cu, rows, inv_freq) -> None:
         if op == "decode":
@@ -111,7 +128,9 @@ def test_wrong_arguments_are_named(backend, op) -> None:
         with pytest.raises(ValueError, match=names[name]):
             call(**{**good, name: value})
     with pytest.raises(ValueError, match="window is 5"):
-        append(state, 1, q, k, v, ints([0, 3]), ints([0]), ints([0, 1, 2]), torch.ones(16), bias=0.0, epsilon=0.1, window=5)
+        append(
+            state, 1, q, k, v, ints([0, 3]), ints([0]), ints([0, 1, 2]), torch.ones(16), bias=0.0, epsilon=0.1, window=5
+        )
 
 
 @pytest.mark.skipif(build.PACKAGED.exists(), reason="kernels were built into the package: no compiler is needed")

@@ -1,5 +1,7 @@
-"""What only the CUDA kernels do, beyond tests/test_kernels.py: refusals without a wait, plans on the device, CUDA graphs; and how
-they compile. The kernels' own code runs on a CPU here, by tests/cuda_emulator, and on a GPU where there is one."""
+"""What only the CUDA kernels do, beyond tests/test_kernels.py: refusals without a wait, plans on the device, CUDA
+graphs; and how they compile. The kernels' own code runs on a CPU here, by tests/cuda_emulator, and on a GPU where there
+is one.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ from megatron.dmc.kernels import append, build, decode_attention, dispatch, fork
 from megatron.dmc.kernels.state import REFUSED, TAKEN
 from megatron.dmc.ops import rotary_frequencies
 
-BACKENDS = [pytest.param("emulated", "cpu", id="emulated"), pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu)]
+BACKENDS = [
+    pytest.param("emulated", "cpu", id="emulated"),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
+]
 on_cuda_kernels = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 
 
@@ -51,8 +56,12 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("window", [12, None])
 def test_heads_without_a_page_are_left_as_they_were(backend, device, window, decode) -> None:
-    """The fourth of six heads finds the pool empty: it and those behind it keep everything, the others go on, and a flag stays."""
-    state = poisoned(device, num_pages=9, max_seqs=3, num_layers=2, num_kv_heads=2, head_dim=32, max_slots=64, window=window)
+    """The fourth of six heads finds the pool empty: it and those behind it keep everything, the others go on, and a
+    flag stays.
+    """
+    state = poisoned(
+        device, num_pages=9, max_seqs=3, num_layers=2, num_kv_heads=2, head_dim=32, max_slots=64, window=window
+    )
     run = Run(*tokens((3, 40), 2, 2, 32, -20.0), [2, 0, 1], state, window=window, device=device)
     run.step([16, 16, 16])
     before = copy.deepcopy(state)
@@ -97,7 +106,8 @@ def test_copies_that_do_not_fit_write_nothing(backend, device) -> None:
     assert state.free_count() == 0
 
 
-# ------------------------------------------------------------------------------------------------- many heads, long heads
+# ------------------------------------------------------------------------------------------------- many heads, long
+# heads
 
 
 @on_cuda_kernels
@@ -124,7 +134,12 @@ def test_more_heads_than_threads(backend, device) -> None:
         options = {"bias": BIAS, "epsilon": EPSILON, "window": 3, "partial": False}
         with backend_named(name):
             done = append(
-                state, 0, *(x[:, 0].to(device) for x in (q, k, v)), *arguments, rotary_frequencies(8, 1e4, device=device), **options
+                state,
+                0,
+                *(x[:, 0].to(device) for x in (q, k, v)),
+                *arguments,
+                rotary_frequencies(8, 1e4, device=device),
+                **options,
             )
             outs.append(decode_attention(state, 0, done.q_rot, arguments[1], 1.0))
             state.check_integrity()
@@ -135,7 +150,9 @@ def test_more_heads_than_threads(backend, device) -> None:
 
 
 @on_cuda_kernels
-@pytest.mark.parametrize(("d", "dtype"), [(64, torch.bfloat16), (40, torch.bfloat16), (80, torch.float16), (48, torch.float32)])
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(64, torch.bfloat16), (40, torch.bfloat16), (80, torch.float16), (48, torch.float32)]
+)
 @pytest.mark.parametrize("g", [9, 16, 20])
 def test_decode_of_large_groups(backend, device, g, d, dtype) -> None:
     decode_case([[33, 300], [1, 0]], g, d, 16, dtype, device)
@@ -159,10 +176,13 @@ def test_plans_cover_every_slot_once(backend, device, lengths) -> None:
 
 @on_cuda_kernels
 @pytest.mark.parametrize(
-    ("d", "g", "dtype"), [(64, 3, torch.bfloat16), (96, 1, torch.float16), (256, 1, torch.bfloat16), (40, 2, torch.float32)]
+    ("d", "g", "dtype"),
+    [(64, 3, torch.bfloat16), (96, 1, torch.float16), (256, 1, torch.bfloat16), (40, 2, torch.float32)],
 )
 def test_prefill_of_several_blocks_of_rows(backend, device, d, g, dtype) -> None:
-    """Against attention in fp64 over slots that are there already: a chunk of several blocks of rows, short ones, padding."""
+    """Against attention in fp64 over slots that are there already: a chunk of several blocks of rows, short ones,
+    padding.
+    """
     state, content = filled([[150], [40], [0]], d, 32, dtype, device)
     counts, rows, t = [140, 0, 3, 2, 1], [0, 2, 1, -1, 2], 146
     generator = torch.Generator().manual_seed(0)
@@ -193,7 +213,9 @@ def test_no_order_of_threads_changes_a_bit(monkeypatch, dtype) -> None:
     for seed in range(4):
         monkeypatch.setenv("DMC_EMULATOR_SEED", str(seed))
         with backend_named("emulated"):
-            fresh = poisoned(num_pages=40, max_seqs=1, num_layers=1, num_kv_heads=3, head_dim=64, max_slots=90, dtype=dtype)
+            fresh = poisoned(
+                num_pages=40, max_seqs=1, num_layers=1, num_kv_heads=3, head_dim=64, max_slots=90, dtype=dtype
+            )
             where, turn = (ints([0, 90]), ints([0])), (ints(range(90)), rotary_frequencies(64, 1e4))
             done = append(fresh, 0, *chunk, *where, *turn, bias=BIAS, epsilon=EPSILON, window=12)
             outs = decode_attention(state, 1, q, ints([0]), 0.125), prefill_attention(fresh, 0, *done, *where, 0.125)
@@ -287,7 +309,9 @@ int main(int argc, char** argv) {
 
 
 def test_the_emulator_shows_races_and_divergence(tmp_path) -> None:
-    """What the tests above rely on: without a barrier results change with the order; half a warp in a collective ends the run."""
+    """What the tests above rely on: without a barrier results change with the order; half a warp in a collective ends
+    the run.
+    """
     (tmp_path / "race.cpp").write_text(RACE)
     cxx = build.compiler().split()
     sources = [str(tmp_path / "race.cpp"), str(emulated.EMULATOR / "emulator.cpp")]
@@ -314,7 +338,9 @@ def test_a_gpu_that_is_too_old_gets_the_reference(monkeypatch, capsys) -> None:
     assert "Tesla T4 is of sm_75" in said and "PyTorch kernels run instead" in said
 
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, the compiler of the CUDA toolkit, on PATH")
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="needs nvcc, the compiler of the CUDA toolkit, on PATH"
+)
 
 
 @needs_nvcc
@@ -327,8 +353,19 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch, capsys) -> None:
     path, printed = tmp_path / build.cuda_library_name(), capsys.readouterr().out
     assert str(path) in printed and "sm_80, sm_90" in printed and path.is_file()
     found = build.read_resources("".join(said))
-    names = {"decide", "write", "remember", "plan", "attend", "attend_few", "attend_many", "free_rows", "fork_tables", "norm_rows",
-             "silu_rows"}  # fmt: skip
+    names = {
+        "decide",
+        "write",
+        "remember",
+        "plan",
+        "attend",
+        "attend_few",
+        "attend_many",
+        "free_rows",
+        "fork_tables",
+        "norm_rows",
+        "silu_rows",
+    }
     for architecture in build.CUDA_ARCHITECTURES:
         assert names <= {r.kernel.split("<")[0] for r in found if r.architecture == architecture}
     bad = [r for r in found if r.spilled or r.stack]

@@ -43,12 +43,20 @@ ACTIONS = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(actions=ACTIONS, window=st.sampled_from([12, None, "plain"]), num_pages=st.sampled_from([12, 24, 80]))
 def test_any_history_of_copies(actions: list, window: Optional[int | str], num_pages: int) -> None:
-    """Rows are filled, copied and freed at random: they hold what the oracle makes of their own tokens, both backends hand out
-    the same pages, and what is refused changes nothing. Free pages and unused slots are NaN all the time."""
+    """Rows are filled, copied and freed at random: they hold what the oracle makes of their own tokens, both backends
+    hand out the same pages, and what is refused changes nothing. Free pages and unused slots are NaN all the time.
+    """
     plain, window = window == "plain", None if window == "plain" else window
     bank = tokens((800,), 2, 2, 16, -20.0 if plain else SHIFTS["some"])
     inv_freq = rotary_frequencies(16, 1e4)
-    options = {"max_seqs": 4, "num_layers": 2, "num_kv_heads": 2, "head_dim": 16, "max_slots": 700, "compress": not plain}
+    options = {
+        "max_seqs": 4,
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "max_slots": 700,
+        "compress": not plain,
+    }
     states = {name: poisoned(num_pages=num_pages, window=window, **options) for name in ("reference", "cpp")}
     read: dict[tuple[int, int], list[int]] = {(row, layer): [] for row in range(4) for layer in range(2)}
 
@@ -77,7 +85,13 @@ def test_any_history_of_copies(actions: list, window: Optional[int | str], num_p
             row, layer, count = what
             ids = range(40 * at, 40 * at + count)
             start = len(read[row, layer])
-            args = (*(x[list(ids)] for x in bank), ints([0, count]), ints([row]), ints(range(start, start + count)), inv_freq)
+            args = (
+                *(x[list(ids)] for x in bank),
+                ints([0, count]),
+                ints([row]),
+                ints(range(start, start + count)),
+                inv_freq,
+            )
             if run(append, layer, *args, bias=BIAS, epsilon=EPSILON, window=window, compress=not plain):
                 read[row, layer] += ids
         elif kind == "fork":
@@ -116,7 +130,9 @@ def test_any_history_of_copies(actions: list, window: Optional[int | str], num_p
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("n", [15, 16, 17, 32])
 def test_a_copy_shares_what_is_final(backend, device, n, plain) -> None:
-    """Full pages are shared, down to the bytes; the page that may be written is copied; both go on as the oracle does."""
+    """Full pages are shared, down to the bytes; the page that may be written is copied;
+    both go on as the oracle does.
+    """
     shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "max_slots": 80, "compress": not plain}
     state = poisoned(device, num_pages=24, max_seqs=4, **shape)
     q, k, v = tokens((3, 60), 2, 2, 32, -20.0)
@@ -128,7 +144,9 @@ def test_a_copy_shares_what_is_final(backend, device, n, plain) -> None:
     copied = -(-n // 16) - shared
     assert state.num_pages - state.free_count() == 2 * shared + 3 * 2 * copied
     pages = state.page_table[[2, 0, 3], 1, :, : shared + copied]
-    assert (pages[0] == pages[1]).all(-1).all() == (copied == 0) and (pages[0, :, :shared] == pages[1:, :, :shared]).all()
+    assert (pages[0] == pages[1]).all(-1).all() == (copied == 0) and (
+        pages[0, :, :shared] == pages[1:, :, :shared]
+    ).all()
     assert state.refcounts[pages[0, :, :shared].long()].eq(3).all() and state.lengths[:, 0].eq(0).all()
     for head in range(2):
         for x, y in zip(slots_of(state, 2, 1, head), slots_of(state, 3, 1, head)):

@@ -100,16 +100,23 @@ def test_layout_with_eviction(results, processes, case):
 def test_a_teacher_makes_a_difference(results):
     """Nothing of it before the first step, other gradients in it."""
     plain, taught = results(1)["single"], results(1)["distill"]
-    assert taught["lm loss"][0] == pytest.approx(plain["lm loss"][0], rel=1e-6) and taught["kept"][0] == plain["kept"][0]
+    assert (
+        taught["lm loss"][0] == pytest.approx(plain["lm loss"][0], rel=1e-6) and taught["kept"][0] == plain["kept"][0]
+    )
     assert abs(taught["grad norm"][0] / plain["grad norm"][0] - 1) > 0.05
     assert set(plain["distill loss"]) == {0.0}
     assert taught["distill loss"][0] > taught["distill loss"][-1] > 0.01
     for case, n in (("bf16 distill", 1), ("bf16 distill PP2", 2)):
         assert largest_difference(results(n)[case], taught, ["lm loss", "CR", "distill loss"]) <= 2e-2
-    assert largest_difference(results(2)["bf16 distill PP2"], results(1)["bf16 distill"], (*FIELDS, "distill loss")) <= TOLERANCE
+    assert (
+        largest_difference(results(2)["bf16 distill PP2"], results(1)["bf16 distill"], (*FIELDS, "distill loss"))
+        <= TOLERANCE
+    )
 
 
-@pytest.mark.parametrize("processes, case", [c for c in CASES if "bf16" in c[1] and "distill" not in c[1] and c[1] != "bf16"])
+@pytest.mark.parametrize(
+    "processes, case", [c for c in CASES if "bf16" in c[1] and "distill" not in c[1] and c[1] != "bf16"]
+)
 def test_bf16_layout(results, processes, case):
     single, result = results(1)["bf16"], results(processes)[case]
     if "TP" in case:  # partial sums are rounded to bf16 elsewhere; a decision near the threshold may turn

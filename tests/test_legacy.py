@@ -1,4 +1,6 @@
-"""Megatron's older ``mp_rank_*`` files: every layout becomes the same weights bit by bit, and nothing in them is run."""
+"""Megatron's older ``mp_rank_*`` files: every layout becomes the same weights bit by bit, and nothing in
+them is run.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,17 @@ from megatron.dmc.checkpoint.manifest import read_manifest
 from megatron.dmc.checkpoint.torch_dist import DistReader
 from megatron.dmc.config import DMCConfig, ModelConfig
 
-MODEL = ModelConfig(num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8,
-                    vocab_size=90, make_vocab_size_divisible_by=16, max_position_embeddings=64)  # fmt: skip
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=90,
+    make_vocab_size_divisible_by=16,
+    max_position_embeddings=64,
+)
 PADDED = 128
 """Not what we pad to: 90 rows are 96 here."""
 
@@ -73,7 +84,9 @@ def assert_same(save: Path, full: dict[str, torch.Tensor], model: ModelConfig) -
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             assert found.shape[0] == model.padded_vocab_size and not found[model.vocab_size :].any()
             found, tensor = found[: model.vocab_size], tensor[: model.vocab_size]
-        assert found.dtype == tensor.dtype and torch.equal(found.view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+        assert found.dtype == tensor.dtype and torch.equal(
+            found.view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        ), name
         seen.add(stacked)
     assert seen == set(reader.tensors())
 
@@ -94,7 +107,12 @@ def test_every_layout(tp: int, pp: int, vpp: int, tmp_path: Path) -> None:
     assert_same(tmp_path / "new", full, MODEL)
     manifest = read_manifest(tmp_path / "new")
     assert convert.read_run_config(tmp_path / "new").model == MODEL
-    assert (manifest.stage, manifest.iteration, manifest.source, manifest.has_optimizer) == ("import", 100, "iter_0000100", False)
+    assert (manifest.stage, manifest.iteration, manifest.source, manifest.has_optimizer) == (
+        "import",
+        100,
+        "iter_0000100",
+        False,
+    )
     assert "stage: import" in said and "38 rows of padding are left out" in said and f"TP {tp} x PP {pp}" in said
 
 
@@ -124,7 +142,9 @@ def test_uneven_pipeline(tmp_path: Path) -> None:
     _, full = variant()
     source = megatron.write(tmp_path / "old", full, MODEL, pp=2, vocab_size=90)
     for stage, layers in ((0, range(0, 1)), (1, range(1, 4))):
-        args = argparse.Namespace(**megatron.arguments(MODEL, PADDED, 1, 2, vocab_size=90, decoder_first_pipeline_num_layers=1))
+        args = argparse.Namespace(
+            **megatron.arguments(MODEL, PADDED, 1, 2, vocab_size=90, decoder_first_pipeline_num_layers=1)
+        )
         state = megatron.chunk_state(full, 0, 1, layers, stage == 0, stage == 1, "te")
         content = {"args": args, "checkpoint_version": 3.0, "iteration": 100, "model": state}
         megatron.save_file(content, source / f"mp_rank_00_00{stage}" / legacy.FILE)
@@ -152,7 +172,9 @@ def test_optimizer_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tensors.FileTensor, "read_into", spy)
     imported(tmp_path / "old", tmp_path / "new")
-    assert read and not [name for name in read if "mp_rank_" in name and not name.startswith(("embedding.", "decoder.", "output_"))]
+    assert read and not [
+        name for name in read if "mp_rank_" in name and not name.startswith(("embedding.", "decoder.", "output_"))
+    ]
 
 
 def test_older_torch(tmp_path: Path) -> None:
@@ -220,8 +242,9 @@ def test_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tp, rows, size", [(1, 32000, 32000), (4, 32256, 32000), (4, 33024, 33024)])
 def test_llama_2_vocabulary(tp: int, rows: int, size: int, tmp_path: Path) -> None:
     """The authors train at tensor parallel size 4, where 32,000 are padded to 32,256; the args do not say 32,000."""
-    model = dataclasses.replace(MODEL, num_layers=1, hidden_size=8, num_query_groups=4, vocab_size=size,
-                                make_vocab_size_divisible_by=128)  # fmt: skip
+    model = dataclasses.replace(
+        MODEL, num_layers=1, hidden_size=8, num_query_groups=4, vocab_size=size, make_vocab_size_divisible_by=128
+    )
     full = megatron.full_tensors(model, rows)
     megatron.write(tmp_path / "old", full, model, tp=tp, tokenizer_type="Llama2Tokenizer", optimizer=False)
     imported(tmp_path / "old", tmp_path / "new")
@@ -240,7 +263,12 @@ def test_released_dmc_model(tmp_path: Path) -> None:
     said = imported(source, tmp_path / "new")
     assert "stage: finetune (from args), compression ratio 8, decision bias 5, window 12" in said
     manifest, run = read_manifest(tmp_path / "new"), convert.read_run_config(tmp_path / "new")
-    assert (manifest.stage, manifest.target_cr, manifest.iteration, manifest.train_iters) == ("finetune", 8.0, 100, 2000)
+    assert (manifest.stage, manifest.target_cr, manifest.iteration, manifest.train_iters) == (
+        "finetune",
+        8.0,
+        100,
+        2000,
+    )
     assert run.dmc == DMCConfig() and (run.stage.stage, run.stage.target_cr) == ("finetune", 8.0) and run.model == model
     convert.export(tmp_path / "new", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -265,7 +293,10 @@ def test_args_without_dmc(tmp_path: Path) -> None:
     megatron.write(source, full, MODEL, vocab_size=90, optimizer=False)
     assert "warning: the directory's name says DMC" in imported(source, tmp_path / "plain")
     said = imported(source, tmp_path / "dmc", target_cr=4)
-    assert "stage: finetune (since a compression ratio was given), compression ratio 4" in said and "as in the published" in said
+    assert (
+        "stage: finetune (since a compression ratio was given), compression ratio 4" in said
+        and "as in the published" in said
+    )
     assert read_manifest(tmp_path / "dmc").stage == "finetune" and read_manifest(tmp_path / "plain").stage == "import"
     megatron.write(tmp_path / "half", full, MODEL, optimizer=False, dmc_init_val=5.0)
     refused(tmp_path / "half", legacy.FILE, "args.dmc_cr is None", "--target-cr")
@@ -365,27 +396,52 @@ FC2, QKV = "decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.0.self_atte
     "how, words",
     [
         (lambda c: c["model"].pop(FC2), ["mp_rank_01_001", "layer 3", "lacks decoder.layers.N.mlp.linear_fc2.weight"]),
-        (lambda c: c["model"].update({FC2: torch.zeros(32, 23).bfloat16()}), ["layers.1.mlp.linear_fc2.weight", "mp_rank_01_001",
-                                                                             "[32, 23]", "expected [32, 24]"]),
-        (lambda c: c["model"].update({FC2: torch.zeros(32, 24)}), [FC2, "mp_rank_01_001", "torch.float32", "torch.bfloat16"]),
+        (
+            lambda c: c["model"].update({FC2: torch.zeros(32, 23).bfloat16()}),
+            ["layers.1.mlp.linear_fc2.weight", "mp_rank_01_001", "[32, 23]", "expected [32, 24]"],
+        ),
+        (
+            lambda c: c["model"].update({FC2: torch.zeros(32, 24)}),
+            [FC2, "mp_rank_01_001", "torch.float32", "torch.bfloat16"],
+        ),
         (lambda c: c["model"].update({FC2: "x"}), [FC2, "mp_rank_01_001", "'x'", "expected a dense tensor"]),
-        (lambda c: c["model"].update({FC2: torch.zeros(24, 32).bfloat16().T}), [FC2, "mp_rank_01_001", "a dense tensor"]),
-        (lambda c: c["model"].update({"decoder.layers.1.mlp.router.weight": torch.zeros(2)}), ["router.weight", "mp_rank_01_001",
-                                                                                               "expected none"]),
-        (lambda c: [c["model"].pop(k) for k in list(c["model"]) if ".layers.1." in k], ["has 3 layers in tensor rank 1",
-                                                                                        "1 in mp_rank_01_001", "expected 4"]),
-        (lambda c: [c["model"].pop(k) for k in list(c["model"]) if ".layers.0." in k], ["mp_rank_01_001", "layers [1]", "no gap"]),
-        (lambda c: c["model"]["decoder.final_layernorm.weight"].mul_(2), ["decoder.final_layernorm.weight", "mp_rank_01_001",
-                                                                         "differs from", "the same values in every tensor rank"]),
+        (
+            lambda c: c["model"].update({FC2: torch.zeros(24, 32).bfloat16().T}),
+            [FC2, "mp_rank_01_001", "a dense tensor"],
+        ),
+        (
+            lambda c: c["model"].update({"decoder.layers.1.mlp.router.weight": torch.zeros(2)}),
+            ["router.weight", "mp_rank_01_001", "expected none"],
+        ),
+        (
+            lambda c: [c["model"].pop(k) for k in list(c["model"]) if ".layers.1." in k],
+            ["has 3 layers in tensor rank 1", "1 in mp_rank_01_001", "expected 4"],
+        ),
+        (
+            lambda c: [c["model"].pop(k) for k in list(c["model"]) if ".layers.0." in k],
+            ["mp_rank_01_001", "layers [1]", "no gap"],
+        ),
+        (
+            lambda c: c["model"]["decoder.final_layernorm.weight"].mul_(2),
+            [
+                "decoder.final_layernorm.weight",
+                "mp_rank_01_001",
+                "differs from",
+                "the same values in every tensor rank",
+            ],
+        ),
         (lambda c: c.update(iteration=99), ["mp_rank_01_001", "iteration 99", "iteration 100"]),
         (lambda c: setattr(c["args"], "tensor_model_parallel_size", 4), ["mp_rank_01_001", "(4, 2, 1)", "(2, 2, 1)"]),
         (lambda c: c.update(checkpoint_version=2.0), ["mp_rank_01_001", "checkpoint_version is 2.0", "expected 3.0"]),
         (lambda c: setattr(c["args"], "swiglu", torch.ones(1)), ["mp_rank_01_001", "args.swiglu is a tensor"]),
         (lambda c: c.pop("args"), ["mp_rank_01_001", "expected a dict with args"]),
         (lambda c: c.update(model0=c.pop("model")), ["mp_rank_01_001", "holds model0", "expected model "]),
-        (lambda c: c.update(model={"language_model": {"encoder": {}}}), ["mp_rank_01_001", "Megatron Core's names", "tools/"]),
+        (
+            lambda c: c.update(model={"language_model": {"encoder": {}}}),
+            ["mp_rank_01_001", "Megatron Core's names", "tools/"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_damaged_content(how: Callable[[dict], Any], words: list[str], tmp_path: Path) -> None:
     _, full = variant()
     megatron.write(tmp_path / "old", full, MODEL, tp=2, pp=2, optimizer=False, vocab_size=90)
@@ -397,7 +453,10 @@ def test_the_file_that_lacks_something_is_named(tmp_path: Path) -> None:
     _, full = variant()
     source = megatron.write(tmp_path / "old", full, MODEL, tp=2, pp=2, optimizer=False, vocab_size=90)
     change(tmp_path / "old", lambda c: c["model"].pop(FC2), "mp_rank_00_001")
-    refused(tmp_path / "old", f"{source / 'mp_rank_00_001' / legacy.FILE}: layer 3 lacks decoder.layers.N.mlp.linear_fc2.weight")
+    refused(
+        tmp_path / "old",
+        f"{source / 'mp_rank_00_001' / legacy.FILE}: layer 3 lacks decoder.layers.N.mlp.linear_fc2.weight",
+    )
     change(tmp_path / "old", lambda c: c["model"].pop("embedding.word_embeddings.weight"), "mp_rank_01_000")
     refused(tmp_path / "old", source, "embedding.word_embeddings.weight in 1 tensor ranks", "expected it in 2")
 
@@ -406,7 +465,13 @@ def test_tied_copy_differs(tmp_path: Path) -> None:
     model, full = variant(untie_embeddings_and_output_weights=False)
     megatron.write(tmp_path / "old", full, model, tp=2, pp=2, optimizer=False, vocab_size=90)
     change(tmp_path / "old", lambda c: c["model"]["output_layer.weight"].mul_(2))
-    refused(tmp_path / "old", "output_layer.weight", "mp_rank_01_001", "differs from embedding.word_embeddings.weight", "a copy")
+    refused(
+        tmp_path / "old",
+        "output_layer.weight",
+        "mp_rank_01_001",
+        "differs from embedding.word_embeddings.weight",
+        "a copy",
+    )
 
 
 def test_damaged_files(tmp_path: Path) -> None:
@@ -418,7 +483,9 @@ def test_damaged_files(tmp_path: Path) -> None:
     refused(tmp_path / "old", path, "cannot be read", "copy it again")
     path.write_bytes(b"")
     refused(tmp_path / "old", path, "zip format")
-    for at in range(0, len(whole), len(whole) // 20):  # a flipped byte: refused, or it lies in a tensor; never another error
+    for at in range(
+        0, len(whole), len(whole) // 20
+    ):  # a flipped byte: refused, or it lies in a tensor; never another error
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         try:
             imported(source, tmp_path / "new", overwrite=True)
@@ -450,7 +517,8 @@ def test_save_exists(tmp_path: Path) -> None:
     assert_same(tmp_path / "new", full, MODEL)
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------------------- the command
+# line
 
 
 def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -465,7 +533,11 @@ def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert convert_checkpoint.main(base) == 2
     assert capfd.readouterr().err.startswith("error: ")
     text = describe(source)
-    assert "TP 2 x PP 2" in text and "stage: finetune (from args), compression ratio 8" in text and "2 KV heads of 8" in text
+    assert (
+        "TP 2 x PP 2" in text
+        and "stage: finetune (from args), compression ratio 8" in text
+        and "2 KV heads of 8" in text
+    )
     change(source, lambda content: content["args"].__setattr__("swiglu", Call(os.system, "false")), "mp_rank_00_001")
     assert convert_checkpoint.main([*base, "--overwrite"]) == 2
     error = capfd.readouterr().err

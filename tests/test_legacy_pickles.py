@@ -22,9 +22,15 @@ from megatron.dmc.checkpoint.pickled import load_lazily
 
 @pytest.mark.parametrize(
     "function, named",
-    [(os.system, "posix.system"), (builtins.eval, "builtins.eval"), (builtins.exec, "builtins.exec"), (builtins.__import__,
-     "builtins.__import__"), (torch.load, "torch.serialization.load"), (pickle.loads, "pickle.loads")],
-)  # fmt: skip
+    [
+        (os.system, "posix.system"),
+        (builtins.eval, "builtins.eval"),
+        (builtins.exec, "builtins.exec"),
+        (builtins.__import__, "builtins.__import__"),
+        (torch.load, "torch.serialization.load"),
+        (pickle.loads, "pickle.loads"),
+    ],
+)
 @pytest.mark.parametrize("place", ["args", "model", "optimizer", "rng_state"])
 def test_code_is_refused(function: Callable, named: str, place: str, tmp_path: Path) -> None:
     _, full = variant()
@@ -77,11 +83,25 @@ def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "was_run").exists()
 
 
-@pytest.mark.parametrize("name", ["os.system", "posix.system", "megatronx.run", "subprocess.Popen", "builtins.eval", "torch.load",
-                                  "operator.attrgetter", "numpy.load", "numpy.core.multiarray.fromfile"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "posix.system",
+        "megatronx.run",
+        "subprocess.Popen",
+        "builtins.eval",
+        "torch.load",
+        "operator.attrgetter",
+        "numpy.load",
+        "numpy.core.multiarray.fromfile",
+    ],
+)
 def test_what_may_not_stand_in_a_file(name: str) -> None:
     assert not megatron_objects(name)
 
 
 def test_numpy_1_random_state() -> None:
-    assert megatron_objects("numpy.core.multiarray._reconstruct") and megatron_objects("numpy._core.multiarray._reconstruct")
+    assert megatron_objects("numpy.core.multiarray._reconstruct") and megatron_objects(
+        "numpy._core.multiarray._reconstruct"
+    )

@@ -25,7 +25,9 @@ def load(directory: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case, heads", [("llama2", 2), ("llama2", 1), ("qwen2", 1), ("llama3.1", 1), ("qwen3", 1), ("mistral", 1)])
+@pytest.mark.parametrize(
+    "case, heads", [("llama2", 2), ("llama2", 1), ("qwen2", 1), ("llama3.1", 1), ("qwen3", 1), ("mistral", 1)]
+)
 def test_tensors_are_means_of_groups(case, heads, tmp_path) -> None:
     families.make(case, tmp_path / "from")
     merge_heads(tmp_path / "from", tmp_path / "to", heads)
@@ -50,7 +52,9 @@ def test_tensors_are_means_of_groups(case, heads, tmp_path) -> None:
 
 
 def test_equal_heads_merge_without_a_trace(tmp_path) -> None:
-    """When the heads of every group are the same, the merged model is the same function: the groups are the right ones."""
+    """When the heads of every group are the same, the merged model is the same function:
+    the groups are the right ones.
+    """
     model = families.make("llama2", tmp_path / "from")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -78,8 +82,13 @@ def test_what_cannot_be_merged_is_refused(tmp_path, capsys) -> None:
 
     families.make("llama2", tmp_path / "model")
     exported.Exported(tmp_path / "dmc", **exported.CASES["half"])
-    for source, heads, message in (("model", 3, "has 4 KV heads"), ("model", 4, "has 4 KV heads"), ("model", 0, "has 4 KV heads"),
-                                   ("dmc", 1, "has been retrofitted"), ("nothing", 1, "not a directory")):  # fmt: skip
+    for source, heads, message in (
+        ("model", 3, "has 4 KV heads"),
+        ("model", 4, "has 4 KV heads"),
+        ("model", 0, "has 4 KV heads"),
+        ("dmc", 1, "has been retrofitted"),
+        ("nothing", 1, "not a directory"),
+    ):
         argv = ["merge-heads", "--hf", str(tmp_path / source), "--kv-heads", str(heads), "--save", str(tmp_path / "to")]
         assert convert_checkpoint.main(argv) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "to").exists()

@@ -22,8 +22,9 @@ from megatron.dmc.training import initialize
 from megatron.dmc.training.model import transformer_config
 
 EXACT = 1e-5
-LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
 VOCAB = 96
 
 
@@ -35,16 +36,26 @@ def megatron():
 
 
 def run_config(dmc: dict | None = None, **model) -> RunConfig:
-    sizes = dict(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2,
-                 vocab_size=VOCAB, make_vocab_size_divisible_by=8, max_position_embeddings=256,
-                 init_method_std=0.15)  # fmt: skip
-    return RunConfig.from_dict({
-        "model": {**sizes, **model},
-        "dmc": dmc or {},
-        "stage": dict(stage="retrofit", target_cr=4.0),
-        "data": dict(seq_length=64),
-        "training": dict(global_batch_size=1),
-    })  # fmt: skip
+    sizes = dict(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=VOCAB,
+        make_vocab_size_divisible_by=8,
+        max_position_embeddings=256,
+        init_method_std=0.15,
+    )
+    return RunConfig.from_dict(
+        {
+            "model": {**sizes, **model},
+            "dmc": dmc or {},
+            "stage": dict(stage="retrofit", target_cr=4.0),
+            "data": dict(seq_length=64),
+            "training": dict(global_batch_size=1),
+        }
+    )
 
 
 def device() -> torch.device:
@@ -115,12 +126,24 @@ def test_plain_is_hugging_face_llama(scaling):
     run = run_config(rope_scaling=scaling, rotary_base=1000.0)
     m = run.model
     model = build(run)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=m.hidden_size, intermediate_size=m.ffn_hidden_size, num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_attention_heads, num_key_value_heads=m.kv_heads, vocab_size=m.padded_vocab_size,
-        max_position_embeddings=256, rms_norm_eps=m.norm_epsilon, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": m.rotary_base},
-    )).to(device()).eval()  # fmt: skip
+    llama = (
+        transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=m.hidden_size,
+                intermediate_size=m.ffn_hidden_size,
+                num_hidden_layers=m.num_layers,
+                num_attention_heads=m.num_attention_heads,
+                num_key_value_heads=m.kv_heads,
+                vocab_size=m.padded_vocab_size,
+                max_position_embeddings=256,
+                rms_norm_eps=m.norm_epsilon,
+                tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": m.rotary_base},
+            )
+        )
+        .to(device())
+        .eval()
+    )
     state = {
         "model.embed_tokens.weight": model.embedding.word_embeddings.weight,
         "model.norm.weight": model.decoder.final_layernorm.weight,
@@ -233,8 +256,10 @@ def one_token_at_a_time(model: DMCGPTModel, run: RunConfig, ids: Tensor) -> tupl
     ng, d = m.kv_heads, m.head_dim
     g = m.num_attention_heads // ng
     inv_freq = rotary_frequencies(d, m.rotary_base, m.rope_scaling)
-    caches = [OracleCache(b, ng, inv_freq, decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon,
-                          window=dmc.window) for _ in range(m.num_layers)]  # fmt: skip
+    caches = [
+        OracleCache(b, ng, inv_freq, decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
+        for _ in range(m.num_layers)
+    ]
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + m.norm_epsilon) * weight
@@ -326,13 +351,19 @@ def test_carry_holds_gradients_exactly(value, negative, dtype):
 # As a layer spec in somebody else's model
 
 
-@pytest.mark.parametrize("recompute", [{}, dict(recompute_granularity="full", recompute_method="uniform",
-                                                recompute_num_layers=1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "recompute", [{}, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)]
+)
 def test_layer_spec_in_a_plain_gpt_model(recompute):
     run = run_config(dict(decision_bias=0.3))
     config = dataclasses.replace(transformer_config(run), **recompute)
-    model = GPTModel(config, get_dmc_layer_spec(config, run.dmc, "local"), vocab_size=VOCAB, max_sequence_length=256,
-                     position_embedding_type="rope").to(device())  # fmt: skip
+    model = GPTModel(
+        config,
+        get_dmc_layer_spec(config, run.dmc, "local"),
+        vocab_size=VOCAB,
+        max_sequence_length=256,
+        position_embedding_type="rope",
+    ).to(device())
     ids, positions = tokens(40)
     step = DMCStep(sample_ids=torch.arange(2, device=device()), seed=3, step=4)
     model.train()
@@ -364,8 +395,18 @@ def test_the_noise_is_the_steps():
         return model(ids, positions, labels=ids, step=step)[0].sum().item()
 
     assert loss() == loss()
-    assert len({loss(), loss(step=5), loss(seed=4), loss(sample_ids=torch.tensor([2, 3], device=device())),
-                loss(sample_ids=None)}) == 5  # fmt: skip
+    assert (
+        len(
+            {
+                loss(),
+                loss(step=5),
+                loss(seed=4),
+                loss(sample_ids=torch.tensor([2, 3], device=device())),
+                loss(sample_ids=None),
+            }
+        )
+        == 5
+    )
 
 
 # Refusals
@@ -389,17 +430,30 @@ def test_transformer_engine_in_vain():
         get_dmc_layer_spec(config, DMCConfig(), "te")
 
 
-@pytest.mark.parametrize("name, value", [
-    ("attention_dropout", 0.1), ("rotary_interleaved", True), ("softmax_scale", 0.5), ("window_size", (4, 0)),
-    ("attention_output_gate", True), ("context_parallel_size", 2), ("no_rope_freq", [1, 0]),
-    ("softmax_type", "off-by-one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("attention_dropout", 0.1),
+        ("rotary_interleaved", True),
+        ("softmax_scale", 0.5),
+        ("window_size", (4, 0)),
+        ("attention_output_gate", True),
+        ("context_parallel_size", 2),
+        ("no_rope_freq", [1, 0]),
+        ("softmax_type", "off-by-one"),
+    ],
+)
 def test_unsupported_configurations(name, value):
     config = transformer_config(run_config())
     setattr(config, name, value)
     with pytest.raises(ValueError, match=f"does not support {name.split('_')[0]}|sliding-window"):
-        GPTModel(config, get_dmc_layer_spec(config, DMCConfig(), "local"), vocab_size=VOCAB, max_sequence_length=64,
-                 position_embedding_type="rope")  # fmt: skip
+        GPTModel(
+            config,
+            get_dmc_layer_spec(config, DMCConfig(), "local"),
+            vocab_size=VOCAB,
+            max_sequence_length=64,
+            position_embedding_type="rope",
+        )
 
 
 def test_only_rms_norm():
@@ -408,12 +462,23 @@ def test_only_rms_norm():
         get_dmc_layer_spec(config, DMCConfig(), "local")
 
 
-@pytest.mark.parametrize("embedding", [dict(position_embedding_type="learned_absolute"),
-                                       dict(position_embedding_type="rope", rotary_percent=0.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "embedding",
+    [dict(position_embedding_type="learned_absolute"), dict(position_embedding_type="rope", rotary_percent=0.5)],
+)
 def test_positions_must_be_rotary(embedding):
     config = transformer_config(run_config())
-    model = GPTModel(config, get_dmc_layer_spec(config, DMCConfig(), "local"), vocab_size=VOCAB, max_sequence_length=64,
-                     **embedding).to(device()).eval()  # fmt: skip
+    model = (
+        GPTModel(
+            config,
+            get_dmc_layer_spec(config, DMCConfig(), "local"),
+            vocab_size=VOCAB,
+            max_sequence_length=64,
+            **embedding,
+        )
+        .to(device())
+        .eval()
+    )
     with pytest.raises(ValueError, match="rotary embeddings of all 16 channels"):
         model(*tokens(8), attention_mask=None)
 

@@ -1,4 +1,6 @@
-"""Finding tensors in ``torch.save`` files: quickly where the pickle is known, and never trusting a place that was not checked."""
+"""Finding tensors in ``torch.save`` files: quickly where the pickle is known, and never trusting a place that was not
+checked.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,11 @@ def test_every_tensor_is_found_and_every_pickle_read_once(tmp_path: Path, loads:
     find = TensorFinder()
     for tensor, (offset, length) in zip(tensors, parts):
         found, slow = find(path, offset, length), load_lazily(path, offset=offset, length=length)
-        assert isinstance(found, FileTensor) and (found.offset, found.shape, found.dtype) == (slow.offset, slow.shape, slow.dtype)
+        assert isinstance(found, FileTensor) and (found.offset, found.shape, found.dtype) == (
+            slow.offset,
+            slow.shape,
+            slow.dtype,
+        )
         assert torch.equal(found.read(), tensor)
     # The second is like the first, and the rows that are views differ in where they begin in their storage.
     assert loads == [parts[i][0] for i in (0, 2, 3, 4, 5, 6)]

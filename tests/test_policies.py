@@ -67,7 +67,9 @@ def test_full_cache_dms_and_dmc_equal_the_slow_caches(g, rows, monkeypatch) -> N
     check(DMS(SlowDMS.bias, SlowDMS.window), SlowDMS(B, NG, INV_FREQ, neuron_out=True), x)
     for window in (3, None):
         dmc = DMCConfig(decision_bias=0.2, window=window)
-        check(DMC(dmc), OracleCache(B, NG, INV_FREQ, decision_bias=0.2, epsilon=dmc.importance_epsilon, window=window), x)
+        check(
+            DMC(dmc), OracleCache(B, NG, INV_FREQ, decision_bias=0.2, epsilon=dmc.importance_epsilon, window=window), x
+        )
     plain = random_projections(g, 30, seed=g)
     check(FullCache(), SlowCache(B, NG, INV_FREQ), plain)
     for policy in (DMS(0.0), DMC(DMCConfig())):
@@ -171,8 +173,13 @@ def test_whole_models_equal_decoding_step_by_step(case, tmp_path) -> None:
 def test_wrong_input_is_refused(tmp_path) -> None:
     families.make("llama3", tmp_path / "model")
     model = TeacherForced.load(tmp_path / "model")
-    wrong = {"at least 2": [[1]], r"shape \[2\]": [1, 2], "129 tokens exceed": [[1] * 129], "to 131": [[1, 131]],
-             "from -1": [[-1, 3]]}  # fmt: skip
+    wrong = {
+        "at least 2": [[1]],
+        r"shape \[2\]": [1, 2],
+        "129 tokens exceed": [[1] * 129],
+        "to 131": [[1, 131]],
+        "from -1": [[-1, 3]],
+    }
     for message, ids in wrong.items():
         with pytest.raises(ValueError, match=message):
             model.score(torch.tensor(ids))

@@ -41,10 +41,17 @@ def names(save):
 
 # Writing in the background
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("world, options", [
-    (1, {}), (2, dict(use_distributed_optimizer=True, bf16=True, micro_batch_size=1)), (2, dict(pipeline_model_parallel_size=2)),
-], ids=["one", "dp2-distributed-optimizer", "pp2"])
+@pytest.mark.parametrize(
+    "world, options",
+    [
+        (1, {}),
+        (2, dict(use_distributed_optimizer=True, bf16=True, micro_batch_size=1)),
+        (2, dict(pipeline_model_parallel_size=2)),
+    ],
+    ids=["one", "dp2-distributed-optimizer", "pp2"],
+)
 def test_background_writes_are_the_same_checkpoints(data, tmp_path, world, options):
     for name, more in (("sync", {}), ("async", dict(async_save=True))):
         run = tiny.run(command(data, tmp_path / name, **options, **more), tmp_path / f"{name}_run", world)
@@ -93,8 +100,11 @@ def test_no_tensor_is_copied_before_the_fork():
 
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         buffer = torch.arange(200).to(dtype)
-        state = {"a": ShardedTensor.from_rank_offsets("a", buffer[8:32].view(4, 6)), "b": [{"c": 1}],
-                 "f": ShardedTensorFactory("f", buffer[40:80].view(4, 10), halves, lambda parts: torch.cat(parts))}  # fmt: skip
+        state = {
+            "a": ShardedTensor.from_rank_offsets("a", buffer[8:32].view(4, 6)),
+            "b": [{"c": 1}],
+            "f": ShardedTensorFactory("f", buffer[40:80].view(4, 10), halves, lambda parts: torch.cat(parts)),
+        }
         leaves = [dist._without_copies(state)["a"].data, *(part.data for part in state["f"])]
         assert [leaf.shape for leaf in leaves] == [(4, 6), (2, 10), (2, 10)]
         for leaf, start in zip(leaves, (8, 40, 60)):
@@ -120,6 +130,7 @@ def test_results_come_through_a_fork_whatever_their_size():
 
 # Checksums
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_flipped_byte_is_found_by_name(data, tmp_path, world):
@@ -141,7 +152,9 @@ def test_a_flipped_byte_is_found_by_name(data, tmp_path, world):
             assert f"error: checkpoint {checkpoint} is damaged, its checksums differ: {name} (" in run.output()
         file.write_bytes(content)
     run = tiny.run([*argv, "--no-verify-checkpoints"], tmp_path / "c", world)
-    assert f"WARNING: {checkpoint} was loaded without a look at its checksums: verify_checkpoints is off" in run.output()
+    assert (
+        f"WARNING: {checkpoint} was loaded without a look at its checksums: verify_checkpoints is off" in run.output()
+    )
 
 
 def test_checksums(tmp_path):
@@ -162,6 +175,7 @@ def test_checksums(tmp_path):
 
 # What stays
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
 def test_retained_checkpoints_stay(data, tmp_path, background):
@@ -173,14 +187,19 @@ def test_retained_checkpoints_stay(data, tmp_path, background):
 
 # Time and signals
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variables, options, expected", [
-    ({"SLURM_JOB_START_TIME": -7200}, dict(exit_duration_in_mins=119.5), 1),
-    ({"SLURM_JOB_END_TIME": 50}, {}, 1),  # less than the minute before the end
-    ({"SLURM_JOB_END_TIME": 7200}, {}, None),
-    ({"SLURM_JOB_END_TIME": -50}, {}, None),  # of a job that is over
-    ({}, dict(exit_duration_in_mins=60), None),
-], ids=["duration", "end", "far-end", "stale-end", "long-duration"])
+@pytest.mark.parametrize(
+    "variables, options, expected",
+    [
+        ({"SLURM_JOB_START_TIME": -7200}, dict(exit_duration_in_mins=119.5), 1),
+        ({"SLURM_JOB_END_TIME": 50}, {}, 1),  # less than the minute before the end
+        ({"SLURM_JOB_END_TIME": 7200}, {}, None),
+        ({"SLURM_JOB_END_TIME": -50}, {}, None),  # of a job that is over
+        ({}, dict(exit_duration_in_mins=60), None),
+    ],
+    ids=["duration", "end", "far-end", "stale-end", "long-duration"],
+)
 def test_leaves_when_the_jobs_time_is_up(data, tmp_path, variables, options, expected):
     env = {name: str(int(time.time()) + seconds) for name, seconds in variables.items()}
     run = tiny.run(command(data, tmp_path / "save", **options), tmp_path / "a", env=env)
@@ -188,13 +207,17 @@ def test_leaves_when_the_jobs_time_is_up(data, tmp_path, variables, options, exp
     if expected is None:
         assert names(tmp_path / "save")[-2] == LAST
     else:
-        assert f"leaving at iteration {expected} of 6: the job's time is up; saved at iteration {expected}" in run.output()
+        assert (
+            f"leaving at iteration {expected} of 6: the job's time is up; saved at iteration {expected}" in run.output()
+        )
 
 
 @pytest.mark.slow
 def test_a_signal_ends_an_evaluation(data, whole, tmp_path):
     more = dict(valid_data_path=[data / "valid"], eval_interval=3, eval_iters=500)
-    run = tiny.Run(command(data, tmp_path / "save", **more), tmp_path / "a", hang="pause:9")  # the 2nd batch of the evaluation
+    run = tiny.Run(
+        command(data, tmp_path / "save", **more), tmp_path / "a", hang="pause:9"
+    )  # the 2nd batch of the evaluation
     run.wait_for_hang()
     run.signal(signal.SIGTERM)
     run.join(0, timeout=30)
@@ -206,6 +229,7 @@ def test_a_signal_ends_an_evaluation(data, whole, tmp_path):
 
 # Starts that come to nothing
 
+
 @pytest.mark.slow
 def test_a_crash_loop_stops_itself(data, tmp_path):
     save, argv = tmp_path / "save", command(data, tmp_path / "save", max_starts_without_step=2)
@@ -216,7 +240,10 @@ def test_a_crash_loop_stops_itself(data, tmp_path):
         run.kill()
         assert note.read_text() == f"{count}\n"
     refused = tiny.run(argv, tmp_path / "a", status=2).output()
-    assert "error: the last 2 starts of this stage ended before their first step was complete; look for the cause" in refused
+    assert (
+        "error: the last 2 starts of this stage ended before their first step was complete; look for the cause"
+        in refused
+    )
     assert f"then remove {note}" in refused
     job = {"SLURM_JOB_ID": "7"}
     tiny.run(argv, tmp_path / "a", status=2, env={**job, "SLURM_RESTART_COUNT": "1"})  # requeued: no new submission
@@ -238,10 +265,15 @@ def test_a_refused_start_does_not_count(data, tmp_path):
 
 # For scripts
 
+
 def test_how_far_a_stage_is(tmp_path):
     def ask(expected):
-        result = subprocess.run([sys.executable, "-m", "megatron.dmc.checkpoint.manifest", str(tmp_path)], text=True,
-                                capture_output=True, env=subprocess_env())  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, "-m", "megatron.dmc.checkpoint.manifest", str(tmp_path)],
+            text=True,
+            capture_output=True,
+            env=subprocess_env(),
+        )
         assert result.returncode == expected, result
         return result.stdout + result.stderr
 
@@ -250,8 +282,9 @@ def test_how_far_a_stage_is(tmp_path):
         directory = tmp_path / f"iter_{iteration:07d}"
         directory.mkdir()
         (directory / "metadata.json").write_text("{}")
-        Manifest(stage="retrofit", iteration=iteration, train_iters=6, consumed_samples=0, consumed_tokens=0,
-                 target_cr=2.0).write(directory, {})  # fmt: skip
+        Manifest(
+            stage="retrofit", iteration=iteration, train_iters=6, consumed_samples=0, consumed_tokens=0, target_cr=2.0
+        ).write(directory, {})
         assert f"retrofit, iteration {iteration} of 6" in ask(expected)
     (tmp_path / LAST / "metadata.json").write_text("damaged")
     assert "error:" in ask(2)

@@ -22,7 +22,9 @@ Outputs = dict[tuple[str, int], list[StepOutput]]
 
 
 class Plain:
-    """A plain Llama, whose answers are those of the engine without prefix caching; these equal transformers' elsewhere."""
+    """A plain Llama, whose answers are those of the engine without prefix caching;
+    these equal transformers' elsewhere.
+    """
 
     def __init__(self, directory: Path) -> None:
         families.make("llama2", directory, dtype="float32")
@@ -73,7 +75,8 @@ def cached(found: Outputs) -> list[int]:
     return [numbers[name].pop() for name in sorted(numbers)]
 
 
-# ------------------------------------------------------------------------------------------------------------ hit or miss
+# ------------------------------------------------------------------------------------------------------------ hit or
+# miss
 
 
 @pytest.mark.parametrize("chunk", [512, 9])
@@ -82,11 +85,26 @@ def test_hits_and_misses_have_the_same_logits(case: str, chunk: int, models) -> 
     """The same prompt, a longer one, ones that part from it, and the next turn of a conversation."""
     model = models(case)
     engine = model.engine(max_num_seqs=2, max_num_batched_tokens=chunk, prefix_cache_min_tokens=8)
-    first, other, third = model.prompt(60), (*model.prompt(60)[:41], *model.prompt(20, 7)), (*model.prompt(60)[:41], 9, 8, 7)
+    first, other, third = (
+        model.prompt(60),
+        (*model.prompt(60)[:41], *model.prompt(20, 7)),
+        (*model.prompt(60)[:41], 9, 8, 7),
+    )
     turn = (*first, *model.answer(first, 6), *model.prompt(11, 3))
     queries = hits = 0
-    for prompt, wanted in ((first, 0), (first, 60), ((*first, 5), 60), (other, 0), (third, 41), (turn, 65), (turn, len(turn)),
-                           ((*other, 1), 61), (first[:41], 41), (first[:20], 0), (first[:4], 0)):  # fmt: skip
+    for prompt, wanted in (
+        (first, 0),
+        (first, 60),
+        ((*first, 5), 60),
+        (other, 0),
+        (third, 41),
+        (turn, 65),
+        (turn, len(turn)),
+        ((*other, 1), 61),
+        (first[:41], 41),
+        (first[:20], 0),
+        (first[:4], 0),
+    ):
         before = engine.stats()
         found = run(engine, prompt, params=SCORED)
         (outputs,) = found.values()
@@ -163,7 +181,9 @@ def test_shared_pages_are_counted_once(models) -> None:
     # Three full pages per head once, the fourth in each of four answers, and in the snapshot of the prompt.
     assert (stats.running, stats.pages_used, stats.pages_cached) == (4, HEADS * (3 + 4), HEADS)
     assert stats.slots_used == HEADS * (48 + 13 + 3 * 12) and stats.tokens_held == 61 + 3 * 60
-    assert stats.waste == pytest.approx(1 - stats.slots_used / (16 * stats.pages_used)) and stats.compression_ratio == 1.0
+    assert (
+        stats.waste == pytest.approx(1 - stats.slots_used / (16 * stats.pages_used)) and stats.compression_ratio == 1.0
+    )
     engine.abort("a")
     all_back(engine)
 
@@ -184,16 +204,20 @@ def test_sharing_makes_room_for_more(models) -> None:
     assert most == [4, 1]
 
 
-# --------------------------------------------------------------------------------------------- snapshots are in no one's way
+# --------------------------------------------------------------------------------------------- snapshots are in no
+# one's way
 
 
 @pytest.mark.parametrize("case", ["half", "no merging"])
 @pytest.mark.parametrize("rows", [2, 5])
 def test_a_full_cache_changes_nothing_for_others(case: str, rows: int, models) -> None:
-    """Requests that share nothing with a cache full of snapshots run as in an engine without them, step by step: no refusal, no
-    pre-emption, no smaller batch, no later token."""
+    """Requests that share nothing with a cache full of snapshots run as in an engine without them, step by step: no
+    refusal, no pre-emption, no smaller batch, no later token.
+    """
     model = models(case)
-    options = dict(num_pages=9 * HEADS * (1 if case == "no merging" else 2) // 2, max_num_seqs=rows, max_num_batched_tokens=40)
+    options = dict(
+        num_pages=9 * HEADS * (1 if case == "no merging" else 2) // 2, max_num_seqs=rows, max_num_batched_tokens=40
+    )
     histories = []
     for caching in (True, False):
         engine = model.engine(enable_prefix_caching=caching, prefix_cache_min_tokens=4, **options)
@@ -202,13 +226,17 @@ def test_a_full_cache_changes_nothing_for_others(case: str, rows: int, models) -
         before = engine.stats()
         assert caching == (before.pages_cached > 0.8 * before.pages) and before.prefix_cache_hits == 0
         for i, n in enumerate((40, 14, 3, 33, 21, 50)):
-            engine.add_request(str(i), model.prompt(n, i), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+            engine.add_request(
+                str(i), model.prompt(n, i), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+            )
         history = []
         while engine.has_unfinished():
             outputs = sorted((o.request_id, o.tokens, o.finish_reason, o.error) for o in engine.step())
             engine.cache.check_integrity()
             stats = engine.stats()
-            history.append((outputs, stats.running, stats.waiting, stats.preemptions, stats.pages_used, stats.prompt_tokens))
+            history.append(
+                (outputs, stats.running, stats.waiting, stats.preemptions, stats.pages_used, stats.prompt_tokens)
+            )
         histories.append(history)
         all_back(engine)
     assert histories[0] == histories[1]
@@ -244,8 +272,9 @@ def test_the_least_recently_used_goes_first(models) -> None:
 
 @pytest.mark.parametrize("case", ["no merging", "plain"])
 def test_a_snapshot_that_cannot_be_copied_is_used_up(case: str, models) -> None:
-    """Two pages are free beside those of the snapshot: going on needs no more, a copy would. Some of its pages were shared, with a
-    snapshot of the prompt that had to go."""
+    """Two pages are free beside those of the snapshot: going on needs no more, a copy would. Some of its pages were
+    shared, with a snapshot of the prompt that had to go.
+    """
     model = models(case)
     heads = HEADS if case == "no merging" else 8
     engine = model.engine(num_pages=5 * heads + 2, max_num_seqs=2)
@@ -269,7 +298,9 @@ def test_a_preempted_sequence_finds_its_prompt(models) -> None:
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     read = []
     for caching in (True, False):
-        engine = model.engine(num_pages=HEADS * 9, max_num_seqs=2, prefix_cache_min_tokens=8, enable_prefix_caching=caching)
+        engine = model.engine(
+            num_pages=HEADS * 9, max_num_seqs=2, prefix_cache_min_tokens=8, enable_prefix_caching=caching
+        )
         prompts = (model.prompt(20, 1), model.prompt(46, 2))
         found = run(engine, *prompts, params=params)
         for i, prompt in enumerate(prompts):
@@ -292,7 +323,8 @@ def test_no_rows_for_snapshots(models) -> None:
     all_back(engine)
 
 
-# --------------------------------------------------------------------------------------------------- what may not be shared
+# --------------------------------------------------------------------------------------------------- what may not be
+# shared
 
 
 def test_prompt_logprobs_are_read(models) -> None:
@@ -390,22 +422,33 @@ def test_a_step_that_raises_spoils_no_snapshot(models, monkeypatch: pytest.Monke
     all_back(engine)
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"max_prefix_snapshots": -1}, "max_prefix_snapshots is -1; it must be an integer, at least 0"),
-    ({"prefix_cache_min_tokens": 0}, "prefix_cache_min_tokens is 0; it must be an integer, at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_prefix_snapshots": -1}, "max_prefix_snapshots is -1; it must be an integer, at least 0"),
+        ({"prefix_cache_min_tokens": 0}, "prefix_cache_min_tokens is 0; it must be an integer, at least 1"),
+    ],
+)
 def test_bad_settings(setting: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**setting)
 
 
-# ------------------------------------------------------------------------------------------------------------ any schedule
+# ------------------------------------------------------------------------------------------------------------ any
+# schedule
 
 
 PROMPTS = st.tuples(st.sampled_from([0, 16, 33, 40]), st.sampled_from([1, 9, 20]), st.integers(0, 1))
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), PROMPTS, st.integers(1, 4), st.sampled_from([1, 8, 40]), st.booleans(), st.sampled_from("xxy")),
+        st.tuples(
+            st.just("add"),
+            PROMPTS,
+            st.integers(1, 4),
+            st.sampled_from([1, 8, 40]),
+            st.booleans(),
+            st.sampled_from("xxy"),
+        ),
         st.tuples(st.just("step"), st.integers(1, 30)),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("reset")),
@@ -415,18 +458,35 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(case=st.sampled_from(["half", "llama 3", "no merging", "plain"]), actions=ACTIONS, rows=st.integers(1, 6),
-       snapshots=st.integers(0, 6), chunk=st.integers(6, 64), pages=st.integers(7, 14),
-       least=st.sampled_from([1, 8, 16]))  # fmt: skip
-def test_any_schedule(models, case: str, actions: list, rows: int, snapshots: int, chunk: int, pages: int, least: int) -> None:
-    """Prompts that share prefixes, several answers, aborts and resets in small pools, so that snapshots are forgotten and sequences
-    pre-empted: always the oracle's tokens, and the host's and the device's pictures agree after every step."""
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    case=st.sampled_from(["half", "llama 3", "no merging", "plain"]),
+    actions=ACTIONS,
+    rows=st.integers(1, 6),
+    snapshots=st.integers(0, 6),
+    chunk=st.integers(6, 64),
+    pages=st.integers(7, 14),
+    least=st.sampled_from([1, 8, 16]),
+)
+def test_any_schedule(
+    models, case: str, actions: list, rows: int, snapshots: int, chunk: int, pages: int, least: int
+) -> None:
+    """Prompts that share prefixes, several answers, aborts and resets in small pools, so that snapshots are forgotten
+    and sequences pre-empted: always the oracle's tokens, and the host's and the device's pictures agree after every
+    step.
+    """
     model = models(case)
     heads = 8 if case == "plain" else HEADS
     pages = pages * heads * (2 if case in ("half", "llama 3") else 3) // 3
-    engine = model.engine(num_pages=pages, max_num_seqs=rows, max_num_batched_tokens=chunk, max_prefix_snapshots=snapshots,
-                          prefix_cache_min_tokens=least)  # fmt: skip
+    engine = model.engine(
+        num_pages=pages,
+        max_num_seqs=rows,
+        max_num_batched_tokens=chunk,
+        max_prefix_snapshots=snapshots,
+        prefix_cache_min_tokens=least,
+    )
     asked, found, aborted = {}, {}, set()
 
     def take(outputs: list) -> None:
@@ -440,7 +500,9 @@ def test_any_schedule(models, case: str, actions: list, rows: int, snapshots: in
             _, (shared, own, seed), n, more, scored, salt = action
             name, prompt = str(len(asked)), (*model.prompt(40, seed)[:shared], *model.prompt(own, shared + 50))
             asked[name] = (prompt, n, more, scored)
-            params = SamplingParams(temperature=0, max_tokens=more, n=n, ignore_eos=True, prompt_logprobs=0 if scored else None)
+            params = SamplingParams(
+                temperature=0, max_tokens=more, n=n, ignore_eos=True, prompt_logprobs=0 if scored else None
+            )
             engine.add_request(name, prompt, params, cache_salt=salt)
         elif action[0] == "step":
             for _ in range(action[1]):

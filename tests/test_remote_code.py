@@ -150,8 +150,9 @@ def test_queries_in_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [12, None])
 def test_padding(window, tmp_path: Path) -> None:
-    """Left, right and inner padding: each sequence as if it were alone, and no padding in the cache. On the right, where a
-    causal model cannot see it, padding needs no mask (lm-eval gives none)."""
+    """Left, right and inner padding: each sequence as if it were alone, and no padding in the cache. On the right,
+    where a causal model cannot see it, padding needs no mask (lm-eval gives none).
+    """
     exported = Exported(tmp_path / "model", bias=-0.8, window=window)
     model = exported.load()
     lengths = [3, 40, 17, 1]
@@ -195,15 +196,22 @@ def test_generation_of_a_left_padded_batch(tmp_path: Path) -> None:
     model = exported.load()
     prompts = [tokens(n, seed) for seed, n in enumerate((3, 30, 12))]
     ids = torch.tensor([[0] * (30 - len(p)) + p for p in prompts])
-    result = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=25, do_sample=False, pad_token_id=0,
-                            return_dict_in_generate=True)  # fmt: skip
+    result = model.generate(
+        ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=25,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+    )
     for i, prompt in enumerate(prompts):
         oracle = exported.oracle()
         assert result.sequences[i, 30:].tolist() == oracle.generate(prompt, 24) + [int(result.sequences[i, -1])]
         assert torch.equal(result.past_key_values.lengths()[:, i], oracle.lengths())
     # Without a cache every step is a whole prompt: the same tokens.
-    again = model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=25, do_sample=False, pad_token_id=0,
-                           use_cache=False)  # fmt: skip
+    again = model.generate(
+        ids, attention_mask=(ids != 0).long(), max_new_tokens=25, do_sample=False, pad_token_id=0, use_cache=False
+    )
     assert torch.equal(again, result.sequences)
 
 
@@ -211,8 +219,15 @@ def test_beam_search_reorders_the_cache(tmp_path: Path) -> None:
     exported = Exported(tmp_path / "model", bias=-0.8)
     model = exported.load()
     ids = torch.tensor([[0] * 5 + tokens(9, 1), tokens(14, 2)])
-    named = dict(attention_mask=(ids != 0).long(), max_new_tokens=20, do_sample=False, num_beams=4, pad_token_id=0,
-                 return_dict_in_generate=True, output_scores=True)  # fmt: skip
+    named = dict(
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=20,
+        do_sample=False,
+        num_beams=4,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     with_cache, without = model.generate(ids, **named), model.generate(ids, use_cache=False, **named)
     assert torch.equal(with_cache.sequences, without.sequences)
     close(with_cache.sequences_scores, without.sequences_scores)
@@ -251,8 +266,10 @@ def test_cache_methods(window, tmp_path: Path) -> None:
         model(token, past_key_values=cache, attention_mask=torch.ones(3, 1))
     # A continued conversation: generate goes on from the cache it is given.
     cache = model(ids[:, :20], use_cache=True).past_key_values
-    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False),
-                       model.generate(ids, max_new_tokens=9, do_sample=False))  # fmt: skip
+    assert torch.equal(
+        model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False),
+        model.generate(ids, max_new_tokens=9, do_sample=False),
+    )
     cache.reset()
     assert not cache.is_initialized and cache.nbytes() == 0 and cache.get_seq_length() == 0
     close(model(ids, past_key_values=cache).logits, model(ids).logits)
@@ -275,13 +292,16 @@ def test_loss_and_outputs(tmp_path: Path) -> None:
     close(model(ids, position_ids=positions).logits, out.logits)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"format_version": 2}, "format_version 2.*up to 1"),
-    ({"format_version": None}, "format_version None"),
-    ({"stage": "pretrain"}, "stage 'pretrain', which does not compress"),
-    ({"window": 0}, "window 0"),
-    (None, "no dmc block"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2.*up to 1"),
+        ({"format_version": None}, "format_version None"),
+        ({"stage": "pretrain"}, "stage 'pretrain', which does not compress"),
+        ({"window": 0}, "window 0"),
+        (None, "no dmc block"),
+    ],
+)
 def test_a_block_that_is_not_understood_is_refused(change, message, tmp_path: Path) -> None:
     exported = Exported(tmp_path / "model", bias=0.0)
     dmc = {**exported.dmc, **change} if change else None
@@ -292,7 +312,10 @@ def test_a_block_that_is_not_understood_is_refused(change, message, tmp_path: Pa
 
 def test_unknown_rotary_embeddings_are_refused(tmp_path: Path) -> None:
     exported = Exported(tmp_path / "model", bias=0.0)
-    for scaling, message in (({"rope_type": "yarn", "factor": 2.0}, "'yarn'"), ({"type": "llama3", "factor": 8.0}, "lack")):
+    for scaling, message in (
+        ({"rope_type": "yarn", "factor": 2.0}, "'yarn'"),
+        ({"type": "llama3", "factor": 8.0}, "lack"),
+    ):
         (exported.directory / "config.json").write_text(json.dumps({**exported.config, "rope_scaling": scaling}))
         with pytest.raises(ValueError, match=message):
             exported.load()
@@ -380,9 +403,18 @@ def megatron():
     from in_process import megatron_in_process
     from test_model import run_config
 
-    run = run_config(dict(decision_bias=-0.8), hidden_size=HIDDEN, ffn_hidden_size=48, num_attention_heads=GROUPS * 2,
-                     num_query_groups=GROUPS, kv_channels=D, vocab_size=VOCABULARY, rotary_base=5e4,
-                     add_qkv_bias=True, qk_layernorm=True)  # fmt: skip
+    run = run_config(
+        dict(decision_bias=-0.8),
+        hidden_size=HIDDEN,
+        ffn_hidden_size=48,
+        num_attention_heads=GROUPS * 2,
+        num_query_groups=GROUPS,
+        kv_channels=D,
+        vocab_size=VOCABULARY,
+        rotary_base=5e4,
+        add_qkv_bias=True,
+        qk_layernorm=True,
+    )
     with megatron_in_process(run):
         yield run
 
@@ -405,7 +437,9 @@ def test_the_same_as_the_model_that_was_trained(megatron, tmp_path: Path) -> Non
     for n, layer in enumerate(trained.decoder.layers):
         name, attention = f"model.layers.{n}.", layer.self_attention
         for part in ("weight", "bias"):
-            q, k, v = (w[f"{name}self_attn.{p}_proj.{part}"].view(GROUPS, h, D, -1) for p, h in (("q", g), ("k", 1), ("v", 1)))
+            q, k, v = (
+                w[f"{name}self_attn.{p}_proj.{part}"].view(GROUPS, h, D, -1) for p, h in (("q", g), ("k", 1), ("v", 1))
+            )
             mixed = getattr(attention.linear_qkv, part)
             mixed.copy_(torch.cat((q, k, v), dim=1).view(mixed.shape))
         for ours, theirs in (

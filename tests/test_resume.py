@@ -59,6 +59,7 @@ def assert_continues(whole, resumed, first):
 
 # Every stage starts from the checkpoint of the one before and is killed in each place where it may be
 
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_runs_continue_bit_for_bit(data, chain, tmp_path, stage):
     whole, save = chain[stage][1], tmp_path / "save"
@@ -81,20 +82,26 @@ def test_killed_runs_continue_bit_for_bit(data, chain, tmp_path, stage):
     assert "is finished; nothing to do" in tiny.run(argv, tmp_path / "run").output()
 
 
-@pytest.mark.parametrize("world, options", [
-    (1, dict(bf16=True)),
-    (2, dict(use_distributed_optimizer=True)),
-    (2, dict(use_distributed_optimizer=True, bf16=True, overlap_grad_reduce=True, overlap_param_gather=True)),
-    (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
-    (2, dict(pipeline_model_parallel_size=2)),
-    (1, dict(distill_from="pretrain", bf16=True)),
-    (2, dict(distill_from="pretrain", pipeline_model_parallel_size=2)),
-], ids=["bf16", "distributed-optimizer", "bf16-overlap", "tp2-sp", "pp2", "bf16-distill", "pp2-distill"])
+@pytest.mark.parametrize(
+    "world, options",
+    [
+        (1, dict(bf16=True)),
+        (2, dict(use_distributed_optimizer=True)),
+        (2, dict(use_distributed_optimizer=True, bf16=True, overlap_grad_reduce=True, overlap_param_gather=True)),
+        (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+        (2, dict(pipeline_model_parallel_size=2)),
+        (1, dict(distill_from="pretrain", bf16=True)),
+        (2, dict(distill_from="pretrain", pipeline_model_parallel_size=2)),
+    ],
+    ids=["bf16", "distributed-optimizer", "bf16-overlap", "tp2-sp", "pp2", "bf16-distill", "pp2-distill"],
+)
 def test_every_optimizer_and_layout_resumes_bit_for_bit(data, chain, tmp_path, world, options):
     micro = dict(micro_batch_size=1) if world == 2 else {}
     if "distill_from" in options:
         options = options | dict(distill_from=root_of(chain) / options["distill_from"])
-    whole = tiny.run(command(data, "retrofit", tmp_path / "whole", root_of(chain), **options, **micro), tmp_path / "a", world)
+    whole = tiny.run(
+        command(data, "retrofit", tmp_path / "whole", root_of(chain), **options, **micro), tmp_path / "a", world
+    )
     argv = command(data, "retrofit", tmp_path / "save", root_of(chain), **options, **micro)
     tiny.run([*argv, "--exit-interval", "4"], tmp_path / "b", world)
     assert not (tmp_path / "save" / LAST).exists()
@@ -103,10 +110,15 @@ def test_every_optimizer_and_layout_resumes_bit_for_bit(data, chain, tmp_path, w
     tiny.assert_same_checkpoint(tmp_path / "whole" / LAST, tmp_path / "save" / LAST)
 
 
-@pytest.mark.parametrize("options", [
-    dict(tensor_model_parallel_size=2), dict(use_distributed_optimizer=True, micro_batch_size=1),
-    dict(pipeline_model_parallel_size=2),
-], ids=["tp2", "dp2-distributed-optimizer", "pp2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(tensor_model_parallel_size=2),
+        dict(use_distributed_optimizer=True, micro_batch_size=1),
+        dict(pipeline_model_parallel_size=2),
+    ],
+    ids=["tp2", "dp2-distributed-optimizer", "pp2"],
+)
 def test_resumes_in_another_layout(data, chain, tmp_path, options):
     argv = command(data, "retrofit", tmp_path / "save", root_of(chain))
     shard = ["--use-distributed-optimizer"] if "use_distributed_optimizer" in options else []
@@ -116,10 +128,13 @@ def test_resumes_in_another_layout(data, chain, tmp_path, options):
     assert sorted(resumed.values()) == [3, 4, 5, 6]
     for iteration, values in resumed.values().items():
         for name in ("lm loss", "dmc loss", "CR", "grad norm"):
-            assert float.fromhex(values[name]) == pytest.approx(float.fromhex(whole[iteration][name]), rel=1e-5, abs=1e-7)
+            assert float.fromhex(values[name]) == pytest.approx(
+                float.fromhex(whole[iteration][name]), rel=1e-5, abs=1e-7
+            )
 
 
 # Signals
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 def test_signal_saves_and_leaves(data, chain, tmp_path, number):
@@ -144,10 +159,19 @@ def test_signal_to_one_rank_stops_all(data, chain, tmp_path):
 
 
 def test_sigterm_through_the_launcher(data, chain, tmp_path):
-    argv = command(data, "retrofit", tmp_path / "save", root_of(chain), micro_batch_size=1, train_iters=5000,
-                   save_interval=None)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-              "megatron.dmc.training.retrofit", *argv]
+    argv = command(
+        data, "retrofit", tmp_path / "save", root_of(chain), micro_batch_size=1, train_iters=5000, save_interval=None
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "megatron.dmc.training.retrofit",
+        *argv,
+    ]
     log = tmp_path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(launch, stdout=out, stderr=out, env=subprocess_env(), start_new_session=True)
@@ -177,6 +201,7 @@ def tiny_wait(condition, process, log, timeout=90):
 
 # Checkpoints under --save
 
+
 def test_old_checkpoints_are_pruned_and_leftovers_removed(data, chain, tmp_path):
     save = tmp_path / "save"
     (save / ".tmp_iter_0000002").mkdir(parents=True)
@@ -199,7 +224,9 @@ def test_a_checkpoint_says_what_it_is(chain):
 @pytest.mark.parametrize("stage", STAGES[:2])
 def test_zero_out_ends_with_exact_zeros(chain, stage):
     tensors = tiny.checkpoint_tensors(chain[stage][0] / LAST)
-    weights = [v for k, v in tensors.items() if k.endswith("linear_qkv.weight") and not k.startswith(("optimizer", "chained"))]
+    weights = [
+        v for k, v in tensors.items() if k.endswith("linear_qkv.weight") and not k.startswith(("optimizer", "chained"))
+    ]
     assert weights
     rows = torch.cat([w.reshape(-1, tiny.MODEL["hidden_size"]) for w in weights]).view(-1, 8, tiny.MODEL["hidden_size"])
     heads = rows.view(-1, 4, 8, tiny.MODEL["hidden_size"])  # per group: 2 query heads, key, value, each of 8 channels
@@ -209,8 +236,11 @@ def test_zero_out_ends_with_exact_zeros(chain, stage):
 
 # The stages' chain
 
+
 def test_target_follows_from_stage_to_stage(data, chain, tmp_path):
-    argv = tiny.command(data, "retrofit", train_iters=2, target_cr=4, init_from=chain["retrofit"][0], save=tmp_path / "r")
+    argv = tiny.command(
+        data, "retrofit", train_iters=2, target_cr=4, init_from=chain["retrofit"][0], save=tmp_path / "r"
+    )
     text = tiny.run(argv, tmp_path / "a").output()
     assert "CR 3.00 -> 4" in text and "(target 3.000)" in text and "(target 4.000)" in text
     argv = tiny.command(data, "finetune", train_iters=1, init_from=tmp_path / "r", save=tmp_path / "f")
@@ -218,10 +248,23 @@ def test_target_follows_from_stage_to_stage(data, chain, tmp_path):
 
 
 def test_gathering_late_loses_no_step(data, chain, tmp_path):
-    """With overlap_param_gather the last step's weights arrive with the next forward: a checkpoint must not miss them."""
+    """With overlap_param_gather the last step's weights arrive with the next forward:
+    a checkpoint must not miss them.
+    """
     for name, more in (("plain", {}), ("overlap", dict(overlap_grad_reduce=True, overlap_param_gather=True))):
-        tiny.run(command(data, "zero_out", tmp_path / name, root_of(chain), use_distributed_optimizer=True,
-                         micro_batch_size=1, **more), tmp_path / "a", 2)
+        tiny.run(
+            command(
+                data,
+                "zero_out",
+                tmp_path / name,
+                root_of(chain),
+                use_distributed_optimizer=True,
+                micro_batch_size=1,
+                **more,
+            ),
+            tmp_path / "a",
+            2,
+        )
     for iteration in (INTERVAL, ITERATIONS):
         tiny.assert_same_checkpoint(*(tmp_path / name / f"iter_{iteration:07d}" for name in ("plain", "overlap")))
 
@@ -229,8 +272,17 @@ def test_gathering_late_loses_no_step(data, chain, tmp_path):
 @pytest.mark.parametrize("before", [True, False], ids=["off", "on"])
 def test_the_kind_of_optimizer_does_not_change(data, chain, tmp_path, before):
     """Megatron's two optimizers keep their state in different formats."""
-    tiny.run([*command(data, "zero_out", tmp_path / "s", root_of(chain), use_distributed_optimizer=before),
-              "--exit-interval", "2"], tmp_path / "a")
-    run = tiny.run(command(data, "zero_out", tmp_path / "s", root_of(chain), use_distributed_optimizer=not before),
-                   tmp_path / "b", status=2)
+    tiny.run(
+        [
+            *command(data, "zero_out", tmp_path / "s", root_of(chain), use_distributed_optimizer=before),
+            "--exit-interval",
+            "2",
+        ],
+        tmp_path / "a",
+    )
+    run = tiny.run(
+        command(data, "zero_out", tmp_path / "s", root_of(chain), use_distributed_optimizer=not before),
+        tmp_path / "b",
+        status=2,
+    )
     assert "error: parallel.use_distributed_optimizer is" in run.output() and names(tmp_path / "s")[0] == "iter_0000002"

@@ -1,4 +1,6 @@
-"""The HTTP server on the loopback: OpenAI's client and curl, streams, errors, limits, keys, disconnects, failures, the end."""
+"""The HTTP server on the loopback: OpenAI's client and curl, streams, errors, limits, keys, disconnects, failures, the
+end.
+"""
 
 from __future__ import annotations
 
@@ -77,25 +79,44 @@ def test_openai_completions(server: Running, model: Model) -> None:
     assert answer.choices[0].text == wanted and answer.choices[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (8, 12, 20)
     assert answer.usage.dmc["slots"] > 0 and answer.usage.dmc["compression_ratio"] > 1
-    pieces = list(api.completions.create(model="m", prompt="one two", **GREEDY, extra_body=IGNORE, stream=True,
-                                         stream_options={"include_usage": True}))  # fmt: skip
+    pieces = list(
+        api.completions.create(
+            model="m",
+            prompt="one two",
+            **GREEDY,
+            extra_body=IGNORE,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
     assert "".join(chunk.choices[0].text for chunk in pieces[:-1]) == wanted and len(pieces) == 13
     assert pieces[-1].choices == [] and paid(pieces[-1].usage.model_dump()) == paid(answer.usage.model_dump())
-    many = api.completions.create(model="m", prompt=["a", "b"], n=2, seed=5, max_tokens=6, extra_body=IGNORE, logprobs=1)
-    assert [choice.index for choice in many.choices] == [0, 1, 2, 3] and len({choice.text for choice in many.choices}) > 1
+    many = api.completions.create(
+        model="m", prompt=["a", "b"], n=2, seed=5, max_tokens=6, extra_body=IGNORE, logprobs=1
+    )
+    assert [choice.index for choice in many.choices] == [0, 1, 2, 3] and len(
+        {choice.text for choice in many.choices}
+    ) > 1
     assert all(len(choice.logprobs.token_logprobs) == 6 for choice in many.choices)
-    again = api.completions.create(model="m", prompt=["a", "b"], n=2, seed=5, max_tokens=6, extra_body=IGNORE, logprobs=1)
+    again = api.completions.create(
+        model="m", prompt=["a", "b"], n=2, seed=5, max_tokens=6, extra_body=IGNORE, logprobs=1
+    )
     assert [choice.text for choice in again.choices] == [choice.text for choice in many.choices]
 
 
 def test_openai_chat(server: Running, model: Model) -> None:
     api = client(server)
     messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"}]
-    answer = api.chat.completions.create(model="m", messages=messages, temperature=0, max_completion_tokens=12, extra_body=IGNORE)
+    answer = api.chat.completions.create(
+        model="m", messages=messages, temperature=0, max_completion_tokens=12, extra_body=IGNORE
+    )
     wanted = text_of(model, "<s>s:be short;u:hi;a:", special=False)
     assert answer.choices[0].message.content == wanted and answer.choices[0].message.role == "assistant"
-    pieces = list(api.chat.completions.create(model="m", messages=messages, **GREEDY, extra_body=IGNORE, stream=True,
-                                              logprobs=True, top_logprobs=2))  # fmt: skip
+    pieces = list(
+        api.chat.completions.create(
+            model="m", messages=messages, **GREEDY, extra_body=IGNORE, stream=True, logprobs=True, top_logprobs=2
+        )
+    )
     assert pieces[0].choices[0].delta.role == "assistant" and pieces[-1].choices[0].finish_reason == "length"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == wanted
     assert sum(len(chunk.choices[0].logprobs.content) for chunk in pieces if chunk.choices[0].logprobs) == 12
@@ -168,12 +189,17 @@ def test_prompts_in_all_forms(server: Running, model: Model) -> None:
         assert [choice["text"] for choice in body["choices"]] == found
 
 
-@pytest.mark.parametrize("more", [
-    {"prompt": ["one", "two"], "n": 2, "seed": 3, "max_tokens": 9}, {"prompt": "one", "stop": ["a", "b"], "temperature": 0},
-    {"prompt": "one two", "echo": True, "logprobs": 3, "temperature": 0},
-    {"prompt": "x", "logprobs": 0, "max_tokens": 3, "top_k": 2},
-    {"prompt": "x", "max_tokens": 0, "echo": True, "logprobs": 1}, {"prompt": [1, 2, 3], "return_token_ids": True, "seed": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": ["one", "two"], "n": 2, "seed": 3, "max_tokens": 9},
+        {"prompt": "one", "stop": ["a", "b"], "temperature": 0},
+        {"prompt": "one two", "echo": True, "logprobs": 3, "temperature": 0},
+        {"prompt": "x", "logprobs": 0, "max_tokens": 3, "top_k": 2},
+        {"prompt": "x", "max_tokens": 0, "echo": True, "logprobs": 1},
+        {"prompt": [1, 2, 3], "return_token_ids": True, "seed": 1},
+    ],
+)
 def test_streaming_equals_whole(server: Running, more: dict) -> None:
     more = {"seed": 1, "ignore_eos": True} | more
     whole = server.json(COMPLETIONS, more)
@@ -191,9 +217,13 @@ def test_streaming_equals_whole(server: Running, more: dict) -> None:
             joined = [x for part in parts for x in part["logprobs"][key]]
             assert len(joined) == len(values) and (key == "token_logprobs" or key == "top_logprobs" or joined == values)
             if key == "token_logprobs":
-                assert [x for x in joined if x is not None] == pytest.approx([x for x in values if x is not None], abs=1e-4)
+                assert [x for x in joined if x is not None] == pytest.approx(
+                    [x for x in values if x is not None], abs=1e-4
+                )
         if "token_ids" in choice:
-            assert [x for part in parts for x in part["token_ids"]] == choice["token_ids"] and "prompt_token_ids" in parts[0]
+            assert [x for part in parts for x in part["token_ids"]] == choice[
+                "token_ids"
+            ] and "prompt_token_ids" in parts[0]
 
 
 def test_chat_streaming_equals_whole(server: Running) -> None:
@@ -208,7 +238,8 @@ def test_a_stream_comes_token_by_token(server: Running) -> None:
     """The first event is there long before the last token is."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 200, **IGNORE}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     received = b""
     while received.count(b"data: ") < 3:
@@ -227,7 +258,9 @@ def test_a_prompt_that_begins_like_another(model: Model) -> None:
         stream = server.events(COMPLETIONS, body | {"stream_options": {"include_usage": True}})[-1]["usage"]
         cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0 < 32 <= cached <= 71
-        assert stream == again["usage"] and again["choices"] == first["choices"] and paid(stream) == paid(first["usage"])
+        assert (
+            stream == again["usage"] and again["choices"] == first["choices"] and paid(stream) == paid(first["usage"])
+        )
         found = samples(server.ask("/metrics")[2])
         assert found["dmc:prefix_cache_hits_total[('model_name', 'm')]"] == 2 * cached
         assert found["dmc:prefix_cache_queries_total[('model_name', 'm')]"] == 3 * 71
@@ -236,13 +269,16 @@ def test_a_prompt_that_begins_like_another(model: Model) -> None:
 
 
 def test_a_stream_shows_the_cache(server: Running) -> None:
-    events = server.events(COMPLETIONS, {"prompt": "one two three", "stream_options": {"include_cache": True}} | GREEDY | IGNORE)
+    events = server.events(
+        COMPLETIONS, {"prompt": "one two three", "stream_options": {"include_cache": True}} | GREEDY | IGNORE
+    )
     seen = [event["dmc"] for event in events if "dmc" in event]
     assert [use["tokens"] for use in seen] == list(range(14, 14 + len(seen))) and len(seen) == 11
     layers, heads = server.engine.cache.shape
     assert all(len(use["slots"]) == layers and {len(row) for row in use["slots"]} == {heads} for use in seen)
     assert all(
-        use["compression_ratio"] == pytest.approx(use["tokens"] * layers * heads / sum(map(sum, use["slots"]))) for use in seen
+        use["compression_ratio"] == pytest.approx(use["tokens"] * layers * heads / sum(map(sum, use["slots"])))
+        for use in seen
     )
 
 
@@ -255,20 +291,33 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         choice = server.json(COMPLETIONS, body)["choices"][0]
         assert tuple(choice["token_ids"]) == bare.answer(tuple(prompt), 12) and choice["text"] == ""
         assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in [*prompt, *choice["token_ids"]]]
-        assert [x for event in server.events(COMPLETIONS, body) for x in event["choices"][0]["token_ids"]] == choice["token_ids"]
+        assert [x for event in server.events(COMPLETIONS, body) for x in event["choices"][0]["token_ids"]] == choice[
+            "token_ids"
+        ]
         messages = [{"role": "user", "content": "a"}]
-        for path, wrong in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": messages}), ("/tokenize", {"prompt": "a"}),
-                            ("/detokenize", {"tokens": [1]}), (COMPLETIONS, {"prompt": [1], "stop": "a"})):  # fmt: skip
+        for path, wrong in (
+            (COMPLETIONS, {"prompt": "a"}),
+            (CHAT, {"messages": messages}),
+            ("/tokenize", {"prompt": "a"}),
+            ("/detokenize", {"tokens": [1]}),
+            (COMPLETIONS, {"prompt": [1], "stop": "a"}),
+        ):
             assert "tokenizer" in server.json(path, wrong, 400)["error"]["message"]
         server.settle()
 
 
 def test_tokenize_and_back(server: Running) -> None:
     body = server.json("/tokenize", {"prompt": "one two", "return_token_strs": True})
-    assert body["count"] == 8 == len(body["tokens"]) and body["max_model_len"] == 256 and body["token_strs"][:2] == ["<s>", "o"]
+    assert (
+        body["count"] == 8 == len(body["tokens"])
+        and body["max_model_len"] == 256
+        and body["token_strs"][:2] == ["<s>", "o"]
+    )
     assert server.json("/detokenize", {"tokens": body["tokens"]}) == {"prompt": "<s>one two"}
     chat = server.json("/tokenize", {"messages": [{"role": "user", "content": "hi"}]})
-    assert server.json("/detokenize", {"tokens": chat["tokens"]})["prompt"] == "<s>u:hi;a:" and chat["token_strs"] is None
+    assert (
+        server.json("/detokenize", {"tokens": chat["tokens"]})["prompt"] == "<s>u:hi;a:" and chat["token_strs"] is None
+    )
     assert server.json("/tokenize", {"prompt": 3}, 400)["error"]["param"] == "prompt"
     assert server.json("/tokenize", {"messages": []}, 400)["error"]["param"] == "messages"
     assert server.json("/detokenize", {"tokens": [61]}, 400)["error"]["param"] == "tokens"
@@ -289,22 +338,32 @@ def test_operators_paths(server: Running) -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 WRONG = [
-    ("not JSON", b"{", {}), ("not an object", b"[]", {}), ("nothing", b"", {}), ("invalid UTF-8", b'{"prompt": "\xff\xfe"}', {}),
-    ("NaN", b'{"prompt": "a", "temperature": NaN}', {}), ("infinity", b'{"prompt": "a", "temperature": 1e999}', {}),
+    ("not JSON", b"{", {}),
+    ("not an object", b"[]", {}),
+    ("nothing", b"", {}),
+    ("invalid UTF-8", b'{"prompt": "\xff\xfe"}', {}),
+    ("NaN", b'{"prompt": "a", "temperature": NaN}', {}),
+    ("infinity", b'{"prompt": "a", "temperature": 1e999}', {}),
     ("an integer of 5000 digits", b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", {}),
     ("an integer of 30 digits", b'{"prompt": "a", "top_k": ' + b"9" * 30 + b"}", {}),
-    ("nested", b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", {}), ("a surrogate", b'{"prompt": "\\ud800"}', {}),
-    ("an unknown surrogate", b'{"prompt": "a", "\\ud800": 1}', {}), ("a wrong type", b'{"prompt": "a", "n": "1"}', {}),
-    ("a huge token", b'{"prompt": [99999999999999999999]}', {}), ("an unknown token", b'{"prompt": [61]}', {}),
+    ("nested", b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", {}),
+    ("a surrogate", b'{"prompt": "\\ud800"}', {}),
+    ("an unknown surrogate", b'{"prompt": "a", "\\ud800": 1}', {}),
+    ("a wrong type", b'{"prompt": "a", "n": "1"}', {}),
+    ("a huge token", b'{"prompt": [99999999999999999999]}', {}),
+    ("an unknown token", b'{"prompt": [61]}', {}),
     ("a negative token", b'{"prompt": [-1]}', {}),
-    ("an empty prompt", b'{"prompt": []}', {}), ("empty ids", b'{"prompt": [[]]}', {}),
-    ("another type", b'{"prompt": "a"}', {"Content-Type": "text/plain"}), ("mixed", b'{"prompt": ["a", 1]}', {}),
-    ("a huge n", b'{"prompt": "a", "n": 100000}', {}), ("a null", b'{"prompt": null}', {}),
+    ("an empty prompt", b'{"prompt": []}', {}),
+    ("empty ids", b'{"prompt": [[]]}', {}),
+    ("another type", b'{"prompt": "a"}', {"Content-Type": "text/plain"}),
+    ("mixed", b'{"prompt": ["a", 1]}', {}),
+    ("a huge n", b'{"prompt": "a", "n": 100000}', {}),
+    ("a null", b'{"prompt": null}', {}),
     ("a huge penalty", b'{"prompt": "a", "presence_penalty": 1e30}', {}),
     ("another model", b'{"prompt": "a", "model": "\\udfff"}', {}),
     ("a bias of no token", b'{"prompt": "a", "logit_bias": {"61": 1}}', {}),
     ("a huge bias", b'{"prompt": "a", "logit_bias": {"99999999999999999999999": 1}}', {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("body", "headers"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
@@ -339,8 +398,14 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     with Running(model.path, keys=("sk-first", "sk-second"), max_body_bytes=2000) as server:
         right = {"Authorization": "Bearer sk-second"}
         assert server.ask("/v1/models", headers=right)[0] == 200
-        for headers in ({}, {"Authorization": "Bearer sk-thir"}, {"Authorization": "sk-first"}, {"Authorization": "Basic sk-first"},
-                        {"Authorization": "Bearer sk-first sk-second"}, {"Authorization": "Bearer "}):  # fmt: skip
+        for headers in (
+            {},
+            {"Authorization": "Bearer sk-thir"},
+            {"Authorization": "sk-first"},
+            {"Authorization": "Basic sk-first"},
+            {"Authorization": "Bearer sk-first sk-second"},
+            {"Authorization": "Bearer "},
+        ):
             for path in ("/v1/models", "/tokenize", "/nothing"):
                 status, found, text = server.ask(path, headers=headers)
                 assert (
@@ -358,7 +423,8 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
         assert status == 413 and json.loads(text)["error"]["code"] == "request_too_large"
         # A length that is not told.
         connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-first\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
+        head += "Authorization: Bearer sk-first\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + b"3e8\r\n" + b" " * 1000 + b"\r\n" + b"5dc\r\n" + b" " * 1500 + b"\r\n")
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
         connection.close()
@@ -386,7 +452,8 @@ def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> 
     before = float(server.ask("/metrics")[2].split(aborted)[1].split()[0])
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": ["a", "b"], "stream": stream, "max_tokens": 254 - 10, **IGNORE}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     if stream:
         connection.recv(300)
@@ -414,7 +481,9 @@ request_inference_time_seconds_sum request_max_num_generation_tokens_sum
 
 def samples(text: str) -> dict[str, float]:
     return {
-        f"{s.name}{sorted(s.labels.items())}": s.value for family in text_string_to_metric_families(text) for s in family.samples
+        f"{s.name}{sorted(s.labels.items())}": s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
     }
 
 
@@ -431,7 +500,10 @@ def test_metrics(model: Model) -> None:
         def value(name: str, **labels: str) -> float:
             return found[f"vllm:{name}{sorted((labels | {'model_name': 'm'}).items())}"]
 
-        assert value("prompt_tokens_total") == 8 + 6 + 4 and value("generation_tokens_total") == 20 == usage["completion_tokens"]
+        assert (
+            value("prompt_tokens_total") == 8 + 6 + 4
+            and value("generation_tokens_total") == 20 == usage["completion_tokens"]
+        )
         assert value("request_success_total", finished_reason="length") == 5 and value("num_requests_running") == 0
         assert value("time_to_first_token_seconds_count") == 4 and value("inter_token_latency_seconds_count") == 16
         assert value("e2e_request_latency_seconds_count") == 5 and value("request_prompt_tokens_sum") == 2 * (8 + 6) + 4
@@ -440,7 +512,9 @@ def test_metrics(model: Model) -> None:
         states = [value("cache_token_states_total", layer=str(n)) for n in range(layers)]
         slots = [value("cache_slots_total", layer=str(n)) for n in range(layers)]
         assert states == [heads * (2 * (12 + 10) + 4)] * layers and sum(slots) < sum(states)
-        assert value("num_pages_free") == value("num_pages") == server.engine.cache.num_pages and value("engine_up") == 1
+        assert (
+            value("num_pages_free") == value("num_pages") == server.engine.cache.num_pages and value("engine_up") == 1
+        )
         assert value("compression_ratio", layer="0") == 1 and value("page_waste_perc") == 0
         server.settle()
 
@@ -448,7 +522,8 @@ def test_metrics(model: Model) -> None:
 def test_metrics_of_what_runs(server: Running) -> None:
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": "a" * 100, "stream": True, "max_tokens": 150, **IGNORE}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     connection.recv(300)
     stats = server.call(lambda engine: engine.stats())
@@ -471,6 +546,15 @@ def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
 
 def test_server_equals_offline(server: Running, model: Model) -> None:
     """With sampling too: a seed draws the same text here and there."""
-    params = dict(max_tokens=20, temperature=0.9, top_p=0.9, top_k=20, min_p=0.01, seed=11, repetition_penalty=1.2, ignore_eos=True)
+    params = dict(
+        max_tokens=20,
+        temperature=0.9,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.01,
+        seed=11,
+        repetition_penalty=1.2,
+        ignore_eos=True,
+    )
     offline = LLM(model.path).generate("one two", SamplingParams(**params))[0].outputs[0].text
     assert server.json(COMPLETIONS, {"prompt": "one two"} | params)["choices"][0]["text"] == offline

@@ -95,7 +95,10 @@ def post(url: str, body: dict, key: str = "") -> tuple[int, str]:
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     try:
         connection.request(
-            "POST", COMPLETIONS, json.dumps(body), {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+            "POST",
+            COMPLETIONS,
+            json.dumps(body),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
@@ -136,14 +139,17 @@ def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
             for one in asking:
                 one.result()
         assert process.wait(60) == 0
-        # Refused to connect, or told so; never a connection that was accepted and closed without an answer (RemoteDisconnected).
+        # Refused to connect, or told so; never a connection that was accepted and closed without an answer
+        # (RemoteDisconnected).
         assert all(type(error) in (ConnectionRefusedError, ConnectionResetError) for error in refused), refused
         assert {status for status, _ in answered} <= {200, 503} and len(answered) + len(refused) >= 20 + 16
         for status, text in answered:
             if status == 200 and text.startswith("data: "):
                 events = text.split("\n\n")
                 assert events[-2] == "data: [DONE]"
-                assert "".join(json.loads(e.removeprefix("data: "))["choices"][0]["text"] for e in events[:-2]) == wanted
+                assert (
+                    "".join(json.loads(e.removeprefix("data: "))["choices"][0]["text"] for e in events[:-2]) == wanted
+                )
             elif status == 200:
                 assert json.loads(text)["choices"][0]["text"] == wanted
             else:
@@ -163,7 +169,9 @@ def test_two_ranks(model: Model) -> None:
             bodies = [{"prompt": f"a {n}", "return_token_ids": True} | GREEDY | IGNORE for n in range(6)]
             for status, text in pool.map(lambda body: post(url, body), bodies):
                 choice = json.loads(text)["choices"][0]
-                assert status == 200 and tuple(choice["token_ids"]) == model.answer(tuple(choice["prompt_token_ids"]), 12)
+                assert status == 200 and tuple(choice["token_ids"]) == model.answer(
+                    tuple(choice["prompt_token_ids"]), 12
+                )
         (follower,) = psutil.Process(process.pid).children()
         assert follower.is_running()
         process.send_signal(signal.SIGTERM)
@@ -227,18 +235,26 @@ def test_the_end_comes_in_time(model: Model) -> None:
             server.loop.call_soon_threadsafe(server.server.stop)
             status, _, text = whole.result()
             assert status == 503 and json.loads(text)["error"]["code"] == "shutting_down"
-            assert json.loads(streamed.result()[2].split("\n\n")[-3].removeprefix("data: "))["error"]["code"] == "shutting_down"
+            assert (
+                json.loads(streamed.result()[2].split("\n\n")[-3].removeprefix("data: "))["error"]["code"]
+                == "shutting_down"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["--port", "99999"], "--port is 99999"), (["--api-key", "a b"], "--api-key: a key is empty"),
-    (["--api-key", ""], "a key is empty"),
-    (["--api-key-file", "nowhere"], "--api-key-file nowhere cannot be read: FileNotFoundError"),
-    (["--max-model-len", "100000"], "max_model_len is 100000"), (["--tensor-parallel-size", "3"], "3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "99999"], "--port is 99999"),
+        (["--api-key", "a b"], "--api-key: a key is empty"),
+        (["--api-key", ""], "a key is empty"),
+        (["--api-key-file", "nowhere"], "--api-key-file nowhere cannot be read: FileNotFoundError"),
+        (["--max-model-len", "100000"], "max_model_len is 100000"),
+        (["--tensor-parallel-size", "3"], "3"),
+    ],
+)
 def test_wrong_options(model: Model, options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", model.path, "--port", "0", *options]) == 2
     error = capsys.readouterr().err

@@ -65,14 +65,17 @@ def test_an_answer_and_its_cache(model: Model, chromium: browser.Browser) -> Non
             "stream_options": {"include_cache": True},
         }
         use = [event["dmc"] for event in server.events("/v1/completions", body) if "dmc" in event][-1]
-        rows = "Array.from(document.querySelectorAll('#map tbody tr'), r => Array.from(r.cells, c => c.textContent).slice(1))"
+        cells = "Array.from(r.cells, c => c.textContent).slice(1)"
+        rows = f"Array.from(document.querySelectorAll('#map tbody tr'), r => {cells})"
         assert chromium.run(rows) == [[str(slots) for slots in layer] for layer in use["slots"]]
         assert chromium.run("document.getElementById('ratio').textContent") == f"{use['compression_ratio']:.2f}×"
         colors = chromium.run("Array.from(document.querySelectorAll('#map td'), c => c.style.background)")
         assert len(set(colors)) > 1, "heads that compress differently have different colours"
         assert chromium.run("document.querySelectorAll('#lines polyline').length") == 2
         most = max(map(max, use["slots"]))
-        assert chromium.run("document.getElementById('most').textContent") == f"{most} slots, {use['tokens'] / most:.2f}×"
+        assert (
+            chromium.run("document.getElementById('most').textContent") == f"{most} slots, {use['tokens'] / most:.2f}×"
+        )
         light = chromium.run("getComputedStyle(document.body).backgroundColor")
         chromium.scheme("dark")
         assert chromium.run("getComputedStyle(document.body).backgroundColor") != light
@@ -107,7 +110,10 @@ def test_keys_chat_and_errors(model: Model, chromium: browser.Browser) -> None:
         fill(chromium, key="sk-page", prompt="hi", chat=True, max_tokens="5")
         chromium.run("document.getElementById('key').dispatchEvent(new Event('change'))")
         chromium.wait("document.getElementById('model').textContent.includes('window')")
-        chromium.run("document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', ctrlKey: true}))")
+        chromium.run(
+            "document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', "
+            "{key: 'Enter', ctrlKey: true}))"
+        )
         chromium.wait("document.getElementById('said').textContent.includes('new tokens')")
         fill(chromium, max_tokens="9999")
         chromium.run("document.getElementById('go').click()")
@@ -115,5 +121,7 @@ def test_keys_chat_and_errors(model: Model, chromium: browser.Browser) -> None:
             "document.getElementById('said').classList.contains('wrong') && document.getElementById('said').textContent"
         )
         assert "max_model_len" in said
-        assert chromium.run("document.cookie + localStorage.length + sessionStorage.length") == "00"  # the key is kept nowhere
+        assert (
+            chromium.run("document.cookie + localStorage.length + sessionStorage.length") == "00"
+        )  # the key is kept nowhere
         server.settle()

@@ -45,29 +45,71 @@ def refused(kind: type, body: object) -> APIError:
 
 
 def test_all_sampling_parameters_reach_the_engine() -> None:
-    given = dict(n=2, temperature=0.5, top_p=0.9, seed=3, stop=["a"], presence_penalty=0.1, frequency_penalty=0.2, top_k=4,
-                 min_p=0.1, repetition_penalty=1.1, min_tokens=1, stop_token_ids=[7], ignore_eos=True, skip_special_tokens=False,
-                 include_stop_str_in_output=True, max_tokens=9)  # fmt: skip
+    given = dict(
+        n=2,
+        temperature=0.5,
+        top_p=0.9,
+        seed=3,
+        stop=["a"],
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+        top_k=4,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        min_tokens=1,
+        stop_token_ids=[7],
+        ignore_eos=True,
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+        max_tokens=9,
+    )
     body = {"prompt": "x", "logit_bias": {"5": -1}, "logprobs": 2, "echo": True}
     params = parse(CompletionRequest, given | body).sampling_params()
     assert params == SamplingParams(**given, logit_bias={5: -1}, logprobs=2, prompt_logprobs=2)
-    body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 3, "max_completion_tokens": 5}
-    assert parse(ChatCompletionRequest, given | body).sampling_params() == SamplingParams(**given | dict(max_tokens=5, logprobs=3))
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "max_completion_tokens": 5,
+    }
+    assert parse(ChatCompletionRequest, given | body).sampling_params() == SamplingParams(
+        **given | dict(max_tokens=5, logprobs=3)
+    )
     assert parse(CompletionRequest, {"prompt": "x"}).sampling_params() == SamplingParams()
-    assert parse(ChatCompletionRequest, {"messages": body["messages"]}).sampling_params() == SamplingParams(max_tokens=None)
+    assert parse(ChatCompletionRequest, {"messages": body["messages"]}).sampling_params() == SamplingParams(
+        max_tokens=None
+    )
 
 
-@pytest.mark.parametrize(("change", "param"), [
-    ({"temprature": 1}, "temprature"), ({"temperature": "1"}, "temperature"), ({"temperature": float("nan")}, "temperature"),
-    ({"temperature": float("inf")}, "temperature"), ({"temperature": -1}, "temperature"), ({"n": 0}, "n"), ({"n": True}, "n"),
-    ({"n": 1.0}, "n"), ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 10**400}, "max_tokens"), ({"seed": 2**63}, "seed"),
-    ({"stop": [""]}, "stop"), ({"stop": 3}, "stop"), ({"logit_bias": {"x": 1}}, "logit_bias"),
-    ({"logit_bias": {"1": 101}}, "logit_bias"), ({"logprobs": 101}, "logprobs"), ({"prompt": None}, "prompt"),
-    ({"prompt": [1, "a"]}, "prompt"), ({"top_k": 2**31}, "top_k"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options"), ({"top_k": -2}, "top_k"),
-    ({"min_tokens": 99}, "min_tokens"), ({"stop_token_ids": [-1]}, "stop_token_ids"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temprature": 1}, "temprature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 1.0}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**400}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 3}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logprobs": 101}, "logprobs"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_tokens": 99}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ],
+)
 def test_a_wrong_parameter_is_named(change: dict, param: str) -> None:
     error = refused(CompletionRequest, {"prompt": "x"} | change)
     assert error.param == param, error.message
@@ -82,7 +124,10 @@ def test_what_is_not_a_request() -> None:
     messages = [{"role": "user", "content": "x"}]
     assert refused(ChatCompletionRequest, {"messages": []}).param == "messages"
     assert refused(ChatCompletionRequest, {"messages": messages, "top_logprobs": 2}).param == "top_logprobs"
-    assert refused(ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).param == "messages"
+    assert (
+        refused(ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).param
+        == "messages"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -123,7 +168,7 @@ def test_chat_template(prompts: Prompts) -> None:
         ([{"role": "tool", "content": "x"}], {}, "no role tool"),
         ([hello], {"chat_template_kwargs": {"tokenize": True}}, "tokenize"),
         ([hello], {"continue_final_message": True}, "exclude each other"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(APIError, match=what):
             text(*messages, **more)
     begun = {"role": "assistant", "content": "so"}
@@ -184,7 +229,15 @@ def test_echo_with_logprobs(model: Model, prompts: Prompts) -> None:
 
 
 def test_streamed_chunks_add_up_to_the_answer(model: Model, prompts: Prompts) -> None:
-    body = {"prompt": ["one two", "three"], "n": 2, "echo": True, "logprobs": 2, "seed": 1, "temperature": 1.0, "stream": True}
+    body = {
+        "prompt": ["one two", "three"],
+        "n": 2,
+        "echo": True,
+        "logprobs": 2,
+        "seed": 1,
+        "temperature": 1.0,
+        "stream": True,
+    }
     request = parse(CompletionRequest, GREEDY | body | {"stream_options": {"include_usage": True}})
     whole, llm = answer(model, prompts, request), LLM(model.path)
     ids = prompts.of_completion(request)
@@ -211,7 +264,12 @@ def test_streamed_chunks_add_up_to_the_answer(model: Model, prompts: Prompts) ->
 
 
 def test_chat_logprobs(model: Model, prompts: Prompts) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "logprobs": True,
+        "top_logprobs": 2,
+        "return_token_ids": True,
+    }
     request = parse(ChatCompletionRequest, GREEDY | body)
     ids = prompts.of_chat(request)
     result = LLM(model.path).generate(ids, request.sampling_params())[0]
@@ -228,7 +286,9 @@ def test_chat_logprobs(model: Model, prompts: Prompts) -> None:
 # ------------------------------------------------------------------------------------------------- behind asyncio
 
 
-def on_loop(model: Model, test: Callable[[AsyncEngine], Awaitable[None]], limits: Limits | None = None, **settings: object) -> None:
+def on_loop(
+    model: Model, test: Callable[[AsyncEngine], Awaitable[None]], limits: Limits | None = None, **settings: object
+) -> None:
     engine = Engine(model.path, EngineConfig(**settings))
 
     async def run() -> None:
@@ -343,7 +403,9 @@ def test_no_room_for_one_alone(model: Model) -> None:
     on_loop(model, test, num_pages=12)
 
 
-def test_a_failing_engine_fails_all(model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_engine_fails_all(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def test(runner: AsyncEngine) -> None:
         step = runner.engine.step
         streams = [runner.submit([request(str(i), model.prompt(9, i), 100)]) for i in range(3)]
@@ -388,7 +450,9 @@ def test_stopping_answers_those_who_wait(model: Model) -> None:
 
 def test_the_commands_need_nothing_of_the_server(tmp_path) -> None:
     """``dmc generate`` and ``--help`` work without the extra ``serve``."""
-    code = ("import sys\nfor name in ('fastapi', 'uvicorn', 'prometheus_client', 'pydantic'): sys.modules[name] = None\n"
-            "from megatron.dmc.serving.cli import main\nmain(['--help'])")  # fmt: skip
+    code = (
+        "import sys\nfor name in ('fastapi', 'uvicorn', 'prometheus_client', 'pydantic'): sys.modules[name] = None\n"
+        "from megatron.dmc.serving.cli import main\nmain(['--help'])"
+    )
     shown = run_command([sys.executable, "-c", code]).stdout
     assert "generate" in shown

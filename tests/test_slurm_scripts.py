@@ -1,4 +1,6 @@
-"""examples/dmc/slurm with stand-ins for SLURM's commands, which write down how they were called. A real one: tests/slurm/run.py."""
+"""examples/dmc/slurm with stand-ins for SLURM's commands, which write down how they were called. A real one:
+tests/slurm/run.py.
+"""
 
 import os
 import re
@@ -20,9 +22,18 @@ REQUIRED = {
     "serve.sbatch": ("MODEL",),
     "batch.sbatch": ("MODEL", "INPUT", "OUTPUT"),
 }
-BASE = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_SUBMIT_DIR": "/somewhere",
-        "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0",
-        "SLURM_ARRAY_TASK_MAX": "2", "NPROC": "8"}  # fmt: skip
+BASE = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_SUBMIT_DIR": "/somewhere",
+    "SLURM_ARRAY_JOB_ID": "70",
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_ARRAY_TASK_COUNT": "3",
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_MAX": "2",
+    "NPROC": "8",
+}
 
 
 class Stand:
@@ -65,8 +76,12 @@ def inputs(tmp_path):
     names = {"CONFIG": "c.yaml", "TOKENIZER": "t.model", "CHECKPOINT": "original"}
     for name in names.values():
         (tmp_path / name).touch()
-    return {**{key: str(tmp_path / name) for key, name in names.items()}, "DATA": "0.3 a 0.7 b", "OUT": str(tmp_path / "out"),
-            "TARGET_CR": "4"}  # fmt: skip
+    return {
+        **{key: str(tmp_path / name) for key, name in names.items()},
+        "DATA": "0.3 a 0.7 b",
+        "OUT": str(tmp_path / "out"),
+        "TARGET_CR": "4",
+    }
 
 
 @pytest.mark.parametrize("script, name", [(script, name) for script, names in REQUIRED.items() for name in names])
@@ -83,25 +98,40 @@ def test_jobs_can_be_queued_again_and_name_no_cluster(script):
     options = re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)
     assert {"requeue", "open-mode", "output"} <= set(options)
     assert ("signal" in options) == (script.name != "convert.sbatch")
-    assert not {"account", "partition", "qos", "constraint", "gres", "gpus", "gpus-per-node", "time", "mem"} & set(options)
+    assert not {"account", "partition", "qos", "constraint", "gres", "gpus", "gpus-per-node", "time", "mem"} & set(
+        options
+    )
     assert not re.search(r"(KEY|TOKEN|SECRET|PASSWORD)=\S*[A-Za-z0-9]{8}", text)
 
 
 def test_stages_wait_for_one_another(stand, inputs):
-    result = stand.run("retrofit.sh", "--async-save", SBATCH_ARGS="--nodes=4 --time=60", RETROFIT_ARGS="--seed 2", **inputs)
+    result = stand.run(
+        "retrofit.sh", "--async-save", SBATCH_ARGS="--nodes=4 --time=60", RETROFIT_ARGS="--seed 2", **inputs
+    )
     assert result.returncode == 0, result.stderr
     jobs, out = stand.calls("sbatch"), inputs["OUT"]
     assert [job[-1].split(" END")[0] for job in jobs] == [
-        f"SAVE={out}/zero_out INIT_FROM={inputs['CHECKPOINT']}", f"SAVE={out}/retrofit INIT_FROM={out}/zero_out",
-        f"SAVE={out}/finetune INIT_FROM={out}/retrofit"]  # fmt: skip
+        f"SAVE={out}/zero_out INIT_FROM={inputs['CHECKPOINT']}",
+        f"SAVE={out}/retrofit INIT_FROM={out}/zero_out",
+        f"SAVE={out}/finetune INIT_FROM={out}/retrofit",
+    ]
     assert [[word for word in job if "depend" in word or "invalid" in word] for job in jobs] == [
-        [], ["--dependency=afterok:101", "--kill-on-invalid-dep=yes"], ["--dependency=afterok:102", "--kill-on-invalid-dep=yes"]]
+        [],
+        ["--dependency=afterok:101", "--kill-on-invalid-dep=yes"],
+        ["--dependency=afterok:102", "--kill-on-invalid-dep=yes"],
+    ]
     assert all({"--nodes=4", "--time=60", "--async-save"} <= set(job) for job in jobs)
     tails = [job[job.index("--stage") : -1] for job in jobs]
-    assert tails == [["--stage", "zero_out", "--async-save"],
-                     ["--stage", "retrofit", "--target-cr", "4", "--async-save", "--seed", "2"],
-                     ["--stage", "finetune", "--async-save", "--lr-decay-style", "cosine", "--min-lr", "3e-6"]]  # fmt: skip
-    assert re.findall(r"(\w+): job (\d+), log", result.stdout) == [("zero_out", "101"), ("retrofit", "102"), ("finetune", "103")]
+    assert tails == [
+        ["--stage", "zero_out", "--async-save"],
+        ["--stage", "retrofit", "--target-cr", "4", "--async-save", "--seed", "2"],
+        ["--stage", "finetune", "--async-save", "--lr-decay-style", "cosine", "--min-lr", "3e-6"],
+    ]
+    assert re.findall(r"(\w+): job (\d+), log", result.stdout) == [
+        ("zero_out", "101"),
+        ("retrofit", "102"),
+        ("finetune", "103"),
+    ]
 
 
 def test_an_input_that_is_not_there_submits_nothing(stand, inputs):
@@ -113,17 +143,27 @@ def test_an_input_that_is_not_there_submits_nothing(stand, inputs):
 STAGE = {"CONFIG": "c", "DATA": "1 a", "TOKENIZER": "t", "SAVE": "here", "INIT_FROM": "before"}
 
 
-@pytest.mark.parametrize("statuses, status, says, requeued", [
-    ({}, 0, "finished", False),
-    ({"manifest here": "exit 1"}, 75, "unfinished: queued again", True),
-    ({"manifest here": "exit 2"}, 75, "not queued again", False),
-    ({"manifest before": "exit 1"}, 2, "refused: INIT_FROM before is not a finished stage", False),
-    ({"torch.distributed.run": "exit 9"}, 9, "training ended with status 9", False),
-], ids=["finished", "unfinished", "damaged", "predecessor-unfinished", "fault"])  # fmt: skip
+@pytest.mark.parametrize(
+    "statuses, status, says, requeued",
+    [
+        ({}, 0, "finished", False),
+        ({"manifest here": "exit 1"}, 75, "unfinished: queued again", True),
+        ({"manifest here": "exit 2"}, 75, "not queued again", False),
+        ({"manifest before": "exit 1"}, 2, "refused: INIT_FROM before is not a finished stage", False),
+        ({"torch.distributed.run": "exit 9"}, 9, "training ended with status 9", False),
+    ],
+    ids=["finished", "unfinished", "damaged", "predecessor-unfinished", "fault"],
+)
 def test_a_stage_is_queued_again_when_it_has_only_been_stopped(stand, statuses, status, says, requeued):
     stand.statuses = statuses
-    result = stand.run("retrofit.sbatch", "--stage", "retrofit", SRUN_ARGS="--container-image=i", CONTAINER="apptainer exec x.sif",
-                       **STAGE)  # fmt: skip
+    result = stand.run(
+        "retrofit.sbatch",
+        "--stage",
+        "retrofit",
+        SRUN_ARGS="--container-image=i",
+        CONTAINER="apptainer exec x.sif",
+        **STAGE,
+    )
     assert result.returncode == status and says in result.stdout + result.stderr, result
     assert ([c[1:3] for c in stand.calls("scontrol") if c[1] == "requeue"] == [["requeue", "77"]]) == requeued
     training = [call for call in stand.calls("srun") if any("torch.distributed.run" in word for word in call)]
@@ -133,7 +173,10 @@ def test_a_stage_is_queued_again_when_it_has_only_been_stopped(stand, statuses, 
     for call in training:
         words = call[call.index("python") :]
         assert words[1:4] == ["--nproc-per-node=8", "--master-addr=n1", "--master-port=20077"]
-        assert words[words.index("--data-path") + 1 :][:2] == ["1", "a"] and words[words.index("--init-from") + 1] == "before"
+        assert (
+            words[words.index("--data-path") + 1 :][:2] == ["1", "a"]
+            and words[words.index("--init-from") + 1] == "before"
+        )
         assert re.search(r"END=\d{10}$", call[-1])  # asked of squeue where SLURM does not say
 
 
@@ -166,13 +209,20 @@ def test_the_last_element_of_a_batch_merges(stand, tmp_path):
 
 
 def batch_of_engines(stand, tmp_path, **variables):
-    """(script's result, dmc's calls by shard): the srun stand-in runs the launcher, dmc writes down how it was started."""
-    stand.command("dmc", f'echo "$CUDA_VISIBLE_DEVICES ${{RANK-}}/${{WORLD_SIZE-}} ${{MASTER_PORT-}} $*" >>started\n'
-                         f'for w; do case "$w" in *.part-*) o=$w;; [0-9]*/*) s=$w;; esac; done\n'
-                         f'{variables.pop("does", "true")}\necho "answer $s" >"$o"')  # fmt: skip
+    """(script's result, dmc's calls by shard):
+    the srun stand-in runs the launcher, dmc writes down how it was started.
+    """
+    stand.command(
+        "dmc",
+        f'echo "$CUDA_VISIBLE_DEVICES ${{RANK-}}/${{WORLD_SIZE-}} ${{MASTER_PORT-}} $*" >>started\n'
+        f'for w; do case "$w" in *.part-*) o=$w;; [0-9]*/*) s=$w;; esac; done\n'
+        f'{variables.pop("does", "true")}\necho "answer $s" >"$o"',
+    )
     stand.statuses = {"dmc batch": 'exec "$@"'}
     (tmp_path / "started").unlink(missing_ok=True)
-    result = stand.run("batch.sbatch", "--max-num-seqs", "2", MODEL="m", INPUT="in", OUTPUT=str(tmp_path / "answers"), **variables)
+    result = stand.run(
+        "batch.sbatch", "--max-num-seqs", "2", MODEL="m", INPUT="in", OUTPUT=str(tmp_path / "answers"), **variables
+    )
     started = (tmp_path / "started").read_text().splitlines() if (tmp_path / "started").exists() else []
     return result, sorted((re.search(r"--shard (\S+)", line)[1], *line.split()[:3]) for line in started)
 
@@ -181,7 +231,12 @@ def test_an_element_uses_all_of_its_gpus(stand, tmp_path):
     given = dict(SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="4,5,6,7")
     result, started = batch_of_engines(stand, tmp_path, **given, SLURM_ARRAY_TASK_ID="1")
     assert result.returncode == 0, result.stderr
-    assert [(shard, gpus) for shard, gpus, *_ in started] == [("4/12", "4"), ("5/12", "5"), ("6/12", "6"), ("7/12", "7")]
+    assert [(shard, gpus) for shard, gpus, *_ in started] == [
+        ("4/12", "4"),
+        ("5/12", "5"),
+        ("6/12", "6"),
+        ("7/12", "7"),
+    ]
     assert "element 0 is not done yet" in result.stdout and not (tmp_path / "answers").exists()
     for index in "20":
         result, _ = batch_of_engines(stand, tmp_path, **given, SLURM_ARRAY_TASK_ID=index)
@@ -193,18 +248,30 @@ def test_engines_of_several_gpus(stand, tmp_path):
     result, started = batch_of_engines(stand, tmp_path, TP="2", SLURM_GPUS_ON_NODE="4", CUDA_VISIBLE_DEVICES="a,b,c,d")
     assert result.returncode == 0, result.stderr
     ports = [port for *_, port in started]
-    assert [row[:3] for row in started] == [("2/6", "a,b", "0/2"), ("2/6", "a,b", "1/2"),
-                                            ("3/6", "c,d", "0/2"), ("3/6", "c,d", "1/2")]  # fmt: skip
+    assert [row[:3] for row in started] == [
+        ("2/6", "a,b", "0/2"),
+        ("2/6", "a,b", "1/2"),
+        ("3/6", "c,d", "0/2"),
+        ("3/6", "c,d", "1/2"),
+    ]
     assert ports[0] == ports[1] != ports[2] == ports[3]
     result, started = batch_of_engines(stand, tmp_path, TP="3", SLURM_GPUS_ON_NODE="4")
     assert result.returncode == 2 and "an element has 4 GPUs" in result.stderr and not started
 
 
-@pytest.mark.parametrize("does, status", [('[ "$s" != 3/6 ] || exit 75', 75), ('[ "$s" != 3/6 ] || exit 2; exit 75', 2),
-                                          ('[ "$s $RANK" != "3/6 1" ] || exit 3; [ "$s" != 3/6 ] || exec /bin/sleep 20', 3)],
-                         ids=["stopped", "fault", "a-rank-fails"])  # fmt: skip
+@pytest.mark.parametrize(
+    "does, status",
+    [
+        ('[ "$s" != 3/6 ] || exit 75', 75),
+        ('[ "$s" != 3/6 ] || exit 2; exit 75', 2),
+        ('[ "$s $RANK" != "3/6 1" ] || exit 3; [ "$s" != 3/6 ] || exec /bin/sleep 20', 3),
+    ],
+    ids=["stopped", "fault", "a-rank-fails"],
+)
 def test_an_engine_that_does_not_end_well_decides(stand, tmp_path, does, status):
-    """One that was stopped has the element queued again; a fault does not; the ranks of one that has failed do not wait for it."""
+    """One that was stopped has the element queued again; a fault does not; the ranks of one that has failed do not wait
+    for it.
+    """
     result, _ = batch_of_engines(stand, tmp_path, TP="2", SLURM_GPUS_ON_NODE="4", does=does)
     assert result.returncode == status, result
     assert any(call[1] == "requeue" for call in stand.calls("scontrol")) == (status == 75)

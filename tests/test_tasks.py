@@ -46,8 +46,9 @@ class Bytes(Characters):
 
 
 class Induction:
-    """A model in name: it gives the token after the latest place where the last tokens (four at most) stood before, if that
-    is at most ``reach`` tokens back."""
+    """A model in name: it gives the token after the latest place where the last tokens (four at most) stood before, if
+    that is at most ``reach`` tokens back.
+    """
 
     def __init__(self, reach: int = 10**9) -> None:
         self.reach = reach
@@ -63,7 +64,9 @@ class Induction:
     def score(self, tokens: Tensor, policy=None, batch: int = 8) -> Scored:
         rows = [[self.predict(ids[: t + 1]) == ids[t + 1] for t in range(len(ids) - 1)] for ids in tokens.tolist()]
         correct = torch.tensor(rows)
-        return Scored(torch.where(correct, 0.0, -5.0), correct, torch.ones(1, len(rows), 1, tokens.size(1), dtype=torch.int32))
+        return Scored(
+            torch.where(correct, 0.0, -5.0), correct, torch.ones(1, len(rows), 1, tokens.size(1), dtype=torch.int32)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,9 @@ def test_samples_are_what_they_say(material, task) -> None:
     length = 300
     for depth in (0.0, 0.5, 1.0):
         rows, graded = suite.samples_of(task, material, length, depth, 5, seed=1)
-        assert rows.shape == (5, length) and torch.equal(rows, suite.samples_of(task, material, length, depth, 5, seed=1)[0])
+        assert rows.shape == (5, length) and torch.equal(
+            rows, suite.samples_of(task, material, length, depth, 5, seed=1)[0]
+        )
         assert not torch.equal(rows, suite.samples_of(task, material, length, depth, 5, seed=2)[0])
         rng = random.Random(f"{task} {length} {depth} 1")
         for row in rows.tolist():
@@ -123,16 +128,22 @@ def test_tracking_goes_back_along_the_chain() -> None:
 
 @pytest.mark.parametrize("task", SUITE)
 def test_looking_back_solves_them_and_a_window_does_not(material, task) -> None:
-    found = suite.recall(Induction(), None, material, tasks=[task], lengths=[200, 260], depths=[0.0, 1.0], samples=4)[task]
+    found = suite.recall(Induction(), None, material, tasks=[task], lengths=[200, 260], depths=[0.0, 1.0], samples=4)[
+        task
+    ]
     values = {(f.task, f.where): f for f in found.figures}
     for length in (200, 260):
         for where, n in ((f"{length} tokens", 8), (f"{length} tokens, depth 0", 4), (f"{length} tokens, depth 1", 4)):
             assert values[f"{task}, exact", where].value == values[f"{task}, tokens", where].value == 1.0
             assert values[f"{task}, exact", where].n == n and values[f"{task}, loss", where].value == 0.0
-    short = suite.recall(Induction(reach=100), None, material, tasks=[task], lengths=[260], depths=[0.0], samples=4)[task]
+    short = suite.recall(Induction(reach=100), None, material, tasks=[task], lengths=[260], depths=[0.0], samples=4)[
+        task
+    ]
     assert short.figures[0].value == 0.0 and short.figures[0].task == f"{task}, exact"
     if task in ("needle", "copying"):  # at the end of the haystack it is in reach
-        near = suite.recall(Induction(reach=100), None, material, tasks=[task], lengths=[260], depths=[1.0], samples=4)[task]
+        near = suite.recall(Induction(reach=100), None, material, tasks=[task], lengths=[260], depths=[1.0], samples=4)[
+            task
+        ]
         assert near.figures[0].value == 1.0
 
 
@@ -287,7 +298,9 @@ class ScoresPairs:
     def score(self, tokens: Tensor, policy=None, batch: int = 8) -> Scored:
         self.seen += [tokens.size(1)] * len(tokens)
         log_prob = -(tokens[:, :-1] * 3 + tokens[:, 1:]).float() / 100
-        return Scored(log_prob, tokens[:, 1:] % 2 == 0, torch.ones(1, len(tokens), 1, tokens.size(1), dtype=torch.int32))
+        return Scored(
+            log_prob, tokens[:, 1:] % 2 == 0, torch.ones(1, len(tokens), 1, tokens.size(1), dtype=torch.int32)
+        )
 
 
 @pytest.mark.slow

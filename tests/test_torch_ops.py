@@ -1,4 +1,6 @@
-"""The kernels as operators of PyTorch: what their schemas and fake versions promise is true, and torch.compile takes them whole."""
+"""The kernels as operators of PyTorch: what their schemas and fake versions promise is true, and torch.compile takes
+them whole.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ OPTIONS = {"bias": BIAS, "epsilon": EPSILON, "window": 12}
 
 def start(device: str) -> tuple[CacheState, tuple[Tensor, ...]]:
     """A cache of three rows with some tokens in rows 1 and 0, and the arguments of the step that comes next."""
-    state = make_state(num_pages=64, max_seqs=3, num_layers=2, num_kv_heads=2, head_dim=32, max_slots=128, device=device)
+    state = make_state(
+        num_pages=64, max_seqs=3, num_layers=2, num_kv_heads=2, head_dim=32, max_slots=128, device=device
+    )
     q, k, v = (x.to(device) for x in tokens((46,), 2, 2, 32, SHIFTS["some"]))
     inv_freq = torch.logspace(0, -3, 16, device=device)
     at = [*range(37), *range(3), 37, 3, 4, 5, 6, 7]
@@ -28,7 +32,9 @@ def start(device: str) -> tuple[CacheState, tuple[Tensor, ...]]:
     for begin, counts in ((0, [37, 3]), (40, [1, 5])):
         end = begin + sum(counts)
         cu = ints([0, *torch.tensor(counts).cumsum(0).tolist()], device)
-        steps.append((q[begin:end], k[begin:end], v[begin:end], cu, ints([1, 0], device), ints(at[begin:end], device), inv_freq))
+        steps.append(
+            (q[begin:end], k[begin:end], v[begin:end], cu, ints([1, 0], device), ints(at[begin:end], device), inv_freq)
+        )
     kernels.append(state, 1, *steps[0], **OPTIONS)
     return state, steps[1]
 
@@ -45,9 +51,13 @@ def step(state: CacheState, q, k, v, cu_seqlens, slots, positions, inv_freq) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("op", ["append", "append without parts", "decode_attention", "prefill_attention", "fork", "free"])
+@pytest.mark.parametrize(
+    "op", ["append", "append without parts", "decode_attention", "prefill_attention", "fork", "free"]
+)
 def test_schemas_and_fakes_are_true(device, op) -> None:
-    """Nothing is written that is not marked; shapes, dtypes and strides are those that tracing was told, sizes unknown included."""
+    """Nothing is written that is not marked; shapes, dtypes and strides are those that tracing was told, sizes unknown
+    included.
+    """
     state, arguments = start(device)
     done = kernels.append(copy.deepcopy(state), 1, *arguments, **OPTIONS)
     _, _, _, cu, rows, *_ = arguments
@@ -65,7 +75,11 @@ def test_schemas_and_fakes_are_true(device, op) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_schemas_and_fakes_of_rows_are_true(device) -> None:
     x, weight = torch.randn(3, 32, device=device), torch.rand(32, device=device)
-    for op, arguments in (("rms_norm", (x, weight, 1e-5)), ("add_rms_norm", (x, x + 1, weight, 1e-5)), ("silu_and_mul", (x,))):
+    for op, arguments in (
+        ("rms_norm", (x, weight, 1e-5)),
+        ("add_rms_norm", (x, x + 1, weight, 1e-5)),
+        ("silu_and_mul", (x,)),
+    ):
         torch.library.opcheck(getattr(OPS, op).default, arguments)
 
 

@@ -1,4 +1,6 @@
-"""A lost rank is noticed and named on all the others; a slow one is not lost. Hosts that fall silent: tests/hosts/run.py."""
+"""A lost rank is noticed and named on all the others; a slow one is not lost. Hosts that fall silent:
+tests/hosts/run.py.
+"""
 
 import os
 import signal
@@ -34,7 +36,9 @@ class Ranks:
         for rank, how in enumerate(hows):
             command = [sys.executable, WORKER, rank, len(hows), port, directory, how]
             with self.logs[rank].open("w") as out:
-                self.processes.append(subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=subprocess_env()))
+                self.processes.append(
+                    subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=subprocess_env())
+                )
         end = time.monotonic() + 60
         while not all((directory / f"ready-{rank}").exists() for rank in range(len(hows))):
             assert time.monotonic() < end, self.said()
@@ -77,12 +81,16 @@ def errors(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 3])
 def test_a_killed_rank_is_named_on_every_host_and_ends_the_others(start, tmp_path, killed):
-    """They stand in what no exception reaches. One message per host, from ranks that have lost no connection of their own."""
+    """They stand in what no exception reaches. One message per host, from ranks that have lost no connection of their
+    own.
+    """
     ranks = start("sleep", "sleep", "sleep", "fork")  # rank 3's child holds on to what it has inherited
     ranks.processes[killed].kill()
     assert ranks.ends() == [-signal.SIGKILL if rank == killed else watch.STATUS for rank in range(4)]
     said = [errors(text) for text in ranks.said()]
-    start_of = f"error: rank {killed} on host-{killed // 2} ended before the others; its log says why. This run ends on host-"
+    start_of = (
+        f"error: rank {killed} on host-{killed // 2} ended before the others; its log says why. This run ends on host-"
+    )
     for host in (0, 1):
         speakers = [rank for rank in (2 * host, 2 * host + 1) if said[rank]]
         assert speakers == [min(rank for rank in (2 * host, 2 * host + 1) if rank != killed)], said
@@ -96,8 +104,10 @@ def test_a_rank_that_fails_tells_the_others_why(start):
     ranks.go(3)
     assert ranks.ends() == [watch.STATUS] * 3 + [1]
     for rank in (0, 2):
-        assert "rank 3 on host-1 ended before the others: ArithmeticError: iteration 7: the gradients hold nan. This run ends on " \
-            f"host-{rank // 2}" in ranks.said()[rank]
+        assert (
+            "rank 3 on host-1 ended before the others: ArithmeticError: iteration 7: the gradients hold nan. This run "
+            f"ends on host-{rank // 2}" in ranks.said()[rank]
+        )
     assert "Traceback" in ranks.said()[3] and not errors(ranks.said()[3])
 
 
@@ -184,7 +194,9 @@ def test_the_kernel_is_asked_to_probe_within_the_time():
 
 
 def test_strangers_at_the_port_are_sent_away(fake, monkeypatch):
-    """One that says nothing of use, one that goes at once, one that never ends, and then the rank that is waited for."""
+    """One that says nothing of use, one that goes at once, one that never ends, and then the rank that is
+    waited for.
+    """
     first = fake(0)
     first._peers, first._hosts = {}, ["a", "b"]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -212,6 +224,7 @@ def test_times_that_cannot_be():
 
 
 # Whole runs
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -260,8 +273,12 @@ def test_the_timeout_of_collectives_is_the_runs():
     with megatron_in_process(run):
         from megatron.core import parallel_state
 
-        groups = (distributed.group.WORLD, parallel_state.get_tensor_model_parallel_group(),
-                  parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_data_parallel_group())  # fmt: skip
+        groups = (
+            distributed.group.WORLD,
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        )
         found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         assert found == [timedelta(minutes=7)] * 4
         with watch.Watch(30) as alone:

@@ -1,7 +1,8 @@
 """A tiny data set and model for tests of whole training runs, and a way to start, watch and kill such runs cheaply.
 
-Runs are forked from a server process that has torch and megatron-core loaded (multiprocessing's ``forkserver``), so that
-one takes a second and not ten. They are real in all else: ``retrofit.main`` in a process of its own, SIGKILL and all.
+Runs are forked from a server process that has torch and megatron-core loaded (multiprocessing's ``forkserver``), so
+that one takes a second and not ten. They are real in all else: ``retrofit.main`` in a process of its own, SIGKILL and
+all.
 """
 
 from __future__ import annotations
@@ -27,8 +28,16 @@ for folder in ("tools", "examples/dmc", "tests"):
         sys.path.insert(0, str(ROOT / folder))
 
 VOCABULARY, SEQ = 512, 32
-MODEL = dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
-             vocab_size=VOCABULARY, make_vocab_size_divisible_by=64, max_position_embeddings=64)
+MODEL = dict(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=VOCABULARY,
+    make_vocab_size_divisible_by=64,
+    max_position_embeddings=64,
+)
 RUN = dict(seq_length=SEQ, micro_batch_size=2, global_batch_size=4, lr=1e-3, log_interval=1)
 
 
@@ -43,8 +52,21 @@ def make_data(directory: Path) -> Path:
     for name, part in (("train", texts[:-1]), ("valid", texts[-1:])):
         source = directory / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-        assert preprocess_data.main(["--input", str(source), "--tokenizer", str(directory / "tokenizer.model"),
-                                     "--output-prefix", str(directory / name), "--workers", "1"]) == 0
+        assert (
+            preprocess_data.main(
+                [
+                    "--input",
+                    str(source),
+                    "--tokenizer",
+                    str(directory / "tokenizer.model"),
+                    "--output-prefix",
+                    str(directory / name),
+                    "--workers",
+                    "1",
+                ]
+            )
+            == 0
+        )
     return directory
 
 
@@ -64,17 +86,30 @@ def flags(**values: object) -> list[str]:
 
 def command(data: Path, stage: str, **more: object) -> list[str]:
     """Arguments of a run. The model is described for pre-training only: later stages take it from their checkpoint."""
-    values = {**(MODEL if stage == "pretrain" else {}), **RUN, "stage": stage, "data_path": [data / "train"],
-              "tokenizer": data / "tokenizer.model", **more}  # fmt: skip
+    values = {
+        **(MODEL if stage == "pretrain" else {}),
+        **RUN,
+        "stage": stage,
+        "data_path": [data / "train"],
+        "tokenizer": data / "tokenizer.model",
+        **more,
+    }
     return flags(**values)
 
 
 class Run:
-    """One process per rank. ``hang``: see :func:`_hang`; ``wait_for_hang`` returns when a rank stands there. ``env``: more
-    of their environment (they do not see this process's: it is the server's)."""
+    """One process per rank. ``hang``: see :func:`_hang`; ``wait_for_hang`` returns when a rank stands there. ``env``:
+    more of their environment (they do not see this process's: it is the server's).
+    """
 
-    def __init__(self, argv: Sequence[str], directory: Path, world: int = 1, hang: Optional[str] = None,
-                 env: Optional[dict[str, str]] = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        argv: Sequence[str],
+        directory: Path,
+        world: int = 1,
+        hang: Optional[str] = None,
+        env: Optional[dict[str, str]] = None,
+    ) -> None:
         self.log, self.spy, self.marker = directory / "log", directory / "spy", directory / "hangs"
         directory.mkdir(parents=True, exist_ok=True)
         for path in (self.log, self.spy, self.marker):
@@ -138,7 +173,9 @@ class Run:
         return {line.pop("iteration"): line for line in lines}
 
 
-def run(argv: Sequence[str], directory: Path, world: int = 1, status: int = 0, env: Optional[dict[str, str]] = None) -> Run:
+def run(
+    argv: Sequence[str], directory: Path, world: int = 1, status: int = 0, env: Optional[dict[str, str]] = None
+) -> Run:
     """Run to the end."""
     return Run(argv, directory, world, env=env).join(status)
 
@@ -249,8 +286,11 @@ def checkpoint_tensors(checkpoint: Path) -> dict[str, object]:
 
     reader = dcp.FileSystemReader(str(checkpoint))
     names = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in names.items()
-             if isinstance(m, TensorStorageMetadata)}  # fmt: skip
+    state = {
+        name: torch.empty(m.size, dtype=m.properties.dtype)
+        for name, m in names.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return {**state, **_flat(torch.load(checkpoint / "common.pt", weights_only=False), "common")}
 
@@ -267,6 +307,9 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
     """Bit for bit: every weight, every moment, every step count."""
     left, right = checkpoint_tensors(a), checkpoint_tensors(b)
     assert left.keys() == right.keys()
-    odd = [name for name in left if not (torch.equal(left[name], right[name]) if torch.is_tensor(left[name])
-                                         else left[name] == right[name])]  # fmt: skip
+    odd = [
+        name
+        for name in left
+        if not (torch.equal(left[name], right[name]) if torch.is_tensor(left[name]) else left[name] == right[name])
+    ]
     assert not odd, f"{odd} differ"

@@ -1,4 +1,6 @@
-"""What the server of tests/tiny.py imports once for all runs that are forked from it. Imports only: no thread, no group."""
+"""What the server of tests/tiny.py imports once for all runs that are forked from it. Imports only: no thread, no
+group.
+"""
 
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401

@@ -1,6 +1,8 @@
-"""Ranks of tests/test_watch.py: watch_worker.py RANK WORLD PORT DIRECTORY HOW. Each writes ready-RANK, then waits for go-RANK.
+"""Ranks of tests/test_watch.py: watch_worker.py RANK WORLD PORT DIRECTORY HOW. Each writes ready-RANK, then waits for
+go-RANK.
 
-HOW, for what it does then: sleep (it stands still), end (orderly), raise, fork (like sleep, with a child that outlives it).
+HOW, for what it does then: sleep (it stands still), end (orderly), raise, fork (like sleep, with a child that outlives
+it).
 """
 
 import os

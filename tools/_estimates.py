@@ -1,10 +1,11 @@
 """What training and serving a model with DMC take, by formulas: parameters, FLOPs, memory, time. Imports no torch.
 
-Nothing here was measured on a GPU at the sizes in question: memory figures are estimates. ``tests/test_plan.py`` holds the
-parameters to a built model's, and what a layer keeps for its backward pass to what autograd saves. Sources:
+Nothing here was measured on a GPU at the sizes in question: memory figures are estimates. ``tests/test_plan.py`` holds
+the parameters to a built model's, and what a layer keeps for its backward pass to what autograd saves. Sources:
 
-- activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198),
-  with its terms counted anew for RMSNorm, SwiGLU, GQA, flash attention without dropout, and DMC's own tensors;
+- activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv
+  2205.05198), with its terms counted anew for RMSNorm, SwiGLU, GQA, flash attention without dropout, and DMC's own
+  tensors;
 - optimizer state: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), stage 1;
 - pipeline bubble: Narayanan et al. 2021 (arXiv 2104.04473), of the interleaved schedule;
 - FLOPs: 6 per weight and token plus the causal half of attention, as the training log counts them.
@@ -67,7 +68,9 @@ def parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def parameters_per_gpu(model: ModelConfig, tp: int, pp: int, rank: int) -> int:
-    """Parameters on each GPU of pipeline stage ``rank``. Norms are whole on every tensor-parallel rank, the rest is cut."""
+    """Parameters on each GPU of pipeline stage ``rank``. Norms are whole on every tensor-parallel rank, the rest is
+    cut.
+    """
     total, last = parameters(model), rank == pp - 1
     final_norm = model.hidden_size
     count = (total["attention"] + total["mlp"]) // pp // tp + (total["norms"] - final_norm) // pp
@@ -138,13 +141,14 @@ class LayerBytes(NamedTuple):
 def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
     """Count a layer's tensors: ``DMCSelfAttention``, ``ops/pooling.py``, ``ops/attention.py``, Megatron's MLP.
 
-    With e bytes per element and n = s b tokens, Korthikanti et al.'s 34 s b h becomes 8 s b h for the residual stream and
-    the norms, 3 e n ffn for SwiGLU, e n D (3 np + 2 ng) for attention and no s^2 term, each over tp. Assumed are the GPU's
-    fused RMSNorm and SwiGLU, which keep their inputs. The output counts twice: it is copied into [s, b, np D] for the projection.
+    With e bytes per element and n = s b tokens, Korthikanti et al.'s 34 s b h becomes 8 s b h for the residual stream
+    and the norms, 3 e n ffn for SwiGLU, e n D (3 np + 2 ng) for attention and no s^2 term, each over tp. Assumed are
+    the GPU's fused RMSNorm and SwiGLU, which keep their inputs. The output counts twice: it is copied into [s, b, np D]
+    for the projection.
 
     Args:
-        compress: retrofit and finetune; otherwise plain attention on DMC's kernels (zero_out), whose view of v keeps the
-            whole output of the QKV projection alive.
+        compress: retrofit and finetune; otherwise plain attention on DMC's kernels (zero_out), whose view of v keeps
+            the whole output of the QKV projection alive.
     """
     m, p = run.model, run.parallel
     tp, b, s = p.tensor_model_parallel_size, run.training.micro_batch_size, run.data.seq_length
@@ -177,7 +181,9 @@ def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
             band = max(32, 1 << (window - 1).bit_length()) + window - 1
             work += 6 * kv + n * groups * (2 * e * band + 24 * window)
     mlp_work = e * n * (3 * ffn + 3 * h)
-    return LayerBytes(frame, attention, 3 * e * n * ffn, dmc, hidden, e * b * h if compress else 0, core_input, max(work, mlp_work))
+    return LayerBytes(
+        frame, attention, 3 * e * n * ffn, dmc, hidden, e * b * h if compress else 0, core_input, max(work, mlp_work)
+    )
 
 
 def in_flight(run: RunConfig, gpus: int, rank: int) -> float:
@@ -217,7 +223,9 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
         if "mlp" in p.recompute_modules:
             kept, live = kept - layer.mlp, live + layer.mlp
     elif p.recompute_granularity == "full":
-        again = min(p.recompute_num_layers, layers // v)  # of a model chunk: its first layers (block), or layers at once
+        again = min(
+            p.recompute_num_layers, layers // v
+        )  # of a model chunk: its first layers (block), or layers at once
         block = p.recompute_method == "block"
         saved, boundaries = (layers - again * v, again * v) if block else (0, v * math.ceil(layers // v / again))
         live, live_dmc = (1 if block else again) * whole, (1 if block else again) * layer.dmc
@@ -227,7 +235,9 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
 
     tokens = t.micro_batch_size * run.data.seq_length
     work = layer.work + (2 * layer.boundary if pp > 1 else 0)
-    largest = max(m.hidden_size * 2 * m.ffn_hidden_size, m.padded_vocab_size * m.hidden_size if rank in (0, pp - 1) else 0)
+    largest = max(
+        m.hidden_size * 2 * m.ffn_hidden_size, m.padded_vocab_size * m.hidden_size if rank in (0, pp - 1) else 0
+    )
     if rank == pp - 1:
         # The softmax in fp32 stays for the backward pass; the logits, then their gradient, in the model's format.
         activations += tokens * m.padded_vocab_size / tp * 4 + layer.frame / 2
@@ -250,20 +260,31 @@ def bubble(run: RunConfig, gpus: int) -> float:
 
 
 def training_memory(run: RunConfig, gpus: int, fit: Fit) -> dict[str, Any]:
-    """By pipeline stage while compressing, the worst stage, and its need in zero_out, whose attention keeps other tensors."""
+    """By pipeline stage while compressing, the worst stage, and its need in zero_out, whose attention keeps other
+    tensors.
+    """
     pp = run.parallel.pipeline_model_parallel_size
     stages = [stage_memory(run, gpus, rank, fit) for rank in range(pp)]
     totals = [sum(parts.values()) for parts in stages]
     zero_out = [sum(stage_memory(run, gpus, rank, fit, compress=False).values()) for rank in range(pp)]
     worst = max(range(pp), key=lambda rank: totals[rank])
-    return {"stages": stages, "totals": totals, "worst_stage": worst, "worst": totals[worst], "zero_out": max(zero_out),
-            "needed": max(max(totals), max(zero_out)), "fits": max(*totals, *zero_out) <= fit.gpu_memory}  # fmt: skip
+    return {
+        "stages": stages,
+        "totals": totals,
+        "worst_stage": worst,
+        "worst": totals[worst],
+        "zero_out": max(zero_out),
+        "needed": max(max(totals), max(zero_out)),
+        "fits": max(*totals, *zero_out) <= fit.gpu_memory,
+    }
 
 
 # Time
 
 
-def durations(run: RunConfig, gpus: int, target_cr: float, peak_flops: float, mfu: float) -> dict[str, dict[str, float]]:
+def durations(
+    run: RunConfig, gpus: int, target_cr: float, peak_flops: float, mfu: float
+) -> dict[str, dict[str, float]]:
     """Steps, tokens and days of each stage: model FLOPs over ``gpus * peak * MFU``. The bubble is in the MFU.
 
     Args:
@@ -273,7 +294,9 @@ def durations(run: RunConfig, gpus: int, target_cr: float, peak_flops: float, mf
     seconds = per_step * sum(flops_per_token(run.model, run.data.seq_length).values()) / (gpus * peak_flops * mfu)
     result = {}
     for name in ("zero_out", "retrofit", "finetune"):
-        stage = StageConfig(stage=name, target_cr=target_cr if name == "retrofit" else None, iters_per_cr=run.stage.iters_per_cr)
+        stage = StageConfig(
+            stage=name, target_cr=target_cr if name == "retrofit" else None, iters_per_cr=run.stage.iters_per_cr
+        )
         steps = schedule.train_iters(stage)
         result[name] = {"steps": steps, "tokens": steps * per_step, "days": steps * seconds / 86400}
     return result
@@ -285,12 +308,23 @@ def plan(run: RunConfig, gpus: int, fit: Fit, target_cr: float, peak_flops: floa
     total = sum(flops.values())
     stages = durations(run, gpus, target_cr, peak_flops, mfu)
     group = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
-    return {"gpus": gpus, "dp": gpus // group, "config": run.to_dict(),
-            "parameters": {**counts, "total": sum(counts.values())}, "memory": training_memory(run, gpus, fit),
-            "tokens_per_step": run.training.global_batch_size * run.data.seq_length, "micro_batches": micro_batches(run, gpus),
-            "bubble": bubble(run, gpus), "flops_per_token": total, "hardware_to_model_flops": 1 + recomputed_flops(run) / total,
-            "mfu": mfu, "peak_flops": peak_flops, "tokens_per_second_per_gpu": peak_flops * mfu / total,
-            "stages": stages, "days": sum(f["days"] for f in stages.values())}  # fmt: skip
+    return {
+        "gpus": gpus,
+        "dp": gpus // group,
+        "config": run.to_dict(),
+        "parameters": {**counts, "total": sum(counts.values())},
+        "memory": training_memory(run, gpus, fit),
+        "tokens_per_step": run.training.global_batch_size * run.data.seq_length,
+        "micro_batches": micro_batches(run, gpus),
+        "bubble": bubble(run, gpus),
+        "flops_per_token": total,
+        "hardware_to_model_flops": 1 + recomputed_flops(run) / total,
+        "mfu": mfu,
+        "peak_flops": peak_flops,
+        "tokens_per_second_per_gpu": peak_flops * mfu / total,
+        "stages": stages,
+        "days": sum(f["days"] for f in stages.values()),
+    }
 
 
 # Serving
@@ -306,7 +340,9 @@ def page_waste(context: int, cr: float, page_size: int) -> float:
     return page_size / 2 / (context / cr)
 
 
-def serving(run: RunConfig, fit: Fit, *, tp: Optional[int], context: int, pages: Sequence[int], utilization: float) -> dict:
+def serving(
+    run: RunConfig, fit: Fit, *, tp: Optional[int], context: int, pages: Sequence[int], utilization: float
+) -> dict:
     """Sequences of ``context`` tokens that fit on one group of ``tp`` GPUs beside bf16 weights, by CR and page size.
 
     Per (sequence, layer, KV head): the slots, half a page, a row of int32 page numbers as long as an uncompressed
@@ -326,14 +362,24 @@ def serving(run: RunConfig, fit: Fit, *, tp: Optional[int], context: int, pages:
     left = budget - weights[tp]
     if left <= 0:
         enough = next((size for size in sizes if weights[size] < budget), None)
-        raise ValueError(f"serving on {tp} GPUs: {weights[tp] / GB:.1f} GB of weights each do not fit into {budget / GB:.1f} GB; "
-                         + (f"use --serving-tp {enough}" if enough else "use GPUs with more memory"))  # fmt: skip
+        raise ValueError(
+            f"serving on {tp} GPUs: {weights[tp] / GB:.1f} GB of weights each do not fit into {budget / GB:.1f} GB; "
+            + (f"use --serving-tp {enough}" if enough else "use GPUs with more memory")
+        )
     heads, slot, rows = m.num_layers * m.kv_heads // tp, 4 * m.head_dim, []
     for cr, page in itertools.product(SERVING_CRS, pages):
         table = 4 * math.ceil(context / page) * heads
         ring = (run.dmc.window or 1) * (slot + 4) * heads if cr > 1 else 0
         cache = (context / cr + page / 2) * slot * heads
-        rows.append({"cr": cr, "page_size": page, "kv_bytes_per_token": kv_bytes_per_token(m, cr),
-                     "waste": page_waste(context, cr, page), "table_bytes": table * tp, "ring_bytes": ring * tp,
-                     "sequences": int(left // (cache + table + ring))})  # fmt: skip
+        rows.append(
+            {
+                "cr": cr,
+                "page_size": page,
+                "kv_bytes_per_token": kv_bytes_per_token(m, cr),
+                "waste": page_waste(context, cr, page),
+                "table_bytes": table * tp,
+                "ring_bytes": ring * tp,
+                "sequences": int(left // (cache + table + ring)),
+            }
+        )
     return {"tp": tp, "context": context, "weights": weights[tp], "cache": left, "rows": rows}

@@ -25,28 +25,42 @@ from megatron.dmc.checkpoint.convert import Progress
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     load = commands.add_parser("import", help="to a torch_dist checkpoint", allow_abbrev=False)
     source = load.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="DIR", help="Hugging Face directory")
     source.add_argument("--legacy", metavar="DIR", help="Megatron directory with mp_rank_*/model_optim_rng.pt")
-    load.add_argument("--vocab-size", type=int, help="--legacy: rows of the vocabulary without padding, when the file does not say")
-    load.add_argument("--target-cr", type=float, help="--legacy: compression ratio of a DMC model, when the file does not say")
+    load.add_argument(
+        "--vocab-size", type=int, help="--legacy: rows of the vocabulary without padding, when the file does not say"
+    )
+    load.add_argument(
+        "--target-cr", type=float, help="--legacy: compression ratio of a DMC model, when the file does not say"
+    )
     save = commands.add_parser("export", help="to a Hugging Face directory", allow_abbrev=False)
-    save.add_argument("--load", metavar="DIR", required=True, help="checkpoint, or a --save directory (its newest checkpoint)")
+    save.add_argument(
+        "--load", metavar="DIR", required=True, help="checkpoint, or a --save directory (its newest checkpoint)"
+    )
     save.add_argument("--tokenizer", metavar="PATH", help="for a model that did not come from Hugging Face")
     merge = commands.add_parser("merge-heads", help="mean-pool KV heads into fewer ones", allow_abbrev=False)
     merge.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory")
-    merge.add_argument("--kv-heads", metavar="N", type=int, required=True, help="KV heads of the result; must divide the model's")
+    merge.add_argument(
+        "--kv-heads", metavar="N", type=int, required=True, help="KV heads of the result; must divide the model's"
+    )
     for command in (load, save, merge):
         command.add_argument("--save", metavar="DIR", required=True)
         command.add_argument("--overwrite", action="store_true", help="replace --save when it exists")
     verify = commands.add_parser("verify", help="are both the same model?", allow_abbrev=False)
     verify.add_argument("--hf", metavar="DIR", required=True)
     verify.add_argument("--load", metavar="DIR", required=True)
-    verify.add_argument("--logits", action="store_true", help="also compare logits with transformers' implementation (fp32)")
+    verify.add_argument(
+        "--logits", action="store_true", help="also compare logits with transformers' implementation (fp32)"
+    )
     inspect = commands.add_parser("inspect", help="what a directory holds", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR")
     return parser
@@ -76,15 +90,28 @@ def run(args: argparse.Namespace) -> int:
         elif args.command == "import":
             from megatron.dmc.checkpoint.legacy import import_legacy
 
-            done = "wrote " + str(import_legacy(args.legacy, args.save, overwrite=args.overwrite, progress=progress,
-                                                vocab_size=args.vocab_size, target_cr=args.target_cr))  # fmt: skip
+            done = "wrote " + str(
+                import_legacy(
+                    args.legacy,
+                    args.save,
+                    overwrite=args.overwrite,
+                    progress=progress,
+                    vocab_size=args.vocab_size,
+                    target_cr=args.target_cr,
+                )
+            )
         elif args.command == "export":
-            done = "wrote " + str(convert.export(args.load, args.save, overwrite=args.overwrite, tokenizer=args.tokenizer,
-                                                 progress=progress))  # fmt: skip
+            done = "wrote " + str(
+                convert.export(
+                    args.load, args.save, overwrite=args.overwrite, tokenizer=args.tokenizer, progress=progress
+                )
+            )
         elif args.command == "merge-heads":
             from megatron.dmc.checkpoint.merge_heads import merge_heads
 
-            done = f"wrote {merge_heads(args.hf, args.save, args.kv_heads, overwrite=args.overwrite, progress=progress)}"
+            done = (
+                f"wrote {merge_heads(args.hf, args.save, args.kv_heads, overwrite=args.overwrite, progress=progress)}"
+            )
         else:
             from megatron.dmc.checkpoint.verify import verify
 

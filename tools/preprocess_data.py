@@ -66,17 +66,36 @@ def _cores() -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files, plain or .gz, in this order")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH",
-                        help="sentencepiece .model file or Hugging Face tokenizer directory")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSONL files, plain or .gz, in this order"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece .model file or Hugging Face tokenizer directory",
+    )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx, P.json")
-    parser.add_argument("--workers", type=int, default=_cores(), metavar="N",
-                        help="tokenizing processes (default: the cores of this job, %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=_cores(),
+        metavar="N",
+        help="tokenizing processes (default: the cores of this job, %(default)s)",
+    )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="field with the text (default: %(default)s)")
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
-                        help="end every document with the tokenizer's EOS")
-    parser.add_argument("--prepend-bos", action=argparse.BooleanOptionalAction, default=False,
-                        help="start every document with the tokenizer's BOS")
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end every document with the tokenizer's EOS",
+    )
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="start every document with the tokenizer's BOS",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     return parser
 
@@ -123,7 +142,9 @@ class Encoder:
                 raise ValueError(f"{where}: not a JSON document: {error}") from None
             if not isinstance(document, dict) or self.key not in document:
                 found = ", ".join(document) if isinstance(document, dict) else f"a {type(document).__name__}"
-                raise ValueError(f"{where}: no key {self.key!r} (found: {found or 'nothing'}); name the text's with --json-key")
+                raise ValueError(
+                    f"{where}: no key {self.key!r} (found: {found or 'nothing'}); name the text's with --json-key"
+                )
             text = document[self.key]
             if not isinstance(text, str):
                 raise ValueError(f"{where}: {self.key!r} is a {type(text).__name__}, not a string")
@@ -184,7 +205,9 @@ def encode_chunks(args: argparse.Namespace, tokenizer: Tokenizer, dtype: str) ->
 
 
 def write_dataset(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path) -> str:
-    """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``. Returns a line that says how much that was."""
+    """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``.
+    Returns a line that says how much that was.
+    """
     import numpy
     from tqdm import tqdm
 
@@ -195,7 +218,9 @@ def write_dataset(args: argparse.Namespace, tokenizer: Tokenizer, directory: Pat
     empty = 0
     sizes = {file: os.path.getsize(file) for file in args.input}
     done, file = 0, args.input[0]
-    with tqdm(total=sum(sizes[f] for f in args.input), unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
+    with tqdm(
+        total=sum(sizes[f] for f in args.input), unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5
+    ) as bar:
         for chunk, encoded in encode_chunks(args, tokenizer, writer.dtype.__name__):
             ends = numpy.cumsum(encoded.lengths)[:-1]
             for ids in numpy.split(numpy.frombuffer(encoded.ids, writer.dtype), ends) if encoded.lengths else ():
@@ -252,8 +277,10 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         run(args)
     except BrokenExecutor:
-        print("preprocess_data.py: error: a worker process was killed, by lack of memory perhaps; use fewer --workers",
-              file=sys.stderr)
+        print(
+            "preprocess_data.py: error: a worker process was killed, by lack of memory perhaps; use fewer --workers",
+            file=sys.stderr,
+        )
         return 1
     except (ValueError, OSError) as error:
         print(f"preprocess_data.py: error: {error}", file=sys.stderr)

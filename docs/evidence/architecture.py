@@ -16,10 +16,19 @@ DIRECTORIES = [
     (9.53, "finetune\n\nCR stays 4", TRAINING),
     (12.25, "Llama-2-7B-DMC-4x\n\nHugging Face directory\nwith a dmc block", SHARED),
 ]
-STEPS = [("import", "checkpoint/"), ("zero_out", "training/"), ("retrofit", "training/"), ("finetune", "training/"),
-         ("export", "checkpoint/")]  # fmt: skip
-USES = [("dmc serve", "OpenAI's API"), ("dmc batch", "JSONL, arrays"), ("dmc generate", "LLM.generate"),
-        ("transformers", "remote code")]  # fmt: skip
+STEPS = [
+    ("import", "checkpoint/"),
+    ("zero_out", "training/"),
+    ("retrofit", "training/"),
+    ("finetune", "training/"),
+    ("export", "checkpoint/"),
+]
+USES = [
+    ("dmc serve", "OpenAI's API"),
+    ("dmc batch", "JSONL, arrays"),
+    ("dmc generate", "LLM.generate"),
+    ("transformers", "remote code"),
+]
 
 # Package -> (x, y, width, what is in it, colour). y grows upwards.
 PACKAGES = {
@@ -33,9 +42,19 @@ PACKAGES = {
     "ops": (0.25, 0.1, 7.9, "the mathematics in plain PyTorch, and the slow oracle", SHARED),
     "config, schedule": (8.45, 0.1, 4.9, "dataclasses, pure functions; no torch", SHARED),
 }
-IMPORTS = [("training", "checkpoint"), ("checkpoint", "model"), ("model", "ops"), ("serving", "inference"),
-           ("inference", "kernels"), ("kernels", "ops"), ("ops", "config"), ("evaluation", "training"), ("evaluation", "serving"),
-           ("inference", "checkpoint.mapping"), ("inference", "checkpoint.hf")]  # fmt: skip
+IMPORTS = [
+    ("training", "checkpoint"),
+    ("checkpoint", "model"),
+    ("model", "ops"),
+    ("serving", "inference"),
+    ("inference", "kernels"),
+    ("kernels", "ops"),
+    ("ops", "config"),
+    ("evaluation", "training"),
+    ("evaluation", "serving"),
+    ("inference", "checkpoint.mapping"),
+    ("inference", "checkpoint.hf"),
+]
 """(who, whom): a test holds them against the rules of the house."""
 
 
@@ -53,10 +72,14 @@ def draw(path: Path) -> None:
 
     def box(x: float, y: float, width: float, height: float, colour: str) -> None:
         shape = "round,pad=0,rounding_size=0.09"
-        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colour, edgecolor=INK, linewidth=1.1))
+        axes.add_patch(
+            FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colour, edgecolor=INK, linewidth=1.1)
+        )
 
     def arrow(start: tuple[float, float], end: tuple[float, float], dashed: bool = False) -> None:
-        style = dict(arrowstyle="-|>", color=INK, linewidth=1.4, linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0)
+        style = dict(
+            arrowstyle="-|>", color=INK, linewidth=1.4, linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0
+        )
         axes.annotate("", end, start, arrowprops=style)
 
     def text(x: float, y: float, words: str, size: float = 10.5, **more: object) -> None:
@@ -87,7 +110,15 @@ def draw(path: Path) -> None:
     text(0.25, 5.1, title, 13, ha="left", weight="bold")
     for name, (x, y, width, what, colour) in PACKAGES.items():
         box(x, y, width, 0.68, colour)
-        text(x + 0.18, y + 0.34, name + "/" * (name != "config, schedule"), 11, ha="left", weight="bold", family="monospace")
+        text(
+            x + 0.18,
+            y + 0.34,
+            name + "/" * (name != "config, schedule"),
+            11,
+            ha="left",
+            weight="bold",
+            family="monospace",
+        )
         text(x + width - 0.15, y + 0.34, what, 9.5, ha="right")
     for x in (3.35, 10.25):
         for y in (3.9, 2.95, 2.0, 1.05):
@@ -97,7 +128,9 @@ def draw(path: Path) -> None:
     arrow((7.14, 2.34), (6.46, 2.34), dashed=True)
     text(6.8, 2.62, "mapping\nhf only", 8.5)
     text(0.25, -0.17, "training side: needs megatron-core", 9.5, ha="left", color="#3f7a3f")
-    text(13.35, -0.17, "serving side: imports no Megatron (the serving image has none)", 9.5, ha="right", color="#345f9c")
+    text(
+        13.35, -0.17, "serving side: imports no Megatron (the serving image has none)", 9.5, ha="right", color="#345f9c"
+    )
     figure.savefig(path, metadata={"Software": None})
 
 

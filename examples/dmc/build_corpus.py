@@ -22,7 +22,16 @@ from pathlib import Path
 
 # Tests are not shipped by every distribution; installed packages are not the standard library; encodings/ is generated
 # tables of characters; lib2to3 is gone in 3.13.
-SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "__pycache__"}
+SKIPPED_DIRECTORIES = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "lib2to3",
+    "__pycache__",
+}
 SKIPPED_FILES = ("_sysconfigdata", "sitecustomize", "python-config")  # how this machine's Python was built
 VALID_FRACTION = 0.05  # of the files; 3 to 4% of the text
 LONGEST_VALID = 200_000  # characters; pydoc's topics alone would be most of the validation set
@@ -60,13 +69,23 @@ def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> None:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines()), model_writer=model,
-            vocab_size=vocab_size, model_type="bpe",
-            # Lossless: no normalization, no added or removed space, newline a piece of its own, rare characters as bytes.
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            user_defined_symbols=["\n"], byte_fallback=True, character_coverage=0.9999,
+            sentence_iterator=(line for text in texts for line in text.splitlines()),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            # Lossless: no normalization, no added or removed space, newline a piece of its own, rare characters as
+            # bytes.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            user_defined_symbols=["\n"],
+            byte_fallback=True,
+            character_coverage=0.9999,
             # Indentation: a run of spaces is one piece.
-            allow_whitespace_only_pieces=True, shuffle_input_sentence=False, minloglevel=2)
+            allow_whitespace_only_pieces=True,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"--vocab-size {vocab_size} does not work for this text; use 512 to 16384: {error}") from error
     path.write_bytes(model.getvalue())
@@ -88,7 +107,9 @@ def build(output: Path, vocab_size: int, root: Path) -> None:
     for name, text in source_files(root):
         parts["valid" if is_valid(name, text) else "train"].append(text)
     if not all(parts.values()):
-        raise ValueError(f"no Python sources under {root}; install the full standard library, or run with another Python")
+        raise ValueError(
+            f"no Python sources under {root}; install the full standard library, or run with another Python"
+        )
     output.mkdir(parents=True, exist_ok=True)
     for part, texts in parts.items():
         path = output / f"{part}.jsonl"
@@ -103,7 +124,9 @@ def build(output: Path, vocab_size: int, root: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="tokenizer pieces (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, metavar="N", help="tokenizer pieces (default: %(default)s)"
+    )
     args = parser.parse_args()
     try:
         build(args.output, args.vocab_size, Path(sysconfig.get_paths()["stdlib"]))

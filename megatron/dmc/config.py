@@ -43,15 +43,17 @@ class DMCConfig:
     """Dynamic Memory Compression (arXiv 2403.09636): what is part of the model, at training and at inference."""
 
     method: Literal["dmc", "dms"] = "dmc"
-    """dmc: a marked token is merged into the slot before it. dms: Dynamic Memory Sparsification (arXiv 2506.05345), to compare
+    """dmc: a marked token is merged into the slot before it. dms: Dynamic Memory Sparsification (arXiv 2506.05345), to
+    compare
     with: a marked token is evicted ``window`` tokens later. The engine serves dmc."""
 
     decision_bias: float = 5.0
     """b: a token merges when its decision logit, key[D-1] - b, is positive. Logits; must match the checkpoint."""
 
     window: Optional[int] = 12
-    """W: tokens that the pooled slot averages over, the newest included. None: the whole segment. For dms: tokens from a mark to
-    the eviction (its authors have 256)."""
+    """W: tokens that the pooled slot averages over, the newest included. None: the whole segment. For dms: tokens from
+    a mark to the eviction (its authors have 256).
+    """
 
     temperature: float = 0.1
     """tau of the Gumbel-sigmoid relaxation in training."""
@@ -64,8 +66,13 @@ class DMCConfig:
 
     def check(self) -> None:
         _require(self.method in ("dmc", "dms"), f"method {self.method!r} is unknown; use dmc or dms")
-        _require(self.method == "dmc" or self.window is not None, "method dms needs a window: tokens from a mark to the eviction")
-        _require(self.window is None or self.window >= 1, f"window is {self.window}; use at least 1, or null for no window")
+        _require(
+            self.method == "dmc" or self.window is not None,
+            "method dms needs a window: tokens from a mark to the eviction",
+        )
+        _require(
+            self.window is None or self.window >= 1, f"window is {self.window}; use at least 1, or null for no window"
+        )
         _positive(self, "temperature", "importance_epsilon")
         _require(self.loss_weight >= 0, f"loss_weight is {self.loss_weight}; it must not be negative")
 
@@ -115,22 +122,42 @@ class ModelConfig:
         return (self.vocab_size + n - 1) // n * n
 
     def check(self) -> None:
-        _positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size",
-                  "max_position_embeddings", "make_vocab_size_divisible_by", "rotary_base", "norm_epsilon")
-        _require(self.num_query_groups is None or self.num_query_groups > 0,
-                 f"num_query_groups is {self.num_query_groups}; it must be positive")
-        _require(self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
-                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
-                 "set kv_channels to the head dimension")
-        _require(self.num_attention_heads % self.kv_heads == 0,
-                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}")
+        _positive(
+            self,
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "vocab_size",
+            "max_position_embeddings",
+            "make_vocab_size_divisible_by",
+            "rotary_base",
+            "norm_epsilon",
+        )
+        _require(
+            self.num_query_groups is None or self.num_query_groups > 0,
+            f"num_query_groups is {self.num_query_groups}; it must be positive",
+        )
+        _require(
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+            "set kv_channels to the head dimension",
+        )
+        _require(
+            self.num_attention_heads % self.kv_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {self.kv_heads}",
+        )
         _require(self.head_dim % 8 == 0, f"head dimension {self.head_dim} is not a multiple of 8; set kv_channels")
         if self.rope_scaling is not None:
             known = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-            _require(self.rope_scaling.get("rope_type") == "llama3",
-                     f"rope_scaling type {self.rope_scaling.get('rope_type')!r} is unknown; llama3 is supported")
+            _require(
+                self.rope_scaling.get("rope_type") == "llama3",
+                f"rope_scaling type {self.rope_scaling.get('rope_type')!r} is unknown; llama3 is supported",
+            )
             odd = set(self.rope_scaling) ^ known
-            _require(not odd, f"rope_scaling has unknown or missing keys {sorted(odd)}; it needs exactly {sorted(known)}")
+            _require(
+                not odd, f"rope_scaling has unknown or missing keys {sorted(odd)}; it needs exactly {sorted(known)}"
+            )
 
 
 @dataclass
@@ -154,25 +181,47 @@ class ParallelConfig:
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     """For selective recomputation: core_attn (pooling and attention), mlp."""
     distributed_timeout_minutes: int = 30
-    """A collective that takes longer ends the run. It covers what one rank does while the others wait: index files, checkpoints."""
+    """A collective that takes longer ends the run. It covers what one rank does while the others wait: index files,
+    checkpoints.
+    """
     lost_host_seconds: int = 30
-    """A host that has not answered for so long ends the run on all the others (training/watch.py). 0: hosts are not watched."""
+    """A host that has not answered for so long ends the run on all the others (training/watch.py). 0: hosts are not
+    watched.
+    """
 
     def check(self) -> None:
-        _positive(self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "recompute_num_layers",
-                  "distributed_timeout_minutes")
-        _require(self.lost_host_seconds == 0 or self.lost_host_seconds >= 5, f"lost_host_seconds is {self.lost_host_seconds}; use "
-                 "at least 5, as networks pause for some seconds, or 0 to watch nothing")
+        _positive(
+            self,
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "recompute_num_layers",
+            "distributed_timeout_minutes",
+        )
+        _require(
+            self.lost_host_seconds == 0 or self.lost_host_seconds >= 5,
+            f"lost_host_seconds is {self.lost_host_seconds}; use "
+            "at least 5, as networks pause for some seconds, or 0 to watch nothing",
+        )
         v = self.virtual_pipeline_model_parallel_size
         _require(v is None or v >= 1, f"virtual_pipeline_model_parallel_size is {v}; use at least 1")
-        _require(v in (None, 1) or self.pipeline_model_parallel_size > 1,
-                 f"virtual_pipeline_model_parallel_size {v} needs pipeline_model_parallel_size > 1")
-        _require(self.context_parallel_size == 1, f"context_parallel_size is {self.context_parallel_size}; DMC's attention "
-                 "cannot be split over the sequence (docs/training.md, Layouts): use sequence_parallel and recompute_granularity")
-        _require(not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-                 "sequence_parallel needs tensor_model_parallel_size > 1")
-        _require(not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
-                 "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
+        _require(
+            v in (None, 1) or self.pipeline_model_parallel_size > 1,
+            f"virtual_pipeline_model_parallel_size {v} needs pipeline_model_parallel_size > 1",
+        )
+        _require(
+            self.context_parallel_size == 1,
+            f"context_parallel_size is {self.context_parallel_size}; DMC's attention "
+            "cannot be split over the sequence (docs/training.md, Layouts): use sequence_parallel and "
+            "recompute_granularity",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel needs tensor_model_parallel_size > 1",
+        )
+        _require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
+        )
         odd = set(self.recompute_modules) - {"core_attn", "mlp"}
         _require(not odd, f"recompute_modules {sorted(odd)} are not supported; use core_attn, mlp")
 
@@ -196,17 +245,22 @@ class StageConfig:
     def check(self) -> None:
         _require(self.stage in STAGES, f"stage {self.stage!r} is unknown; use one of {', '.join(STAGES)}")
         _positive(self, "iters_per_cr")
-        _require(self.train_iters is None or self.train_iters > 0,
-                 f"train_iters is {self.train_iters}; it must be positive")
+        _require(
+            self.train_iters is None or self.train_iters > 0, f"train_iters is {self.train_iters}; it must be positive"
+        )
         _require(self.stage != "pretrain" or self.train_iters is not None, "stage pretrain needs train_iters")
         for name in ("target_cr", "start_cr"):
             value = getattr(self, name)
             _require(value is None or value >= 1.0, f"{name} is {value}; a compression ratio is at least 1")
         _require(self.stage != "retrofit" or self.target_cr is not None, "stage retrofit needs target_cr, e.g. 4")
-        _require(self.stage != "retrofit" or self.target_cr != (self.start_cr or 1.0) or self.train_iters is not None,
-                 f"target_cr {self.target_cr} is what the model has already been trained to; give another, or train_iters")
-        _require(self.stage in ("retrofit", "finetune") or self.target_cr is None,
-                 f"stage {self.stage} does not compress; remove target_cr {self.target_cr}")
+        _require(
+            self.stage != "retrofit" or self.target_cr != (self.start_cr or 1.0) or self.train_iters is not None,
+            f"target_cr {self.target_cr} is what the model has already been trained to; give another, or train_iters",
+        )
+        _require(
+            self.stage in ("retrofit", "finetune") or self.target_cr is None,
+            f"stage {self.stage} does not compress; remove target_cr {self.target_cr}",
+        )
         _require(0 < self.decay_fraction <= 1, f"decay_fraction is {self.decay_fraction}; it must be in (0, 1]")
 
 
@@ -236,8 +290,10 @@ class OptimizerConfig:
             value = getattr(self, name)
             _require(value >= 0, f"{name} is {value}; it must not be negative")
         _require(self.lr_warmup_iters >= 0, f"lr_warmup_iters is {self.lr_warmup_iters}; it must not be negative")
-        _require(self.lr_decay_style in ("constant", "cosine", "linear"),
-                 f"lr_decay_style {self.lr_decay_style!r} is unknown; use constant, cosine or linear")
+        _require(
+            self.lr_decay_style in ("constant", "cosine", "linear"),
+            f"lr_decay_style {self.lr_decay_style!r} is unknown; use constant, cosine or linear",
+        )
 
 
 @dataclass
@@ -311,17 +367,29 @@ class TrainingConfig:
     """Log to Weights & Biases too, when given."""
 
     def check(self) -> None:
-        _positive(self, "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "max_starts_without_step")
-        for name in ("save_interval", "keep_checkpoints", "save_retain_interval", "eval_interval", "exit_interval",
-                     "exit_duration_in_mins"):
+        _positive(
+            self, "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "max_starts_without_step"
+        )
+        for name in (
+            "save_interval",
+            "keep_checkpoints",
+            "save_retain_interval",
+            "eval_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+        ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} is {value}; it must be positive")
         _positive(self, "distill_temperature")
         _require(0 < self.distill_weight <= 1, f"distill_weight is {self.distill_weight}; it must be in (0, 1]")
-        _require(self.save_interval is None or self.save is not None,
-                 f"save_interval is {self.save_interval}, but save is not set; name the directory for checkpoints")
-        _require(self.save_retain_interval is None or self.keep_checkpoints is not None,
-                 f"save_retain_interval is {self.save_retain_interval}, but keep_checkpoints is not set: all stay as it is")
+        _require(
+            self.save_interval is None or self.save is not None,
+            f"save_interval is {self.save_interval}, but save is not set; name the directory for checkpoints",
+        )
+        _require(
+            self.save_retain_interval is None or self.keep_checkpoints is not None,
+            f"save_retain_interval is {self.save_retain_interval}, but keep_checkpoints is not set: all stay as it is",
+        )
 
 
 @dataclass
@@ -343,26 +411,50 @@ class RunConfig:
         m, p, t = self.model, self.parallel, self.training
         tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
         chunks = pp * (p.virtual_pipeline_model_parallel_size or 1)
-        _require(tp <= m.kv_heads, f"tensor_model_parallel_size {tp} exceeds the {m.kv_heads} KV heads "
-                 f"(num_query_groups); a decision belongs to one KV head, so use at most {m.kv_heads}")
-        for name, value in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.kv_heads),
-                            ("ffn_hidden_size", m.ffn_hidden_size), ("padded vocabulary", m.padded_vocab_size)):
+        _require(
+            tp <= m.kv_heads,
+            f"tensor_model_parallel_size {tp} exceeds the {m.kv_heads} KV heads "
+            f"(num_query_groups); a decision belongs to one KV head, so use at most {m.kv_heads}",
+        )
+        for name, value in (
+            ("num_attention_heads", m.num_attention_heads),
+            ("num_query_groups", m.kv_heads),
+            ("ffn_hidden_size", m.ffn_hidden_size),
+            ("padded vocabulary", m.padded_vocab_size),
+        ):
             _require(value % tp == 0, f"{name} {value} is not divisible by tensor_model_parallel_size {tp}")
-        _require(m.num_layers % chunks == 0, f"num_layers {m.num_layers} is not divisible by the {chunks} pipeline "
-                 "chunks (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)")
-        _require(self.data.seq_length <= m.max_position_embeddings, f"seq_length {self.data.seq_length} exceeds "
-                 f"max_position_embeddings {m.max_position_embeddings}; shorten the sequences")
-        _require(not p.sequence_parallel or self.data.seq_length % tp == 0, f"seq_length {self.data.seq_length} is "
-                 f"not divisible by tensor_model_parallel_size {tp}, which sequence_parallel needs")
+        _require(
+            m.num_layers % chunks == 0,
+            f"num_layers {m.num_layers} is not divisible by the {chunks} pipeline "
+            "chunks (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)",
+        )
+        _require(
+            self.data.seq_length <= m.max_position_embeddings,
+            f"seq_length {self.data.seq_length} exceeds "
+            f"max_position_embeddings {m.max_position_embeddings}; shorten the sequences",
+        )
+        _require(
+            not p.sequence_parallel or self.data.seq_length % tp == 0,
+            f"seq_length {self.data.seq_length} is "
+            f"not divisible by tensor_model_parallel_size {tp}, which sequence_parallel needs",
+        )
         if world_size is not None:
-            _require(world_size % (tp * pp) == 0, f"world size {world_size} is not divisible by "
-                     f"tensor x pipeline parallel size {tp} x {pp}")
+            _require(
+                world_size % (tp * pp) == 0,
+                f"world size {world_size} is not divisible by tensor x pipeline parallel size {tp} x {pp}",
+            )
             per_step = t.micro_batch_size * (world_size // (tp * pp))
-            _require(t.global_batch_size % per_step == 0, f"global_batch_size {t.global_batch_size} is not divisible by "
-                     f"micro_batch_size {t.micro_batch_size} x data parallel size {world_size // (tp * pp)}")
+            _require(
+                t.global_batch_size % per_step == 0,
+                f"global_batch_size {t.global_batch_size} is not divisible by "
+                f"micro_batch_size {t.micro_batch_size} x data parallel size {world_size // (tp * pp)}",
+            )
             micro_batches = t.global_batch_size // per_step
-            _require(chunks == pp or micro_batches % pp == 0, f"{micro_batches} micro-batches per step are not "
-                     f"divisible by pipeline_model_parallel_size {pp}, which the interleaved schedule needs")
+            _require(
+                chunks == pp or micro_batches % pp == 0,
+                f"{micro_batches} micro-batches per step are not "
+                f"divisible by pipeline_model_parallel_size {pp}, which the interleaved schedule needs",
+            )
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -377,12 +469,19 @@ def _build(cls: type, data: dict, where: str) -> Any:
     _require(isinstance(data, dict), f"{where or 'the configuration'} must be a mapping, not {type(data).__name__}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
-    _require(not unknown, f"unknown configuration key{'s' * (len(unknown) > 1)} "
-             f"{', '.join(where + k for k in unknown)}; known here: {', '.join(sorted(hints))}")
+    _require(
+        not unknown,
+        f"unknown configuration key{'s' * (len(unknown) > 1)} "
+        f"{', '.join(where + k for k in unknown)}; known here: {', '.join(sorted(hints))}",
+    )
     values = {}
     for key, value in data.items():
         hint = hints[key]
-        values[key] = _build(hint, value, f"{where}{key}.") if dataclasses.is_dataclass(hint) else _coerce(hint, value, where + key)
+        values[key] = (
+            _build(hint, value, f"{where}{key}.")
+            if dataclasses.is_dataclass(hint)
+            else _coerce(hint, value, where + key)
+        )
     return cls(**values)
 
 
@@ -406,8 +505,10 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} is {value!r}; it must be a number") from None
     if hint is float and isinstance(value, float):
         _require(math.isfinite(value), f"{name} is {value}; it must be a finite number")
-    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
-             f"{name} is {value!r}; it must be of type {hint.__name__}")
+    _require(
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool)),
+        f"{name} is {value!r}; it must be of type {hint.__name__}",
+    )
     return value
 
 

@@ -3,11 +3,12 @@
 
     tests/docker/run.py [--directory DIR] [--python PYTHON] [--system-site-packages]
 
-COPY copies (what .dockerignore lets through), ENV and WORKDIR hold, RUN lines run, with the image's paths moved into the directory
-(/opt/dmc -> DIR/serve/opt/dmc). apt-get only simulates, and useradd and install -o are left out: they need the image. Then the
-entry point starts the server as it would there, on a tiny model with random weights, and the health check must pass. Megatron
-must not be importable. In place of the base image of "train" there is an environment with the packages of it that training needs,
-but for Transformer Engine. --system-site-packages takes installed packages instead of downloading torch.
+COPY copies (what .dockerignore lets through), ENV and WORKDIR hold, RUN lines run, with the image's paths moved into
+the directory (/opt/dmc -> DIR/serve/opt/dmc). apt-get only simulates, and useradd and install -o are left out: they
+need the image. Then the entry point starts the server as it would there, on a tiny model with random weights, and the
+health check must pass. Megatron must not be importable. In place of the base image of "train" there is an environment
+with the packages of it that training needs, but for Transformer Engine. --system-site-packages takes installed packages
+instead of downloading torch.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Image:
 
     def __init__(self, directory: Path, args: argparse.Namespace) -> None:
         self.root, self.args = directory, args
-        self.env = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG") or name.startswith("PIP_")}
+        self.env = {
+            name: value for name, value in os.environ.items() if name in ("HOME", "LANG") or name.startswith("PIP_")
+        }
         self.env["PATH"] = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         self.workdir, self.health, self.entry, self.command = "/", [], [], []
         directory.mkdir(parents=True)
@@ -101,7 +104,9 @@ class Image:
             self.path("").mkdir(parents=True, exist_ok=True)
         elif name == "COPY":
             words = rest.split()
-            if words[0].startswith("--from="):  # scripts name the interpreter by its path: they stay where they were made
+            if words[0].startswith(
+                "--from="
+            ):  # scripts name the interpreter by its path: they stay where they were made
                 source = stages[words[0].removeprefix("--from=")]
                 self.path(words[2]).parent.mkdir(parents=True, exist_ok=True)
                 os.symlink(source.path(words[1]), self.path(words[2]))
@@ -129,10 +134,24 @@ def serve(image: Image, directory: Path) -> None:
     """The entry point with its default command, on another port and model."""
     model = directory / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 256, "tie_word_embeddings": False, "torch_dtype": "float32"}))  # fmt: skip
+    (model / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 256,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 256,
+                "tie_word_embeddings": False,
+                "torch_dtype": "float32",
+            }
+        )
+    )
     port = str(20000 + os.getpid() % 20000)
     command = [*image.entry, *image.command]
     assert command[:2] == ["dmc", "serve"] and PORT in command, command
@@ -173,7 +192,9 @@ def main() -> int:
                 stages[stage].do(name, rest, stages)
         image = stages["serve"]
         if not args.system_site_packages:
-            found = subprocess.run(["python", "-c", "import megatron.core"], env=image.env, capture_output=True, cwd=directory)
+            found = subprocess.run(
+                ["python", "-c", "import megatron.core"], env=image.env, capture_output=True, cwd=directory
+            )
             assert found.returncode, "the image has megatron-core"
         libraries = list((image.path("/opt/dmc")).rglob("megatron/dmc/kernels/lib/*.so"))
         assert libraries, "the kernels were not built ahead of time"

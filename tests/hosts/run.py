@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Two hosts on one machine, in network namespaces, one of which is cut off while torchrun trains across both. Not among the other
+"""Two hosts on one machine, in network namespaces, one of which is cut off while torchrun trains across both. Not among
+the other
 tests: needs root and iproute2.
 
     tests/hosts/run.py [--keep DIRECTORY] [--lost-host-seconds 30] [silent | down ...]
@@ -9,8 +10,8 @@ Each host has its own network, its own name and its own torchrun; both see one f
 silent: the switch forgets the port of one host: all packets are lost, and every link stays up;
 down: the network interface of one host goes down.
 
-On both hosts torchrun must end within a minute, with a message that names the other host. Then the network is mended and the same
-commands run again: losses and checkpoints must be those of an undisturbed run, bit for bit.
+On both hosts torchrun must end within a minute, with a message that names the other host. Then the network is mended
+and the same commands run again: losses and checkpoints must be those of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ class Network:
         if missing := [name for name in ("ip", "unshare", "mount") if shutil.which(name) is None] or os.geteuid():
             raise SystemExit(f"needs root and {missing or 'iproute2'}: apt install iproute2")
         self.directory.mkdir(parents=True)
-        (self.directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
-            f"{address} {name}\n" for name, address in self.addresses.items()))  # fmt: skip
+        (self.directory / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in self.addresses.items())
+        )
         try:
             ip("link", "add", self.switch, "type", "bridge")
             ip("link", "set", self.switch, "up")
@@ -94,8 +96,21 @@ class Network:
     def start(self, name: str, command: list[str], log: Path) -> subprocess.Popen:
         """On one host, in a session of its own."""
         script = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
-        inside = ["ip", "netns", "exec", self.spaces[name], "unshare", "--uts", "--mount", "sh", "-c", script,
-                  str(self.directory / "hosts"), name, *command]  # fmt: skip
+        inside = [
+            "ip",
+            "netns",
+            "exec",
+            self.spaces[name],
+            "unshare",
+            "--uts",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            str(self.directory / "hosts"),
+            name,
+            *command,
+        ]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         with log.open("w") as out:
             return subprocess.Popen(inside, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -109,16 +124,41 @@ class Stage:
 
         self.network, self.save, self.directory, self.starts = network, work / name / "save", work / name, 0
         self.directory.mkdir()
-        self.command = [*tiny.command(work, "zero_out", train_iters=STEPS, save=self.save, save_interval=20,
-                                      init_from=work / "original", micro_batch_size=1), *flags]  # fmt: skip
+        self.command = [
+            *tiny.command(
+                work,
+                "zero_out",
+                train_iters=STEPS,
+                save=self.save,
+                save_interval=20,
+                init_from=work / "original",
+                micro_batch_size=1,
+            ),
+            *flags,
+        ]
         self.port, self.processes = 20000 + os.getpid() % 20000, {}
 
     def start(self) -> None:
         self.starts += 1
         for rank, name in enumerate(self.network.spaces):
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank",
-                       str(rank), "--master-addr", self.network.addresses["host-a"], "--master-port", str(self.port),
-                       "-m", "megatron.dmc.training.retrofit", *self.command]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                str(rank),
+                "--master-addr",
+                self.network.addresses["host-a"],
+                "--master-port",
+                str(self.port),
+                "-m",
+                "megatron.dmc.training.retrofit",
+                *self.command,
+            ]
             self.processes[name] = self.network.start(name, command, self.log(name))
 
     def log(self, name: str) -> Path:
@@ -190,8 +230,10 @@ def cut_off(network: Network, work: Path, how: str, seconds: int) -> None:
     assert stage.losses() == whole.losses() and len(stage.losses()) == STEPS
     name = f"iter_{STEPS:07d}"
     tiny.assert_same_checkpoint(whole.save / name, stage.save / name)
-    say(f"{how} ({' '.join(LAYOUTS[how])}): cut after step {last}, resumed at {resumed[1]}; losses of all {STEPS} steps and the "
-        "last checkpoint equal the undisturbed run's bit for bit")  # fmt: skip
+    say(
+        f"{how} ({' '.join(LAYOUTS[how])}): cut after step {last}, resumed at {resumed[1]}; losses of all {STEPS} "
+        "steps and the last checkpoint equal the undisturbed run's bit for bit"
+    )
 
 
 def main() -> int:
@@ -207,10 +249,17 @@ def main() -> int:
             import tiny
 
             tiny.make_data(work)
-            subprocess.run([sys.executable, "-m", "megatron.dmc.training.retrofit",
-                            *tiny.command(work, "pretrain", train_iters=4, save=work / "original")],
-                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-                           check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "megatron.dmc.training.retrofit",
+                    *tiny.command(work, "pretrain", train_iters=4, save=work / "original"),
+                ],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             for how in args.parts or LAYOUTS:
                 cut_off(network, work, how, args.lost_host_seconds)
     say("all as it should be")

@@ -1,7 +1,7 @@
 """A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, in a directory of their own.
 
-Needs root, and the packages slurmctld, slurmd, slurm-client and munge (seen with Debian 12's, SLURM 22.05). It ends only what it
-has started, by the process ids in its own directory.
+Needs root, and the packages slurmctld, slurmd, slurm-client and munge (seen with Debian 12's, SLURM 22.05). It ends
+only what it has started, by the process ids in its own directory.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Cluster:
     def __enter__(self) -> Cluster:
         missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
         if missing or os.geteuid() != 0:
-            raise SystemExit(f"needs root and {', '.join(missing) or 'SLURM'}: apt install slurmctld slurmd slurm-client munge")
+            raise SystemExit(
+                f"needs root and {', '.join(missing) or 'SLURM'}: apt install slurmctld slurmd slurm-client munge"
+            )
         self.directory.mkdir(parents=True)
         self.directory.chmod(0o755)
         port, first, second = _free_ports(3)
@@ -86,9 +88,16 @@ class Cluster:
         key.write_bytes(os.urandom(64))
         key.chmod(0o600)
         try:
-            self._start("munged", "--foreground", "--force", f"--socket={self.directory}/munge.socket", f"--key-file={key}",
-                        f"--pid-file={self.directory}/munged.pid", f"--log-file={self.directory}/munged.log",
-                        f"--seed-file={self.directory}/munged.seed")  # fmt: skip
+            self._start(
+                "munged",
+                "--foreground",
+                "--force",
+                f"--socket={self.directory}/munge.socket",
+                f"--key-file={key}",
+                f"--pid-file={self.directory}/munged.pid",
+                f"--log-file={self.directory}/munged.log",
+                f"--seed-file={self.directory}/munged.seed",
+            )
             wait_for(lambda: (self.directory / "munge.socket").exists(), "munged")
             self._start("slurmctld", "-D")
             for node in ("n1", "n2"):
@@ -101,7 +110,9 @@ class Cluster:
 
     def _start(self, *command: str) -> None:
         with (self.directory / f"{command[0]}.out").open("a") as out:
-            self._daemons.append(subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True))
+            self._daemons.append(
+                subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True)
+            )
 
     def __exit__(self, *_: object) -> None:
         if len(self._daemons) > 1:

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""The scripts of examples/dmc/slurm on a real SLURM of two nodes (see cluster.py). Needs root; not among the other tests.
+"""The scripts of examples/dmc/slurm on a real SLURM of two nodes (see cluster.py). Needs root; not among the other
+tests.
 
     tests/slurm/run.py [--keep DIRECTORY] [retrofit | fault | batch ...]
 
-retrofit: the three stages of a tiny model through retrofit.sh with two tasks, tensor parallel 2 and pipeline parallel 2, once
+retrofit: the three stages of a tiny model through retrofit.sh with two tasks, tensor parallel 2 and pipeline parallel
+    2, once
 undisturbed and once with a signal in the first stage, a requeue in the second and the time limit in the third: the same
 checkpoints, bit for bit.
 fault: what must stop: a stage whose predecessor is unfinished, and one that fails.
-batch: an array of two elements with two engines each; an element is killed and queued again in the middle: each line has one
+batch: an array of two elements with two engines each; an element is killed and queued again in the middle: each line
+    has one
 answer, the same as in one run without an array.
 """
 
@@ -47,17 +50,48 @@ class Retrofit:
         self.cluster, self.work = cluster, work
         work.mkdir()
         tiny.make_data(work)
-        (work / "config.json").write_text(json.dumps({"training": {
-            "micro_batch_size": 1, "global_batch_size": 4, "log_interval": 1, "save_interval": 20, "async_save": True,
-            "keep_checkpoints": 3}, "data": {"seq_length": tiny.SEQ}, "optimizer": {"lr": 1e-3}}))  # fmt: skip
-        self.env = {**cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
-                    "PYTHONWARNINGS": "ignore", "MASTER_ADDR": "127.0.0.1", "NPROC": "1", "CONFIG": str(work / "config.json"),
-                    "DATA": str(work / "train"), "TOKENIZER": str(work / "tokenizer.model"),
-                    "CHECKPOINT": str(work / "original"), "TARGET_CR": "2",
-                    "SBATCH_ARGS": "--nodes=2 --time=50 --mem=0"}  # fmt: skip
-        subprocess.run([sys.executable, "-m", "megatron.dmc.training.retrofit",
-                        *tiny.command(work / "", "pretrain", train_iters=4, save=work / "original")],
-                       env=self.env, check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        (work / "config.json").write_text(
+            json.dumps(
+                {
+                    "training": {
+                        "micro_batch_size": 1,
+                        "global_batch_size": 4,
+                        "log_interval": 1,
+                        "save_interval": 20,
+                        "async_save": True,
+                        "keep_checkpoints": 3,
+                    },
+                    "data": {"seq_length": tiny.SEQ},
+                    "optimizer": {"lr": 1e-3},
+                }
+            )
+        )
+        self.env = {
+            **cluster.env,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHON": sys.executable,
+            "PYTHONWARNINGS": "ignore",
+            "MASTER_ADDR": "127.0.0.1",
+            "NPROC": "1",
+            "CONFIG": str(work / "config.json"),
+            "DATA": str(work / "train"),
+            "TOKENIZER": str(work / "tokenizer.model"),
+            "CHECKPOINT": str(work / "original"),
+            "TARGET_CR": "2",
+            "SBATCH_ARGS": "--nodes=2 --time=50 --mem=0",
+        }
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "megatron.dmc.training.retrofit",
+                *tiny.command(work / "", "pretrain", train_iters=4, save=work / "original"),
+            ],
+            env=self.env,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
     def submit(self, name: str, *flags: str) -> dict[str, str]:
         """Stage -> job."""
@@ -76,7 +110,9 @@ class Retrofit:
 
     def wait_for_step(self, name: str, stage: str, job: str, step: int) -> None:
         def there() -> bool:
-            assert self.cluster.state(job) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), self.log(name, stage, job)
+            assert self.cluster.state(job) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), self.log(
+                name, stage, job
+            )
             return f"iteration {step:8d}/" in self.log(name, stage, job)
 
         wait_for(there, f"{stage}, step {step}", 400)
@@ -88,7 +124,9 @@ class Retrofit:
             state = self.cluster.state(job)
             if state == "PENDING" and self.cluster.field(job, "Restarts") not in ("", "0"):
                 queued.append(time.monotonic())
-                if queued[-1] - queued[0] > 15:  # not at once: nodes refuse what looks like the start that was just ended
+                if (
+                    queued[-1] - queued[0] > 15
+                ):  # not at once: nodes refuse what looks like the start that was just ended
                     self.cluster.start_now(job)
             return state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
@@ -104,7 +142,8 @@ class Retrofit:
         elif how == "requeue":
             self.cluster.run("scontrol", "requeue", job, check=True)
             expected = ""
-        else:  # less than --signal's five minutes are left: SLURM, which looks every 30 s, sends it; the tiny stage waits for it
+        # Less than five minutes of --signal are left: SLURM, which looks every 30 s, sends it; the tiny stage waits.
+        else:
             self.cluster.run("scancel", "--signal=STOP", job, check=True)
             self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=4", check=True)
             end = time.monotonic() + 50
@@ -118,7 +157,7 @@ class Retrofit:
         steps = [int(n) for n in re.findall(r"iteration +(\d+)/", log)]
         assert steps[-1] < STAGES[stage], f"{stage} was through before {how} came"
         left = re.findall(r"leaving at iteration (\d+) of \d+: (.*); saved", log)
-        assert (left[-1][1] == expected if expected else True), left
+        assert left[-1][1] == expected if expected else True, left
         if how == "time":  # the next start shall have enough of it
             self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=50", check=True)
         say(f"  {stage}: {how} after step {steps[-1]}: {left[-1] if left else 'killed and queued again'}")
@@ -141,9 +180,13 @@ def retrofit(cluster: Cluster, work: Path) -> None:
             say(f"{name}: {', '.join(f'{stage} job {job}' for stage, job in jobs.items())}")
         for stage, steps in STAGES.items():
             last = f"iter_{steps:07d}"
-            tiny.assert_same_checkpoint(*(runs.work / f"{layout}-{name}" / stage / last for name in ("whole", "disturbed")))
-        say(f"{layout} parallel 2: the disturbed run's checkpoints of all three stages equal the whole one's bit for bit "
-            f"({time.monotonic() - began:.0f} s)")  # fmt: skip
+            tiny.assert_same_checkpoint(
+                *(runs.work / f"{layout}-{name}" / stage / last for name in ("whole", "disturbed"))
+            )
+        say(
+            f"{layout} parallel 2: the disturbed run's checkpoints of all three stages equal the whole one's bit for "
+            f"bit ({time.monotonic() - began:.0f} s)"
+        )
 
 
 def fault(cluster: Cluster, work: Path) -> None:
@@ -156,20 +199,33 @@ def fault(cluster: Cluster, work: Path) -> None:
     say("a stage that fails takes the rest with it")
 
     env = {**runs.env, "SAVE": str(runs.work / "half")}
-    arguments = ["sbatch", "--parsable", "--nodes=1", "--mem=0", f"--output={runs.work}/%j.log",
-                 str(SCRIPTS / "retrofit.sbatch"), "--stage"]  # fmt: skip
+    arguments = [
+        "sbatch",
+        "--parsable",
+        "--nodes=1",
+        "--mem=0",
+        f"--output={runs.work}/%j.log",
+        str(SCRIPTS / "retrofit.sbatch"),
+        "--stage",
+    ]
 
     def submit(*more: str, **variables: str) -> tuple[str, str]:
-        result = subprocess.run([*arguments, *more], env={**env, **variables}, text=True, capture_output=True, check=True)
+        result = subprocess.run(
+            [*arguments, *more], env={**env, **variables}, text=True, capture_output=True, check=True
+        )
         job = result.stdout.strip()
-        wait_for(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), f"job {job}", 200)
+        wait_for(
+            lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), f"job {job}", 200
+        )
         return cluster.state(job), (runs.work / f"{job}.log").read_text()
 
     # --no-requeue: the unfinished stage says so in its status
     arguments.insert(1, "--no-requeue")
     state, log = submit("zero_out", "--train-iters", "6", "--exit-interval", "3", INIT_FROM=env["CHECKPOINT"])
     assert state == "FAILED" and "unfinished, and not queued again" in log, (state, log)
-    state, log = submit("retrofit", "--target-cr", "2", "--train-iters", "4", INIT_FROM=env["SAVE"], SAVE=env["SAVE"] + "-2")
+    state, log = submit(
+        "retrofit", "--target-cr", "2", "--train-iters", "4", INIT_FROM=env["SAVE"], SAVE=env["SAVE"] + "-2"
+    )
     assert state == "FAILED" and "refused: INIT_FROM" in log and "iteration 3 of 6" in log, (state, log)
     assert not Path(env["SAVE"] + "-2").exists()
     say("a stage whose predecessor is unfinished is refused")
@@ -187,8 +243,15 @@ def batch(cluster: Cluster, work: Path) -> None:
     body = {"prompt": "abc", "max_tokens": 20, "temperature": 1.0, "ignore_eos": True}
     requests = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(lines)]
     (directory / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
-    env = {**cluster.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{shim.parent}:{os.environ['PATH']}",
-           "MODEL": str(directory / "model"), "INPUT": str(directory / "in.jsonl"), "GPUS": "2"}  # fmt: skip
+    env = {
+        **cluster.env,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
+        "MODEL": str(directory / "model"),
+        "INPUT": str(directory / "in.jsonl"),
+        "GPUS": "2",
+    }
     options = ["--max-num-seqs", "2"]
 
     def answers(file: Path) -> dict[str, str]:
@@ -199,8 +262,13 @@ def batch(cluster: Cluster, work: Path) -> None:
 
     output = directory / "out.jsonl"
     command = ["sbatch", "--parsable", "--array=0-1", "--mem=0", "--time=30", f"--output={directory}/%A_%a.log"]
-    job = subprocess.run([*command, str(SCRIPTS / "batch.sbatch"), *options], env={**env, "OUTPUT": str(output)}, check=True,
-                         text=True, capture_output=True).stdout.strip()  # fmt: skip
+    job = subprocess.run(
+        [*command, str(SCRIPTS / "batch.sbatch"), *options],
+        env={**env, "OUTPUT": str(output)},
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout.strip()
     part = Path(f"{output}.part-00000-of-00004")
     wait_for(lambda: part.exists() and part.read_text().count("\n") >= 10, "ten answers", 500)
     cluster.run("scontrol", "requeue", f"{job}_0", check=True)
@@ -218,10 +286,17 @@ def batch(cluster: Cluster, work: Path) -> None:
     alone = ["dmc", "batch", "--model", env["MODEL"], "-i", env["INPUT"], "-o", str(directory / "one.jsonl"), *options]
     subprocess.run(alone, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert answers(output) == answers(directory / "one.jsonl")
-    say(f"batch: element 0 was killed with {before} answers and queued again; {lines} lines, each answered once, as in one run")
+    say(
+        f"batch: element 0 was killed with {before} answers and queued again; {lines} lines, each answered once, as in "
+        "one run"
+    )
     command[2] = "--array=0-0"
-    subprocess.run([*command, str(SCRIPTS / "batch.sbatch"), *options], check=True, stdout=subprocess.DEVNULL,
-                   env={**env, "TP": "2", "OUTPUT": str(directory / "tp.jsonl")})  # fmt: skip
+    subprocess.run(
+        [*command, str(SCRIPTS / "batch.sbatch"), *options],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**env, "TP": "2", "OUTPUT": str(directory / "tp.jsonl")},
+    )
     try:
         wait_for((directory / "tp.jsonl").exists, "the answers of one engine on two ranks", 400)
     except TimeoutError:

@@ -25,7 +25,9 @@ def crc32(path: Path) -> str:
 
 
 def checksums(directory: Path, names: Iterable[str], threads: int | None = None) -> dict[str, str]:
-    """Name -> CRC-32 of files in ``directory``. ``threads``: None takes up to 4. Raises ``OSError`` for one that is missing."""
+    """Name -> CRC-32 of files in ``directory``. ``threads``: None takes up to 4. Raises ``OSError`` for one that is
+    missing.
+    """
     names = list(names)
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: crc32(directory / name), names)))

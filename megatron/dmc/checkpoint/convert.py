@@ -22,7 +22,14 @@ import yaml
 from torch import Tensor
 
 from megatron.dmc.checkpoint import hf, mapping, views
-from megatron.dmc.checkpoint.manifest import HF_FILES, Manifest, read_hf_files, read_manifest, resolve_checkpoint, write_hf_files
+from megatron.dmc.checkpoint.manifest import (
+    HF_FILES,
+    Manifest,
+    read_hf_files,
+    read_manifest,
+    resolve_checkpoint,
+    write_hf_files,
+)
 from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Buffers, Lazy, equal, has_only_finite
 from megatron.dmc.checkpoint.torch_dist import CHUNK_BYTES, DistReader, DistWriter
@@ -53,8 +60,10 @@ class Progress:
     def warn(self) -> None:
         if self.not_finite:
             names = sorted(self.not_finite)
-            self.say(f"warning: {len(names)} tensors hold NaN or infinite values: {', '.join(names[:10])}"
-                     f"{', ...' if len(names) > 10 else ''}")  # fmt: skip
+            self.say(
+                f"warning: {len(names)} tensors hold NaN or infinite values: {', '.join(names[:10])}"
+                f"{', ...' if len(names) > 10 else ''}"
+            )
 
 
 def versions() -> dict[str, str]:
@@ -86,11 +95,15 @@ def plan(what: str, tensors: Mapping[str, Lazy], target: Path, progress: Progres
     free = shutil.disk_usage(there).free
     # Blocks are at most a chunk (rows that alone are larger come whole); a few are in flight, and of each size.
     memory = 2 * Buffers.DEPTH * min(largest, CHUNK_BYTES) + (256 << 20)
-    progress.say(f"{what}: {len(tensors)} tensors, {elements / 1e9:.2f} billion parameters, {_size(nbytes)} to read and write; at "
-                 f"most {_size(memory)} of memory beside the interpreter's; {_size(free)} free on disk; about "
-                 f"{nbytes / 5e8 / 60:.0f} min at 0.5 GB/s")  # fmt: skip
+    progress.say(
+        f"{what}: {len(tensors)} tensors, {elements / 1e9:.2f} billion parameters, {_size(nbytes)} to read and write; "
+        f"at most {_size(memory)} of memory beside the interpreter's; {_size(free)} free on disk; about "
+        f"{nbytes / 5e8 / 60:.0f} min at 0.5 GB/s"
+    )
     if free < nbytes * 1.01:
-        raise ValueError(f"{target} needs {_size(nbytes)} and its disk has {_size(free)} free; make room, or name another place")
+        raise ValueError(
+            f"{target} needs {_size(nbytes)} and its disk has {_size(free)} free; make room, or name another place"
+        )
     progress.begin(nbytes)
 
 
@@ -101,11 +114,15 @@ def writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
-            raise ValueError(f"writing {error.filename or target} failed: {error.strerror}; nothing was left behind") from error
+            raise ValueError(
+                f"writing {error.filename or target} failed: {error.strerror}; nothing was left behind"
+            ) from error
         raise
 
 
-def check_tensors(tensors: Mapping[str, Lazy], family: mapping.Family, model: ModelConfig, where: str) -> dict[str, Lazy]:
+def check_tensors(
+    tensors: Mapping[str, Lazy], family: mapping.Family, model: ModelConfig, where: str
+) -> dict[str, Lazy]:
     """The tensors that the model is made of, after names, shapes and dtypes were checked.
 
     Raises:
@@ -117,20 +134,31 @@ def check_tensors(tensors: Mapping[str, Lazy], family: mapping.Family, model: Mo
     hf.compare_names(set(kept) - set(duplicate), shapes, where)
     for name in duplicate:
         if not equal(kept[name], kept["model.embed_tokens.weight"]):
-            raise ValueError(f"{kept[name].name} differs from model.embed_tokens.weight, but tie_word_embeddings is true")
+            raise ValueError(
+                f"{kept[name].name} differs from model.embed_tokens.weight, but tie_word_embeddings is true"
+            )
     for name, shape in shapes.items():
         if kept[name].shape != shape:
-            raise ValueError(f"{kept[name].name} has shape {list(kept[name].shape)}; expected {list(shape)} from config.json")
+            raise ValueError(
+                f"{kept[name].name} has shape {list(kept[name].shape)}; expected {list(shape)} from config.json"
+            )
     dtypes = {t.dtype for t in kept.values()}
     if len(dtypes) > 1:
         odd = min(dtypes, key=lambda d: sum(t.dtype == d for t in kept.values()))
         name = next(t.name for t in kept.values() if t.dtype == odd)
-        raise ValueError(f"{name} is of type {odd}, others of {', '.join(str(d) for d in dtypes - {odd})}; expected one type")
+        raise ValueError(
+            f"{name} is of type {odd}, others of {', '.join(str(d) for d in dtypes - {odd})}; expected one type"
+        )
     return kept
 
 
-def write_checkpoint(directory: Path, parameter: Callable[[mapping.TensorRule, Optional[int]], Lazy], family: mapping.Family,
-                     model: ModelConfig, progress: Progress) -> None:  # fmt: skip
+def write_checkpoint(
+    directory: Path,
+    parameter: Callable[[mapping.TensorRule, Optional[int]], Lazy],
+    family: mapping.Family,
+    model: ModelConfig,
+    progress: Progress,
+) -> None:
     """The weights as ``torch_dist``. ``parameter`` gives Megatron's tensor for (rule, layer)."""
     with DistWriter(directory) as writer:
         for rule, layer in mapping.in_order(family, model):
@@ -151,7 +179,9 @@ def imported_run(model: ModelConfig, dmc: DMCConfig, manifest: Manifest) -> RunC
     return run
 
 
-def import_hf(source: str | Path, save: str | Path, *, overwrite: bool = False, progress: Optional[Progress] = None) -> Path:
+def import_hf(
+    source: str | Path, save: str | Path, *, overwrite: bool = False, progress: Optional[Progress] = None
+) -> Path:
     """A Hugging Face directory as a ``torch_dist`` checkpoint that any tensor- and pipeline-parallel layout loads.
 
     Args:
@@ -169,12 +199,16 @@ def import_hf(source: str | Path, save: str | Path, *, overwrite: bool = False, 
     tensors = check_tensors(directory.tensors, family, model, str(source))
     dropped = sorted(set(directory.tensors) - set(tensors))
     if dropped:
-        progress.say(f"left out (computed from the configuration): {', '.join(dropped[:3])}{', ...' if dropped[3:] else ''}")
+        progress.say(
+            f"left out (computed from the configuration): {', '.join(dropped[:3])}{', ...' if dropped[3:] else ''}"
+        )
     plan(f"import {source} ({family.model_type}) -> {save}", tensors, save, progress)
     manifest = _manifest(directory.config, family, source)
     run = imported_run(model, dmc or DMCConfig(), manifest)
     with writing(save), staged(save, overwrite) as temporary:
-        write_checkpoint(temporary, lambda rule, layer: views.to_megatron(rule, layer, tensors, model), family, model, progress)
+        write_checkpoint(
+            temporary, lambda rule, layer: views.to_megatron(rule, layer, tensors, model), family, model, progress
+        )
         files = {path.name: path.read_bytes() for path in directory.side_files()}
         files["config.json"] = (source / "config.json").read_bytes()
         layout = hf.safetensors_names({name: directory.weight_map[name] for name in tensors})
@@ -237,9 +271,15 @@ def open_checkpoint(load: str | Path) -> Export:
     checkpoint = resolve_checkpoint(load)
     manifest, run = read_manifest(checkpoint), read_run_config(checkpoint)
     if manifest.stage == "zero_out" and not manifest.finished:
-        raise ValueError(f"{checkpoint} is in the middle of zero_out (iteration {manifest.iteration} of {manifest.train_iters}), "
-                         "where attention depends on the step; let it finish, or export the checkpoint before it")  # fmt: skip
-    original = hf.read_json(checkpoint / HF_FILES / "config.json") if (checkpoint / HF_FILES / "config.json").is_file() else None
+        raise ValueError(
+            f"{checkpoint} is in the middle of zero_out (iteration {manifest.iteration} of {manifest.train_iters}), "
+            "where attention depends on the step; let it finish, or export the checkpoint before it"
+        )
+    original = (
+        hf.read_json(checkpoint / HF_FILES / "config.json")
+        if (checkpoint / HF_FILES / "config.json").is_file()
+        else None
+    )
     reader = DistReader(checkpoint)
     found = reader.tensors()
     dtype = next(iter(found.values())).properties.dtype
@@ -251,8 +291,10 @@ def open_checkpoint(load: str | Path) -> Export:
         parameter = reader.get(rule.megatron, layer)
         shape = views.megatron_shape(rule, run.model)
         if parameter.shape != shape:
-            raise ValueError(f"{parameter.name} in {checkpoint} has shape {list(parameter.shape)}; expected {list(shape)} from its "
-                             "config.yaml")  # fmt: skip
+            raise ValueError(
+                f"{parameter.name} in {checkpoint} has shape {list(parameter.shape)}; expected {list(shape)} from its "
+                "config.yaml"
+            )
         tensors |= views.to_hf(rule, layer, parameter, run.model)
     layout = checkpoint / HF_FILES / SHARDS_FILE
     weight_map = hf.read_json(layout) if layout.is_file() else None
@@ -274,17 +316,24 @@ def _exported_config(original: Optional[dict], model: ModelConfig, dtype: torch.
     if "dtype" in config or "torch_dtype" in config:
         config["dtype" if "dtype" in config else "torch_dtype"] = text
     config |= mapping.changed_sizes(mapping.from_hf_config(config), model)
-    ignored = dict(make_vocab_size_divisible_by=model.make_vocab_size_divisible_by, num_query_groups=model.kv_heads,
-                   kv_channels=model.head_dim)  # fmt: skip
+    ignored = dict(
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+    )
     now, wanted = dataclasses.replace(mapping.from_hf_config(config), **ignored), dataclasses.replace(model, **ignored)
     if now != wanted:
         odd = [f.name for f in dataclasses.fields(model) if getattr(now, f.name) != getattr(wanted, f.name)]
-        raise ValueError(f"{', '.join(odd)}: the run changed what config.json of the original model says; this cannot be exported")
+        raise ValueError(
+            f"{', '.join(odd)}: the run changed what config.json of the original model says; this cannot be exported"
+        )
     return config
 
 
 def dmc_config(config: dict, family: mapping.Family, run: RunConfig, manifest: Manifest) -> dict:
-    """``config.json`` of a retrofitted model: its own names, so that a plain loader refuses it, and the ``dmc`` block."""
+    """``config.json`` of a retrofitted model:
+    its own names, so that a plain loader refuses it, and the ``dmc`` block.
+    """
     block = {
         "format_version": mapping.DMC_FORMAT_VERSION,
         "base_model_type": family.model_type,
@@ -300,20 +349,30 @@ def dmc_config(config: dict, family: mapping.Family, run: RunConfig, manifest: M
     }
     if run.dmc.method != "dmc":
         block["method"] = run.dmc.method
-    own = {"architectures": [mapping.DMC_ARCHITECTURE], "model_type": mapping.DMC_MODEL_TYPE, "auto_map": mapping.DMC_AUTO_MAP}
+    own = {
+        "architectures": [mapping.DMC_ARCHITECTURE],
+        "model_type": mapping.DMC_MODEL_TYPE,
+        "auto_map": mapping.DMC_AUTO_MAP,
+    }
     return {**config, **own, "dmc": block}
 
 
-def export(load: str | Path, save: str | Path, *, overwrite: bool = False, tokenizer: Optional[str | Path] = None,
-           progress: Optional[Progress] = None) -> Path:  # fmt: skip
+def export(
+    load: str | Path,
+    save: str | Path,
+    *,
+    overwrite: bool = False,
+    tokenizer: Optional[str | Path] = None,
+    progress: Optional[Progress] = None,
+) -> Path:
     """A checkpoint of any stage and layout as a Hugging Face directory.
 
-    A model that was never retrofitted becomes its plain family, which transformers loads unchanged; any other one carries a
-    ``dmc`` block and its own modelling file (``trust_remote_code=True``).
+    A model that was never retrofitted becomes its plain family, which transformers loads unchanged; any other one
+    carries a ``dmc`` block and its own modelling file (``trust_remote_code=True``).
 
     Args:
-        tokenizer: directory or sentencepiece model, for checkpoints whose lineage has no Hugging Face files. None: the one
-            that the run was configured with, when it is still there.
+        tokenizer: directory or sentencepiece model, for checkpoints whose lineage has no Hugging Face files. None: the
+            one that the run was configured with, when it is still there.
 
     Raises:
         ValueError: see :func:`open_checkpoint`; or ``save`` exists and ``overwrite`` is False.
@@ -364,32 +423,64 @@ def _sentencepiece_files(path: Path) -> dict[str, bytes]:
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
     ids = {name: number for name, number in ids.items() if number >= 0}
     tokens = {f"{name}_token": model.id_to_piece(number) for name, number in ids.items()}
-    # As the data was prepared: documents end with EOS and begin with nothing, not even a space that the model does not add.
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False,
-              "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581"), **tokens}  # fmt: skip
+    # As the data was prepared: documents end with EOS and begin with nothing, not even a space that the model does not
+    # add.
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "legacy": False,
+        "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581"),
+        **tokens,
+    }
     generation = {f"{name}_token_id": number for name, number in ids.items() if name != "unk"}
-    return {"tokenizer.model": path.read_bytes(), "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-            "generation_config.json": json.dumps(generation, indent=2).encode()}  # fmt: skip
+    return {
+        "tokenizer.model": path.read_bytes(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        "generation_config.json": json.dumps(generation, indent=2).encode(),
+    }
 
 
 def model_card(found: Export) -> str:
     """README.md of an exported directory."""
     manifest, model = found.manifest, found.run.model
     lineage = " -> ".join([*manifest.lineage, manifest.stage])
-    lines = ["---", "library_name: transformers", "tags:", *(["- dmc", "- kv-cache-compression"] if "dmc" in found.config else []),
-             f"- {found.family.model_type}", "---", "", f"# {found.checkpoint.parent.name or 'model'}", ""]  # fmt: skip
-    lines += [f"{found.family.model_type}, {model.num_layers} layers, hidden size {model.hidden_size}, {model.num_attention_heads} "
-              f"query and {model.kv_heads} KV heads. Exported by megatron.dmc {manifest.versions.get('megatron-dmc', '')} "
-              f"from stage {manifest.stage}, step {manifest.iteration} (lineage: {lineage})."]  # fmt: skip
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        *(["- dmc", "- kv-cache-compression"] if "dmc" in found.config else []),
+        f"- {found.family.model_type}",
+        "---",
+        "",
+        f"# {found.checkpoint.parent.name or 'model'}",
+        "",
+    ]
+    lines += [
+        f"{found.family.model_type}, {model.num_layers} layers, hidden size {model.hidden_size}, "
+        f"{model.num_attention_heads} "
+        f"query and {model.kv_heads} KV heads. Exported by megatron.dmc {manifest.versions.get('megatron-dmc', '')} "
+        f"from stage {manifest.stage}, step {manifest.iteration} (lineage: {lineage})."
+    ]
     if manifest.stage in mapping.COMPRESSED_STAGES:
         measured = f"{manifest.measured_cr:.2f}" if manifest.measured_cr else "not measured"
-        lines += ["", f"Retrofitted with Dynamic Memory Compression (arXiv 2403.09636) to {manifest.target_cr:g}x: every KV head "
-                  f"decides token by token to append to its cache or to merge into its last slot. Measured compression "
-                  f"ratio at the end of training: {measured}. Decision bias {found.run.dmc.decision_bias:g}, window "
-                  f"{found.run.dmc.window or 'unbounded'}."]  # fmt: skip
+        lines += [
+            "",
+            f"Retrofitted with Dynamic Memory Compression (arXiv 2403.09636) to {manifest.target_cr:g}x: every KV head "
+            f"decides token by token to append to its cache or to merge into its last slot. Measured compression "
+            f"ratio at the end of training: {measured}. Decision bias {found.run.dmc.decision_bias:g}, window "
+            f"{found.run.dmc.window or 'unbounded'}.",
+        ]
     if "dmc" in found.config:
-        lines += ["", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-                  'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
-                  'tokenizer = AutoTokenizer.from_pretrained("DIR")', "```", "",
-                  "The weights are not those of a plain model: a loader that ignores the `dmc` block gives nonsense."]  # fmt: skip
+        lines += [
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+            "```",
+            "",
+            "The weights are not those of a plain model: a loader that ignores the `dmc` block gives nonsense.",
+        ]
     return "\n".join(lines) + "\n"

@@ -46,13 +46,19 @@ def model_rows(model: ModelConfig) -> list[tuple[str, Any]]:
     switches = [name for name in ("add_qkv_bias", "qk_layernorm") if getattr(model, name)]
     if not model.untie_embeddings_and_output_weights:
         switches.append("tied embeddings")
-    scaling = f", {model.rope_scaling['rope_type']} scaling x{model.rope_scaling['factor']:g}" if model.rope_scaling else ""
+    scaling = (
+        f", {model.rope_scaling['rope_type']} scaling x{model.rope_scaling['factor']:g}" if model.rope_scaling else ""
+    )
     return [
-        ("sizes", f"{model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, "
-         f"{model.num_attention_heads} query and {model.kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size}"),
+        (
+            "sizes",
+            f"{model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, "
+            f"{model.num_attention_heads} query and {model.kv_heads} KV heads of {model.head_dim}, vocabulary "
+            f"{model.vocab_size}",
+        ),
         ("positions", f"{model.max_position_embeddings}, rope base {model.rotary_base:g}{scaling}"),
         ("switches", ", ".join(switches)),
-    ]  # fmt: skip
+    ]
 
 
 def weight_rows(tensors: dict[str, Lazy]) -> list[tuple[str, Any]]:
@@ -76,16 +82,18 @@ def _huggingface(path: Path) -> str:
     block, files = found.config.get("dmc") or {}, Counter(found.weight_map.values())
     mapping.dmc_from_hf_config(found.config)
     window = None if not block else block["window"] or "unbounded"
-    return _lines([
-        ("format", f"Hugging Face directory, {len(files)} weight file{'s' * (len(files) > 1)}"),
-        ("family", family.model_type + (" + dmc" if block else "")),
-        *model_rows(model),
-        ("stage", block and f"{block['stage']}, step {block['step']}"),
-        ("compression", block and _cr(block["target_cr"], block["measured_cr"])),
-        ("decisions", block and f"bias {block['decision_bias']:g}, window {window}"),
-        *weight_rows(found.tensors),
-        ("also there", ", ".join(p.name for p in found.side_files())),
-    ])  # fmt: skip
+    return _lines(
+        [
+            ("format", f"Hugging Face directory, {len(files)} weight file{'s' * (len(files) > 1)}"),
+            ("family", family.model_type + (" + dmc" if block else "")),
+            *model_rows(model),
+            ("stage", block and f"{block['stage']}, step {block['step']}"),
+            ("compression", block and _cr(block["target_cr"], block["measured_cr"])),
+            ("decisions", block and f"bias {block['decision_bias']:g}, window {window}"),
+            *weight_rows(found.tensors),
+            ("also there", ", ".join(p.name for p in found.side_files())),
+        ]
+    )
 
 
 def _torch_dist(path: Path) -> str:
@@ -97,17 +105,27 @@ def _torch_dist(path: Path) -> str:
     p, others = run.parallel, len(complete_checkpoints(path)) - 1
     is_import = manifest.stage == "import"
     written = "" if is_import else f"written by TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
-    return _lines([
-        ("format", f"Megatron torch_dist checkpoint {checkpoint.name}" + (f" ({others} older beside it)" if others > 0 else "")),
-        ("family", manifest.family or f"none (made by training); exports as {mapping.to_hf_config(run.model, '')['model_type']}"),
-        *model_rows(run.model),
-        ("stage", manifest.stage + ("" if is_import else f", step {manifest.iteration} of {manifest.train_iters}")),
-        ("lineage", " -> ".join(manifest.lineage)),
-        ("compression", _cr(manifest.target_cr, manifest.measured_cr)),
-        ("layout", ", ".join(filter(None, [f"{chunks} chunks, loads at any TP x PP", written]))),
-        *weight_rows(tensors),
-        ("optimizer", "yes, training can resume" if manifest.has_optimizer else "no, weights only"),
-        ("source", manifest.source),
-        ("also there", ", ".join(sorted(p.name for p in (checkpoint / "hf").glob("*")))),
-        ("made with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
-    ])  # fmt: skip
+    return _lines(
+        [
+            (
+                "format",
+                f"Megatron torch_dist checkpoint {checkpoint.name}"
+                + (f" ({others} older beside it)" if others > 0 else ""),
+            ),
+            (
+                "family",
+                manifest.family
+                or f"none (made by training); exports as {mapping.to_hf_config(run.model, '')['model_type']}",
+            ),
+            *model_rows(run.model),
+            ("stage", manifest.stage + ("" if is_import else f", step {manifest.iteration} of {manifest.train_iters}")),
+            ("lineage", " -> ".join(manifest.lineage)),
+            ("compression", _cr(manifest.target_cr, manifest.measured_cr)),
+            ("layout", ", ".join(filter(None, [f"{chunks} chunks, loads at any TP x PP", written]))),
+            *weight_rows(tensors),
+            ("optimizer", "yes, training can resume" if manifest.has_optimizer else "no, weights only"),
+            ("source", manifest.source),
+            ("also there", ", ".join(sorted(p.name for p in (checkpoint / "hf").glob("*")))),
+            ("made with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
+        ]
+    )

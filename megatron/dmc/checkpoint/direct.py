@@ -1,4 +1,6 @@
-"""Files of gigabytes, written once and not read again soon: past the page cache, where the system can. No torch, no Megatron."""
+"""Files of gigabytes, written once and not read again soon: past the page cache, where the system can. No torch, no
+Megatron.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from typing import Any
 class DirectFile:
     """A new file, for sequential writes; a context, which flushes to the disk when it is left without an error.
 
-    The page cache would first find memory for every byte, then copy, then let the disk begin when a tenth of all memory is dirty
-    and make the writer wait: 0.7 GB/s with fsync where ``O_DIRECT`` reached 2.0 (5 GB, ext4, Linux 6.18; median of 3, measured
-    2026-11-21). And what is in the cache, often the model that is being converted, would have to go. Where a file system has no
-    ``O_DIRECT`` (some network ones, older tmpfs) the writes are ordinary ones.
+    The page cache would first find memory for every byte, then copy, then let the disk begin when a tenth of all memory
+    is dirty and make the writer wait: 0.7 GB/s with fsync where ``O_DIRECT`` reached 2.0 (5 GB, ext4, Linux 6.18;
+    median of 3, measured 2026-11-21). And what is in the cache, often the model that is being converted, would have to
+    go. Where a file system has no ``O_DIRECT`` (some network ones, older tmpfs) the writes are ordinary ones.
 
     Raises:
         OSError: as of ``open`` and ``write``, with the file's name.

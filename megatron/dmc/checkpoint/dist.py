@@ -71,7 +71,8 @@ def _without_copies(state: dict) -> dict:
     """The state with every tensor as a storage of its own, on the same memory.
 
     Parameters are views into large buffers. A tensor is written with all of its storage, so megatron-core copies views
-    first, while training waits: a third of a gigabyte per 100M parameters. The writer reads the memory as it is instead.
+    first, while training waits: a third of a gigabyte per 100M parameters. The writer reads the memory as it is
+    instead.
     """
     apply_factories(state)  # they cut tensors: views again
 
@@ -117,8 +118,10 @@ def save(
         hf_files: small files of the Hugging Face model at the start of the lineage, for export.
         retain: checkpoints whose iteration is a multiple of this stay too.
         background: write in a forked process. The tensors are those of this moment, whatever training does to them
-            afterwards: on the CPU the fork is the copy, from a GPU they are copied before it. The checkpoint is complete
-            when the queue's ``maybe_finalize_async_calls`` says so, which all ranks must call; finish one before the next.
+            afterwards: on the CPU the fork is the copy, from a GPU they are copied before it. The checkpoint is
+                complete
+            when the queue's ``maybe_finalize_async_calls`` says so, which all ranks must call; finish one before the
+            next.
     """
     target = iteration_directory(directory, manifest.iteration)
     # A name that no other start of this run has: a writer that outlived a killed one cannot get in between.
@@ -134,7 +137,10 @@ def save(
     results = _Results()
     filesystem_async._results_queue = results
     request = dist_checkpointing.save(
-        _without_copies(_state(chunks, optimizer, False)), str(temporary), content_metadata=dict(_METADATA), async_sharded_save=True
+        _without_copies(_state(chunks, optimizer, False)),
+        str(temporary),
+        content_metadata=dict(_METADATA),
+        async_sharded_save=True,
     )
     assert request is not None
     if request.async_fn is not None:
@@ -228,10 +234,7 @@ def _rmtree(doomed: Path, in_thread: bool) -> None:
 
 
 def load(
-    directory: Path,
-    chunks: list[DMCGPTModel],
-    optimizer: Optional[MegatronOptimizer] = None,
-    verify: bool = True,
+    directory: Path, chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer] = None, verify: bool = True
 ) -> None:
     """Load weights, and the optimizer's state when it is given, from one checkpoint, in any layout.
 
@@ -277,8 +280,10 @@ def _verify(directory: Path) -> None:
     found: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, checksums.damaged(directory, manifest.crc32, mine))
     if odd := sorted(name for part in found for name in part):
-        raise ValueError(f"checkpoint {directory} is damaged, its checksums differ: {', '.join(odd[:5])}"
-                         f"{', ...' if odd[5:] else ''}; restore it from a copy, or name another checkpoint")  # fmt: skip
+        raise ValueError(
+            f"checkpoint {directory} is damaged, its checksums differ: {', '.join(odd[:5])}"
+            f"{', ...' if odd[5:] else ''}; restore it from a copy, or name another checkpoint"
+        )
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -292,8 +297,9 @@ def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 
 @contextmanager
 def _steps_beside_shards(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let the distributed optimizer load torch's Adam: megatron-core 0.16.1 takes ``step`` from the parameter groups, as
-    it should, and then asks the shards, which have none, for it once more (KeyError)."""
+    """Let the distributed optimizer load torch's Adam: megatron-core 0.16.1 takes ``step`` from the parameter groups,
+    as it should, and then asks the shards, which have none, for it once more (KeyError).
+    """
 
     def with_step(part: DistributedOptimizer, load: Callable) -> Callable:
         def set_states(model_param: torch.nn.Parameter, tensors: dict) -> None:

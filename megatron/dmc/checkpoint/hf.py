@@ -1,4 +1,6 @@
-"""Hugging Face model directories: read tensor by tensor, written shard by shard, never a shard in memory. No Megatron."""
+"""Hugging Face model directories: read tensor by tensor, written shard by shard, never a shard in memory.
+No Megatron.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,18 @@ SINGLE = "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "tekken.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+)
 SHARD_BYTES = 5 * 10**9
 """Of shards whose layout is ours to choose; transformers' own default of many years."""
 
@@ -43,7 +55,9 @@ class HFDirectory:
 
     def side_files(self) -> list[Path]:
         """Tokenizer files and generation configuration that are there."""
-        return [self.path / name for name in (*TOKENIZER_FILES, "generation_config.json") if (self.path / name).is_file()]
+        return [
+            self.path / name for name in (*TOKENIZER_FILES, "generation_config.json") if (self.path / name).is_file()
+        ]
 
 
 def read_json(path: Path) -> dict:
@@ -73,8 +87,10 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
     for name in sorted(names, key=lambda n: header[n]["data_offsets"]):
         entry = header[name]
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} in {path} is of type {entry['dtype']}; expected {', '.join(DTYPES)} (quantized weights "
-                             "must be converted first)")  # fmt: skip
+            raise ValueError(
+                f"{name} in {path} is of type {entry['dtype']}; expected {', '.join(DTYPES)} (quantized weights "
+                "must be converted first)"
+            )
         start, _ = entry["data_offsets"]
         tensors[name] = FileTensor(path, 8 + length + start, entry["shape"], DTYPES[entry["dtype"]], name)
     return tensors
@@ -84,7 +100,11 @@ def _read_bin(path: Path) -> dict[str, Lazy]:
     content = load_lazily(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    odd = [k for k, v in content.items() if not isinstance(v, Lazy)] if isinstance(content, dict) else [type(content).__name__]
+    odd = (
+        [k for k, v in content.items() if not isinstance(v, Lazy)]
+        if isinstance(content, dict)
+        else [type(content).__name__]
+    )
     if odd:
         raise ValueError(f"{path} holds {odd[0]}, which is no dense tensor; expected a state dict")
     for name, tensor in content.items():
@@ -94,7 +114,8 @@ def _read_bin(path: Path) -> dict[str, Lazy]:
 
 
 def open_directory(path: str | Path) -> HFDirectory:
-    """Open a directory with ``config.json`` and weights: safetensors, or ``pytorch_model*.bin`` read without running code.
+    """Open a directory with ``config.json`` and weights: safetensors, or ``pytorch_model*.bin`` read without running
+    code.
 
     Raises:
         ValueError: a file is missing, truncated, or does not hold what its index says; naming file and tensor.
@@ -125,11 +146,15 @@ def _read_shards(path: Path, index: str, weight_map: dict, read: Callable) -> tu
     for name in sorted(set(weight_map.values())):
         expected = {tensor for tensor, file in weight_map.items() if file == name}
         if Path(name).name != name or not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing; {index} lists {len(expected)} tensors in it, {min(expected)} among "
-                             "them: copy it again")  # fmt: skip
+            raise ValueError(
+                f"{path / name} is missing; {index} lists {len(expected)} tensors in it, {min(expected)} among "
+                "them: copy it again"
+            )
         found = read(path / name)
         if missing := sorted(expected - set(found)):
-            raise ValueError(f"{path / name} lacks {missing[0]} (and {len(missing) - 1} more), which {index} expects there")
+            raise ValueError(
+                f"{path / name} lacks {missing[0]} (and {len(missing) - 1} more), which {index} expects there"
+            )
         for tensor, lazy in found.items():
             if tensor in tensors:
                 raise ValueError(f"{tensor} stands in {path / files[tensor]} and in {path / name}")
@@ -137,12 +162,18 @@ def _read_shards(path: Path, index: str, weight_map: dict, read: Callable) -> tu
     return tensors, files
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Lazy], seen: Optional[Callable[[str, torch.Tensor], None]] = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Lazy], seen: Optional[Callable[[str, torch.Tensor], None]] = None
+) -> None:
     """Write one file block by block, in the order given. ``seen`` gets every (name, block)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
@@ -176,13 +207,21 @@ def safetensors_names(weight_map: Mapping[str, str]) -> dict[str, str]:
     """The same layout with safetensors names for ``pytorch_model-*.bin`` files."""
 
     def rename(file: str) -> str:
-        return file.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors" if file.endswith(".bin") else file
+        return (
+            file.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"
+            if file.endswith(".bin")
+            else file
+        )
 
     return {tensor: rename(file) for tensor, file in weight_map.items()}
 
 
-def write_weights(directory: Path, tensors: Mapping[str, Lazy], weight_map: Mapping[str, str],
-                  seen: Optional[Callable[[str, torch.Tensor], None]] = None) -> None:  # fmt: skip
+def write_weights(
+    directory: Path,
+    tensors: Mapping[str, Lazy],
+    weight_map: Mapping[str, str],
+    seen: Optional[Callable[[str, torch.Tensor], None]] = None,
+) -> None:
     """Write every shard of ``weight_map``, and the index when there are several."""
     files: dict[str, dict[str, Lazy]] = {}
     for name, file in weight_map.items():
@@ -199,8 +238,12 @@ def compare_names(found: Iterable[str], expected: Iterable[str], where: str) -> 
     """Raise ``ValueError`` naming what is missing from, or too much in, ``where``."""
     found, expected = set(found), set(expected)
     if missing := sorted(expected - found):
-        raise ValueError(f"{where} lacks {len(missing)} tensors that its configuration asks for: {', '.join(missing[:5])}"
-                         f"{', ...' if len(missing) > 5 else ''}")  # fmt: skip
+        raise ValueError(
+            f"{where} lacks {len(missing)} tensors that its configuration asks for: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}"
+        )
     if extra := sorted(found - expected):
-        raise ValueError(f"{where} has {len(extra)} tensors that its configuration does not know: {', '.join(extra[:5])}"
-                         f"{', ...' if len(extra) > 5 else ''}")  # fmt: skip
+        raise ValueError(
+            f"{where} has {len(extra)} tensors that its configuration does not know: {', '.join(extra[:5])}"
+            f"{', ...' if len(extra) > 5 else ''}"
+        )

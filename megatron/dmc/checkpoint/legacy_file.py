@@ -1,4 +1,6 @@
-"""One file of Megatron's older format, ``model_optim_rng.pt``: opened, checked, taken apart. :mod:`legacy` joins them."""
+"""One file of Megatron's older format, ``model_optim_rng.pt``: opened, checked, taken apart.
+:mod:`legacy` joins them.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,29 @@ from torch import Tensor
 from megatron.dmc.checkpoint.pickled import StandIn, load_lazily
 from megatron.dmc.checkpoint.tensors import Lazy
 
-# What Megatron's files hold beside tensors and plain containers: arguments and the enums in them, Transformer Engine's extra
-# state (a BytesIO before its version 1.14), numpy's random state.
+# What Megatron's files hold beside tensors and plain containers: arguments and the enums in them, Transformer Engine's
+# extra state (a BytesIO before its version 1.14), numpy's random state.
 _MEGATRON_PACKAGES = ("megatron.", "transformer_engine.")
 _MEGATRON_OTHERS = {
-    "argparse.Namespace", "types.SimpleNamespace", "_io.BytesIO", "builtins.bytes", "builtins.frozenset", "signal.Signals",
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "_io.BytesIO",
+    "builtins.bytes",
+    "builtins.frozenset",
+    "signal.Signals",
     "builtins.getattr",  # members of enums, as Python 3.11 pickles them
-    "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePath", "pathlib.PurePosixPath", "datetime.timedelta",
-    "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar",
-}  # fmt: skip
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePath",
+    "pathlib.PurePosixPath",
+    "datetime.timedelta",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+}
 
 
 def megatron_objects(name: str) -> bool:
@@ -36,7 +51,9 @@ def wrong(what: object, found: str, expected: str) -> ValueError:
 
 @dataclass
 class RankFile:
-    """One ``model_optim_rng.pt``: its model chunks, local name -> tensor, without extra state and ``module.`` prefixes."""
+    """One ``model_optim_rng.pt``: its model chunks, local name -> tensor, without extra state and
+    ``module.`` prefixes.
+    """
 
     path: Path
     args: dict[str, Any]
@@ -46,8 +63,9 @@ class RankFile:
     @property
     def layout(self) -> tuple[int, int, int]:
         """Tensor, pipeline and virtual pipeline parallel size."""
-        tensor, pipeline, virtual = (int_arg(self.args, f"{x}_model_parallel_size", 1) for x in
-                                     ("tensor", "pipeline", "virtual_pipeline"))  # fmt: skip
+        tensor, pipeline, virtual = (
+            int_arg(self.args, f"{x}_model_parallel_size", 1) for x in ("tensor", "pipeline", "virtual_pipeline")
+        )
         return tensor, pipeline, virtual
 
 
@@ -58,7 +76,9 @@ def int_arg(args: dict[str, Any], name: str, default: int) -> int:
 
 
 def read_rank_file(path: Path) -> RankFile:
-    """Open one file of Megatron's. Raises ``ValueError``: see :func:`load_lazily`; or it is no such file, or of another version."""
+    """Open one file of Megatron's. Raises ``ValueError``: see :func:`load_lazily`; or it is no such file, or of another
+    version.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing; copy it again")
     content = load_lazily(path, allow=megatron_objects)
@@ -70,23 +90,33 @@ def read_rank_file(path: Path) -> RankFile:
     if odd := [name for name, value in args.items() if isinstance(value, Tensor) or not isinstance(name, str)]:
         raise wrong(path, f"args.{odd[0]} is a tensor", "plain values")
     if content.get("checkpoint_version") != 3.0:
-        raise wrong(f"{path}: checkpoint_version", f"is {content.get('checkpoint_version')!r}",
-                    "3.0 (older ones order the attention heads differently)")  # fmt: skip
+        raise wrong(
+            f"{path}: checkpoint_version",
+            f"is {content.get('checkpoint_version')!r}",
+            "3.0 (older ones order the attention heads differently)",
+        )
     file = RankFile(path, args, int_arg(content, "iteration", 0), [])
     virtual = file.layout[2]
     keys = ["model"] if virtual == 1 else [f"model{i}" for i in range(virtual)]
     models = sorted(str(k) for k in content if re.fullmatch(r"model\d*", str(k)))
     if models != sorted(keys):
-        raise wrong(path, f"holds {', '.join(models) or 'no model'}",
-                    f"{', '.join(keys)} (args.virtual_pipeline_model_parallel_size is {virtual})")  # fmt: skip
+        raise wrong(
+            path,
+            f"holds {', '.join(models) or 'no model'}",
+            f"{', '.join(keys)} (args.virtual_pipeline_model_parallel_size is {virtual})",
+        )
     file.chunks = [_read_chunk(content[key], path, key) for key in keys]
     return file
 
 
 def _read_chunk(state: Any, path: Path, key: str) -> dict[str, Lazy]:
     if not isinstance(state, dict) or any(isinstance(value, dict) for value in state.values()):
-        raise wrong(f"{path}: {key}", "is no flat state dict", "Megatron Core's names (decoder.layers.0.mlp.linear_fc1.weight); "
-                    "older models must go through tools/checkpoint of Megatron-LM first")  # fmt: skip
+        raise wrong(
+            f"{path}: {key}",
+            "is no flat state dict",
+            "Megatron Core's names (decoder.layers.0.mlp.linear_fc1.weight); "
+            "older models must go through tools/checkpoint of Megatron-LM first",
+        )
     result: dict[str, Lazy] = {}
     for full, tensor in state.items():
         name = re.sub(r"^(module\.)+", "", str(full))

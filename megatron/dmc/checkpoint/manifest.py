@@ -82,8 +82,9 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / "manifest.json"
     if not path.is_file() or not (directory / "metadata.json").is_file():
-        raise ValueError(f"{directory} is not a complete checkpoint (manifest.json or metadata.json is missing); "
-                         "name another one")  # fmt: skip
+        raise ValueError(
+            f"{directory} is not a complete checkpoint (manifest.json or metadata.json is missing); name another one"
+        )
     try:
         content = json.loads(path.read_text())
         if (content.pop("format"), content.pop("format_version")) != (FORMAT, FORMAT_VERSION):
@@ -95,11 +96,15 @@ def read_manifest(directory: Path) -> Manifest:
     for name, size in expected.items():
         file = directory / name
         if not file.is_file():
-            raise ValueError(f"{directory} is not a complete checkpoint: {name} is missing; copy it again, or name another "
-                             "checkpoint")  # fmt: skip
+            raise ValueError(
+                f"{directory} is not a complete checkpoint: {name} is missing; copy it again, or name another "
+                "checkpoint"
+            )
         if file.stat().st_size != size:
-            raise ValueError(f"{directory} is not a complete checkpoint: {name} has {file.stat().st_size} bytes and should "
-                             f"have {size}; copy it again, or name another checkpoint")  # fmt: skip
+            raise ValueError(
+                f"{directory} is not a complete checkpoint: {name} has {file.stat().st_size} bytes and should "
+                f"have {size}; copy it again, or name another checkpoint"
+            )
     return manifest
 
 
@@ -132,8 +137,10 @@ def newest_checkpoint(save: str | Path) -> Optional[Path]:
     if broken:
         path = max(broken)
         other = f" to use {found[-1].name}" if found else ""
-        raise ValueError(f"{path} is not a complete checkpoint (manifest.json is missing); restore it, or remove it and "
-                         f"{latest.name}{other}")  # fmt: skip
+        raise ValueError(
+            f"{path} is not a complete checkpoint (manifest.json is missing); restore it, or remove it and "
+            f"{latest.name}{other}"
+        )
     return found[-1] if found else None
 
 
@@ -147,8 +154,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return path
     newest = newest_checkpoint(path)
     if newest is None:
-        raise ValueError(f"{path} holds no complete checkpoint (iter_*/manifest.json); was its run stopped before the first "
-                         "save?")  # fmt: skip
+        raise ValueError(
+            f"{path} holds no complete checkpoint (iter_*/manifest.json); was its run stopped before the first save?"
+        )
     read_manifest(newest)
     return newest
 

@@ -1,8 +1,8 @@
 """What a model family is called in Hugging Face and in Megatron: configuration keys and tensor names, as data.
 
 A family is one :class:`Family`; adding one is adding a table to :data:`FAMILIES` (docs/extending.md). Whatever of a
-``config.json`` no table knows is refused by name: an option that is dropped silently gives a model that talks nonsense. No
-torch, no Megatron.
+``config.json`` no table knows is refused by name: an option that is dropped silently gives a model that talks nonsense.
+No torch, no Megatron.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ gate above up. vocabulary: one to one, with rows of zeros up to ``padded_vocab_s
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One Megatron parameter (its name in a ``torch_dist`` checkpoint, where layers are stacked) and what it is made of."""
+    """One Megatron parameter (its name in a ``torch_dist`` checkpoint, where layers are stacked) and what it is made
+    of.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     """``{layer}`` stands for the layer's number."""
     transform: Transform = "same"
     shapes: tuple[str, ...] = ("h",)
-    """Of every tensor in ``hf``: V vocabulary, h hidden, F feed-forward, q and k: query and KV heads x head dimension, D."""
+    """Of every tensor in ``hf``: V vocabulary, h hidden, F feed-forward, q and k: query and KV heads x head dimension,
+    D.
+    """
     split: Optional[int] = None
     """The dimension that tensor parallelism cuts; None: every rank has all of it."""
     when: Optional[str] = None
@@ -55,20 +59,42 @@ _HF_ATTENTION, _HF_MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer
 LLAMA_TENSORS = (
     TensorRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary", ("V h",), 0),
     TensorRule(_ATTENTION + "linear_qkv.layer_norm_weight", ("model.layers.{layer}.input_layernorm.weight",)),
-    TensorRule(_ATTENTION + "linear_qkv.weight", tuple(_HF_ATTENTION + f"{x}_proj.weight" for x in "qkv"), "qkv",
-               ("q h", "k h", "k h"), 0),
-    TensorRule(_ATTENTION + "linear_qkv.bias", tuple(_HF_ATTENTION + f"{x}_proj.bias" for x in "qkv"), "qkv",
-               ("q", "k", "k"), 0, when="add_qkv_bias"),
-    TensorRule(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), shapes=("D",), when="qk_layernorm"),
-    TensorRule(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), shapes=("D",), when="qk_layernorm"),
+    TensorRule(
+        _ATTENTION + "linear_qkv.weight",
+        tuple(_HF_ATTENTION + f"{x}_proj.weight" for x in "qkv"),
+        "qkv",
+        ("q h", "k h", "k h"),
+        0,
+    ),
+    TensorRule(
+        _ATTENTION + "linear_qkv.bias",
+        tuple(_HF_ATTENTION + f"{x}_proj.bias" for x in "qkv"),
+        "qkv",
+        ("q", "k", "k"),
+        0,
+        when="add_qkv_bias",
+    ),
+    TensorRule(
+        _ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), shapes=("D",), when="qk_layernorm"
+    ),
+    TensorRule(
+        _ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), shapes=("D",), when="qk_layernorm"
+    ),
     TensorRule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), shapes=("h q",), split=1),
     TensorRule(_MLP + "linear_fc1.layer_norm_weight", ("model.layers.{layer}.post_attention_layernorm.weight",)),
-    TensorRule(_MLP + "linear_fc1.weight", (_HF_MLP + "gate_proj.weight", _HF_MLP + "up_proj.weight"), "gate_up",
-               ("F h", "F h"), 0),
+    TensorRule(
+        _MLP + "linear_fc1.weight",
+        (_HF_MLP + "gate_proj.weight", _HF_MLP + "up_proj.weight"),
+        "gate_up",
+        ("F h", "F h"),
+        0,
+    ),
     TensorRule(_MLP + "linear_fc2.weight", (_HF_MLP + "down_proj.weight",), shapes=("h F",), split=1),
     TensorRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    TensorRule("output_layer.weight", ("lm_head.weight",), "vocabulary", ("V h",), 0, "untie_embeddings_and_output_weights"),
-)  # fmt: skip
+    TensorRule(
+        "output_layer.weight", ("lm_head.weight",), "vocabulary", ("V h",), 0, "untie_embeddings_and_output_weights"
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -95,20 +121,45 @@ _LLAMA_REQUIRED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bia
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", {**_LLAMA_DEFAULTS, "max_position_embeddings": 2048},
-               required={**_LLAMA_REQUIRED, "pretraining_tp": tuple(range(1, 65))}),  # slices of one matrix product
-        Family("mistral", "MistralForCausalLM",
-               {**_LLAMA_DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-               required=_LLAMA_REQUIRED),
-        Family("qwen2", "Qwen2ForCausalLM",
-               {**_LLAMA_DEFAULTS, "num_key_value_heads": 32, "use_sliding_window": False, "max_position_embeddings": 32768},
-               switches={"add_qkv_bias": True}, required=_LLAMA_REQUIRED),
-        Family("qwen3", "Qwen3ForCausalLM",
-               {**_LLAMA_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False,
-                "max_position_embeddings": 32768},
-               switches={"qk_layernorm": True}, required=_LLAMA_REQUIRED),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            {**_LLAMA_DEFAULTS, "max_position_embeddings": 2048},
+            required={**_LLAMA_REQUIRED, "pretraining_tp": tuple(range(1, 65))},
+        ),  # slices of one matrix product
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            {**_LLAMA_DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+            required=_LLAMA_REQUIRED,
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            {
+                **_LLAMA_DEFAULTS,
+                "num_key_value_heads": 32,
+                "use_sliding_window": False,
+                "max_position_embeddings": 32768,
+            },
+            switches={"add_qkv_bias": True},
+            required=_LLAMA_REQUIRED,
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            {
+                **_LLAMA_DEFAULTS,
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+                "use_sliding_window": False,
+                "max_position_embeddings": 32768,
+            },
+            switches={"qk_layernorm": True},
+            required=_LLAMA_REQUIRED,
+        ),
     )
-}  # fmt: skip
+}
 
 # HF key -> ModelConfig field.
 _SIZES = {
@@ -123,18 +174,67 @@ _SIZES = {
     "rms_norm_eps": "norm_epsilon",
     "initializer_range": "init_method_std",
 }
-_OPTIONAL = ("num_key_value_heads", "head_dim", "initializer_range")  # transformers derives them, or they do not compute
+_OPTIONAL = (
+    "num_key_value_heads",
+    "head_dim",
+    "initializer_range",
+)  # transformers derives them, or they do not compute
 # Keys that are read below, and keys that say nothing about what the model computes at evaluation.
-_READ = {"model_type", "architectures", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-         "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_dropout", "dmc",
-         "auto_map"}  # fmt: skip
-_INERT = {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "torch_dtype",
-          "dtype", "transformers_version", "use_cache", "_name_or_path", "name_or_path", "output_attentions",
-          "output_hidden_states", "return_dict", "return_dict_in_generate", "torchscript", "chunk_size_feed_forward", "id2label",
-          "label2id", "problem_type", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
-          "is_encoder_decoder", "is_decoder", "max_sequence_length", "model_max_length", "tokenizer_class", "task_specific_params",
-          "unsloth_version", "unsloth_fixed", "keys_to_ignore_at_inference", "max_length", "do_sample", "temperature", "top_p",
-          "top_k"}  # fmt: skip
+_READ = {
+    "model_type",
+    "architectures",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "attention_dropout",
+    "dmc",
+    "auto_map",
+}
+_INERT = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "return_dict_in_generate",
+    "torchscript",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "is_encoder_decoder",
+    "is_decoder",
+    "max_sequence_length",
+    "model_max_length",
+    "tokenizer_class",
+    "task_specific_params",
+    "unsloth_version",
+    "unsloth_fixed",
+    "keys_to_ignore_at_inference",
+    "max_length",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+}
 
 
 def base_config(config: dict) -> dict:
@@ -157,8 +257,9 @@ def family_of(config: dict) -> Family:
     family = FAMILIES[kind]
     named = base_config(config).get("architectures") or [family.architecture]
     if family.architecture not in named:
-        raise ValueError(f"config.json: architectures is {named}; only {family.architecture} has the weights of a language "
-                         "model")  # fmt: skip
+        raise ValueError(
+            f"config.json: architectures is {named}; only {family.architecture} has the weights of a language model"
+        )
     return family
 
 
@@ -172,7 +273,9 @@ def _rope(config: dict, defaults: Mapping[str, Any]) -> tuple[float, Optional[di
         raise ValueError("config.json: rope partial_rotary_factor is not supported; the whole head must be rotated")
     if kind == "default":
         if rope:
-            raise ValueError(f"config.json: rope parameters {sorted(rope)} without a rope_type; name it, or remove them")
+            raise ValueError(
+                f"config.json: rope parameters {sorted(rope)} without a rope_type; name it, or remove them"
+            )
         return float(base), None
     if kind != "llama3":
         raise ValueError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
@@ -184,9 +287,11 @@ def _check_window(config: dict, family: Family, longest: int) -> None:
     if window is None or not config.get("use_sliding_window", family.defaults.get("use_sliding_window", True)):
         return
     if "use_sliding_window" in family.defaults or window < longest:
-        raise ValueError(f"config.json: sliding_window {window} is not supported with max_position_embeddings {longest}; up to "
-                         f"{window} tokens the model is the same without it: set max_position_embeddings to {window}, or "
-                         "sliding_window to null")  # fmt: skip
+        raise ValueError(
+            f"config.json: sliding_window {window} is not supported with max_position_embeddings {longest}; up to "
+            f"{window} tokens the model is the same without it: set max_position_embeddings to {window}, or "
+            "sliding_window to null"
+        )
 
 
 def from_hf_config(config: dict) -> ModelConfig:
@@ -202,14 +307,18 @@ def from_hf_config(config: dict) -> ModelConfig:
     known = {*_SIZES, *_READ, *_INERT, *family.required, *family.inert}
     unknown = sorted(k for k in config if k not in known and config[k] is not None)
     if unknown:
-        raise ValueError(f"config.json: {', '.join(f'{k} = {config[k]!r}' for k in unknown)}: not understood for model_type "
-                         f"{family.model_type}; if it does not change what the model computes, remove it")  # fmt: skip
+        raise ValueError(
+            f"config.json: {', '.join(f'{k} = {config[k]!r}' for k in unknown)}: not understood for model_type "
+            f"{family.model_type}; if it does not change what the model computes, remove it"
+        )
     for key, values in family.required.items():
         value = config.get(key, family.defaults.get(key, values[0]))
         if value is not None and value not in values:
             raise ValueError(f"config.json: {key} is {value!r}; supported: {', '.join(map(repr, values))}")
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise ValueError(f"config.json: layer_types {sorted(set(config['layer_types']))}: only full_attention is supported")
+        raise ValueError(
+            f"config.json: layer_types {sorted(set(config['layer_types']))}: only full_attention is supported"
+        )
     values: dict[str, Any] = dict(family.switches)
     for key, name in _SIZES.items():
         value = config.get(key, family.defaults.get(key))
@@ -231,15 +340,19 @@ def from_hf_config(config: dict) -> ModelConfig:
 
 
 def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
-    """The ``dmc`` block of an exported model; None for a plain one. Raises ``ValueError`` for a newer format or a damaged block."""
+    """The ``dmc`` block of an exported model; None for a plain one. Raises ``ValueError`` for a newer format or a
+    damaged block.
+    """
     if "dmc" not in config:
         return None
     block = config["dmc"]
     if not isinstance(block, dict):
         raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
     if block.get("format_version") != DMC_FORMAT_VERSION:
-        raise ValueError(f"config.json: dmc.format_version is {block.get('format_version')!r}; this version reads "
-                         f"{DMC_FORMAT_VERSION}")  # fmt: skip
+        raise ValueError(
+            f"config.json: dmc.format_version is {block.get('format_version')!r}; this version reads "
+            f"{DMC_FORMAT_VERSION}"
+        )
     missing = [key for key in _DMC_KEYS if key not in block]
     if missing:
         raise ValueError(f"config.json: dmc.{missing[0]} is missing; the block needs {', '.join(_DMC_KEYS)}")
@@ -263,9 +376,16 @@ def to_hf_config(model: ModelConfig, dtype: str) -> dict:
         raise ValueError(f"no model family has add_qkv_bias {model.add_qkv_bias} and qk_layernorm {model.qk_layernorm}")
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= {key: getattr(model, name) for key, name in _SIZES.items()}
-    config |= {"head_dim": model.head_dim, "num_key_value_heads": model.kv_heads, "hidden_act": "silu", "attention_dropout": 0.0,
-               "rope_theta": model.rotary_base, "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-               "torch_dtype": dtype, "use_cache": True}  # fmt: skip
+    config |= {
+        "head_dim": model.head_dim,
+        "num_key_value_heads": model.kv_heads,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "rope_theta": model.rotary_base,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
     if model.rope_scaling:
         config["rope_scaling"] = dict(model.rope_scaling)
     if family.model_type == "llama":
@@ -297,10 +417,16 @@ def hf_shapes(family: Family, model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def symbols_to_shape(symbols: str, model: ModelConfig) -> tuple[int, ...]:
-    """"q h" of :attr:`TensorRule.shapes` as numbers."""
+    """ "q h" of :attr:`TensorRule.shapes` as numbers."""
     d = model.head_dim
-    sizes = {"V": model.vocab_size, "h": model.hidden_size, "F": model.ffn_hidden_size, "D": d,
-             "q": model.num_attention_heads * d, "k": model.kv_heads * d}  # fmt: skip
+    sizes = {
+        "V": model.vocab_size,
+        "h": model.hidden_size,
+        "F": model.ffn_hidden_size,
+        "D": d,
+        "q": model.num_attention_heads * d,
+        "k": model.kv_heads * d,
+    }
     return tuple(sizes[symbol] for symbol in symbols.split())
 
 

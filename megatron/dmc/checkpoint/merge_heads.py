@@ -1,7 +1,8 @@
-"""Multi-head to grouped-query attention: KV heads mean-pooled in groups (Ainslie et al. 2023, arXiv 2305.13245, section 2.1).
+"""Multi-head to grouped-query attention: KV heads mean-pooled in groups (Ainslie et al. 2023, arXiv 2305.13245, section
+2.1).
 
-The result needs up-training; it is the baseline that DMC is compared with. Query heads stay as they are: head h of Hq reads KV
-head h // (Hq / H), so neighbouring KV heads form a group.
+The result needs up-training; it is the baseline that DMC is compared with. Query heads stay as they are: head h of Hq
+reads KV head h // (Hq / H), so neighbouring KV heads form a group.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class MeanHeads(Lazy):
             out[head * d + a - start : head * d + b - start] = total.div_(self.group)
 
 
-def merge_heads(source: str | Path, save: str | Path, kv_heads: int, *, overwrite: bool = False,
-                progress: Optional[Progress] = None) -> Path:  # fmt: skip
+def merge_heads(
+    source: str | Path, save: str | Path, kv_heads: int, *, overwrite: bool = False, progress: Optional[Progress] = None
+) -> Path:
     """Write a Hugging Face directory with ``kv_heads`` KV heads, streaming.
 
     Args:
@@ -48,20 +50,25 @@ def merge_heads(source: str | Path, save: str | Path, kv_heads: int, *, overwrit
         save: where the result goes; import it, then train it on (``--stage pretrain``).
 
     Raises:
-        ValueError: the number does not divide the model's KV heads, the model has been retrofitted, or anything in the source that
-            is missing, damaged or not understood.
+        ValueError: the number does not divide the model's KV heads, the model has been retrofitted, or anything in the
+            source that is missing, damaged or not understood.
     """
     source, save, progress = Path(source), Path(save), progress or Progress()
     directory = hf.open_directory(source)
     if "dmc" in directory.config:
-        raise ValueError(f"{source} has been retrofitted; heads that decide for themselves have no mean: merge the original")
+        raise ValueError(
+            f"{source} has been retrofitted; heads that decide for themselves have no mean: merge the original"
+        )
     model, family = mapping.from_hf_config(directory.config), mapping.family_of(directory.config)
     if not 1 <= kv_heads < model.kv_heads or model.kv_heads % kv_heads:
-        raise ValueError(f"kv-heads is {kv_heads}; {source} has {model.kv_heads} KV heads: use a smaller number that divides it")
+        raise ValueError(
+            f"kv-heads is {kv_heads}; {source} has {model.kv_heads} KV heads: use a smaller number that divides it"
+        )
     tensors = check_tensors(directory.tensors, family, model, str(source))
     ends = tuple(f".self_attn.{x}_proj.{kind}" for x in "kv" for kind in ("weight", "bias"))
     merged = {
-        name: MeanHeads(tensor, kv_heads, model.head_dim) if name.endswith(ends) else tensor for name, tensor in tensors.items()
+        name: MeanHeads(tensor, kv_heads, model.head_dim) if name.endswith(ends) else tensor
+        for name, tensor in tensors.items()
     }
     config = {**directory.config, "num_key_value_heads": kv_heads}
     plan(f"merge {model.kv_heads} KV heads of {source} into {kv_heads} -> {save}", merged, save, progress)

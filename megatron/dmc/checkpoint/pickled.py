@@ -1,7 +1,7 @@
 """Files that ``torch.save`` wrote, without running what is in them and without reading their tensors.
 
-``torch.load(weights_only=True)`` rebuilds tensors and plain containers and refuses every other class; under a fake-tensor
-mode it also leaves the data where it is and notes each storage's place in the file.
+``torch.load(weights_only=True)`` rebuilds tensors and plain containers and refuses every other class; under a
+fake-tensor mode it also leaves the data where it is and notes each storage's place in the file.
 """
 
 from __future__ import annotations
@@ -91,27 +91,30 @@ def _message(error: BaseException) -> str:
     return found.group() if found else " ".join(text.split())[:300]
 
 
-def load_lazily(path: Path, *, offset: int = 0, length: int | None = None,
-                allow: Optional[Callable[[str], bool]] = None) -> Any:  # fmt: skip
+def load_lazily(
+    path: Path, *, offset: int = 0, length: int | None = None, allow: Optional[Callable[[str], bool]] = None
+) -> Any:
     """The object in a ``torch.save`` file, or in a part of a file, with a :class:`Lazy` in place of every tensor.
 
     Args:
         path: a file in PyTorch's zip format (every version since 1.6).
         offset, length: of the part, in bytes; None: up to the end.
-        allow: says of a "module.name" that is no tensor or plain container whether a :class:`StandIn` may take its place; the
-            thing itself is never imported. None: nothing but tensors and plain containers is accepted.
+        allow: says of a "module.name" that is no tensor or plain container whether a :class:`StandIn` may take its
+            place; the thing itself is never imported. None: nothing but tensors and plain containers is accepted.
 
     Raises:
-        ValueError: the file is missing, truncated, in the older format, or holds anything but tensors, plain containers and
-            what is allowed; with the file's name.
+        ValueError: the file is missing, truncated, in the older format, or holds anything but tensors, plain containers
+            and what is allowed; with the file's name.
     """
     try:
         with open(path, "rb") as file:
             size = (file.seek(0, io.SEEK_END) - offset) if length is None else length
             part = io.BufferedReader(_FilePart(file, offset, size))
             if part.peek(2)[:2] != b"PK":
-                raise ValueError(f"{path} is not a file of torch.save's zip format (or is cut off); save it again with "
-                                 "PyTorch 1.6 or newer, or copy it again")  # fmt: skip
+                raise ValueError(
+                    f"{path} is not a file of torch.save's zip format (or is cut off); save it again with "
+                    "PyTorch 1.6 or newer, or copy it again"
+                )
             content = _load(part, path, allow)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -139,7 +142,16 @@ def _load(part: io.BufferedReader, path: Path, allow: Optional[Callable[[str], b
                 return torch.load(part, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{path} is refused: it would run code when it is read ({_message(error)})") from error
-    except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError, struct.error) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        struct.error,
+    ) as error:
         raise ValueError(f"{path} cannot be read: {_message(error)}; copy it again") from error
 
 
@@ -163,10 +175,11 @@ def _file_tensor(fake: Tensor, path: Path, offset: int, name: str) -> Lazy | Ten
 
 
 class TensorFinder:
-    """Finds the data of files, or parts of files, that are each one ``torch.save(tensor)``, as in ``torch_dist`` checkpoints.
+    """Finds the data of files, or parts of files, that are each one ``torch.save(tensor)``, as in ``torch_dist``
+    checkpoints.
 
-    They come in thousands, with a few dozen different pickles. Each of these goes through :func:`load_lazily` once; in what has the
-    same pickle, bit by bit, only the place of the storage is looked up, which is ten times as fast.
+    They come in thousands, with a few dozen different pickles. Each of these goes through :func:`load_lazily` once; in
+    what has the same pickle, bit by bit, only the place of the storage is looked up, which is ten times as fast.
     """
 
     def __init__(self) -> None:
@@ -193,20 +206,37 @@ class TensorFinder:
         return FileTensor(path, offset + begin + inside, like.shape, like.dtype, "")
 
     @staticmethod
-    def _place(path: Path, offset: int, length: int) -> Optional[tuple[tuple[bytes, bytes], dict[str, tuple[int, int]]]]:
-        """(pickle, byte order), and where each record's bytes begin and how many there are; None: no file as expected."""
+    def _place(
+        path: Path, offset: int, length: int
+    ) -> Optional[tuple[tuple[bytes, bytes], dict[str, tuple[int, int]]]]:
+        """(pickle, byte order), and where each record's bytes begin and how many there are;
+        None: no file as expected.
+        """
         try:
-            with open(path, "rb") as file, zipfile.ZipFile(io.BufferedReader(_FilePart(file, offset, length))) as archive:
+            with (
+                open(path, "rb") as file,
+                zipfile.ZipFile(io.BufferedReader(_FilePart(file, offset, length))) as archive,
+            ):
                 records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
                 key = archive.read(records["data.pkl"]), archive.read(records["byteorder"])
                 begins = {}
                 for name, info in records.items():
                     if name.startswith("data/") and info.compress_type == zipfile.ZIP_STORED:
                         file.seek(offset + info.header_offset)
-                        # Local file header: 30 bytes, of which the last four are the lengths of the name and the padding.
+                        # Local file header: 30 bytes, of which the last four are the lengths of the name and the
+                        # padding.
                         lengths = struct.unpack("<26x2H", file.read(30))
                         begins[name] = info.header_offset + 30 + sum(lengths), info.file_size
                 return key, begins
-        except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, struct.error, EOFError, ValueError, RuntimeError,
-                NotImplementedError):  # fmt: skip
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            zipfile.LargeZipFile,
+            KeyError,
+            struct.error,
+            EOFError,
+            ValueError,
+            RuntimeError,
+            NotImplementedError,
+        ):
             return None

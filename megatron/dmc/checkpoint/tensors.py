@@ -47,7 +47,8 @@ class Buffers:
 class Behind:
     """Runs calls one after the other in a thread, while the caller reads what comes next.
 
-    At most two wait, so that with the one that runs and the one that is being read no more than ``Buffers.DEPTH`` are alive.
+    At most two wait, so that with the one that runs and the one that is being read no more than ``Buffers.DEPTH`` are
+    alive.
     """
 
     def __init__(self) -> None:
@@ -136,8 +137,10 @@ class FileTensor(Lazy):
                 while done < len(view):
                     n = file.readinto(view[done:])
                     if not n:
-                        raise ValueError(f"{self.name}: the file ends at byte {position + done}, {len(view) - done} bytes "
-                                         "before the tensor does; it is truncated: copy it again")  # fmt: skip
+                        raise ValueError(
+                            f"{self.name}: the file ends at byte {position + done}, {len(view) - done} bytes "
+                            "before the tensor does; it is truncated: copy it again"
+                        )
                     done += n
         except OSError as error:
             raise ValueError(f"{self.name} cannot be read: {os.strerror(error.errno or 0)}") from error
@@ -162,8 +165,10 @@ class Concat(Lazy):
         first = parts[0]
         for part in parts:
             if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
-                raise ValueError(f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
-                                 f"{list(first.shape)}; they belong to one tensor")  # fmt: skip
+                raise ValueError(
+                    f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
+                    f"{list(first.shape)}; they belong to one tensor"
+                )
         self.parts = list(parts)
         self.shape = (sum(p.shape[0] for p in parts), *first.shape[1:])
         self.dtype, self.name = first.dtype, name or first.name
@@ -184,8 +189,10 @@ class Columns(Lazy):
         first = parts[0]
         for part in parts:
             if len(part.shape) != 2 or part.shape[0] != first.shape[0] or part.dtype != first.dtype:
-                raise ValueError(f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
-                                 f"{list(first.shape)}; they belong to one tensor")  # fmt: skip
+                raise ValueError(
+                    f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
+                    f"{list(first.shape)}; they belong to one tensor"
+                )
         self.parts = list(parts)
         self.shape = (first.shape[0], sum(p.shape[1] for p in parts))
         self.dtype, self.name = first.dtype, name or first.name

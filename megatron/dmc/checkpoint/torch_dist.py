@@ -1,8 +1,8 @@
 """``torch_dist`` checkpoints read and written tensor by tensor, in one process, without Megatron and in bounded memory.
 
 The format is that of ``torch.distributed.checkpoint`` as megatron-core 0.16.1 uses it: layers are stacked in a first
-dimension, every chunk is a ``torch.save`` file inside a ``.distcp`` file, ``.metadata`` says which chunk lies where. Chunks
-may be cut in any way: whoever loads takes the parts that it needs.
+dimension, every chunk is a ``torch.save`` file inside a ``.distcp`` file, ``.metadata`` says which chunk lies where.
+Chunks may be cut in any way: whoever loads takes the parts that it needs.
 """
 
 from __future__ import annotations
@@ -46,17 +46,36 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     # Names are compared whole: a dotted one would reach into what a module imports.
     _ALLOWED = {
-        "torch.distributed.checkpoint.metadata": {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata",
-                                                  "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-                                                  "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "_MEM_FORMAT_ENCODING",
+        },
         "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-        "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"},
+        "torch": {
+            "Size",
+            "float32",
+            "float16",
+            "bfloat16",
+            "float64",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint8",
+            "bool",
+        },
         "torch.serialization": {"_get_layout"},
         "pathlib": {"PosixPath", "PurePosixPath"},
         "collections": {"OrderedDict"},
         "builtins": {"set", "frozenset"},
-    }  # fmt: skip
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if name in self._ALLOWED.get(module, ()):
@@ -67,8 +86,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _Chunk(Lazy):
     """One stored chunk of a stacked or plain tensor; the place of its data in the file is looked up when it is read."""
 
-    def __init__(self, path: Path, info: _StorageInfo, shape: Sequence[int], dtype: torch.dtype, name: str,
-                 find: TensorFinder) -> None:  # fmt: skip
+    def __init__(
+        self, path: Path, info: _StorageInfo, shape: Sequence[int], dtype: torch.dtype, name: str, find: TensorFinder
+    ) -> None:
         self.path, self.info, self.shape, self.dtype, self._find = path, info, tuple(shape), dtype, find
         self.name = f"{name} in {path}"
 
@@ -76,8 +96,10 @@ class _Chunk(Lazy):
     def _data(self) -> FileTensor:
         found = self._find(self.path, self.info.offset, self.info.length)
         if not isinstance(found, FileTensor) or found.dtype != self.dtype or found.nbytes != self.nbytes:
-            raise ValueError(f"{self.name}: .metadata says {self.dtype} {list(self.shape)} and the file holds {found}; the "
-                             "checkpoint is damaged")  # fmt: skip
+            raise ValueError(
+                f"{self.name}: .metadata says {self.dtype} {list(self.shape)} and the file holds {found}; the "
+                "checkpoint is damaged"
+            )
         return found
 
     def read_into(self, out: Tensor, start: int) -> None:
@@ -96,13 +118,17 @@ class _ChunkLayer(Lazy):
 
     def read_into(self, out: Tensor, start: int) -> None:
         data = self.chunk._data
-        FileTensor(data.path, data.offset + self.index * self.nbytes, self.shape, self.dtype, self.name).read_into(out, start)
+        FileTensor(data.path, data.offset + self.index * self.nbytes, self.shape, self.dtype, self.name).read_into(
+            out, start
+        )
 
 
 class Grid(Lazy):
     """A vector or matrix from boxes: (offsets, tensor). Together they must cover it, without overlap."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, boxes: list[tuple[tuple[int, ...], Lazy]], name: str) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, boxes: list[tuple[tuple[int, ...], Lazy]], name: str
+    ) -> None:
         self.shape, self.dtype, self.boxes, self.name = tuple(shape), dtype, sorted(boxes, key=lambda b: b[0]), name
         covered = sum(box.nbytes for _, box in boxes)
         if covered != self.nbytes:
@@ -140,11 +166,15 @@ class DistReader:
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} is refused: it would run code when it is read, or is damaged ({error})") from error
+            raise ValueError(
+                f"{path} is refused: it would run code when it is read, or is damaged ({error})"
+            ) from error
         except (EOFError, AttributeError, TypeError, ValueError, IndexError, ImportError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again") from error
 
-    def tensors(self, prefixes: Sequence[str] = ("embedding.", "decoder.", "output_layer.")) -> dict[str, TensorStorageMetadata]:
+    def tensors(
+        self, prefixes: Sequence[str] = ("embedding.", "decoder.", "output_layer.")
+    ) -> dict[str, TensorStorageMetadata]:
         """Name -> shape and dtype of the model's tensors, without those of the optimizer."""
         return {
             name: entry
@@ -159,8 +189,9 @@ class DistReader:
         boxes: list[tuple[tuple[int, ...], Lazy]] = []
         for index, info in self._chunks[name]:
             offsets = tuple(index.offset or (0,) * len(entry.size))
-            chunk = _Chunk(self.directory / info.relative_path, info, sizes[offsets], entry.properties.dtype, name,
-                           self._find)  # fmt: skip
+            chunk = _Chunk(
+                self.directory / info.relative_path, info, sizes[offsets], entry.properties.dtype, name, self._find
+            )
             if layer is None:
                 boxes.append((offsets, chunk))
             elif offsets[0] <= layer < offsets[0] + chunk.shape[0]:
@@ -172,7 +203,8 @@ class DistReader:
 class DistWriter:
     """Writes a ``torch_dist`` checkpoint that any tensor- and pipeline-parallel layout loads.
 
-    A context: what is left of it after an error is not a checkpoint. Memory: a few chunks (``CHUNK_BYTES``) of each size.
+    A context: what is left of it after an error is not a checkpoint. Memory: a few chunks (``CHUNK_BYTES``) of each
+    size.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -195,9 +227,17 @@ class DistWriter:
             if self._file is not None:
                 self._file.close(complete=False)
 
-    def write(self, name: str, tensor: Lazy, *, layer: Optional[tuple[int, int]] = None, split: Optional[int] = None,
-              parts: int = 1) -> Iterator[Tensor]:  # fmt: skip
-        """Write one tensor, or one layer of a stacked one. Yields every block after it was read, for checks and progress.
+    def write(
+        self,
+        name: str,
+        tensor: Lazy,
+        *,
+        layer: Optional[tuple[int, int]] = None,
+        split: Optional[int] = None,
+        parts: int = 1,
+    ) -> Iterator[Tensor]:
+        """Write one tensor, or one layer of a stacked one. Yields every block after it was read, for checks and
+        progress.
 
         Args:
             layer: (number, how many).
@@ -210,8 +250,10 @@ class DistWriter:
             self._entries[name] = TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
         entry = self._entries[name]
         if tuple(entry.size) != shape or entry.properties.dtype != tensor.dtype:
-            raise ValueError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}; the layers before it have "
-                             f"{entry.properties.dtype} {list(entry.size[1:])}")  # fmt: skip
+            raise ValueError(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}; the layers before it have "
+                f"{entry.properties.dtype} {list(entry.size[1:])}"
+            )
         for row, block in self._row_blocks(tensor, split, parts):
             yield block
             for column, piece in self._column_pieces(block, split):
@@ -264,10 +306,16 @@ class DistWriter:
     def _finish(self) -> None:
         """Write what says where everything is. A directory without it is not a checkpoint."""
         self._close_file()
-        content = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
-                   "common_backend_version": 1}  # fmt: skip
+        content = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
         # What Megatron saves beside the tensors; no optimizer here.
-        torch.save({"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}, self.directory / "common.pt")
+        torch.save(
+            {"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}, self.directory / "common.pt"
+        )
         (self.directory / "metadata.json").write_text(json.dumps(content))
         metadata = Metadata(state_dict_metadata=dict(self._entries), storage_data=self._storage)
         with open(self.directory / ".metadata", "wb") as file:

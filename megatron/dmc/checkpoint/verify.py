@@ -25,14 +25,19 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
     theirs, ours = mapping.base_config(directory.config), mapping.base_config(found.config)
     if family.model_type != found.family.model_type or model != mapping.from_hf_config(found.config):
         keys = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
-        raise ValueError(f"{source} and {found.checkpoint} differ in config.json: "
-                         + ", ".join(f"{k} is {theirs.get(k)!r} and {ours.get(k)!r}" for k in keys[:5]))  # fmt: skip
+        raise ValueError(
+            f"{source} and {found.checkpoint} differ in config.json: "
+            + ", ".join(f"{k} is {theirs.get(k)!r} and {ours.get(k)!r}" for k in keys[:5])
+        )
     if ("dmc" in directory.config) != ("dmc" in found.config):
-        raise ValueError(f"one of {source} and {found.checkpoint} (stage {found.manifest.stage}) is a DMC model and the other "
-                         "is not")  # fmt: skip
+        raise ValueError(
+            f"one of {source} and {found.checkpoint} (stage {found.manifest.stage}) is a DMC model and the other is not"
+        )
     if mapping.dmc_from_hf_config(directory.config) != mapping.dmc_from_hf_config(found.config):
-        raise ValueError(f"{source} and {found.checkpoint} differ in their dmc settings: {directory.config['dmc']} and "
-                         f"{found.config['dmc']}")  # fmt: skip
+        raise ValueError(
+            f"{source} and {found.checkpoint} differ in their dmc settings: {directory.config['dmc']} and "
+            f"{found.config['dmc']}"
+        )
     hf.compare_names(found.tensors, tensors, str(found.checkpoint))
     differing = []
     for name, tensor in tensors.items():
@@ -45,7 +50,10 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
                 differing.append(name)
                 break
     if differing:
-        raise ValueError(f"{len(differing)} of {len(tensors)} tensors differ between {source} and {found.checkpoint}: "
-                         f"{', '.join(differing[:5])}{', ...' if differing[5:] else ''}")  # fmt: skip
+        raise ValueError(
+            f"{len(differing)} of {len(tensors)} tensors differ between {source} and {found.checkpoint}: "
+            f"{', '.join(differing[:5])}{', ...' if differing[5:] else ''}"
+        )
     progress.warn()
-    return f"identical: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values())} bytes, same names, shapes and dtypes"
+    nbytes = sum(t.nbytes for t in tensors.values())
+    return f"identical: {len(tensors)} tensors, {nbytes} bytes, same names, shapes and dtypes"

@@ -43,7 +43,10 @@ def to_hf(rule: TensorRule, layer: Optional[int], parameter: Lazy, model: ModelC
         edges = ((0, rows), (rows, rows + d), (rows + d, rows + 2 * d))
         parts: list[Lazy] = [Concat([Rows(parameter, s + a, s + b) for s in starts]) for a, b in edges]
     elif rule.transform == "gate_up":
-        parts = [Rows(parameter, 0, model.ffn_hidden_size), Rows(parameter, model.ffn_hidden_size, 2 * model.ffn_hidden_size)]
+        parts = [
+            Rows(parameter, 0, model.ffn_hidden_size),
+            Rows(parameter, model.ffn_hidden_size, 2 * model.ffn_hidden_size),
+        ]
     elif rule.transform == "vocabulary":
         parts = [Rows(parameter, 0, model.vocab_size)]
     else:

@@ -1,1 +1,3 @@
-"""Quality and compression: of checkpoints, and of models under several cache policies; tables, plots, tasks, generated text."""
+"""Quality and compression: of checkpoints, and of models under several cache policies; tables, plots, tasks, generated
+text.
+"""

@@ -1,6 +1,6 @@
 """Generate text from a training checkpoint with the compressed cache, and show what the cache did.
 
-    python -m megatron.dmc.evaluation.generate --load CHECKPOINT --tokenizer MODEL --prompt "def main("
+python -m megatron.dmc.evaluation.generate --load CHECKPOINT --tokenizer MODEL --prompt "def main("
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main(argv: Optional[list[str]] = None) -> int:
         prompt = tokenizer.encode(args.prompt)
         ids, shown = list(prompt), args.prompt
         print(shown, end="", flush=True)
-        for token in decoder.generate(prompt, args.max_tokens, args.temperature, args.top_p, args.seed, tokenizer.eod_id):
+        for token in decoder.generate(
+            prompt, args.max_tokens, args.temperature, args.top_p, args.seed, tokenizer.eod_id
+        ):
             if token == tokenizer.eod_id:
                 break
             ids.append(token)

@@ -1,7 +1,8 @@
-"""lm-eval's tasks under any cache policy, eviction too: a model of its own kind for lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
+"""lm-eval's tasks under any cache policy, eviction too: a model of its own kind for lm-eval
+(https://github.com/EleutherAI/lm-evaluation-harness).
 
-What scores given text (multiple choice, perplexity) is computed teacher-forced. Tasks that generate text go through the engine:
-``dmc serve`` and lm-eval's ``local-completions``, for what the engine serves.
+What scores given text (multiple choice, perplexity) is computed teacher-forced. Tasks that generate text go through the
+engine: ``dmc serve`` and lm-eval's ``local-completions``, for what the engine serves.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class PolicyLM(TemplateLM):
         return self.text.encode(string)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        """(_, context, continuation) each -> (log-likelihood of the continuation in nats, whether greedy decoding gives it).
+        """(_, context, continuation) each -> (log-likelihood of the continuation in nats, whether greedy decoding gives
+        it).
 
         What is longer than the model's window loses its beginning, as elsewhere in lm-eval.
         """
@@ -68,7 +70,9 @@ class PolicyLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> NoReturn:
-        raise ValueError("tasks that generate text are not evaluated here; serve the model (dmc serve) and use local-completions")
+        raise ValueError(
+            "tasks that generate text are not evaluated here; serve the model (dmc serve) and use local-completions"
+        )
 
 
 def evaluate(model: PolicyLM, tasks: list[str], include: Optional[str] = None) -> list[Figure]:
@@ -79,7 +83,9 @@ def evaluate(model: PolicyLM, tasks: list[str], include: Optional[str] = None) -
     """
     manager = TaskManager(include_path=include)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(f"lm-eval knows no task {unknown[0]!r}; name one of its own, or put its YAML file into lm_eval_include")
+        raise ValueError(
+            f"lm-eval knows no task {unknown[0]!r}; name one of its own, or put its YAML file into lm_eval_include"
+        )
     found = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False)
     assert found is not None
     figures = []
@@ -89,5 +95,7 @@ def evaluate(model: PolicyLM, tasks: list[str], include: Optional[str] = None) -
             metric, _, kind = name.partition(",")
             if isinstance(value, float) and not metric.endswith("_stderr"):
                 error = metrics.get(f"{metric}_stderr,{kind}")
-                figures.append(Figure(f"lm-eval {task}", metric, value, n, error if isinstance(error, float) else float("nan")))
+                figures.append(
+                    Figure(f"lm-eval {task}", metric, value, n, error if isinstance(error, float) else float("nan"))
+                )
     return figures

@@ -1,14 +1,18 @@
 """Initial weights that can look back: an induction circuit in the first two layers, random weights everywhere else.
 
-A transformer learns to look things up when a head that finds the token before (layer 1) meets one that finds where the same token
-stood (layer 2): an induction circuit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022,
-arXiv 2209.11895). In a small model on two CPU cores that takes longer than there is time, and a model that does not look back tells
-no cache policy from another (docs/experiments.md). Here it begins with the circuit; training goes on from there, nothing is frozen.
+A transformer learns to look things up when a head that finds the token before (layer 1) meets one that finds where the
+same token
+stood (layer 2): an induction circuit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson
+    et al. 2022,
+arXiv 2209.11895). In a small model on two CPU cores that takes longer than there is time, and a model that does not
+look back tells no cache policy from another (docs/experiments.md). Here it begins with the circuit; training goes on
+from there, nothing is frozen.
 
-The residual stream is divided: a code of random signs for the token, a constant, and places that the two heads write to. Head 0 of
-layer 1 scores by distance alone: queries and keys read the constant, the query turned by one position, so that the rotation makes
-distance 1 the best; it copies a part of that token's code. Head 0 of layer 2 compares the token's own code with that copy, in the
-channels that rotary embeddings hardly turn within the window; it copies the code of where it looks, which the output layer reads.
+The residual stream is divided: a code of random signs for the token, a constant, and places that the two heads write
+to. Head 0 of layer 1 scores by distance alone: queries and keys read the constant, the query turned by one position, so
+that the rotation makes distance 1 the best; it copies a part of that token's code. Head 0 of layer 2 compares the
+token's own code with that copy, in the channels that rotary embeddings hardly turn within the window; it copies the
+code of where it looks, which the output layer reads.
 """
 
 from __future__ import annotations
@@ -35,14 +39,17 @@ NEAR, SAME, SURE = 6.0, 1.0, 0.35
 
 
 def _split(model: ModelConfig) -> tuple[int, int, list[int]]:
-    """(channels of a copy, channels of the code, channel pairs that hardly turn). The last pair has the decision neuron."""
+    """(channels of a copy, channels of the code, channel pairs that hardly turn). The last pair has the decision
+    neuron.
+    """
     d = model.head_dim
     copy = min(d, model.hidden_size // 4)
     turned = rotary_frequencies(d, model.rotary_base, model.rope_scaling) * model.max_position_embeddings
     still = [i for i in range(min(d // 2 - 1, copy)) if float(turned[i]) < STILL]
     if model.num_layers < 2 or len(still) < 5 or model.add_qkv_bias or model.qk_layernorm:
         raise ValueError(
-            f"no room for an induction circuit: {model.num_layers} layers, {len(still)} of {d // 2 - 1} channel pairs that turn "
+            f"no room for an induction circuit: {model.num_layers} layers, {len(still)} of {d // 2 - 1} channel pairs "
+            "that turn "
             f"by less than {STILL} over {model.max_position_embeddings} tokens; it takes 2 layers, 5 such pairs (raise "
             "rotary_base), no biases and no norms of q and k"
         )
@@ -50,7 +57,9 @@ def _split(model: ModelConfig) -> tuple[int, int, list[int]]:
 
 
 def weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """fp32 tensors by Hugging Face's names, for a Llama of these sizes. Raises ``ValueError`` when the circuit does not fit."""
+    """fp32 tensors by Hugging Face's names, for a Llama of these sizes. Raises ``ValueError`` when the circuit does not
+    fit.
+    """
     copy, coded, still = _split(model)
     generator = torch.Generator().manual_seed(seed)
     d, std, half = model.head_dim, model.init_method_std, model.head_dim // 2

@@ -34,7 +34,9 @@ class Loaded:
 
 
 def load_checkpoint(path: str | Path, bf16: bool = False) -> Loaded:
-    """Load weights in fp32 (or bf16), in eval mode. Raises ``ValueError`` when ``path`` holds no complete checkpoint."""
+    """Load weights in fp32 (or bf16), in eval mode.
+    Raises ``ValueError`` when ``path`` holds no complete checkpoint.
+    """
     directory = resolve_checkpoint(path)
     manifest = read_manifest(directory)
     config = RunConfig.from_dict(arguments.read_saved_config(directory))
@@ -44,9 +46,7 @@ def load_checkpoint(path: str | Path, bf16: bool = False) -> Loaded:
     from megatron.dmc.checkpoint import dist
     from megatron.dmc.training.model import transformer_config
 
-    model = DMCGPTModel(
-        transformer_config(config), config.model, config.dmc, carry=False, transformer_impl="local"
-    )
+    model = DMCGPTModel(transformer_config(config), config.model, config.dmc, carry=False, transformer_impl="local")
     model.to(initialize.device(), torch.bfloat16 if bf16 else torch.float32)
     dist.load(directory, [model])
     model.eval()

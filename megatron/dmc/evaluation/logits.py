@@ -47,8 +47,10 @@ class Difference:
         )
 
     def __str__(self) -> str:
-        return (f"logits over {self.tokens} tokens: largest difference {self.largest:.2e} (of {self.scale:.3g}), KL {self.kl:.2e} "
-                f"nats per token, same most likely token {self.agreement:.2%}")  # fmt: skip
+        return (
+            f"logits over {self.tokens} tokens: largest difference {self.largest:.2e} (of {self.scale:.3g}), KL "
+            f"{self.kl:.2e} nats per token, same most likely token {self.agreement:.2%}"
+        )
 
 
 def prompts(directory: Path, vocab_size: int, longest: int) -> list[Tensor]:

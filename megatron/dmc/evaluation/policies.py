@@ -1,11 +1,11 @@
 """Cache policies behind one interface: what a query may attend to, and how many slots are held after each token.
 
-A policy is a pure function of one layer's projections of whole sequences. Where the next decision needs the last one's outcome
-(H2O, TOVA) it goes token by token, all heads and sequences at once; the others have a closed form. Either way the result is that
-of decoding one token at a time (``tests/test_policies.py`` compares with exactly that).
+A policy is a pure function of one layer's projections of whole sequences. Where the next decision needs the last one's
+outcome (H2O, TOVA) it goes token by token, all heads and sequences at once; the others have a closed form. Either way
+the result is that of decoding one token at a time (``tests/test_policies.py`` compares with exactly that).
 
-One convention for all: token t attends to what was held after token t - 1 and to itself; then the policy drops what is too much.
-``slots`` counts what is held between steps, which is what a budget limits.
+One convention for all: token t attends to what was held after token t - 1 and to itself; then the policy drops what is
+too much. ``slots`` counts what is held between steps, which is what a budget limits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.config import DMCConfig
-from megatron.dmc.ops import compress, decision_logits, hard_decisions, prefill_attention, rotate, rotate_and_split_neuron
+from megatron.dmc.ops import (
+    compress,
+    decision_logits,
+    hard_decisions,
+    prefill_attention,
+    rotate,
+    rotate_and_split_neuron,
+)
 from megatron.dmc.ops.rotary import cos_sin
 
 ROWS = 64  # queries of a block: scores of so many at once
@@ -62,7 +69,8 @@ class Attended(NamedTuple):
 class Budget:
     """Slots that a head may hold, from a compression ratio.
 
-    fixed: a share of the whole sequence's length, from the first token on, as the public code of H2O (shares of the prompt) and
+    fixed: a share of the whole sequence's length, from the first token on, as the public code of H2O (shares of the
+        prompt) and
     TOVA (a cache size) has it. Nothing is dropped until it is full, so the ratio holds at the end only.
     growing: a share of the tokens seen so far, so that the ratio holds after every token, as it does for DMC.
     """
@@ -93,7 +101,9 @@ class CachePolicy(ABC):
 
     @abstractmethod
     def attend(self, x: Projections) -> Attended:
-        """Attention of every token over what the policy has kept. Raises ``ValueError`` for a model that it does not fit."""
+        """Attention of every token over what the policy has kept. Raises ``ValueError`` for a model that it does not
+        fit.
+        """
 
     def __str__(self) -> str:
         return self.name
@@ -133,8 +143,15 @@ class DMC(CachePolicy):
     def attend(self, x: Projections) -> Attended:
         _require_neuron(self, x)
         dmc, s = self.dmc, x.k.size(2)
-        c = compress(x.q, x.k, x.v, *cos_sin(x.inv_freq, x.positions()), decision_bias=dmc.decision_bias,
-                     epsilon=dmc.importance_epsilon, window=dmc.window)  # fmt: skip
+        c = compress(
+            x.q,
+            x.k,
+            x.v,
+            *cos_sin(x.inv_freq, x.positions()),
+            decision_bias=dmc.decision_bias,
+            epsilon=dmc.importance_epsilon,
+            window=dmc.window,
+        )
         parts = []
         for rows in (slice(start, start + ROWS) for start in range(0, s, ROWS)):
             own = {name: getattr(c, name)[:, :, rows] for name in ("q", "slot", "k_own", "v_own")}
@@ -144,7 +161,9 @@ class DMC(CachePolicy):
 
 def _require_neuron(policy: CachePolicy, x: Projections) -> None:
     if not x.neuron_out:
-        raise ValueError(f"policy {policy} reads the decision neuron, which this model does not have: retrofit it first")
+        raise ValueError(
+            f"policy {policy} reads the decision neuron, which this model does not have: retrofit it first"
+        )
 
 
 class _Masked(CachePolicy):
@@ -184,7 +203,9 @@ class StreamingLLM(_Masked):
 
     def __init__(self, budget: Budget, sinks: int = 4) -> None:
         if budget.minimum <= sinks:
-            raise ValueError(f"a budget of {budget.minimum} slots leaves no window beside {sinks} sinks; raise the minimum")
+            raise ValueError(
+                f"a budget of {budget.minimum} slots leaves no window beside {sinks} sinks; raise the minimum"
+            )
         self.budget, self.sinks = budget, sinks
 
     def attend(self, x: Projections) -> Attended:
@@ -199,7 +220,8 @@ class StreamingLLM(_Masked):
         rows = at[start:stop]
         held = torch.minimum(rows, self._budget(x)[start:stop])  # before the query: its position in the cache
         if x.neuron_out:
-            # The neuron's partner is not rotated but scaled by a cosine, so its part of a score depends on both positions.
+            # The neuron's partner is not rotated but scaled by a cosine, so its part of a score depends on both
+            # positions.
             n, angle = k.size(-1) // 2 - 1, x.inv_freq[-1]
             places = held[:, None] - (rows[:, None] - at[:stop])
             here = (held * angle).cos()[:, None] * (places * angle).cos()
@@ -216,10 +238,11 @@ class StreamingLLM(_Masked):
 
 
 class DMS(_Masked):
-    """Dynamic Memory Sparsification (arXiv 2506.05345) with hard decisions: marked tokens are evicted, ``window`` tokens later.
+    """Dynamic Memory Sparsification (arXiv 2506.05345) with hard decisions: marked tokens are evicted, ``window``
+    tokens later.
 
-    The decision that the neuron takes at token t + 1 is about token t, as in DMC and in the authors' code; a marked token is seen
-    by the ``window`` queries after it, and by none after those.
+    The decision that the neuron takes at token t + 1 is about token t, as in DMC and in the authors' code; a marked
+    token is seen by the ``window`` queries after it, and by none after those.
     """
 
     name = "DMS"
@@ -296,9 +319,9 @@ class _Scored(CachePolicy):
 class H2O(_Scored):
     """Heavy-Hitter Oracle (Zhang et al. 2023, arXiv 2306.14048, algorithm 1).
 
-    A token's score is the attention that it has received since it came, summed over queries; each head drops the token with the
-    lowest sum. As in its experiments, half of the budget is for the latest tokens and the other half for heavy hitters. Query
-    heads that share a KV head add up.
+    A token's score is the attention that it has received since it came, summed over queries; each head drops the token
+    with the lowest sum. As in its experiments, half of the budget is for the latest tokens and the other half for heavy
+    hitters. Query heads that share a KV head add up.
     """
 
     name = "H2O"
@@ -313,8 +336,8 @@ class H2O(_Scored):
 class TOVA(_Scored):
     """Token Omission Via Attention (Oren et al. 2024, arXiv 2401.06104).
 
-    The token to which the last query attends least is dropped, by the mean over all query heads of the layer: its heads hold
-    the same tokens. The newest token may be it.
+    The token to which the last query attends least is dropped, by the mean over all query heads of the layer: its heads
+    hold the same tokens. The newest token may be it.
     """
 
     name = "TOVA"

@@ -42,8 +42,15 @@ def _batches(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, 
     config.data.data_path, config.data.valid_data_path = [prefix], [prefix]
     check_datasets(config, tokenizer)
     _, data = build_datasets(config, tokenizer, 1, sequences)
-    return batch_iterator(data, consumed_samples=0, micro_batch_size=batch, global_batch_size=batch, dp_rank=0,
-                          dp_size=1, device=initialize.device())  # fmt: skip
+    return batch_iterator(
+        data,
+        consumed_samples=0,
+        micro_batch_size=batch,
+        global_batch_size=batch,
+        dp_rank=0,
+        dp_size=1,
+        device=initialize.device(),
+    )
 
 
 @torch.no_grad()

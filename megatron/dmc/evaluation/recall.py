@@ -1,8 +1,10 @@
-"""Synthetic recall in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654): needle, multi-key, variable tracking, copying.
+"""Synthetic recall in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654): needle, multi-key, variable tracking,
+copying.
 
-Written as assignments, which a model continues without having been told to: ``name = value`` somewhere in a haystack, and at
-the end ``name =``. The material is the model's own tokenizer and text (:class:`TextMaterial`), or bare token ids for a model
-without one (:class:`IdMaterial`). All samples of a length have as many tokens, so they are scored as one batch.
+Written as assignments, which a model continues without having been told to: ``name = value`` somewhere in a haystack,
+and at the end ``name =``. The material is the model's own tokenizer and text (:class:`TextMaterial`), or bare token ids
+for a model without one (:class:`IdMaterial`). All samples of a length have as many tokens, so they are scored as one
+batch.
 """
 
 from __future__ import annotations
@@ -136,7 +138,9 @@ def needle(material: Material, rng: random.Random) -> Sample:
 
 
 def multi_key(material: Material, rng: random.Random, keys: int = 8) -> Sample:
-    """``keys`` assignments to different names; one value is asked for, the others distract. RULER's multi-key needle."""
+    """``keys`` assignments to different names; one value is asked for, the others distract.
+    RULER's multi-key needle.
+    """
     names, values = material.names(keys, rng), material.values(keys, rng)
     pieces = [material.assignment(*pair) for pair in zip(names, values)]
     return Sample(pieces, False, [*material.begin, *names[0], *material.equals], values[0])
@@ -145,8 +149,8 @@ def multi_key(material: Material, rng: random.Random, keys: int = 8) -> Sample:
 def variable_tracking(material: Material, rng: random.Random, hops: int = 2) -> Sample:
     """A chain of assignments in its order, x1 = value, x2 = x1, x3 = x2; asked for backwards, x3 = x2 = x1 = value.
 
-    RULER asks for all names that have the value, which takes an instruction; a chained assignment asks a plain model for as
-    much. The equals signs in it are given, not asked for.
+    RULER asks for all names that have the value, which takes an instruction; a chained assignment asks a plain model
+    for as much. The equals signs in it are given, not asked for.
     """
     names, (value,) = material.names(hops + 1, rng), material.values(1, rng)
     pieces = [material.assignment(name, source) for name, source in zip(names, [value, *names])]
@@ -154,7 +158,9 @@ def variable_tracking(material: Material, rng: random.Random, hops: int = 2) -> 
     for name in reversed(names[:-1]):
         answer += [*name, *material.equals]
         graded += [True] * len(name) + [False] * len(material.equals)
-    return Sample(pieces, True, [*material.begin, *names[-1], *material.equals], answer + value, graded + [True] * len(value))
+    return Sample(
+        pieces, True, [*material.begin, *names[-1], *material.equals], answer + value, graded + [True] * len(value)
+    )
 
 
 def copying(material: Material, rng: random.Random, lines: int = 4) -> Sample:
@@ -165,8 +171,11 @@ def copying(material: Material, rng: random.Random, lines: int = 4) -> Sample:
 
 
 SUITE: dict[str, Callable[[Material, random.Random], Sample]] = {
-    "needle": needle, "multi-key": multi_key, "variable tracking": variable_tracking, "copying": copying,
-}  # fmt: skip
+    "needle": needle,
+    "multi-key": multi_key,
+    "variable tracking": variable_tracking,
+    "copying": copying,
+}
 
 
 def place(sample: Sample, material: Material, length: int, depth: float, rng: random.Random) -> Ids:
@@ -180,19 +189,25 @@ def place(sample: Sample, material: Material, length: int, depth: float, rng: ra
     """
     room = length - sum(map(len, [*sample.pieces, sample.question, sample.answer]))
     if room < 0:
-        raise ValueError(f"a sample of {length} tokens is too short: its pieces, question and answer take {length - room}")
+        raise ValueError(
+            f"a sample of {length} tokens is too short: its pieces, question and answer take {length - room}"
+        )
     # Where each piece stands, as tokens of haystack before it.
     first = round(depth * room)
     places = [rng.randint(first if sample.ordered else 0, room) for _ in sample.pieces[1:]]
     places = [first, *(sorted(places) if sample.ordered else places)]
     filler, out, used = material.filler(room, rng), [], 0
-    for at, piece in sorted(zip(places, sample.pieces), key=lambda pair: pair[0]):  # stable: the order of pieces at one place stays
+    for at, piece in sorted(
+        zip(places, sample.pieces), key=lambda pair: pair[0]
+    ):  # stable: the order of pieces at one place stays
         out += filler[used:at] + piece
         used = at
     return [*out, *filler[used:], *sample.question, *sample.answer]
 
 
-def samples_of(task: str, material: Material, length: int, depth: float, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def samples_of(
+    task: str, material: Material, length: int, depth: float, samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Samples int64 [samples, length], and bool [a]: which of the last a tokens, the answer, count.
 
     The same arguments give the same samples.
@@ -207,18 +222,28 @@ def samples_of(task: str, material: Material, length: int, depth: float, samples
     return torch.tensor(rows), torch.tensor(graded.pop())
 
 
-def recall(model: TeacherForced, policy: Optional[CachePolicy], material: Material, *, tasks: Sequence[str] = tuple(SUITE),
-           lengths: Sequence[int], depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0), samples: int = 20,
-           seed: int = 0, batch: int = 8) -> dict[str, Result]:  # fmt: skip
+def recall(
+    model: TeacherForced,
+    policy: Optional[CachePolicy],
+    material: Material,
+    *,
+    tasks: Sequence[str] = tuple(SUITE),
+    lengths: Sequence[int],
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 20,
+    seed: int = 0,
+    batch: int = 8,
+) -> dict[str, Result]:
     """Every task at every length and depth. ``batch``: sequences at once.
 
     Returns:
-        task -> figures over samples: for each length and depth, and over all depths of a length ("512 tokens"), the share of
-        answers that are right in full (exact), the share of their tokens, and their loss in nats.
-        The compression is that of the longest sequences.
+        task -> figures over samples: for each length and depth, and over all depths of a length ("512 tokens"), the
+        share of answers that are right in full (exact), the share of their tokens, and their loss in nats. The
+        compression is that of the longest sequences.
 
     Raises:
-        ValueError: an unknown task, a depth outside [0, 1], or a length that is too short for the task or too long for the model.
+        ValueError: an unknown task, a depth outside [0, 1], or a length that is too short for the task or too long for
+            the model.
     """
     if wrong := [task for task in tasks if task not in SUITE]:
         raise ValueError(f"unknown task {wrong[0]!r}; there are {', '.join(SUITE)}")

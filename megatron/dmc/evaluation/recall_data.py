@@ -1,8 +1,9 @@
-"""Training text that makes looking back worth learning: the recall suite's assignments and questions, many to a document.
+"""Training text that makes looking back worth learning: the recall suite's assignments and questions, many to a
+document.
 
-A small model that has seen a few million tokens of text never learns to look things up, and then no cache policy can spoil it: the
-full cache and a window give the same. Mixed into pre-training, these documents teach what the suite asks. They share its
-form, and none of its samples: names, values, haystack and places are drawn anew.
+A small model that has seen a few million tokens of text never learns to look things up, and then no cache policy can
+spoil it: the full cache and a window give the same. Mixed into pre-training, these documents teach what the suite asks.
+They share its form, and none of its samples: names, values, haystack and places are drawn anew.
 
     python -m megatron.dmc.evaluation.recall_data --tokenizer tokenizer.model --corpus train.jsonl --tokens 2000000 \\
         --output-prefix data/recall
@@ -23,8 +24,9 @@ from megatron.dmc.evaluation.recall import SUITE, Ids, Material, TextMaterial
 
 
 def document(material: Material, length: int, rng: random.Random) -> Ids:
-    """About ``length`` ids (never more by more than one sample): samples whose pieces stand in any order, each one's question and
-    answer somewhere after its pieces, haystack between them."""
+    """About ``length`` ids (never more by more than one sample): samples whose pieces stand in any order, each one's
+    question and answer somewhere after its pieces, haystack between them.
+    """
     full = length * rng.uniform(0.3, 0.9)
     events: list[tuple[float, Ids]] = []
     used = 0
@@ -46,8 +48,10 @@ def document(material: Material, length: int, rng: random.Random) -> Ids:
 
 
 def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
-    """``length`` tokens of blocks of random ids, each either new or one that stood before. All of a repeated block but its first
-    token can be told by looking back: this is what the mechanism is learned from, for the suite's own form is too sparse."""
+    """``length`` tokens of blocks of random ids, each either new or one that stood before. All of a repeated block but
+    its first token can be told by looking back: this is what the mechanism is learned from, for the suite's own form is
+    too sparse.
+    """
     blocks: list[Ids] = []
     out: Ids = []
     while len(out) < length:
@@ -58,8 +62,16 @@ def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
     return out[:length]
 
 
-def write(prefix: str | Path, tokenizer_path: str, corpus: str | Path, tokens: int, *, longest: int = 512, repeated: float = 0.5,
-          seed: int = 0) -> int:  # fmt: skip
+def write(
+    prefix: str | Path,
+    tokenizer_path: str,
+    corpus: str | Path,
+    tokens: int,
+    *,
+    longest: int = 512,
+    repeated: float = 0.5,
+    seed: int = 0,
+) -> int:
     """Write an indexed dataset of documents of ``longest`` / 4...``longest`` tokens. Returns its number of tokens.
 
     Args:
@@ -96,20 +108,39 @@ def write(prefix: str | Path, tokenizer_path: str, corpus: str | Path, tokens: i
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit status 2 on wrong input."""
-    parser = argparse.ArgumentParser(prog="megatron.dmc.evaluation.recall_data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="sentencepiece model or Hugging Face directory")
+    parser = argparse.ArgumentParser(
+        prog="megatron.dmc.evaluation.recall_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="sentencepiece model or Hugging Face directory"
+    )
     parser.add_argument("--corpus", required=True, metavar="FILE", help="JSONL, for the haystack")
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--tokens", type=int, default=2_000_000, metavar="N", help="at least (default: %(default)s)")
-    parser.add_argument("--longest", type=int, default=512, metavar="N", help="document, in tokens (default: %(default)s)")
-    parser.add_argument("--repeated", type=float, default=0.5, metavar="X", help="share of documents that are blocks of "
-                        "random ids which come again (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--longest", type=int, default=512, metavar="N", help="document, in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeated",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="share of documents that are blocks of random ids which come again (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        tokens = write(args.output_prefix, args.tokenizer, args.corpus, args.tokens, longest=args.longest,
-                       repeated=args.repeated, seed=args.seed)  # fmt: skip
+        tokens = write(
+            args.output_prefix,
+            args.tokenizer,
+            args.corpus,
+            args.tokens,
+            longest=args.longest,
+            repeated=args.repeated,
+            seed=args.seed,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,15 +20,23 @@ class ReferenceDecoder:
 
     def __init__(self, loaded: Loaded) -> None:
         if not loaded.compresses:
-            raise ValueError(f"{loaded.path} is of stage {loaded.manifest.stage}, which does not compress; name a "
-                             "checkpoint of retrofit or finetune")  # fmt: skip
+            raise ValueError(
+                f"{loaded.path} is of stage {loaded.manifest.stage}, which does not compress; name a "
+                "checkpoint of retrofit or finetune"
+            )
         if loaded.config.dmc.method != "dmc":
             raise ValueError(f"{loaded.path} was trained with method {loaded.config.dmc.method}; this decodes dmc only")
         self.model, self.config = loaded.model, loaded.config
         m, dmc = self.config.model, self.config.dmc
         self.caches = [
-            OracleCache(1, m.kv_heads, self.model.rotary_pos_emb.inv_freq, decision_bias=dmc.decision_bias,
-                        epsilon=dmc.importance_epsilon, window=dmc.window)  # fmt: skip
+            OracleCache(
+                1,
+                m.kv_heads,
+                self.model.rotary_pos_emb.inv_freq,
+                decision_bias=dmc.decision_bias,
+                epsilon=dmc.importance_epsilon,
+                window=dmc.window,
+            )
             for _ in range(m.num_layers)
         ]
         self.tokens = 0
@@ -55,11 +63,22 @@ class ReferenceDecoder:
             gate, up = F.linear(layer.pre_mlp_layernorm(x), layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight)
         self.tokens += 1
-        head = model.output_layer.weight if m.untie_embeddings_and_output_weights else model.embedding.word_embeddings.weight
+        head = (
+            model.output_layer.weight
+            if m.untie_embeddings_and_output_weights
+            else model.embedding.word_embeddings.weight
+        )
         return F.linear(model.decoder.final_layernorm(x), head)[0, : m.vocab_size].float()
 
-    def generate(self, prompt: list[int], max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-                 seed: Optional[int] = None, stop: Optional[int] = None):  # fmt: skip
+    def generate(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: Optional[int] = None,
+        stop: Optional[int] = None,
+    ):
         """Yield up to ``max_tokens`` token ids after ``prompt``; ``temperature`` 0 is greedy; ``stop`` ends early."""
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")

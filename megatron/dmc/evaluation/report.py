@@ -22,7 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, metavar="PREFIX", help="validation dataset")
     parser.add_argument("--output", required=True, metavar="DIR", help="gets report.md, report.json, *.png")
     parser.add_argument("--row", action="append", required=True, metavar="NAME=CHECKPOINT[:BASELINE]")
-    parser.add_argument("--curves", nargs="*", default=[], metavar="DIR", help="TensorBoard directories, in stage order")
+    parser.add_argument(
+        "--curves", nargs="*", default=[], metavar="DIR", help="TensorBoard directories, in stage order"
+    )
     parser.add_argument("--sequences", type=int, default=200)
     return parser
 
@@ -81,8 +83,10 @@ def table(results: list[dict]) -> str:
     for r in results:
         cr = f"{r['cr']:.2f} ({r['target_cr']:.2f})" if r["target_cr"] > 1 else "1"
         ratio = f"{r['perplexity_ratio']:.3f}" if r["perplexity_ratio"] else ""
-        lines.append(f"| {r['name']} | {r['perplexity']:.2f} | {r['baseline'] or ''} | {ratio} | {cr} | "
-                     f"{r['kv_bytes_per_token']:.0f} |")  # fmt: skip
+        lines.append(
+            f"| {r['name']} | {r['perplexity']:.2f} | {r['baseline'] or ''} | {ratio} | {cr} | "
+            f"{r['kv_bytes_per_token']:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -116,7 +120,9 @@ def plot_heads(results: list[dict], path: Path) -> None:
     shown = [r for r in results if r["target_cr"] > 1]
     if not shown:
         return
-    figure, axes = plt.subplots(1, len(shown), figsize=(1.2 + 3.6 * len(shown), 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(1.2 + 3.6 * len(shown), 4.2), squeeze=False, layout="constrained"
+    )
     for axis, r in zip(axes[0], shown, strict=True):
         values = r["cr_by_head"]
         # Rates span orders of magnitude: some heads keep everything, others a handful of slots.

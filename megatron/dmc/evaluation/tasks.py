@@ -1,7 +1,8 @@
 """Tasks from local data, for a model under a cache policy: perplexity by position, and identifiers that came before.
 
-Synthetic recall is in :mod:`megatron.dmc.evaluation.recall`. Everything is teacher-forced; "correct" says that greedy decoding
-would have given the token. Every task is a function (model, policy, data) -> figures, each with its n and standard error.
+Synthetic recall is in :mod:`megatron.dmc.evaluation.recall`. Everything is teacher-forced; "correct" says that greedy
+decoding would have given the token. Every task is a function (model, policy, data) -> figures, each with its n and
+standard error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ class Figure:
     @classmethod
     def mean(cls, task: str, where: str, observations: Tensor) -> Figure:
         x = observations.double()
-        return cls(task, where, float(x.mean()), x.numel(), float(x.std() / math.sqrt(x.numel())) if x.numel() > 1 else math.nan)
+        return cls(
+            task,
+            where,
+            float(x.mean()),
+            x.numel(),
+            float(x.std() / math.sqrt(x.numel())) if x.numel() > 1 else math.nan,
+        )
 
     def __str__(self) -> str:
         return f"{self.task} ({self.where}): {self.value:.4f} ± {self.stderr:.4f}, n = {self.n}"
@@ -52,8 +59,8 @@ class Result:
 
 
 def windows(documents: Sequence[Sequence[int]], length: int, most: Optional[int] = None) -> Tensor:
-    """Cut documents into sequences of ``length`` tokens: int64 [n, length]. A window never spans two documents; what is left
-    at the end of one is dropped.
+    """Cut documents into sequences of ``length`` tokens: int64 [n, length]. A window never spans two documents; what is
+    left at the end of one is dropped.
 
     Raises:
         ValueError: no document is as long.
@@ -64,8 +71,13 @@ def windows(documents: Sequence[Sequence[int]], length: int, most: Optional[int]
     return torch.tensor(found[:most], dtype=torch.long)
 
 
-def perplexity_by_position(model: TeacherForced, policy: Optional[CachePolicy], tokens: Tensor,
-                           edges: Optional[Sequence[int]] = None, batch: int = 8) -> Result:  # fmt: skip
+def perplexity_by_position(
+    model: TeacherForced,
+    policy: Optional[CachePolicy],
+    tokens: Tensor,
+    edges: Optional[Sequence[int]] = None,
+    batch: int = 8,
+) -> Result:
     """Mean loss (nats per token) of positions [edges[i], edges[i + 1]), and of all.
 
     Args:
@@ -138,8 +150,14 @@ def repeated_identifiers(tokens: Tensor, tokenizer: Tokenizer) -> list[Occurrenc
     return found
 
 
-def identifiers(model: TeacherForced, policy: Optional[CachePolicy], tokens: Tensor, tokenizer: Tokenizer,
-                gaps: Sequence[int] = (0, 32, 128), batch: int = 8) -> Result:  # fmt: skip
+def identifiers(
+    model: TeacherForced,
+    policy: Optional[CachePolicy],
+    tokens: Tensor,
+    tokenizer: Tokenizer,
+    gaps: Sequence[int] = (0, 32, 128),
+    batch: int = 8,
+) -> Result:
     """Share of repeated identifiers that greedy decoding would have given in full, by how long ago they were last seen.
 
     Args:
@@ -159,7 +177,10 @@ def identifiers(model: TeacherForced, policy: Optional[CachePolicy], tokens: Ten
         raise ValueError("no identifier comes twice in a window; use longer windows, or text with identifiers")
     scored = model.score(tokens, policy, batch)
     figures = []
-    for where, lowest, highest in [("all", 0, math.inf), *((f"gap >= {a}", a, b) for a, b in zip(gaps, [*gaps[1:], math.inf]))]:
+    for where, lowest, highest in [
+        ("all", 0, math.inf),
+        *((f"gap >= {a}", a, b) for a, b in zip(gaps, [*gaps[1:], math.inf])),
+    ]:
         right: dict[int, list[bool]] = {}
         for o in occurrences:
             if lowest <= o.gap < highest:
@@ -175,7 +196,10 @@ def answer_figures(task: str, where: str, scored: Scored, graded: Tensor) -> lis
     Args:
         graded: bool [a], which tokens of the answer count; the others are given.
     """
-    correct, loss = scored.correct[:, -len(graded) :][:, graded], -scored.log_prob[:, -len(graded) :][:, graded].double()
+    correct, loss = (
+        scored.correct[:, -len(graded) :][:, graded],
+        -scored.log_prob[:, -len(graded) :][:, graded].double(),
+    )
     return [
         Figure.mean(f"{task}, exact", where, correct.all(dim=1)),
         Figure.mean(f"{task}, tokens", where, correct.double().mean(dim=1)),

@@ -1,7 +1,7 @@
 """Teacher-forced evaluation of a Hugging Face directory under any cache policy.
 
-Layer by layer instead of token by token: what a policy does in a layer depends on that layer alone, so all matrix products run
-over whole sequences, and the result is still that of decoding.
+Layer by layer instead of token by token: what a policy does in a layer depends on that layer alone, so all matrix
+products run over whole sequences, and the result is still that of decoding.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class TeacherForced(Model):
     """A Llama-family model, plain or exported with a ``dmc`` block, whose attention is a policy's."""
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu") -> TeacherForced:
+    def load(
+        cls, path: str | Path, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> TeacherForced:
         """Raises ``ValueError`` for a directory that is wrong, naming key, tensor and fix."""
         directory, where = hf.open_directory(Path(path)), torch.device(device)
         info = read_info(directory)
@@ -87,7 +89,11 @@ class TeacherForced(Model):
 
     def own_policy(self) -> CachePolicy:
         """What the model was trained for: DMC or DMS after their retrofit, else the full cache."""
-        if self.info.compresses and self.info.dmc is not None and self.info.decision_bias == self.info.dmc.decision_bias:
+        if (
+            self.info.compresses
+            and self.info.dmc is not None
+            and self.info.decision_bias == self.info.dmc.decision_bias
+        ):
             dmc = self.info.dmc
             return DMC(dmc) if dmc.method == "dmc" else DMS(dmc.decision_bias, dmc.window or 1)
         return FullCache()
@@ -102,7 +108,8 @@ class TeacherForced(Model):
             batch: sequences at once.
 
         Raises:
-            ValueError: ids beyond the vocabulary, sequences beyond the model's window, or a policy that the model does not fit.
+            ValueError: ids beyond the vocabulary, sequences beyond the model's window, or a policy that the model does
+                not fit.
         """
         vocabulary, longest = self.info.model.vocab_size, self.info.model.max_position_embeddings
         if tokens.dim() != 2 or tokens.size(1) < 2:
@@ -110,7 +117,9 @@ class TeacherForced(Model):
         if tokens.size(1) > longest:
             raise ValueError(f"sequences of {tokens.size(1)} tokens exceed max_position_embeddings {longest}")
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-            raise ValueError(f"token ids run from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {vocabulary}")
+            raise ValueError(
+                f"token ids run from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {vocabulary}"
+            )
         policy = policy or self.own_policy()
         return Scored.cat([self._score(part.to(self.device), policy) for part in tokens.split(batch)])
 
@@ -120,7 +129,8 @@ class TeacherForced(Model):
         for layer in self.layers:
             # [b * s, heads, D] -> [b, heads, s, D]
             q, k, v = (
-                y.view(b, s, -1, d).transpose(1, 2).contiguous() for y in self._project(layer, self._normed(x, layer.input_norm))
+                y.view(b, s, -1, d).transpose(1, 2).contiguous()
+                for y in self._project(layer, self._normed(x, layer.input_norm))
             )
             attended = policy.attend(Projections(q, k, v, self.inv_freq, self.info.compresses))
             slots.append(attended.slots.to(torch.int32))

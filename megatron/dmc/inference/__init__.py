@@ -1,9 +1,9 @@
 """The inference engine: a model directory, a paged compressed cache, continuous batching. Imports no Megatron.
 
-    from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.inference import LLM, SamplingParams
 
-    llm = LLM("Llama-2-7B-DMC-4x")
-    print(llm.generate("The cache of", SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
+llm = LLM("Llama-2-7B-DMC-4x")
+print(llm.generate("The cache of", SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
 """
 
 from megatron.dmc.inference.config import EngineConfig

@@ -1,7 +1,9 @@
-"""Measures an engine offline: requests in, seconds out, and what the cache did meanwhile. ``bench_cli.py`` is the command.
+"""Measures an engine offline: requests in, seconds out, and what the cache did meanwhile. ``bench_cli.py`` is the
+command.
 
-A timed iteration runs with nothing around the engine but a clock and a counter per step. Where the time of a step goes is looked
-at in a warm-up iteration, so that looking does not disturb what is timed: torch's profiler watches some steps from the middle on.
+A timed iteration runs with nothing around the engine but a clock and a counter per step. Where the time of a step goes
+is looked at in a warm-up iteration, so that looking does not disturb what is timed: torch's profiler watches some steps
+from the middle on.
 """
 
 from __future__ import annotations
@@ -25,9 +27,15 @@ from megatron.dmc.inference.request import StepOutput
 from megatron.dmc.inference.sampling import SamplingParams
 
 LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"})
-KERNELS = {"append": ("cudaappend)",), "attention": ("::attend", "::plan("),
-           "linear": ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "xmma"), "communication": ("nccl",)}  # fmt: skip
-"""Parts of a step by what the names of GPU kernels (with their parameters) hold, where nothing else tells; all else is "other"."""
+KERNELS = {
+    "append": ("cudaappend)",),
+    "attention": ("::attend", "::plan("),
+    "linear": ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "xmma"),
+    "communication": ("nccl",),
+}
+"""Parts of a step by what the names of GPU kernels (with their parameters) hold, where nothing else tells; all else is
+"other".
+"""
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,13 @@ class Iteration:
     @property
     def first_token(self) -> float:
         """Seconds until the last answer had its first token."""
-        return max(o.timing.first_token for o in self.finished if o.timing is not None and o.timing.first_token is not None)
+        return max(
+            o.timing.first_token for o in self.finished if o.timing is not None and o.timing.first_token is not None
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------------------------------------------------- the
+# work
 
 
 def random_lens(mean: int, spread: float, count: int, generator: np.random.Generator) -> list[int]:
@@ -89,7 +100,8 @@ def random_prompts(lens: Sequence[int], vocab_size: int, generator: np.random.Ge
 
 
 def read_prompts(path: str | Path, count: int) -> list[str | list[int]]:
-    """The prompts of the first ``count`` lines ``{"prompt": text or token ids}``; from the start again when there are fewer.
+    """The prompts of the first ``count`` lines ``{"prompt": text or token ids}``; from the start again when there are
+    fewer.
 
     Raises:
         ValueError: a line without a prompt, by its number, or none at all.
@@ -120,11 +132,14 @@ def _prompt(line: str, where: str) -> str | list[int]:
     return prompt
 
 
-# ------------------------------------------------------------------------------------------------------------ one iteration
+# ------------------------------------------------------------------------------------------------------------ one
+# iteration
 
 
 def iterate(engine: Engine, work: Work, watch: Optional[Watch] = None) -> Iteration:
-    """Run the work once; all requests are there from the beginning. Raises ``ValueError`` when one cannot be answered."""
+    """Run the work once; all requests are there from the beginning.
+    Raises ``ValueError`` when one cannot be answered.
+    """
     found, at_first = Iteration(), (engine.scheduler.preemptions, engine.stats())
     last = began = time.perf_counter()
     for i, (prompt, new) in enumerate(zip(work.prompts, work.output_lens)):
@@ -151,11 +166,14 @@ def iterate(engine: Engine, work: Work, watch: Optional[Watch] = None) -> Iterat
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- parts of a step
+# ---------------------------------------------------------------------------------------------------------- parts of a
+# step
 
 
 class Watch:
-    """Looks at the cache after every step of an iteration, and at ``steps`` steps of its second half with torch's profiler."""
+    """Looks at the cache after every step of an iteration, and at ``steps`` steps of its second half with torch's
+    profiler.
+    """
 
     def __init__(self, work: Work, steps: int = 24) -> None:
         self.half = sum(work.output_lens) * work.n // 2
@@ -187,10 +205,15 @@ class Watch:
         if engine.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.synchronize(engine.device)
-        self._named = [_Named(engine.scheduler, "plan", "dmc.schedule"), _Named(engine.model, "forward", "dmc.forward"),
-                       _Named(engine, "_draw", "dmc.sampling")]  # fmt: skip
+        self._named = [
+            _Named(engine.scheduler, "plan", "dmc.schedule"),
+            _Named(engine.model, "forward", "dmc.forward"),
+            _Named(engine, "_draw", "dmc.sampling"),
+        ]
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop on stderr
-        with torch.profiler.profile(activities=activities):  # the first one loads what the second one is not to wait for
+        with torch.profiler.profile(
+            activities=activities
+        ):  # the first one loads what the second one is not to wait for
             torch.ones(1, device=engine.device).add_(1)
         self._profile = torch.profiler.profile(activities=activities)
         self._profile.start()
@@ -249,7 +272,9 @@ def _outer(event: Any) -> Optional[str]:
 
 
 def _cpu_parts(events: Iterable[Any]) -> dict[str, float]:
-    """Seconds by part. Ops of the forward pass count once, by the outermost that has a part; "other" is what is left of it."""
+    """Seconds by part. Ops of the forward pass count once, by the outermost that has a part; "other" is what is left of
+    it.
+    """
     found = dict.fromkeys(("schedule", "append", "attention", "linear", "communication", "sampling"), 0.0)
     forward = 0.0
     for event in events:
@@ -292,7 +317,8 @@ def part_of_kernel(name: str) -> str:
     return next((part for part, words in KERNELS.items() if any(word in lower for word in words)), "other")
 
 
-# ----------------------------------------------------------------------------------------------------------------- figures
+# -----------------------------------------------------------------------------------------------------------------
+# figures
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

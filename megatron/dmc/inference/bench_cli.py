@@ -40,16 +40,28 @@ def _count(least: int) -> Callable[[str], int]:
 
 
 def _add_common(parser: argparse.ArgumentParser, warmup: int, iterations: int) -> None:
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directories; ratios are against the first")
-    parser.add_argument("--compression-ratio", type=_numbers(float, 1), metavar="CR,...",
-                        help="with --load-format dummy: each model once for each of these (1: plain)")  # fmt: skip
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="Hugging Face directories; ratios are against the first"
+    )
+    parser.add_argument(
+        "--compression-ratio",
+        type=_numbers(float, 1),
+        metavar="CR,...",
+        help="with --load-format dummy: each model once for each of these (1: plain)",
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: each model's own")
     parser.add_argument("--n", type=_count(1), default=1, help="answers per prompt (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (default: 1.0)")
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts and of sampling (default: 0)")
-    parser.add_argument("--num-iters-warmup", type=_count(0), default=warmup, help=f"iterations that are not timed; in the last "
-                        f"of them is looked where the time goes (default: {warmup})")  # fmt: skip
-    parser.add_argument("--num-iters", type=_count(1), default=iterations, help=f"timed iterations (default: {iterations})")
+    parser.add_argument(
+        "--num-iters-warmup",
+        type=_count(0),
+        default=warmup,
+        help=f"iterations that are not timed; in the last of them is looked where the time goes (default: {warmup})",
+    )
+    parser.add_argument(
+        "--num-iters", type=_count(1), default=iterations, help=f"timed iterations (default: {iterations})"
+    )
     parser.add_argument("--disable-detokenize", action="store_true", help="make no text of the answers")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write the figures")
     # Iterations repeat their prompts.
@@ -58,25 +70,41 @@ def _add_common(parser: argparse.ArgumentParser, warmup: int, iterations: int) -
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, warmup=1, iterations=3)
-    parser.add_argument("--dataset-name", choices=("random", "custom"), default="random",
-                        help="random token ids, or custom: the prompts of --dataset-path (default: random)")  # fmt: skip
+    parser.add_argument(
+        "--dataset-name",
+        choices=("random", "custom"),
+        default="random",
+        help="random token ids, or custom: the prompts of --dataset-path (default: random)",
+    )
     parser.add_argument("--dataset-path", metavar="FILE", help='JSONL, {"prompt": text or token ids} in each line')
-    parser.add_argument("--input-len", type=_numbers(int, 1), metavar="N,...",
-                        help="tokens of a prompt; longer ones of a dataset are cut (default: 1024; a dataset's own)")  # fmt: skip
+    parser.add_argument(
+        "--input-len",
+        type=_numbers(int, 1),
+        metavar="N,...",
+        help="tokens of a prompt; longer ones of a dataset are cut (default: 1024; a dataset's own)",
+    )
     parser.add_argument("--output-len", type=_count(1), default=128, help="tokens of an answer (default: 128)")
     parser.add_argument("--num-prompts", type=_count(1), default=1000, help="requests (default: 1000)")
-    parser.add_argument("--random-range-ratio", type=float, default=0.0, metavar="R",
-                        help="random lengths in N (1 - R) to N (1 + R) (default: 0)")  # fmt: skip
+    parser.add_argument(
+        "--random-range-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="random lengths in N (1 - R) to N (1 + R) (default: 0)",
+    )
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, warmup=10, iterations=30)
     parser.add_argument("--input-len", type=_numbers(int, 1), default=[32], metavar="N,...", help="(default: 32)")
     parser.add_argument("--output-len", type=_count(1), default=128, help="(default: 128)")
-    parser.add_argument("--batch-size", type=_numbers(int, 1), default=[8], metavar="N,...", help="prompts at a time (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=_numbers(int, 1), default=[8], metavar="N,...", help="prompts at a time (default: 8)"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- engines
+# ----------------------------------------------------------------------------------------------------------------
+# engines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +142,9 @@ def _load(subject: Subject, args: argparse.Namespace, memory: Optional[int], row
 
 
 def _groups(subjects: Sequence[Subject], args: argparse.Namespace, rows: Optional[int] = None) -> Iterator[list[Any]]:
-    """Engines that take turns. On a CPU all of them, iteration by iteration: what slows the machine down slows all. On a GPU, whose
-    speed is steady and whose memory is short, one after the other. Each has the cache memory of the first."""
+    """Engines that take turns. On a CPU all of them, iteration by iteration: what slows the machine down slows all. On
+    a GPU, whose speed is steady and whose memory is short, one after the other. Each has the cache memory of the first.
+    """
     from megatron.dmc.inference.bench import cache_bytes
 
     memory, together = None, EngineConfig(device=args.device).torch_device().type == "cpu"
@@ -148,7 +177,9 @@ def _measure(engines: Sequence[Any], works: Sequence[Any], args: argparse.Namesp
 
     watches: list[Any] = [None] * len(engines)
     timed: list[list[Any]] = [[] for _ in engines]
-    with tqdm(total=(args.num_iters_warmup + args.num_iters) * len(engines), unit="iteration", disable=None, leave=False) as bar:
+    with tqdm(
+        total=(args.num_iters_warmup + args.num_iters) * len(engines), unit="iteration", disable=None, leave=False
+    ) as bar:
         for i in range(args.num_iters_warmup):
             for at, (engine, work) in enumerate(zip(engines, works)):
                 watches[at] = Watch(work) if i == args.num_iters_warmup - 1 else None
@@ -164,13 +195,25 @@ def _measure(engines: Sequence[Any], works: Sequence[Any], args: argparse.Namesp
 def _row(subject: Subject, engine: Any, case: dict[str, Any], figures: dict[str, Any], watch: Any) -> dict[str, Any]:
     looked = watch is not None and watch.parts is not None
     parts = {name: 1e3 * seconds for name, seconds in watch.parts.items()} if looked else None
-    return {**figures, "model": subject.path, "name": subject.name, "case": case, "step_parts_ms": parts,
-            "peak_pages": watch.peak_pages if watch is not None else None, "weights_bytes": engine.model.nbytes(),
-            "dtype": str(engine.model.dtype).removeprefix("torch.")}  # fmt: skip
+    return {
+        **figures,
+        "model": subject.path,
+        "name": subject.name,
+        "case": case,
+        "step_parts_ms": parts,
+        "peak_pages": watch.peak_pages if watch is not None else None,
+        "weights_bytes": engine.model.nbytes(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+    }
 
 
-def _run(args: argparse.Namespace, cases: Sequence[dict[str, Any]], rows: Optional[int], work_of: Callable[..., Any],
-         figures_of: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:  # fmt: skip
+def _run(
+    args: argparse.Namespace,
+    cases: Sequence[dict[str, Any]],
+    rows: Optional[int],
+    work_of: Callable[..., Any],
+    figures_of: Callable[..., dict[str, Any]],
+) -> list[dict[str, Any]]:
     """Figures of every subject in every case, case by case. Empty on all ranks but the first."""
     found: list[dict[str, Any]] = []
     subjects, rank = iter(subjects_of(args)), 0
@@ -180,14 +223,17 @@ def _run(args: argparse.Namespace, cases: Sequence[dict[str, Any]], rows: Option
             works = [work_of(engine, **case) for engine in engines]
             for engine, work in zip(engines, works):
                 if work.longest > engine.sizes.max_model_len:
-                    raise ValueError(f"prompt and answer have up to {work.longest} tokens; max_model_len is "
-                                     f"{engine.sizes.max_model_len}")  # fmt: skip
+                    raise ValueError(
+                        f"prompt and answer have up to {work.longest} tokens; max_model_len is "
+                        f"{engine.sizes.max_model_len}"
+                    )
             for subject, engine, work, (timed, watch) in zip(named, engines, works, _measure(engines, works, args)):
                 found.append(_row(subject, engine, case, figures_of(engine, work, timed), watch))
     return [] if rank else sorted(found, key=lambda row: cases.index(row["case"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------------------------------------------
+# figures
 
 PARTS = ("schedule", "append", "attention", "linear", "other", "communication", "sampling", "host")
 
@@ -206,7 +252,9 @@ def _against_first(rows: Sequence[dict[str, Any]], series: Callable[[dict[str, A
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [list(columns), *([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))) for row in cells]
+    lines = [
+        "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))) for row in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -217,17 +265,30 @@ def _ranged(found: dict[str, float], digits: int = 1) -> str:
 def _tables(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], object]]) -> str:
     """What was measured, then where the time of a step went."""
     shown = {
-        "model": lambda r: r["name"], **{name.replace("_", " "): lambda r, name=name: r["case"][name] for name in rows[0]["case"]},
-        "CR": lambda r: r["compression_ratio"], "fits": lambda r: r["max_batch_size"], "batch": lambda r: r["peak_batch_size"],
-        "limit": lambda r: r["batch_limited_by"], "empty": lambda r: f"{r['page_waste']:.1%}",
-        "pre-empted": lambda r: f"{r['num_preemptions']:g}", **columns, "x first": lambda r: _ranged(r["speedup"], 2),
-    }  # fmt: skip
+        "model": lambda r: r["name"],
+        **{name.replace("_", " "): lambda r, name=name: r["case"][name] for name in rows[0]["case"]},
+        "CR": lambda r: r["compression_ratio"],
+        "fits": lambda r: r["max_batch_size"],
+        "batch": lambda r: r["peak_batch_size"],
+        "limit": lambda r: r["batch_limited_by"],
+        "empty": lambda r: f"{r['page_waste']:.1%}",
+        "pre-empted": lambda r: f"{r['num_preemptions']:g}",
+        **columns,
+        "x first": lambda r: _ranged(r["speedup"], 2),
+    }
     text = _table(list(shown), [[value(row) for value in shown.values()] for row in rows])
     looked = [row for row in rows if row["step_parts_ms"]]
     if looked:
         parts = [part for part in PARTS if any(row["step_parts_ms"].get(part) for row in looked)]
-        cells = [[row["name"], *row["case"].values(), row["step_ms"]["median"],
-                  *(_share(row["step_parts_ms"], part) for part in parts)] for row in looked]  # fmt: skip
+        cells = [
+            [
+                row["name"],
+                *row["case"].values(),
+                row["step_ms"]["median"],
+                *(_share(row["step_parts_ms"], part) for part in parts),
+            ]
+            for row in looked
+        ]
         names = [name.replace("_", " ") for name in rows[0]["case"]]
         text += "\n\nwhere the time of a step goes (seen by a profiler in the warm-up)\n"
         text += _table(["model", *names, "ms/step", *parts], cells)
@@ -245,9 +306,14 @@ def environment(device: str) -> dict[str, Any]:
     from megatron.dmc import __version__
     from megatron.dmc.kernels import active_backend
 
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-            "threads": torch.get_num_threads(), "kernels": active_backend(device), "megatron_dmc": __version__,
-            "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": active_backend(device),
+        "megatron_dmc": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _cpu_name() -> str:
@@ -258,18 +324,23 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], object]]) -> None:
+def _finish(
+    args: argparse.Namespace, rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], object]]
+) -> None:
     where = environment(EngineConfig(device=args.device).torch_device().type)
     print(_tables(rows, columns))
-    print(f"\nCR measured; cache {rows[0]['kv_cache_memory_bytes'] / 2**20:.0f} MiB; {rows[0]['dtype']}; median [quartiles] of "
-          f"{args.num_iters}; " + ", ".join(f"{key} {value}" for key, value in where.items()))  # fmt: skip
+    print(
+        f"\nCR measured; cache {rows[0]['kv_cache_memory_bytes'] / 2**20:.0f} MiB; {rows[0]['dtype']}; median "
+        f"[quartiles] of {args.num_iters}; " + ", ".join(f"{key} {value}" for key, value in where.items())
+    )
     if args.output_json is not None:
         args.output_json.parent.mkdir(parents=True, exist_ok=True)
         # vLLM's keys at the top are those of the first row.
         args.output_json.write_text(json.dumps({**rows[0], "results": rows, "environment": where}, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------------------------------------------ the
+# commands
 
 
 def _throughput(args: argparse.Namespace) -> int:
@@ -299,14 +370,17 @@ def _throughput(args: argparse.Namespace) -> int:
     _against_first(rows, lambda row: row["elapsed_times"])
     if len(rows) == 1:
         row = rows[0]
-        print(f"Throughput: {row['requests_per_second']:.2f} requests/s, {row['tokens_per_second']:.2f} total tokens/s, "
-              f"{row['output_tokens_per_second']:.2f} output tokens/s\n"
-              f"Total num prompt tokens:  {row['total_prompt_tokens']}\n"
-              f"Total num output tokens:  {row['total_output_tokens']}\n")  # fmt: skip
+        print(
+            f"Throughput: {row['requests_per_second']:.2f} requests/s, {row['tokens_per_second']:.2f} total tokens/s, "
+            f"{row['output_tokens_per_second']:.2f} output tokens/s\n"
+            f"Total num prompt tokens:  {row['total_prompt_tokens']}\n"
+            f"Total num output tokens:  {row['total_output_tokens']}\n"
+        )
     columns: dict[str, Callable[[dict[str, Any]], object]] = {
-        "req/s": lambda r: r["requests_per_second"], "tok/s": lambda r: f"{r['tokens_per_second']:.1f}",
+        "req/s": lambda r: r["requests_per_second"],
+        "tok/s": lambda r: f"{r['tokens_per_second']:.1f}",
         "output tok/s": lambda r: _ranged(r["output_tokens_per_second_spread"]),
-    }  # fmt: skip
+    }
     _finish(args, rows, columns)
     return 0
 
@@ -317,11 +391,16 @@ def _latency(args: argparse.Namespace) -> int:
     from megatron.dmc.inference import bench
 
     def work(engine: Any, input_len: int, output_len: int, batch_size: int) -> bench.Work:
-        ids = bench.random_prompts([input_len] * batch_size, engine.info.model.vocab_size, np.random.default_rng(args.seed))
+        ids = bench.random_prompts(
+            [input_len] * batch_size, engine.info.model.vocab_size, np.random.default_rng(args.seed)
+        )
         return bench.Work(ids, [output_len] * batch_size, args.n, args.temperature)
 
-    cases = [{"input_len": length, "output_len": args.output_len, "batch_size": batch}
-             for length in args.input_len for batch in args.batch_size]  # fmt: skip
+    cases = [
+        {"input_len": length, "output_len": args.output_len, "batch_size": batch}
+        for length in args.input_len
+        for batch in args.batch_size
+    ]
     rows = _run(args, cases, max(args.batch_size) * args.n, work, bench.latency_figures)
     if not rows:
         return 0
@@ -332,9 +411,10 @@ def _latency(args: argparse.Namespace) -> int:
             print(f"{percentage}% percentile latency: {value} seconds")
         print()
     columns: dict[str, Callable[[dict[str, Any]], object]] = {
-        "latency s": lambda r: _ranged(bench.spread(r["latencies"]), 3), "first token s": lambda r: _ranged(r["first_token"], 3),
+        "latency s": lambda r: _ranged(bench.spread(r["latencies"]), 3),
+        "first token s": lambda r: _ranged(r["first_token"], 3),
         "ms/token": lambda r: 1e3 * (r["percentiles"]["50"] - r["first_token"]["median"]) / max(1, args.output_len - 1),
-    }  # fmt: skip
+    }
     _finish(args, rows, columns)
     return 0
 

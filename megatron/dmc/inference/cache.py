@@ -1,11 +1,12 @@
 """The host's side of the compressed cache: rows and pages, what a step may need at worst, and what is in use.
 
 The device allocates pages inside the step. The host only has to know that there will be enough: it keeps a copy of all
-lengths, refreshed once per step together with the new tokens, and counts every token of the next step as a slot of its own
-in every head. Tensor-parallel ranks hold different heads, which merge differently; the copy has those of all ranks, and
-what is asked for must fit on each.
+lengths, refreshed once per step together with the new tokens, and counts every token of the next step as a slot of its
+own in every head. Tensor-parallel ranks hold different heads, which merge differently; the copy has those of all ranks,
+and what is asked for must fit on each.
 
-Rows hold sequences or snapshots. Those that were forked from one another share pages; the host counts every shared page once.
+Rows hold sequences or snapshots. Those that were forked from one another share pages; the host counts every shared page
+once.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class CacheUse:
 
 @dataclass(eq=False)
 class _Shared:
-    """Pages that several rows hold: of each head those behind the pages of ``parent``, as many as no one writes any more."""
+    """Pages that several rows hold: of each head those behind the pages of ``parent``, as many as no one writes any
+    more.
+    """
 
     parent: Optional[_Shared]
     pages: np.ndarray
@@ -121,7 +124,9 @@ class PagedCache:
         return self.pages_for(after) - self._pages[list(rows)]
 
     def most_tokens(self, row: int, pages: np.ndarray, wanted: int) -> int:
-        """The largest number of tokens, up to ``wanted``, that grows ``row`` by at most ``pages`` ([ranks]) at worst."""
+        """The largest number of tokens, up to ``wanted``, that grows ``row`` by at most ``pages`` ([ranks])
+        at worst.
+        """
         low, high = 0, wanted
         while low < high:
             middle = (low + high + 1) // 2
@@ -210,7 +215,9 @@ class PagedCache:
             shared = shared.parent
 
     def cost(self, row: int) -> np.ndarray:
-        """By how much :meth:`available_pages` falls when a sequence goes on from the snapshot ``row``, copy or not: [ranks]."""
+        """By how much :meth:`available_pages` falls when a sequence goes on from the snapshot ``row``, copy or not:
+        [ranks].
+        """
         pages, shared = self._pages[row] - self._shared_pages[row], self._base[row]
         while shared is not None and not shared.live:
             pages, shared = pages + shared.pages, shared.parent
@@ -219,7 +226,9 @@ class PagedCache:
     # ----------------------------------------------------------------------------------------------------------- steps
 
     def stepped(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """Read the lengths after a step in which ``rows`` took ``counts`` tokens. The one wait for the device in a step."""
+        """Read the lengths after a step in which ``rows`` took ``counts`` tokens. The one wait for the device in a
+        step.
+        """
         self.tokens[list(rows)] += np.asarray(counts)
         index = torch.tensor(list(rows), device=self.state.lengths.device)
         lengths = self.state.lengths[index].flatten(1)
@@ -228,7 +237,9 @@ class PagedCache:
         # [n + 1, L H] of each rank -> [ranks, n + 1, L H] -> [n + 1, ranks, L H]
         known = self.parallel.gather(torch.cat((lengths, refused))).transpose(0, 1).cpu().numpy()
         if known[-1].any():
-            raise RuntimeError(f"{known[-1].max()} heads found no page: the host's bound was wrong, and their caches are")
+            raise RuntimeError(
+                f"{known[-1].max()} heads found no page: the host's bound was wrong, and their caches are"
+            )
         known = known[:-1]
         self.lengths[list(rows)] = known
         self._pages[list(rows)] = self.pages_for(known)
@@ -239,7 +250,9 @@ class PagedCache:
         layers, heads = self.shape
         # [ranks, L H] -> [L, ranks H]: rank r holds the heads r H ... (r + 1) H - 1
         slots = self.lengths[row].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
-        return CacheUse(int(self.tokens[row]), tuple(map(tuple, slots.tolist())), int(self._pages[row].sum()), self.page_size)
+        return CacheUse(
+            int(self.tokens[row]), tuple(map(tuple, slots.tolist())), int(self._pages[row].sum()), self.page_size
+        )
 
     def live_slots(self) -> int:
         """Slots that sequences hold on all ranks, shared ones counted once."""
@@ -256,8 +269,10 @@ class PagedCache:
         pages = -(-torch.from_numpy(self.lengths[self.live, rank]).view(-1, *self.shape, 1) // self.page_size)
         table = self.state.page_table.cpu()[torch.from_numpy(self.live)]
         needed = table[torch.arange(table.size(3)) < pages].unique().numel()
-        for what, there, counted in (("free", self.state.free_count(), self.free_pages()),
-                                     ("available", self.num_pages - needed, self.available_pages())):  # fmt: skip
+        for what, there, counted in (
+            ("free", self.state.free_count(), self.free_pages()),
+            ("available", self.num_pages - needed, self.available_pages()),
+        ):
             if there != int(counted[rank]):
                 raise RuntimeError(f"{there} pages are {what}, the host counts {int(counted[rank])}")
         if self.live[self._free_rows].any() or self.lengths[self._free_rows].any():

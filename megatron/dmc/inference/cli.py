@@ -1,6 +1,6 @@
 """The ``dmc`` command. Here is ``dmc generate``; the serving side hands in its own commands beside it.
 
-    dmc generate MODEL --prompt "def main(" --max-tokens 64 --stream --stats
+dmc generate MODEL --prompt "def main(" --max-tokens 64 --stream --stats
 """
 
 from __future__ import annotations
@@ -84,14 +84,20 @@ def _ids(text: str) -> list[int]:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face directory, plain or exported from a retrofit")
     parser.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompt-ids", action="append", type=_ids, dest="prompts", metavar="IDS", help="token ids: 1,2,3")
+    parser.add_argument(
+        "--prompt-ids", action="append", type=_ids, dest="prompts", metavar="IDS", help="token ids: 1,2,3"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes (one prompt)")
     parser.add_argument("--stats", action="store_true", help="what the cache did, by layer and head, and times")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be given several times")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be given several times"
+    )
     parser.add_argument("--stop-token-ids", type=_ids, default=[], metavar="IDS")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_OPTIONS, max_tokens=128, temperature=0.0)  # type: ignore[arg-type]
+    add_options(
+        parser.add_argument_group("sampling"), SamplingParams, SAMPLING_OPTIONS, max_tokens=128, temperature=0.0
+    )  # type: ignore[arg-type]
     add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_OPTIONS)  # type: ignore[arg-type]
 
 
@@ -100,8 +106,12 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError("there is no prompt; give --prompt TEXT or --prompt-ids IDS")
     if args.stream and (len(args.prompts) > 1 or args.n > 1):
         raise ValueError(f"--stream shows one answer; here are {len(args.prompts)} prompts with {args.n} answers each")
-    params = SamplingParams(**take_options(args, SAMPLING_OPTIONS), stop=args.stop, stop_token_ids=args.stop_token_ids,
-                            ignore_eos=args.ignore_eos)  # fmt: skip
+    params = SamplingParams(
+        **take_options(args, SAMPLING_OPTIONS),
+        stop=args.stop,
+        stop_token_ids=args.stop_token_ids,
+        ignore_eos=args.ignore_eos,
+    )
     from megatron.dmc.inference.llm import LLM
 
     llm = LLM(args.model, tokenizer=args.tokenizer, **take_options(args, ENGINE_OPTIONS))
@@ -136,7 +146,9 @@ def _text(completion: Completion, has_text: bool) -> str:
 def _print_result(result: RequestOutput, named: bool) -> None:
     for completion in result.outputs:
         prompt = result.prompt if result.prompt is not None else " ".join(map(str, result.prompt_token_ids))
-        head = f"--- prompt {result.request_id}, answer {completion.index} ({completion.finish_reason})\n" if named else ""
+        head = (
+            f"--- prompt {result.request_id}, answer {completion.index} ({completion.finish_reason})\n" if named else ""
+        )
         has_text = bool(completion.text)
         print(f"{head}{prompt}{'' if has_text else ' '}{_text(completion, has_text)}")
 
@@ -160,18 +172,24 @@ def _cache_table(completion: Completion) -> str:
     lines.append("layer " + "".join(f"{f'head {h}':>16}" for h in range(len(use.slots[0]))))
     for layer, row in enumerate(use.slots, start=1):
         lines.append(f"{layer:5d} " + "".join(f"{f'{n} ({use.tokens / n:.2f}x)':>16}" for n in row))
-    lines.append(f"all   {use.tokens * use.heads} token states in {use.total_slots} slots: CR {use.compression_ratio:.2f}; "
-                 f"{use.pages} pages of {use.page_size}, {use.waste:.1%} of them empty")  # fmt: skip
+    lines.append(
+        f"all   {use.tokens * use.heads} token states in {use.total_slots} slots: CR {use.compression_ratio:.2f}; "
+        f"{use.pages} pages of {use.page_size}, {use.waste:.1%} of them empty"
+    )
     return "\n".join(lines)
 
 
 def _summary(stats: Any, results: Sequence[RequestOutput], seconds: float) -> str:
-    timings = [c.timing for r in results for c in r.outputs if c.timing is not None and c.timing.first_token is not None]
+    timings = [
+        c.timing for r in results for c in r.outputs if c.timing is not None and c.timing.first_token is not None
+    ]
     first = sum(t.first_token for t in timings) / max(1, len(timings))
-    return (f"--- {stats.prompt_tokens} prompt + {stats.generation_tokens} new tokens in {seconds:.2f} s, {stats.steps} steps: "
-            f"{stats.generation_tokens / max(seconds, 1e-9):.1f} new tokens/s; first token after {first:.3f} s; "
-            f"{stats.prefix_cache_hits} prompt tokens found in the prefix cache; {stats.preemptions} pre-emptions; pool of "
-            f"{stats.pages} pages")  # fmt: skip
+    return (
+        f"--- {stats.prompt_tokens} prompt + {stats.generation_tokens} new tokens in {seconds:.2f} s, {stats.steps} "
+        f"steps: {stats.generation_tokens / max(seconds, 1e-9):.1f} new tokens/s; first token after {first:.3f} s; "
+        f"{stats.prefix_cache_hits} prompt tokens found in the prefix cache; {stats.preemptions} pre-emptions; pool of "
+        f"{stats.pages} pages"
+    )
 
 
 COMMANDS = (Command("generate", "generate text from prompts", _add_generate, _generate),)
@@ -191,13 +209,17 @@ def _add_commands(parser: argparse.ArgumentParser, dest: str, commands: Sequence
 
 
 def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dmc", description="Language models with a compressed cache.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dmc", description="Language models with a compressed cache.", allow_abbrev=False
+    )
     _add_commands(parser, "command", commands)
     return parser
 
 
 def main(argv: Optional[Sequence[str]] = None, commands: Sequence[Command] = COMMANDS) -> int:
-    """Exit status: 0; 2 with one line on stderr for what is wrong with the command or a request; 130 when interrupted."""
+    """Exit status: 0; 2 with one line on stderr for what is wrong with the command or a request; 130 when
+    interrupted.
+    """
     args = build_parser(commands).parse_args(argv)
     warnings.filterwarnings("ignore")
     try:

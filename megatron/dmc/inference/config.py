@@ -36,13 +36,16 @@ class EngineConfig:
     num_pages: Optional[int] = None
     """Single-head pages of the pool, on each rank; instead of bytes."""
     kv_cache_memory_bytes: Optional[int] = None
-    """Of the cache on each rank, tables and all. None: on a GPU what ``gpu_memory_utilization`` leaves, on a CPU at most 4 GiB and
-    half of what is free; never more than ``max_num_seqs`` of the longest sequences need."""
+    """Of the cache on each rank, tables and all. None: on a GPU what ``gpu_memory_utilization`` leaves, on a CPU at
+    most 4 GiB and half of what is free; never more than ``max_num_seqs`` of the longest sequences need.
+    """
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     """On a GPU: no CUDA graphs. They take seconds at the start, some memory, and make every decode step faster."""
     enable_prefix_caching: bool = True
-    """Keep the states of prompts and answers, for requests that begin like them; answers of one request share its prompt."""
+    """Keep the states of prompts and answers, for requests that begin like them; answers of one request share its
+    prompt.
+    """
     max_prefix_snapshots: Optional[int] = None
     """Rows for such states besides those of ``max_num_seqs``, which serve too while they are idle. None: as many as
     ``max_num_seqs``, but at least 32, in at most a thirty-second of the memory."""
@@ -52,8 +55,14 @@ class EngineConfig:
     """Of requests that have none."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages",
-                     "kv_cache_memory_bytes"):  # fmt: skip
+        for name in (
+            "tensor_parallel_size",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "num_pages",
+            "kv_cache_memory_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be an integer, at least 1")
@@ -64,7 +73,9 @@ class EngineConfig:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ValueError(f"{name} is {value!r}; it must be an integer, at least {low}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1")
+            raise ValueError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
+            )
 
     def torch_device(self) -> torch.device:
         """Raises ``ValueError`` when it is not there."""
@@ -139,20 +150,26 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
     tokens = config.max_num_batched_tokens or (2048 if device.type == "cuda" else 512)
     heads = model.num_layers * model.kv_heads // config.tensor_parallel_size
     ring = 0 if not info.compresses else 1 if info.window is None else info.window
-    per_row = row_bytes(heads, model.head_dim, longest, config.block_size, ring, torch.float32 if info.window is None else dtype)
+    per_row = row_bytes(
+        heads, model.head_dim, longest, config.block_size, ring, torch.float32 if info.window is None else dtype
+    )
     if config.enable_prefix_caching:
         per_row += 4 * model.vocab_size  # the logits of a snapshot
     per_page = page_bytes(config.block_size, model.head_dim, dtype)
     available = _available_bytes(config, device)
     rows = _rows(config, device, per_row, available, tokens)
     if tokens < rows:
-        raise ValueError(f"max_num_batched_tokens is {tokens}, less than max_num_seqs {rows}; every sequence needs one per step")
+        raise ValueError(
+            f"max_num_batched_tokens is {tokens}, less than max_num_seqs {rows}; every sequence needs one per step"
+        )
     snapshots = _snapshots(config, rows, per_row, available)
     tables = (rows + snapshots) * per_row
     pages = config.num_pages or (available - tables) // (per_page + 8)
     if pages < heads:
         needed = heads * (per_page + 8) + tables
-        raise ValueError(f"the cache would have {max(0, pages)} pages, and the {heads} heads of all layers take one each for a "
-                         f"first token; give kv_cache_memory_bytes {needed} or more")  # fmt: skip
+        raise ValueError(
+            f"the cache would have {max(0, pages)} pages, and the {heads} heads of all layers take one each for a "
+            f"first token; give kv_cache_memory_bytes {needed} or more"
+        )
     most = rows * heads * -(-longest // config.block_size)
     return Sizes(longest, rows, snapshots, tokens, min(pages, most), per_page, per_row)

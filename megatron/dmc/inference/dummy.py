@@ -1,7 +1,7 @@
 """Models without weights: ``config.json`` alone, and random numbers in their place. For measuring shapes, not for text.
 
-The decision neuron of a random key is about N(0, 1), token by token, so the decision bias alone sets how often tokens merge:
-a directory that is plain can be measured as a model of any compression ratio.
+The decision neuron of a random key is about N(0, 1), token by token, so the decision bias alone sets how often tokens
+merge: a directory that is plain can be measured as a model of any compression ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ LOAD_FORMATS = ("auto", "dummy")
 
 
 class RandomTensor(hf.Lazy):
-    """Norms are 1, biases 0, matrices normal with a variance that keeps activations near 1. The same numbers every time."""
+    """Norms are 1, biases 0, matrices normal with a variance that keeps activations near 1. The same numbers every
+    time.
+    """
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, layers: int) -> None:
         self.name, self.shape, self.dtype = name, tuple(shape), dtype
@@ -39,7 +41,9 @@ class RandomTensor(hf.Lazy):
 
 
 def bias_for(compression_ratio: float) -> float:
-    """The decision bias above which a share of 1 - 1 / CR of N(0, 1) lies. Raises ``ValueError`` for a ratio below 1."""
+    """The decision bias above which a share of 1 - 1 / CR of N(0, 1) lies.
+    Raises ``ValueError`` for a ratio below 1.
+    """
     if not compression_ratio > 1:
         raise ValueError(f"compression_ratio is {compression_ratio!r}; above 1 tokens merge, and 1 is a plain model")
     return NormalDist().inv_cdf(1 / compression_ratio)
@@ -48,9 +52,16 @@ def bias_for(compression_ratio: float) -> float:
 def _compressed(config: dict, ratio: float) -> dict:
     plain = mapping.base_config(config)
     dmc = mapping.dmc_from_hf_config(config) or DMCConfig()
-    block = {"format_version": mapping.DMC_FORMAT_VERSION, "base_model_type": mapping.family_of(plain).model_type,
-             "decision_bias": bias_for(ratio), "window": dmc.window, "importance_epsilon": dmc.importance_epsilon,
-             "stage": mapping.COMPRESSED_STAGES[-1], "target_cr": ratio, "measured_cr": ratio}  # fmt: skip
+    block = {
+        "format_version": mapping.DMC_FORMAT_VERSION,
+        "base_model_type": mapping.family_of(plain).model_type,
+        "decision_bias": bias_for(ratio),
+        "window": dmc.window,
+        "importance_epsilon": dmc.importance_epsilon,
+        "stage": mapping.COMPRESSED_STAGES[-1],
+        "target_cr": ratio,
+        "measured_cr": ratio,
+    }
     return {**plain, "model_type": mapping.DMC_MODEL_TYPE, "architectures": [mapping.DMC_ARCHITECTURE], "dmc": block}
 
 

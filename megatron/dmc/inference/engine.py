@@ -1,7 +1,7 @@
 """The engine: requests go in, steps run, outputs come out. One thread drives it; a server wraps it.
 
-``add_request`` checks and queues, ``step`` runs the model once over a mixed batch and returns what is new, ``abort`` ends a
-request. A request that is wrong, or whose logits are no numbers, ends alone; the others and the cache go on.
+``add_request`` checks and queues, ``step`` runs the model once over a mixed batch and returns what is new, ``abort``
+ends a request. A request that is wrong, or whose logits are no numbers, ends alone; the others and the cache go on.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ class EngineStats:
 class Engine:
     """See the module. ``tokenizer`` may be None: requests are token ids then, and outputs have no text."""
 
-    def __init__(self, path: str | Path | hf.HFDirectory, config: EngineConfig = EngineConfig(),  # noqa: B008
-                 tokenizer: Optional[Any] = None) -> None:  # fmt: skip
+    def __init__(
+        self, path: str | Path | hf.HFDirectory, config: EngineConfig = EngineConfig(), tokenizer: Optional[Any] = None
+    ) -> None:
         """Read the weights and reserve the cache. ``path`` may be a directory that is open already.
 
         Raises:
@@ -90,9 +91,13 @@ class Engine:
         self.sizes: Sizes = resolve(config, info, dtype, device)
         self.cache = self._make_cache(dtype, device)
         self.graphs = DecodeGraphs(self._run_batch, self.sizes.max_num_seqs, device) if self._takes_graphs() else None
-        self.prefix = PrefixCache(self.cache, info.model.vocab_size, config.prefix_cache_min_tokens, config.enable_prefix_caching)
+        self.prefix = PrefixCache(
+            self.cache, info.model.vocab_size, config.prefix_cache_min_tokens, config.enable_prefix_caching
+        )
         sizes = self.sizes
-        self.scheduler = Scheduler(self.cache, self.prefix, sizes.max_num_seqs, sizes.max_num_batched_tokens, info.expected_cr)
+        self.scheduler = Scheduler(
+            self.cache, self.prefix, sizes.max_num_seqs, sizes.max_num_batched_tokens, info.expected_cr
+        )
         self.sampler = Sampler(device, config.seed)
         self.device, self.info = device, info
         self.eos = self._eos_ids()
@@ -103,14 +108,27 @@ class Engine:
         info, model, sizes = self.model.info, self.model, self.sizes
         rows = sizes.max_num_seqs + sizes.max_prefix_snapshots
         return make_cache(
-            parallel=self.parallel, num_pages=sizes.num_pages, max_seqs=rows, num_layers=info.model.num_layers,
-            num_kv_heads=model.kv_heads, head_dim=model.head_dim, max_slots=sizes.max_model_len,
-            page_size=self.config.block_size, window=info.window, compress=info.compresses, dtype=dtype, device=device,
-        )  # fmt: skip
+            parallel=self.parallel,
+            num_pages=sizes.num_pages,
+            max_seqs=rows,
+            num_layers=info.model.num_layers,
+            num_kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            max_slots=sizes.max_model_len,
+            page_size=self.config.block_size,
+            window=info.window,
+            compress=info.compresses,
+            dtype=dtype,
+            device=device,
+        )
 
     def _takes_graphs(self) -> bool:
         """Only CUDA kernels wait for nothing; the reference ones cannot be captured."""
-        return self.cache.state.k_pages.is_cuda and not self.config.enforce_eager and kernels.active_backend("cuda") == "cuda"
+        return (
+            self.cache.state.k_pages.is_cuda
+            and not self.config.enforce_eager
+            and kernels.active_backend("cuda") == "cuda"
+        )
 
     def _run_batch(self, batch: Batch) -> Tensor:
         return self.model.forward(batch, self.cache.state)
@@ -121,8 +139,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- requests
 
-    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams(), *,  # noqa: B008
-                    cache_salt: Optional[str] = None) -> list[int]:  # fmt: skip
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Seq[int],
+        params: SamplingParams = SamplingParams(),
+        *,
+        cache_salt: Optional[str] = None,
+    ) -> list[int]:
         """Queue a request; returns the prompt's token ids.
 
         Args:
@@ -146,13 +170,16 @@ class Engine:
             self.scheduler.add(sequence)
         return ids
 
-    def _sequence(self, request_id: str, index: int, ids: list[int], params: SamplingParams, stop_ids: frozenset[int],
-                  limit: int) -> Sequence:  # fmt: skip
+    def _sequence(
+        self, request_id: str, index: int, ids: list[int], params: SamplingParams, stop_ids: frozenset[int], limit: int
+    ) -> Sequence:
         forbidden = stop_ids | self.eos if params.min_tokens else stop_ids
         state = SamplerState.start(params, ids, list(forbidden), self.info.model.vocab_size, index, self.device)
         text = None
         if self.tokenizer is not None:
-            text = Detokenizer(self.tokenizer, ids, params.skip_special_tokens, params.stop, params.include_stop_str_in_output)
+            text = Detokenizer(
+                self.tokenizer, ids, params.skip_special_tokens, params.stop, params.include_stop_str_in_output
+            )
         self._tickets += 1
         return Sequence(request_id, index, self._tickets, list(ids), len(ids), params, state, stop_ids, limit, text)
 
@@ -174,15 +201,19 @@ class Engine:
                 raise ValueError(f"token {at} of the prompt is {token!r}; the model has the tokens 0 to {size - 1}")
         room = 0 if params.max_tokens == 0 else 1
         if len(ids) + room > longest:
-            raise ValueError(f"the prompt has {len(ids)} tokens; {'with room for an answer ' * room}it may have {longest - room} "
-                             f"(max_model_len {longest})")  # fmt: skip
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; {'with room for an answer ' * room}it may have {longest - room} "
+                f"(max_model_len {longest})"
+            )
         params.check_vocabulary(size)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {list(params.stop)}, and there is no tokenizer; use stop_token_ids")
         pages = self.cache.pages_at((len(ids) + 1) / self.info.expected_cr)
         if pages > self.cache.num_pages:
-            raise ValueError(f"the prompt has {len(ids)} tokens and would take {pages} pages at the model's compression ratio of "
-                             f"{self.info.expected_cr:g}; the cache has {self.cache.num_pages}: give it more memory")  # fmt: skip
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and would take {pages} pages at the model's compression ratio of "
+                f"{self.info.expected_cr:g}; the cache has {self.cache.num_pages}: give it more memory"
+            )
 
     def abort(self, request_id: str) -> list[StepOutput]:
         """End a request now; the outputs say so. An unknown id is a request that has ended: nothing happens."""
@@ -198,7 +229,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Run one batch; what is new, in no particular order. Returns at once when there is nothing to do.
 
-        Should it raise (a device out of memory), no request and no page is lost: the next step starts all of them again.
+        Should it raise (a device out of memory), no request and no page is lost: the next step starts all of them
+        again.
         """
         plan = self.scheduler.plan()
         outputs = [self._finish(sequence, "error", error=self._no_room(sequence)) for sequence in plan.stuck]
@@ -212,8 +244,10 @@ class Engine:
 
     def _no_room(self, sequence: Sequence) -> str:
         use = self.cache.use(sequence.row)
-        return (f"the cache is full: {use.tokens} tokens take {use.total_slots} slots (CR {use.compression_ratio:.2f}), and the "
-                f"pool has {self.cache.num_pages} pages of {self.cache.page_size}; give it more memory")  # fmt: skip
+        return (
+            f"the cache is full: {use.tokens} tokens take {use.total_slots} slots (CR {use.compression_ratio:.2f}), "
+            f"and the pool has {self.cache.num_pages} pages of {self.cache.page_size}; give it more memory"
+        )
 
     def _run(self, plan: Plan) -> list[StepOutput]:
         # Sequences with one token first: they decode.
@@ -297,12 +331,16 @@ class Engine:
             targets = sequence.tokens[have + 1 : min(piece.start + len(piece.tokens), sequence.prompt_length - 1) + 1]
             if targets:
                 rows = rows[have - piece.start :][: len(targets)]
-                sequence.prompt_logprobs += logprobs(rows, torch.tensor(targets, device=rows.device), [asked] * len(targets))
+                sequence.prompt_logprobs += logprobs(
+                    rows, torch.tensor(targets, device=rows.device), [asked] * len(targets)
+                )
 
     def _advance(self, sequence: Sequence, token: Optional[int], found: Optional[Logprobs]) -> StepOutput:
         """One more token of an answer, and whether it is the last."""
         if token is None:
-            return self._finish(sequence, "error", error=f"the model's logits after {len(sequence.tokens)} tokens are not finite")
+            return self._finish(
+                sequence, "error", error=f"the model's logits after {len(sequence.tokens)} tokens are not finite"
+            )
         if sequence.limit == sequence.prompt_length:  # max_tokens 0: the prompt was all
             return self._finish(sequence, "length", prompt_logprobs=tuple(sequence.prompt_logprobs))
         first, sequence.logits = sequence.generated == 0, None
@@ -317,8 +355,13 @@ class Engine:
         reason, cause = self._ends(sequence, token)
         if reason is not None:
             return self._finish(sequence, reason, stop_reason=cause, **news)
-        return StepOutput(sequence.request_id, sequence.index, text=sequence.text.take() if sequence.text else "",
-                          num_cached_tokens=sequence.num_cached_tokens or 0, **news)  # fmt: skip
+        return StepOutput(
+            sequence.request_id,
+            sequence.index,
+            text=sequence.text.take() if sequence.text else "",
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            **news,
+        )
 
     def _ends(self, sequence: Sequence, token: int) -> tuple[Optional[FinishReason], int | str | None]:
         """(reason, stop token or string). Takes the token into the text, unless it stops the answer."""
@@ -343,8 +386,16 @@ class Engine:
         if sequence.text is not None:
             sequence.text.flush()
             text = sequence.text.take()
-        return StepOutput(sequence.request_id, sequence.index, text=text, finish_reason=reason, cache=use,
-                          num_cached_tokens=sequence.num_cached_tokens or 0, timing=_timing(sequence), **news)  # fmt: skip
+        return StepOutput(
+            sequence.request_id,
+            sequence.index,
+            text=text,
+            finish_reason=reason,
+            cache=use,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            timing=_timing(sequence),
+            **news,
+        )
 
     def stats(self) -> EngineStats:
         """Waits for nothing: from the host's copy after the last step."""
@@ -357,18 +408,29 @@ class Engine:
         layers = cache.lengths[live].sum((0, 1)).reshape(cache.shape).sum(1).tolist()
         states = held * cache.lengths[0].size // len(layers)
         return EngineStats(
-            running=len(self.scheduler.running), waiting=len(self.scheduler.waiting), steps=self._steps,
-            prompt_tokens=self._prompt_tokens, generation_tokens=self._generated, preemptions=self.scheduler.preemptions,
-            pages=pages, pages_used=used, pages_cached=cached, slots_used=slots, tokens_held=held,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generated,
+            preemptions=self.scheduler.preemptions,
+            pages=pages,
+            pages_used=used,
+            pages_cached=cached,
+            slots_used=slots,
+            tokens_held=held,
             compression_ratio=held * cache.lengths[0].size / whole if whole else 1.0,
             waste=1 - slots / (used * cache.page_size) if used else 0.0,
             layer_compression_ratios=tuple(states / n if n else 1.0 for n in layers),
-            prefix_cache_queries=self.prefix.queries, prefix_cache_hits=self.prefix.hits,
-        )  # fmt: skip
+            prefix_cache_queries=self.prefix.queries,
+            prefix_cache_hits=self.prefix.hits,
+        )
 
 
 def _timing(sequence: Sequence) -> Timing:
     def since(moment: Optional[float]) -> Optional[float]:
         return None if moment is None else moment - sequence.arrived
 
-    return Timing(since(sequence.started), since(sequence.first_token), time.monotonic() - sequence.arrived, sequence.preemptions)
+    return Timing(
+        since(sequence.started), since(sequence.first_token), time.monotonic() - sequence.arrived, sequence.preemptions
+    )

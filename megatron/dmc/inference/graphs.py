@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: the host puts three numbers per sequence into a buffer, and launches one thing.
 
-Compression makes attention short, and a decode step then is hundreds of kernels of a few microseconds: launching them one by one
-would take longer than running them. A graph has fixed shapes, so there is one for each of a few batch sizes; the rows that a batch
-does not fill are padding (row -1), which every kernel ignores. Prompts, and mixed steps, run as they are.
+Compression makes attention short, and a decode step then is hundreds of kernels of a few microseconds: launching them
+one by one would take longer than running them. A graph has fixed shapes, so there is one for each of a few batch sizes;
+the rows that a batch does not fill are padding (row -1), which every kernel ignores. Prompts, and mixed steps, run as
+they are.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ Replay = Callable[[], Tensor]
 
 
 def capture_sizes(most: int) -> list[int]:
-    """Batch sizes up to ``most``, close enough that little is padding (vLLM's steps): 1, 2, 4, 8, 16, 24, ..., 256, 272, ..."""
+    """Batch sizes up to ``most``, close enough that little is padding (vLLM's steps): 1, 2, 4, 8, 16, 24, ..., 256,
+    272, ...
+    """
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, most + 16, 16)]
     return [size for size in sizes if size < most] + [most]
 
 
 class CudaGraphRecorder:
-    """Captures functions without arguments whose inputs and results stay where they are. All graphs share one pool of memory."""
+    """Captures functions without arguments whose inputs and results stay where they are. All graphs share one pool of
+    memory.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -55,8 +60,13 @@ class CudaGraphRecorder:
 class DecodeGraphs:
     """The forward pass of steps in which every sequence has one token."""
 
-    def __init__(self, forward: Forward, max_seqs: int, device: torch.device,
-                 record: Optional[Callable[[Callable[[], Tensor]], Replay]] = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        forward: Forward,
+        max_seqs: int,
+        device: torch.device,
+        record: Optional[Callable[[Callable[[], Tensor]], Replay]] = None,
+    ) -> None:
         """Capture all sizes, the largest first, so that the smaller ones find its memory. Changes nothing in the cache.
 
         Args:
@@ -77,8 +87,11 @@ class DecodeGraphs:
         self._replays = {size: record(lambda size=size: self._run(size)) for size in reversed(self.sizes)}  # type: ignore[misc]
         if on_gpu:
             torch.cuda.synchronize(device)
-            print(f"megatron.dmc: captured CUDA graphs of {len(self.sizes)} batch sizes up to {max_seqs} in "
-                  f"{time.perf_counter() - began:.1f} s", file=sys.stderr)  # fmt: skip
+            print(
+                f"megatron.dmc: captured CUDA graphs of {len(self.sizes)} batch sizes up to {max_seqs} in "
+                f"{time.perf_counter() - began:.1f} s",
+                file=sys.stderr,
+            )
 
     @torch.inference_mode()
     def _run(self, size: int) -> Tensor:
@@ -87,7 +100,9 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def __call__(self, pieces: Sequence[Piece]) -> Optional[Tensor]:
-        """Logits as the forward pass gives them, fp32 [m, vocabulary]; None: not a step for a graph, run it as it is."""
+        """Logits as the forward pass gives them, fp32 [m, vocabulary];
+        None: not a step for a graph, run it as it is.
+        """
         n = len(pieces)
         if n > self.sizes[-1] or any(len(piece.tokens) != 1 for piece in pieces):
             return None

@@ -34,8 +34,9 @@ class LLM:
         self.engine = Engine(model, EngineConfig(**settings), loaded)
         self._ids = itertools.count()
 
-    def generate(self, prompts: Prompt | Sequence[Prompt],
-                 params: SamplingParams | Sequence[SamplingParams] = SamplingParams()) -> list[RequestOutput]:  # fmt: skip # noqa: B008
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] = SamplingParams()
+    ) -> list[RequestOutput]:
         """Answer all prompts, in their order.
 
         A prompt that cannot be answered has its reason in ``error`` and no answers; the others are not touched by it.
@@ -50,7 +51,9 @@ class LLM:
         requests = _as_list(prompts)
         each = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(requests):
-            raise ValueError(f"{len(requests)} prompts and {len(each)} sampling parameters; give one for all, or one for each")
+            raise ValueError(
+                f"{len(requests)} prompts and {len(each)} sampling parameters; give one for all, or one for each"
+            )
         found: dict[str, RequestOutput] = {}
         try:
             for prompt, own in zip(requests, each):
@@ -64,7 +67,7 @@ class LLM:
                 self.engine.abort(name)
         return list(found.values())
 
-    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[StepOutput]:  # noqa: B008
+    def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Iterator[StepOutput]:
         """Outputs of one prompt as they come. Raises ``ValueError`` for a prompt that cannot be answered."""
         name = str(next(self._ids))
         self.engine.add_request(name, prompt, params)
@@ -89,4 +92,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-

@@ -1,7 +1,7 @@
 """The serving model: a Llama-family decoder in plain PyTorch over the paged compressed cache. Plain models run at CR 1.
 
-A step is one flat run of T tokens of n sequences: decoding ones with one token each come first, chunks of prompts follow.
-h hidden, Hq query heads, H KV heads, D head dimension; heads are those of this tensor-parallel rank.
+A step is one flat run of T tokens of n sequences: decoding ones with one token each come first, chunks of prompts
+follow. h hidden, Hq query heads, H KV heads, D head dimension; heads are those of this tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -113,9 +113,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: [T, in], [out, in] -> [T, out].
 
     On a CPU in fp32, the product of few rows is faster the other way round: MKL then reads the weight as it lies, where
-    ``F.linear`` packs it first. One row of up to 2,048 numbers is faster as two (MKL's matrix-vector product reads 12 GB/s of such
-    weights, its product of two rows 30; EPYC, two cores, torch 2.13), and 9 to 15 rows as 16. On Intel's CPUs MKL reads the weight
-    as it lies for up to four rows (1.8 ms for 92 MB, 4.8 the other way round; Xeon, two cores).
+    ``F.linear`` packs it first. One row of up to 2,048 numbers is faster as two (MKL's matrix-vector product reads 12
+    GB/s of such weights, its product of two rows 30; EPYC, two cores, torch 2.13), and 9 to 15 rows as 16. On Intel's
+    CPUs MKL reads the weight as it lies for up to four rows (1.8 ms for 92 MB, 4.8 the other way round; Xeon, two
+    cores).
     """
     rows = x.size(0)
     if rows <= 4 and is_intel():
@@ -130,13 +131,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Model:
     """Weights and the forward pass. Holds nothing of any sequence: that is all in the :class:`CacheState`."""
 
-    def __init__(self, directory: hf.HFDirectory, info: ModelInfo, parallel: TensorParallel, dtype: torch.dtype,
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        directory: hf.HFDirectory,
+        info: ModelInfo,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         """Read this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
         parallel.check(info.model)
         self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
         c = info.model
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads // parallel.size, c.kv_heads // parallel.size, c.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_attention_heads // parallel.size,
+            c.kv_heads // parallel.size,
+            c.head_dim,
+        )
         reader = Reader(directory, info, parallel, dtype, device)
         self.embedding = reader.rows(["model.embed_tokens.weight"])
         self.first_token = parallel.part(c.vocab_size)[0]
@@ -147,7 +158,11 @@ class Model:
 
     def nbytes(self) -> int:
         """Bytes of the weights on this rank."""
-        tensors = [self.embedding, self.norm, *(x for layer in self.layers for x in vars(layer).values() if x is not None)]
+        tensors = [
+            self.embedding,
+            self.norm,
+            *(x for layer in self.layers for x in vars(layer).values() if x is not None),
+        ]
         if self.head is not self.embedding:
             tensors.append(self.head)
         return sum(x.numel() * x.element_size() for x in tensors)
@@ -185,9 +200,21 @@ class Model:
         q, k, v = self._project(layer, x)
         dmc, chunks = self.info.dmc, batch.decoding < batch.rows.numel()
         q, k_part, v_part, slot = kernels.append(
-            state, n, q, k, v, batch.cu_seqlens, batch.rows, batch.positions, self.inv_freq, bias=self.info.decision_bias,
-            epsilon=dmc.importance_epsilon if dmc else 0.0, window=self.info.window, compress=self.info.compresses, partial=chunks,
-        )  # fmt: skip
+            state,
+            n,
+            q,
+            k,
+            v,
+            batch.cu_seqlens,
+            batch.rows,
+            batch.positions,
+            self.inv_freq,
+            bias=self.info.decision_bias,
+            epsilon=dmc.importance_epsilon if dmc else 0.0,
+            window=self.info.window,
+            compress=self.info.compresses,
+            partial=chunks,
+        )
         scale, d = 1 / math.sqrt(self.head_dim), batch.decoding
         parts = []
         if d:
@@ -195,7 +222,9 @@ class Model:
         if chunks:
             bounds = batch.cu_seqlens[d:] - d  # a decoding sequence has one token
             parts.append(
-                kernels.prefill_attention(state, n, q[d:], k_part[d:], v_part[d:], slot[d:], bounds, batch.rows[d:], scale)
+                kernels.prefill_attention(
+                    state, n, q[d:], k_part[d:], v_part[d:], slot[d:], bounds, batch.rows[d:], scale
+                )
             )
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         # [T, Hq, D] -> [T, Hq D]

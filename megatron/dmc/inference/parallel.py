@@ -24,8 +24,11 @@ class TensorParallel:
 
     def check(self, model: ModelConfig) -> None:
         """Raise ``ValueError`` when the model cannot be cut into so many parts."""
-        for name, value in (("num_key_value_heads", model.kv_heads), ("num_attention_heads", model.num_attention_heads),
-                            ("intermediate_size", model.ffn_hidden_size)):  # fmt: skip
+        for name, value in (
+            ("num_key_value_heads", model.kv_heads),
+            ("num_attention_heads", model.num_attention_heads),
+            ("intermediate_size", model.ffn_hidden_size),
+        ):
             if value % self.size:
                 raise ValueError(f"tensor parallelism {self.size} does not divide {name} {value}; use a divisor of it")
 
@@ -72,13 +75,17 @@ def initialize(size: int, device: torch.device, group: Optional[Any] = None) -> 
         return TensorParallel()
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            raise ValueError(f"tensor_parallel_size is {size}, and this process is no rank of a group; start it with torchrun "
-                             f"--nproc-per-node {size}")  # fmt: skip
+            raise ValueError(
+                f"tensor_parallel_size is {size}, and this process is no rank of a group; start it with torchrun "
+                f"--nproc-per-node {size}"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = dist.get_world_size(group)
     if world != size:
-        raise ValueError(f"tensor_parallel_size is {size}, but there are {world} processes; start one for each rank (torchrun "
-                         f"--nproc-per-node {size})")  # fmt: skip
+        raise ValueError(
+            f"tensor_parallel_size is {size}, but there are {world} processes; start one for each rank (torchrun "
+            f"--nproc-per-node {size})"
+        )
     return TensorParallel(dist.get_rank(group), size, group)

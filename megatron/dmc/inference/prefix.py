@@ -1,15 +1,16 @@
 """Prefix caching over compressed states: a radix tree of token ids whose nodes may hold a snapshot of the cache.
 
-Merging rewrites the last slot of a head, so the state after token t cannot be cut back to an earlier token: like the states of
-recurrent models (Marconi, arXiv 2411.19379) it is of use only at the very token where it was kept. A snapshot is a row of the
-cache that was forked from a sequence's, or the row of a sequence that has ended. They are kept
+Merging rewrites the last slot of a head, so the state after token t cannot be cut back to an earlier token: like the
+states of recurrent models (Marconi, arXiv 2411.19379) it is of use only at the very token where it was kept. A snapshot
+is a row of the cache that was forked from a sequence's, or the row of a sequence that has ended. They are kept
 
 - at the end of a prompt, together with the logits there, so that the same prompt need not read a single token;
 - at the end of an answer, for the next turn;
-- where prompts part: all prompts that wait, run or were kept are in the tree, and one that is read stops at the places where
-  others leave it.
+- where prompts part: all prompts that wait, run or were kept are in the tree, and one that is read stops at the places
+  where others leave it.
 
-Snapshots cost nothing: their rows and pages are given to sequences as soon as these need them, least recently used first.
+Snapshots cost nothing: their rows and pages are given to sequences as soon as these need them, least recently used
+first.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ class PrefixCache:
     @staticmethod
     def _limit(sequence: Sequence) -> int:
         """Tokens that it may skip: log-probabilities of a prompt come from reading it."""
-        wants = sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.prompt_length - 1
+        wants = (
+            sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.prompt_length - 1
+        )
         return len(sequence.prompt_logprobs) if wants else len(sequence.tokens)
 
     def found(self, sequence: Sequence) -> Iterator[Node]:
@@ -142,7 +145,9 @@ class PrefixCache:
                 yield node
 
     def stops(self, sequence: Sequence) -> list[Node]:
-        """Where a snapshot should be taken of what a running sequence has still to read of its prompt, first one first."""
+        """Where a snapshot should be taken of what a running sequence has still to read of its prompt,
+        first one first.
+        """
         if sequence.node is None or sequence.computed >= sequence.prompt_length:
             return []
         found: list[Node] = []
@@ -171,8 +176,9 @@ class PrefixCache:
     # ------------------------------------------------------------------------------------------------------------ rows
 
     def start(self, sequence: Sequence, node: Optional[Node], promised: np.ndarray) -> None:
-        """Give a waiting sequence a row: an empty one, or one that goes on from a snapshot, of which the caller knows that its
-        :meth:`PagedCache.cost` is there beside the pages that were ``promised`` ([ranks])."""
+        """Give a waiting sequence a row: an empty one, or one that goes on from a snapshot, of which the caller knows
+        that its :meth:`PagedCache.cost` is there beside the pages that were ``promised`` ([ranks]).
+        """
         first = sequence.num_cached_tokens is None
         if node is None:
             enough = self._room(0)
@@ -195,7 +201,9 @@ class PrefixCache:
             self.hits += sequence.num_cached_tokens
 
     def take(self, sequence: Sequence, logits: Tensor) -> None:
-        """Keep a snapshot of a running sequence as it is, if there is room. logits: [vocabulary], after its last token."""
+        """Keep a snapshot of a running sequence as it is, if there is room.
+        logits: [vocabulary], after its last token.
+        """
         assert sequence.row is not None
         node = self._insert(sequence, sequence.computed)
         if node.row is not None:  # another sequence read the same in this step
@@ -232,8 +240,9 @@ class PrefixCache:
             self._evict(node)
 
     def _room(self, pages: np.ndarray | int, rows: int = 1, but: Optional[Node] = None) -> bool:
-        """Forget snapshots, least recently used first and ``but`` never, until there are free rows and so many free pages; or
-        none at all, and say so, when that would not do."""
+        """Forget snapshots, least recently used first and ``but`` never, until there are free rows and so many free
+        pages; or none at all, and say so, when that would not do.
+        """
         cache = self.cache
         spared = 0 if but is None or but.row is None else cache.cost(but.row)
         most = cache.free_rows + len(self._kept) - (but is not None)

@@ -49,7 +49,8 @@ class Sequence:
     num_cached_tokens: Optional[int] = None
     """Of the prompt, when it was first given a row."""
     logits: Optional[Tensor] = None
-    """[vocabulary], after the last token, when a snapshot had them: the next token is drawn without reading anything."""
+    """[vocabulary], after the last token, when a snapshot had them: the next token is drawn without reading anything.
+    """
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """The same list for all answers of a request."""
     arrived: float = field(default_factory=time.monotonic)
@@ -129,7 +130,9 @@ class Completion:
 
 @dataclass
 class RequestOutput:
-    """A prompt and its answers. ``error`` says why a request failed; its answers then hold what there was until then."""
+    """A prompt and its answers. ``error`` says why a request failed;
+    its answers then hold what there was until then.
+    """
 
     request_id: str
     prompt: Optional[str]

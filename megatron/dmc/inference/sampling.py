@@ -34,7 +34,10 @@ def _number(name: str, value: object, low: float, high: float = math.inf, open_l
 def _integer(name: str, value: object, low: int, high: Optional[int] = None) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     limits = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-    _require(whole and low <= value and (high is None or value <= high), f"{name} is {value!r}; it must be an integer, {limits}")
+    _require(
+        whole and low <= value and (high is None or value <= high),
+        f"{name} is {value!r}; it must be an integer, {limits}",
+    )
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,19 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 0)
         _integer("min_tokens", self.min_tokens, 0)
-        _require(self.max_tokens is None or self.min_tokens <= self.max_tokens,
-                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")  # fmt: skip
+        _require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}",
+        )
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
 
     def _check_tokens(self) -> None:
         for text in self.stop:
-            _require(isinstance(text, str) and text != "", f"stop holds {text!r}; it must hold strings that are not empty")
+            _require(
+                isinstance(text, str) and text != "", f"stop holds {text!r}; it must hold strings that are not empty"
+            )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         for token, value in (self.logit_bias or {}).items():
@@ -157,8 +164,15 @@ class SamplerState:
     """(ids int64, values fp32) of ``logit_bias``."""
 
     @classmethod
-    def start(cls, params: SamplingParams, prompt: Sequence[int], stop_ids: Sequence[int], vocabulary: int, index: int = 0,
-              device: torch.device | str = "cpu") -> SamplerState:  # fmt: skip
+    def start(
+        cls,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        vocabulary: int,
+        index: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> SamplerState:
         """State before the first token. ``index``: which of ``n`` answers this is."""
         state = cls(params, torch.tensor(sorted(stop_ids), dtype=torch.long, device=device))
         if params.seed is not None:
@@ -213,10 +227,13 @@ class Sampler:
         return self._by_sum(p, states) if self.device.type == "cpu" else self._by_noise(p, states)
 
     def _by_sum(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
-        """The first token at which the sum of p is above a uniform number: one number a row, where a CPU takes 20 ms to draw a
-        million of Exp(1). A token whose p is 0 does not add to the sum, so it is never that one."""
+        """The first token at which the sum of p is above a uniform number: one number a row, where a CPU takes 20 ms to
+        draw a million of Exp(1). A token whose p is 0 does not add to the sum, so it is never that one.
+        """
         sums = p.cumsum(dim=-1, dtype=torch.float64)
-        return torch.searchsorted(sums, self._uniform(states) * sums[:, -1:], right=True)[:, 0].clamp_max_(p.size(-1) - 1)
+        return torch.searchsorted(sums, self._uniform(states) * sums[:, -1:], right=True)[:, 0].clamp_max_(
+            p.size(-1) - 1
+        )
 
     def _by_noise(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
         """argmax of p / Exp(1): a draw from p without a sum over the vocabulary or a question to the host, for GPUs."""
@@ -224,7 +241,9 @@ class Sampler:
 
     def _uniform(self, states: Sequence[SamplerState]) -> Tensor:
         """fp64 in [0, 1), [n, 1]: a row's own generator's where it has one."""
-        return torch.stack([torch.rand(1, dtype=torch.float64, generator=state.generator or self.generator) for state in states])
+        return torch.stack(
+            [torch.rand(1, dtype=torch.float64, generator=state.generator or self.generator) for state in states]
+        )
 
     def _column(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
@@ -278,7 +297,9 @@ def _penalize(logits: Tensor, rows: Sequence[int], states: Sequence[SamplerState
 
 
 def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities with those beyond ``min_p``, ``top_k`` and ``top_p`` set to 0 (not normalised): fp32 [n, vocabulary]."""
+    """Probabilities with those beyond ``min_p``, ``top_k`` and ``top_p`` set to 0 (not normalised): fp32 [n,
+    vocabulary].
+    """
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]

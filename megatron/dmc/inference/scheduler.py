@@ -1,9 +1,9 @@
 """Who runs in the next step, and how many tokens of each: continuous batching with chunked prefill, page by page.
 
-A step takes at most ``max_tokens`` tokens: one of every decoding sequence first, then chunks of prompts, then new sequences.
-Pages are promised at worst: every token opens a slot in every head. So a step that was planned can never run out. When a
-decoding sequence (or the oldest one) cannot be promised its pages, the youngest sequence gives its pages back and waits; it
-will read its tokens again. The oldest sequence thus always goes on, and everything ends.
+A step takes at most ``max_tokens`` tokens: one of every decoding sequence first, then chunks of prompts, then new
+sequences. Pages are promised at worst: every token opens a slot in every head. So a step that was planned can never run
+out. When a decoding sequence (or the oldest one) cannot be promised its pages, the youngest sequence gives its pages
+back and waits; it will read its tokens again. The oldest sequence thus always goes on, and everything ends.
 
 Snapshots of the prefix cache are nowhere in the way: their pages count as free, and are freed when a plan needs them.
 """
@@ -41,8 +41,16 @@ class Plan:
 class Scheduler:
     """Waiting and running sequences, both in order of arrival."""
 
-    def __init__(self, cache: PagedCache, prefix: PrefixCache, max_seqs: int, max_tokens: int, expected_cr: float) -> None:
-        self.cache, self.prefix, self.max_seqs, self.max_tokens, self.expected_cr = cache, prefix, max_seqs, max_tokens, expected_cr
+    def __init__(
+        self, cache: PagedCache, prefix: PrefixCache, max_seqs: int, max_tokens: int, expected_cr: float
+    ) -> None:
+        self.cache, self.prefix, self.max_seqs, self.max_tokens, self.expected_cr = (
+            cache,
+            prefix,
+            max_seqs,
+            max_tokens,
+            expected_cr,
+        )
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -83,7 +91,9 @@ class Scheduler:
         self._queue(sequence)
 
     def cr(self) -> float:
-        """Tokens per slot to expect of a new sequence: what the model promises, or less where running ones show less."""
+        """Tokens per slot to expect of a new sequence:
+        what the model promises, or less where running ones show less.
+        """
         rows = [s.row for s in self.running]
         slots = int(self.cache.lengths[rows].sum()) if rows else 0
         if slots == 0 or self.expected_cr == 1:
@@ -134,7 +144,9 @@ class _Step:
                 self._take(sequence, 1, needed)
 
     def _make_room(self, sequence: Sequence, needed: np.ndarray) -> bool:
-        """Pre-empt from the youngest on until ``needed`` pages are free; False when ``sequence`` is the youngest itself."""
+        """Pre-empt from the youngest on until ``needed`` pages are free; False when ``sequence`` is the youngest
+        itself.
+        """
         running = self.scheduler.running
         while (needed > self.free).any():
             if len(running) == 1:
@@ -164,8 +176,8 @@ class _Step:
     def admit(self) -> None:
         """New sequences, as long as their prompts are expected to fit beside those that are being read.
 
-        One whose prefix is being read by another waits for the snapshot, the answers of one request for the first of them; they let
-        those behind them pass.
+        One whose prefix is being read by another waits for the snapshot, the answers of one request for the first of
+        them; they let those behind them pass.
         """
         scheduler = self.scheduler
         if not scheduler.waiting:
@@ -191,7 +203,9 @@ class _Step:
                 asked.add(sequence.request_id)
 
     def _expected(self, sequence: Sequence, cr: float) -> tuple[Optional[Node], np.ndarray]:
-        """The snapshot to go on from, and the pages that the prompt is expected to take: never more than without a snapshot."""
+        """The snapshot to go on from, and the pages that the prompt is expected to take: never more than without a
+        snapshot.
+        """
         whole = np.full_like(self.free, self.cache.pages_at(len(sequence.tokens) / cr))
         for node in self.prefix.found(sequence):
             cost = self.cache.cost(node.row)

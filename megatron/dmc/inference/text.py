@@ -26,8 +26,13 @@ def load_tokenizer(path: str | Path) -> Optional[Any]:
     config = None
     if (path / "config.json").is_file():
         block = hf.read_json(path / "config.json").get("dmc")
-        # An exported directory's model_type is not one that transformers knows: it would ask whether to run the modelling file.
-        config = AutoConfig.for_model(block["base_model_type"]) if isinstance(block, dict) and "base_model_type" in block else None
+        # An exported directory's model_type is not one that transformers knows: it would ask whether to run the
+        # modelling file.
+        config = (
+            AutoConfig.for_model(block["base_model_type"])
+            if isinstance(block, dict) and "base_model_type" in block
+            else None
+        )
     try:
         return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types
@@ -37,12 +42,18 @@ def load_tokenizer(path: str | Path) -> Optional[Any]:
 class Detokenizer:
     """Text of one answer, token by token.
 
-    ``text`` never ends in half a character and never holds a stop string. :meth:`take` gives what has not been given yet,
-    less what may still become a stop string.
+    ``text`` never ends in half a character and never holds a stop string. :meth:`take` gives what has not been given
+    yet, less what may still become a stop string.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool = True, stop: Sequence[str] = (),
-                 include_stop: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+    ) -> None:
         self.tokenizer, self.skip, self.stop, self.include = tokenizer, skip_special_tokens, tuple(stop), include_stop
         self.text = ""
         self.stopped: Optional[str] = None

@@ -1,4 +1,6 @@
-"""Weights of a Hugging Face directory, plain or exported, streamed into the serving model's tensors. No file is mapped."""
+"""Weights of a Hugging Face directory, plain or exported, streamed into the serving model's tensors. No
+file is mapped.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,10 @@ class ModelInfo:
     def check_served(self) -> None:
         """Raises ``ValueError`` for a model that is made to compare with, not to serve."""
         if self.dmc is not None and self.dmc.method != "dmc":
-            raise ValueError(f"{self.path} was trained with method {self.dmc.method}, which is evaluated "
-                             "(megatron.dmc.evaluation) and not served; retrofit with method dmc")  # fmt: skip
+            raise ValueError(
+                f"{self.path} was trained with method {self.dmc.method}, which is evaluated "
+                "(megatron.dmc.evaluation) and not served; retrofit with method dmc"
+            )
 
     @property
     def compresses(self) -> bool:
@@ -95,8 +99,14 @@ def read_info(directory: hf.HFDirectory) -> ModelInfo:
 class Reader:
     """Reads tensors, or a rank's part of them, and checks names, shapes and values on the way."""
 
-    def __init__(self, directory: hf.HFDirectory, info: ModelInfo, parallel: TensorParallel, dtype: torch.dtype,
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self,
+        directory: hf.HFDirectory,
+        info: ModelInfo,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.parallel, self.dtype, self.device = parallel, dtype, device
         family = mapping.family_of(directory.config)
         self.shapes = mapping.hf_shapes(family, info.model)
@@ -106,7 +116,9 @@ class Reader:
         hf.compare_names(tensors, self.shapes, str(directory.path))
         for name, shape in self.shapes.items():
             if tuple(tensors[name].shape) != tuple(shape):
-                raise ValueError(f"{tensors[name].name} has shape {list(tensors[name].shape)}; config.json asks for {list(shape)}")
+                raise ValueError(
+                    f"{tensors[name].name} has shape {list(tensors[name].shape)}; config.json asks for {list(shape)}"
+                )
         self.tensors = tensors
 
     def _fill(self, out: Tensor, name: str, rows: slice, columns: slice) -> None:
@@ -117,7 +129,9 @@ class Reader:
             stop = min(start + step, rows.stop)
             block = lazy.read(start, stop)
             if not has_only_finite(block):
-                raise ValueError(f"{lazy.name} holds NaN or infinite values (rows {start} to {stop - 1}); copy or export it again")
+                raise ValueError(
+                    f"{lazy.name} holds NaN or infinite values (rows {start} to {stop - 1}); copy or export it again"
+                )
             out[start - rows.start : stop - rows.start] = block[..., columns] if block.dim() > 1 else block
 
     def whole(self, name: str) -> Tensor:

@@ -1,10 +1,12 @@
 """Builds the compiled kernels: on first use for the machine at hand, and ahead of time for any.
 
-    python -m megatron.dmc.kernels.build [--device cpu|cuda] [--in-package | --output DIR] [--for-this-machine] [--resources]
+    python -m megatron.dmc.kernels.build [--device cpu|cuda] [--in-package | --output DIR] [--for-this-machine]
+    [--resources]
 
-Without options a portable library for CPUs goes to the user's cache ($XDG_CACHE_HOME or ~/.cache, megatron-dmc/kernels), and one
-for GPUs where nvcc is; with --in-package they go beside the sources, which is what an image for many users and machines wants. A
-library's name holds a hash of the sources, the flags and the version of apache-tvm-ffi: one that is out of date is never loaded.
+Without options a portable library for CPUs goes to the user's cache ($XDG_CACHE_HOME or ~/.cache,
+megatron-dmc/kernels), and one for GPUs where nvcc is; with --in-package they go beside the sources, which is what an
+image for many users and machines wants. A library's name holds a hash of the sources, the flags and the version of
+apache-tvm-ffi: one that is out of date is never loaded.
 """
 
 from __future__ import annotations
@@ -38,14 +40,18 @@ CUDA_HEADERS = ("checks.h", "params.h", "cuda.h", "cuda_device.cuh", "cuda_atten
 CUDA_LAUNCHER = "cuda_launch.cpp"
 
 # No errno and no trapping: both keep loops from becoming vectors. Nothing that changes results: no -ffast-math.
-FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+FLAGS = (
+    "-std=gnu++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+)
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
-X86 = {
-    "avx512bf16": (*AVX512, "-mavx512bf16"),
-    "avx512": AVX512,
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "base": (),
-}
+X86 = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": ("-mavx2", "-mfma", "-mf16c"), "base": ()}
 CUDA_ARCHITECTURES = ("80", "90")  # code for these, and what later GPUs can make their own of
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
 CPU_FLAGS_OF = {
@@ -90,7 +96,8 @@ def usable_instruction_sets() -> list[str]:
     """Those of :func:`instruction_sets` that this CPU runs, best first: the order in which a portable library looks."""
     have = set(_cpu_info().get("flags", "").split())
     usable = [name for name in instruction_sets() if have >= CPU_FLAGS_OF[name]]
-    # In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many products.
+    # In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many
+    # products.
     if usable[0] == "avx512bf16" and is_intel():
         usable[:2] = reversed(usable[:2])
     return usable
@@ -106,7 +113,9 @@ def source_hash(device: str = "cpu") -> str:
     """Changes with the sources, the flags and tvm-ffi: 16 hex digits. device: cpu or cuda."""
     flags = (FLAGS, X86) if device == "cpu" else (CUDA_FLAGS, CUDA_ARCHITECTURES)
     digest = hashlib.sha256(repr((*flags, importlib.metadata.version("apache-tvm-ffi"))).encode())
-    names = (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER) if device == "cpu" else (*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER)
+    names = (
+        (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER) if device == "cpu" else (*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER)
+    )
     for name in names:
         digest.update(name.encode() + (SOURCES / name).read_bytes())
     return digest.hexdigest()[:16]
@@ -123,7 +132,9 @@ def library_name(sets: Sequence[str]) -> str:
 
 
 def find_library() -> Path | None:
-    """A library that was built before: portable ones first in the package, then in the cache, then one for this machine."""
+    """A library that was built before: portable ones first in the package, then in the cache, then one for this
+    machine.
+    """
     portable, here = library_name(list(instruction_sets())), library_name([best_instruction_set()])
     candidates = (PACKAGED / portable, PACKAGED / here, cache_directory() / portable, cache_directory() / here)
     return next((path for path in candidates if path.is_file()), None)
@@ -150,8 +161,8 @@ def compiler() -> str:
         if shutil.which(name.split()[0]):
             return name
     raise BuildError(
-        f"no C++ compiler ({wish or 'g++, clang++'}) on PATH: install one (apt-get install g++), or build the kernels on another "
-        "machine with python -m megatron.dmc.kernels.build"
+        f"no C++ compiler ({wish or 'g++, clang++'}) on PATH: install one (apt-get install g++), or build the kernels "
+        "on another machine with python -m megatron.dmc.kernels.build"
     )
 
 
@@ -166,8 +177,8 @@ def cuda_compiler() -> str:
         if name and shutil.which(name):
             return name
     raise BuildError(
-        f"no nvcc on PATH nor in {home}/bin: install the CUDA toolkit (12 or later), or build the kernels on another machine with "
-        "python -m megatron.dmc.kernels.build --device cuda"
+        f"no nvcc on PATH nor in {home}/bin: install the CUDA toolkit (12 or later), or build the kernels on another "
+        "machine with python -m megatron.dmc.kernels.build --device cuda"
     )
 
 
@@ -206,7 +217,8 @@ def _making(target: Path) -> Iterator[str | None]:
 
 
 def build_cpu(sets: Sequence[str], directory: Path) -> Path:
-    """Compile for the instruction sets ``sets`` into one library; returns its path. Several processes may call it at once.
+    """Compile for the instruction sets ``sets`` into one library; returns its path. Several processes may call it at
+    once.
 
     Raises:
         BuildError: there is no compiler, or it failed; with its output.
@@ -280,8 +292,8 @@ def read_resources(text: str) -> list[Resources]:
     """What ``ptxas -v`` has printed, in order of the kernels' names."""
     found = []
     entry = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-        r"loads.*?Used (\d+) registers([^\n]*)",
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
+        r"bytes spill loads.*?Used (\d+) registers([^\n]*)",
         re.DOTALL,
     )
     for name, arch, stack, stores, loads, registers, rest in entry.findall(text):
@@ -306,9 +318,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--in-package", action="store_true", help="put the library beside the sources, for images")
     place.add_argument("--output", type=Path, metavar="DIR", help="put the library there")
-    parser.add_argument("--for-this-machine", action="store_true", help="only the instruction set of this CPU: builds faster")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="only these kernels; default: cpu, and cuda where nvcc is")
-    parser.add_argument("--resources", action="store_true", help="only print what each CUDA kernel needs (registers, spills)")
+    parser.add_argument(
+        "--for-this-machine", action="store_true", help="only the instruction set of this CPU: builds faster"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="only these kernels; default: cpu, and cuda where nvcc is"
+    )
+    parser.add_argument(
+        "--resources", action="store_true", help="only print what each CUDA kernel needs (registers, spills)"
+    )
     args = parser.parse_args(argv)
     sets = [best_instruction_set()] if args.for_this_machine else list(instruction_sets())
     place = PACKAGED if args.in_package else args.output or cache_directory()

@@ -20,7 +20,9 @@ def _load():
     path = build.find_library()
     if path is None:
         name = build.best_instruction_set()
-        print(f"megatron.dmc: building the CPU kernels for {name}, once, about half a minute", file=sys.stderr, flush=True)
+        print(
+            f"megatron.dmc: building the CPU kernels for {name}, once, about half a minute", file=sys.stderr, flush=True
+        )
         path = build.build_cpu([name], build.cache_directory())
     return tvm_ffi.load_module(str(path))
 
@@ -28,7 +30,15 @@ def _load():
 _library = _load()
 _append, _decode, _prefill, _fork, _free, _norm, _silu = (
     _library[name]
-    for name in ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows", "add_rms_norm", "silu_and_mul")
+    for name in (
+        "append",
+        "decode_attention",
+        "prefill_attention",
+        "fork_rows",
+        "free_rows",
+        "add_rms_norm",
+        "silu_and_mul",
+    )
 )
 
 

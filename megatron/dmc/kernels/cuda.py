@@ -1,6 +1,8 @@
-"""The CUDA kernels: the same functions as ``reference.py``, on torch's current stream. Built on first use, see ``build.py``.
+"""The CUDA kernels: the same functions as ``reference.py``, on torch's current stream. Built on first use, see
+``build.py``.
 
-Nothing here waits for the GPU, looks at the values of a tensor or allocates by them, so that a CUDA graph can capture every call.
+Nothing here waits for the GPU, looks at the values of a tensor or allocates by them, so that a CUDA graph can capture
+every call.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class CudaKernels:
     def decode_attention(self, state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
         """See :func:`megatron.dmc.kernels.decode_attention`."""
         out, heads = _like(q_rot), state.lengths.size(2)
-        size = self._decode_bytes(slots.numel(), heads, -(-q_rot.size(1) // heads), q_rot.size(2), q_rot.device.index or 0)
+        size = self._decode_bytes(
+            slots.numel(), heads, -(-q_rot.size(1) // heads), q_rot.size(2), q_rot.device.index or 0
+        )
         self._decode(*state.tensors(), layer, q_rot, slots, scale, out, _scratch(size, q_rot.device))
         return out
 

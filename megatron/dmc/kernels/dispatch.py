@@ -45,7 +45,10 @@ def _of_device(device_type: str) -> str:
     else:
         why = f"there are no compiled kernels for {device_type}"
     bar = "*" * 100
-    print(f"{bar}\nmegatron.dmc: {why}\nPyTorch kernels run instead: same results, many times slower.\n{bar}", file=sys.stderr)
+    print(
+        f"{bar}\nmegatron.dmc: {why}\nPyTorch kernels run instead: same results, many times slower.\n{bar}",
+        file=sys.stderr,
+    )
     return "reference"
 
 

@@ -1,4 +1,5 @@
-"""The kernels in plain PyTorch: the truth that the C++ and CUDA ones are tested against, and what runs without a compiler.
+"""The kernels in plain PyTorch: the truth that the C++ and CUDA ones are tested against, and what runs without a
+compiler.
 
 Vectorised over tokens, heads and sequences; it reads counts on the host, so it waits for a GPU. Attention is in fp32
 throughout, whatever the dtype of the cache.
@@ -49,7 +50,9 @@ def _same_length(plan: _Plan) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, compress: bool) -> Tensor:
-    """fp32 [T, h, D], rotated at ``positions`` (half-split layout); with ``compress`` the last channel is 0 before and after."""
+    """fp32 [T, h, D], rotated at ``positions`` (half-split layout); with ``compress`` the last channel is 0 before and
+    after.
+    """
     angle = positions.float()[:, None, None] * inv_freq.float()
     cos, sin = angle.cos(), angle.sin()
     if compress:
@@ -62,15 +65,17 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, compress: bool) -> Te
 def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, after: Tensor) -> None:
     """Give every head the pages that it grows by. before, after: int64 slots [N, H].
 
-    Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages: no order of execution
-    changes who gets which page.
+    Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages: no order of
+    execution changes who gets which page.
     """
     size, heads = state.page_size, before.size(1)
     had = -(-before // size)
     demand = (-(-after // size) - had).flatten()
     total = int(demand.sum())
     if after.numel() and int(after.max()) > state.max_slots:
-        raise RuntimeError(f"a head would hold {int(after.max())} slots, and its row of the page table {state.max_slots}")
+        raise RuntimeError(
+            f"a head would hold {int(after.max())} slots, and its row of the page table {state.max_slots}"
+        )
     if total > state.free_count():
         raise RuntimeError(f"the step needs {total} pages and {state.free_count()} are free; nothing was written")
     order = torch.arange(total, device=demand.device)
@@ -82,7 +87,9 @@ def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, aft
     state.counters[TAKEN] += total
 
 
-def _history(state: CacheState, layer: int, rows: Tensor, window: Optional[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _history(
+    state: CacheState, layer: int, rows: Tensor, window: Optional[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The open slots' tokens, oldest first and aligned to the right: k, v fp32 [m, H, R, D], omega, bool [m, H, R]."""
     k, v, w = (x[rows, layer].float() for x in (state.ring_k, state.ring_v, state.ring_w))
     segment, r = state.segment[rows, layer].long(), w.size(-1)
@@ -134,7 +141,14 @@ def _remember(
 
 
 def _pool_chunks(
-    state: CacheState, layer: int, plan: _Plan, k: Tensor, v: Tensor, omega: Tensor, merge: Tensor, window: Optional[int]
+    state: CacheState,
+    layer: int,
+    plan: _Plan,
+    k: Tensor,
+    v: Tensor,
+    omega: Tensor,
+    merge: Tensor,
+    window: Optional[int],
 ) -> tuple[Tensor, Tensor]:
     """State of each token's slot right after it, before the rotation: fp32 [T', H, D]; ring and segment move on."""
     k_out, v_out = torch.empty_like(k), torch.empty_like(v)
@@ -284,7 +298,11 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
     """See :func:`megatron.dmc.kernels.fork`."""
     keep = (source >= 0) & (target >= 0)
     source, target = source[keep].long(), target[keep].long()
-    if target.unique().numel() != target.numel() or bool(torch.isin(source, target).any()) or bool(state.lengths[target].any()):
+    if (
+        target.unique().numel() != target.numel()
+        or bool(torch.isin(source, target).any())
+        or bool(state.lengths[target].any())
+    ):
         raise ValueError(f"target is {target.tolist()}; it must be distinct empty rows that are no sources")
     lengths = state.lengths[source].long()  # [n, L, H]
     final = (lengths - 1).clamp_min(0) if state.compresses else lengths  # slots that nobody writes any more

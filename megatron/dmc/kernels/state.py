@@ -1,8 +1,8 @@
 """The compressed cache of one engine and rank, as plain tensors that every kernel reads and writes in place.
 
-L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer, head)
-has its own number of slots, kept in pages; a page holds slots of one head. Rows that share a prefix share its full pages, which
-nobody writes any more; a page with a slot that may still be written belongs to one row.
+L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer,
+head) has its own number of slots, kept in pages; a page holds slots of one head. Rows that share a prefix share its
+full pages, which nobody writes any more; a page with a slot that may still be written belongs to one row.
 """
 
 from __future__ import annotations
@@ -39,19 +39,23 @@ class CacheState:
     """int32 [rows, L, H], slots in use; 0: no token yet."""
     ring_k: Tensor
     ring_v: Tensor
-    """[rows, L, H, R, D], un-rotated keys and values of the open slot. Token i of the segment lies at i mod W, in the model's
-    dtype; R = W. Without a window R = 1, and it is the fp32 mean of the segment so far. R = 0 for a plain model."""
+    """[rows, L, H, R, D], un-rotated keys and values of the open slot. Token i of the segment lies at i mod W, in the
+    model's dtype; R = W. Without a window R = 1, and it is the fp32 mean of the segment so far. R = 0 for a plain
+    model.
+    """
     ring_w: Tensor
     """fp32 [rows, L, H, R], omega of these tokens; without a window their total."""
     segment: Tensor
-    """int32 [rows, L, H], tokens in the open slot; 0 before the first token. Entries of the ring beyond it are garbage."""
+    """int32 [rows, L, H], tokens in the open slot; 0 before the first token. Entries of the ring beyond it are garbage.
+    """
     free_pages: Tensor
     """int32 [num_pages], a ring of page ids: entries [taken, returned + num_pages), modulo num_pages, are free."""
     refcounts: Tensor
     """int32 [num_pages], rows that hold a page; 0: it is free."""
     counters: Tensor
-    """int64 [4]: pages taken, pages returned, and heads that an op on a GPU refused (see the package's text), since the start,
-    never reset; the last one is the CUDA kernels' own, 0 between them."""
+    """int64 [4]: pages taken, pages returned, and heads that an op on a GPU refused (see the package's text), since the
+    start, never reset; the last one is the CUDA kernels' own, 0 between them.
+    """
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the kernels take them."""
@@ -89,15 +93,17 @@ class CacheState:
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
     def check_integrity(self) -> None:
-        """Every page is free, or held by as many rows as its count says, at the same place of each; a page that may still be
-        written is held by one. Waits for the device.
+        """Every page is free, or held by as many rows as its count says, at the same place of each; a page that may
+        still be written is held by one. Waits for the device.
 
         Raises:
             RuntimeError: what is wrong and with which page.
         """
         lengths, table = self.lengths.cpu().long(), self.page_table.cpu().long()
         if int(lengths.min()) < 0 or int(lengths.max()) > self.max_slots:
-            raise RuntimeError(f"lengths are outside of 0..{self.max_slots}: {int(lengths.min())}..{int(lengths.max())}")
+            raise RuntimeError(
+                f"lengths are outside of 0..{self.max_slots}: {int(lengths.min())}..{int(lengths.max())}"
+            )
         pages = -(-lengths // self.page_size)
         used = torch.arange(table.size(3)) < pages[..., None]
         owned = table[used]
@@ -120,8 +126,13 @@ class CacheState:
         place = torch.arange(used[0].numel()).view(used[0].shape).expand_as(used)[used]
         first = torch.empty(self.num_pages, dtype=torch.long)
         first[owned] = place
-        _none(torch.zeros_like(first).index_add_(0, owned, (first[owned] != place).long()) > 0, "page {} is held at two places")
-        last = (lengths - 1 if self.compresses else lengths) // self.page_size  # the page with the next slot to be written
+        _none(
+            torch.zeros_like(first).index_add_(0, owned, (first[owned] != place).long()) > 0,
+            "page {} is held at two places",
+        )
+        last = (
+            lengths - 1 if self.compresses else lengths
+        ) // self.page_size  # the page with the next slot to be written
         open_ = (used & (torch.arange(table.size(3)) == last[..., None]))[used]
         writable = torch.zeros_like(counts).index_add_(0, owned, open_.long()) > 0
         _none(writable & (counts > 1), "page {} may still be written and is shared by {} rows", counts)
@@ -138,8 +149,9 @@ def _none(wrong: Tensor, message: str, *numbers: Tensor) -> None:
 
 
 def in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Uninitialised memory, in huge pages of the operating system where it has them: a step of decoding reads all weights, and
-    heads' pages in any order, and each 4 KiB of them would cost a walk through the translation tables."""
+    """Uninitialised memory, in huge pages of the operating system where it has them: a step of decoding reads all
+    weights, and heads' pages in any order, and each 4 KiB of them would cost a walk through the translation tables.
+    """
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     size = x.numel() * x.element_size()
     if x.device.type == "cpu" and size >= 2 * _HUGE_PAGE and sys.platform == "linux":
@@ -153,9 +165,9 @@ def in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 def keep_freed_memory() -> None:
     """Make the C library keep up to 256 MiB of memory that was freed, and take what is up to 32 MiB long from there.
 
-    Every step of an engine allocates the same activations; when they go back to the operating system in between, each 4 KiB of
-    them costs a page fault (1.4 us in a virtual machine: a tenth of the time of reading a prompt). For the whole process; nothing
-    where the C library is not glibc.
+    Every step of an engine allocates the same activations; when they go back to the operating system in between, each 4
+    KiB of them costs a page fault (1.4 us in a virtual machine: a tenth of the time of reading a prompt). For the whole
+    process; nothing where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,9 +1,10 @@
-"""The kernels as operators of PyTorch, ``torch.ops.megatron_dmc.*``, so that torch.compile and torch.export take them as they are.
+"""The kernels as operators of PyTorch, ``torch.ops.megatron_dmc.*``, so that torch.compile and torch.export take them
+as they are.
 
 Each has the arguments of the function of its name in this package, with the tensors of the state, in the order of
-``CacheState.tensors()``, in place of the state if it has one. What it writes is marked in its schema; CPU and CUDA go through
-``dispatch.py``. The functions of this package use the operators where torch.compile traces, and else call the backend without them:
-a call through PyTorch's dispatcher with all these tensors costs as much as the call itself.
+``CacheState.tensors()``, in place of the state if it has one. What it writes is marked in its schema; CPU and CUDA go
+through ``dispatch.py``. The functions of this package use the operators where torch.compile traces, and else call the
+backend without them: a call through PyTorch's dispatcher with all these tensors costs as much as the call itself.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _NEW_SLOTS = frozenset(_STATE) - {"free_pages"}
 _SCHEMAS = {
     "append": (
         _NEW_SLOTS,
-        "int layer, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor slots, Tensor positions, Tensor inv_freq, float bias, "
-        "float epsilon, int? window, bool compress, bool partial) -> (Tensor, Tensor, Tensor, Tensor)",
+        "int layer, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor slots, Tensor positions, Tensor inv_freq, "
+        "float bias, float epsilon, int? window, bool compress, bool partial) -> (Tensor, Tensor, Tensor, Tensor)",
     ),
     "decode_attention": (frozenset(), "int layer, Tensor q_rot, Tensor slots, float scale) -> Tensor"),
     "prefill_attention": (
         frozenset(),
-        "int layer, Tensor q_rot, Tensor k_part, Tensor v_part, Tensor slot_index, Tensor cu_seqlens, Tensor slots, float scale) "
-        "-> Tensor",
+        "int layer, Tensor q_rot, Tensor k_part, Tensor v_part, Tensor slot_index, Tensor cu_seqlens, Tensor slots, "
+        "float scale) -> Tensor",
     ),
     "fork": (_NEW_SLOTS, "Tensor source, Tensor target) -> ()"),
     "free": (frozenset({"lengths", "segment", "free_pages", "refcounts", "counters"}), "Tensor slots) -> ()"),

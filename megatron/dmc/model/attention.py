@@ -49,11 +49,13 @@ class DMCStep:
     step: int = 0
     """Optimizer step, keys the noise."""
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """Filled by the layers, for logging only: layer number -> int64 [b, ng of this rank], slots kept by hard decisions."""
+    """Filled by the layers, for logging only: layer number -> int64 [b, ng of this rank], slots kept by hard decisions.
+    """
 
 
 class DMCSelfAttention(SelfAttention):
-    """Self-attention whose KV heads merge tokens into their last slot (arXiv 2403.09636), or evict them (``DMCConfig.method``).
+    """Self-attention whose KV heads merge tokens into their last slot (arXiv 2403.09636), or evict them
+    (``DMCConfig.method``).
 
     Takes and returns [s, b, h] like ``SelfAttention``; weights, their names and their sharding are the same. After
     each compressing forward, ``kept_count`` holds the slots kept by this rank's heads: fp64 [b], differentiable
@@ -113,20 +115,26 @@ class DMCSelfAttention(SelfAttention):
         mask is always causal. ``rotary_pos_emb``: frequencies [>= s, 1, 1, D] as Megatron's ``RotaryEmbedding`` gives.
         """
         if inference_context is not None or inference_params is not None or packed_seq_params is not None:
-            raise ValueError("DMC attention trains and evaluates whole sequences; use megatron.dmc.inference to decode, "
-                             "and unpacked sequences to train")  # fmt: skip
+            raise ValueError(
+                "DMC attention trains and evaluates whole sequences; use megatron.dmc.inference to decode, "
+                "and unpacked sequences to train"
+            )
         step = attention_bias
         if step is None:
             if self.training:
-                raise ValueError("DMC attention in training needs a DMCStep: pass extra_block_kwargs="
-                                 "{'attention_bias': DMCStep(...)} to the model, or use DMCGPTModel")  # fmt: skip
+                raise ValueError(
+                    "DMC attention in training needs a DMCStep: pass extra_block_kwargs="
+                    "{'attention_bias': DMCStep(...)} to the model, or use DMCGPTModel"
+                )
             step = DMCStep()
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if rotary_pos_emb is None or rotary_pos_emb.size(-1) != self.hidden_size_per_attention_head:
-            raise ValueError("DMC attention needs rotary embeddings of all "
-                             f"{self.hidden_size_per_attention_head} channels of a head: position_embedding_type rope, "
-                             "rotary_percent 1")  # fmt: skip
+            raise ValueError(
+                "DMC attention needs rotary embeddings of all "
+                f"{self.hidden_size_per_attention_head} channels of a head: position_embedding_type rope, "
+                "rotary_percent 1"
+            )
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         # The model may have made frequencies for more rows than there are tokens (the carried row).
         angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
@@ -151,7 +159,12 @@ class DMCSelfAttention(SelfAttention):
             noise = None
             if step.sample_ids is not None:
                 noise = logistic_noise(
-                    step.sample_ids, self.kv_head_range, k.size(2), seed=step.seed, step=step.step, layer=self.layer_number
+                    step.sample_ids,
+                    self.kv_head_range,
+                    k.size(2),
+                    seed=step.seed,
+                    step=step.step,
+                    layer=self.layer_number,
                 )
             decisions = make_decisions(decision_logits(k[..., -1], dmc.decision_bias), dmc.temperature, noise)
             slots = kept_slots(decisions) if dmc.method == "dmc" else held_slots(decisions, dmc.window)

@@ -1,4 +1,6 @@
-"""Logit distillation: the next token's loss and the divergence from a teacher, in one pass over vocab-parallel logits."""
+"""Logit distillation: the next token's loss and the divergence from a teacher, in one pass over vocab-
+parallel logits.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher beside one chunk of a model: the same stage of the same layout. Not a module, so that neither the optimizer nor
-    the checkpoint knows of it."""
+    """A teacher beside one chunk of a model: the same stage of the same layout. Not a module, so that neither the
+    optimizer nor the checkpoint knows of it.
+    """
 
     teacher: DMCGPTModel
     step: DMCStep
@@ -28,12 +31,19 @@ class Distillation:
     temperature: float
 
 
-def distillation_loss(logits: Tensor, teacher: Tensor, labels: Tensor, weight: float, temperature: float = 1.0,
-                      group: Optional[Any] = None) -> Tensor:  # fmt: skip
-    """``(1 - weight) CE + weight T^2 KL(teacher || student)`` per token (Hinton et al. 2015, arXiv 1503.02531, section 2).
+def distillation_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    weight: float,
+    temperature: float = 1.0,
+    group: Optional[Any] = None,
+) -> Tensor:
+    """``(1 - weight) CE + weight T^2 KL(teacher || student)`` per token (Hinton et al. 2015, arXiv 1503.02531, section
+    2).
 
-    Both softmaxes run over all rows of the (padded) vocabulary, as Megatron's own loss does. What is kept for the backward pass is
-    the gradient alone, in the dtype of ``logits``; fp32 copies are made of ``CHUNK`` logits at a time.
+    Both softmaxes run over all rows of the (padded) vocabulary, as Megatron's own loss does. What is kept for the
+    backward pass is the gradient alone, in the dtype of ``logits``; fp32 copies are made of ``CHUNK`` logits at a time.
 
     Args:
         logits: of the student, this rank's part of the vocabulary, [s, b, V / tp], any float dtype.

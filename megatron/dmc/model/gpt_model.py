@@ -62,8 +62,9 @@ class DMCGPTModel(GPTModel):
         )
         self.carry = carry
         self.distillation: Optional[Distillation] = None
-        """Set to train beside a teacher. In training mode the hidden state between stages then has the teacher's rows below the
-        student's: pass twice the sequence length, and the carried rows, to the schedule."""
+        """Set to train beside a teacher. In training mode the hidden state between stages then has the teacher's rows
+        below the student's: pass twice the sequence length, and the carried rows, to the schedule.
+        """
         self._teacher_logits: Optional[Tensor] = None
         # megatron-core knows one set of rope-scaling constants; these come from the model's configuration.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(
@@ -86,8 +87,8 @@ class DMCGPTModel(GPTModel):
 
         Returns:
             On the last stage losses fp32 [b, s] with labels, else logits [b, s, vocab / tp]; with ``carry`` a tuple
-            of that and the slots kept by the whole model, fp64 [b]. On other stages the hidden state. In training beside a
-            teacher the losses are [3, b, s], see :func:`distillation_loss`.
+            of that and the slots kept by the whole model, fp64 [b]. On other stages the hidden state. In training
+            beside a teacher the losses are [3, b, s], see :func:`distillation_loss`.
         """
         if not self._distills():
             return self._forward(input_ids, position_ids, labels, step)

@@ -6,7 +6,10 @@ import copy
 from typing import Optional
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -28,12 +31,16 @@ def have_transformer_engine() -> bool:
 
 
 def resolve_transformer_impl(transformer_impl: str) -> str:
-    """``"auto"`` -> "transformer_engine" or "local". Raises ``ValueError`` when Transformer Engine is asked for in vain."""
+    """``"auto"`` -> "transformer_engine" or "local". Raises ``ValueError`` when Transformer Engine is asked for in
+    vain.
+    """
     if transformer_impl == "auto":
         return "transformer_engine" if have_transformer_engine() else "local"
     if transformer_impl == "transformer_engine" and not have_transformer_engine():
-        raise ValueError("transformer_impl is transformer_engine, but Transformer Engine cannot be imported here or "
-                         "there is no GPU; install megatron-dmc[gpu], or use transformer_impl local")  # fmt: skip
+        raise ValueError(
+            "transformer_impl is transformer_engine, but Transformer Engine cannot be imported here or "
+            "there is no GPU; install megatron-dmc[gpu], or use transformer_impl local"
+        )
     if transformer_impl not in ("local", "transformer_engine"):
         raise ValueError(f"transformer_impl {transformer_impl!r} is unknown; use auto, local or transformer_engine")
     return transformer_impl
@@ -86,6 +93,4 @@ def get_dmc_block_spec(
     """Spec of this rank's part of the decoder: its layers and the final norm."""
     layer = get_dmc_layer_spec(config, dmc, transformer_impl, carry=carry)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * layers, layer_norm=RMSNormBesideCarry if carry else RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNormBesideCarry if carry else RMSNorm)

@@ -1,12 +1,12 @@
 """Training attention of DMS (arXiv 2506.05345) in O(S) memory: a column is masked only for queries beyond a window.
 
-The same decisions as DMC's, but a marked token is evicted instead of merged: the ``window`` queries after it still see it, whatever
-was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha[j+1])``. The two parts of a row are two
-attentions over disjoint columns:
+The same decisions as DMC's, but a marked token is evicted instead of merged: the ``window`` queries after it still see
+it, whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha[j+1])``. The two
+parts of a row are two attentions over disjoint columns:
 
 - near, ages 0...window: a band, in blocks of rows, by plain matrix products;
-- far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in the freed channel
-  (see :mod:`megatron.dmc.ops.attention`).
+- far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in the freed
+  channel (see :mod:`megatron.dmc.ops.attention`).
 
 They are put together by their row statistics. Backward calls the stock kernel's backward with the final output and
 statistics, which makes its ``delta`` and probabilities those of the whole row.
@@ -36,7 +36,9 @@ def _blocks(x: Tensor, rows: int) -> Tensor:
 
 
 def _columns(x: Tensor, rows: int, window: int) -> Tensor:
-    """[..., s, D] -> [..., blocks, window + rows, D]: each block's rows and the ``window`` before them, zeros in front."""
+    """[..., s, D] -> [..., blocks, window + rows, D]:
+    each block's rows and the ``window`` before them, zeros in front.
+    """
     own = _blocks(x, rows)
     before = F.pad(own[..., :-1, rows - window :, :], (0, 0, 0, 0, 1, 0))
     return torch.cat((before, own), dim=-2)
@@ -61,7 +63,9 @@ def _band(s: int, rows: int, window: int, device: torch.device) -> Tensor:
 class _EvictingAttention(torch.autograd.Function):
     @staticmethod
     def _near(q: Tensor, k: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        """Scores of the band in fp32, -inf outside, and the keys' blocks. The last channel, the far part's mask, is left out."""
+        """Scores of the band in fp32, -inf outside, and the keys' blocks. The last channel, the far part's mask, is
+        left out.
+        """
         s, d, rows, groups = q.size(2), q.size(3), _rows(window), k.size(1)
         # [b, np, s, D] -> [b, ng, g, blocks, rows, D]; [b, ng, s, D] -> [b, ng, 1, blocks, columns, D]
         queries = _blocks(q.unflatten(1, (groups, -1)), rows)
@@ -81,9 +85,13 @@ class _EvictingAttention(torch.autograd.Function):
         if far:
             early = (x[:, :, :far].contiguous() for x in (k, v))
             out, far_lse, *ctx.rest = ctx.backend.forward(q[:, :, window + 1 :].contiguous(), *early)
-            lse = torch.cat((lse[..., : window + 1], torch.logaddexp(lse[..., window + 1 :], far_lse.to(lse.dtype))), dim=-1)
+            lse = torch.cat(
+                (lse[..., : window + 1], torch.logaddexp(lse[..., window + 1 :], far_lse.to(lse.dtype))), dim=-1
+            )
         p = torch.exp(scores - _blocks(lse.view(*shape, 1), rows))
-        total = (p.to(v.dtype) @ _columns(v, rows, window).unsqueeze(2)).flatten(-3, -2)[..., :s, :].reshape(b, heads, s, d)
+        total = (
+            (p.to(v.dtype) @ _columns(v, rows, window).unsqueeze(2)).flatten(-3, -2)[..., :s, :].reshape(b, heads, s, d)
+        )
         if far:
             weight = torch.exp(far_lse.to(lse.dtype) - lse[..., window + 1 :]).unsqueeze(-1)
             total[:, :, window + 1 :] += (out * weight).to(total.dtype)
@@ -111,9 +119,14 @@ class _EvictingAttention(torch.autograd.Function):
         if far:
             late, early = slice(window + 1, None), slice(None, far)
             parts = ctx.backend.backward(
-                *(x[:, :, late].contiguous() for x in (grad, q)), *(x[:, :, early].contiguous() for x in (k, v)),
-                *(x[:, :, late].contiguous() for x in (out, lse.to(torch.float32) if q.dtype != torch.float64 else lse)), *ctx.rest,
-            )  # fmt: skip
+                *(x[:, :, late].contiguous() for x in (grad, q)),
+                *(x[:, :, early].contiguous() for x in (k, v)),
+                *(
+                    x[:, :, late].contiguous()
+                    for x in (out, lse.to(torch.float32) if q.dtype != torch.float64 else lse)
+                ),
+                *ctx.rest,
+            )
             for whole, part, where in zip((dq, dk, dv), parts, (late, early, early), strict=True):
                 whole[:, :, where] += part
         return dq, dk, dv, None
@@ -129,15 +142,18 @@ def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         window: queries after a token that see it whatever was decided; at least 1.
 
     Returns:
-        [b, np, s, D] in q's dtype. The gradient of k's last channel is the mask's, that of q's last channel is to be dropped.
+        [b, np, s, D] in q's dtype. The gradient of k's last channel is the mask's, that of q's last channel is to be
+        dropped.
     """
     assert k.size(-1) == q.size(-1) and q.size(1) % k.size(1) == 0 and window >= 1
     return _EvictingAttention.apply(q, k, v, window)
 
 
 def held_slots(decisions: Decisions, window: int) -> Tensor:
-    """Slots in use after the last token, per sequence and head: fp32 [b, ng]. The decision at token j + 1 is about token j; the
-    latest ``window`` tokens are held in any case. The gradient is that of the relaxed decisions (straight-through)."""
+    """Slots in use after the last token, per sequence and head: fp32 [b, ng]. The decision at token j + 1 is about
+    token j; the latest ``window`` tokens are held in any case. The gradient is that of the relaxed decisions
+    (straight-through).
+    """
     s = decisions.alpha.size(-1)
     decided = slice(1, max(1, s - window + 1))
     soft = -decisions.alpha[..., decided].sum(dim=-1)

@@ -28,14 +28,7 @@ class OracleCache:
     """Compressed cache of one layer for a batch of sequences that start empty."""
 
     def __init__(
-        self,
-        batch: int,
-        groups: int,
-        inv_freq: Tensor,
-        *,
-        decision_bias: float,
-        epsilon: float,
-        window: Optional[int],
+        self, batch: int, groups: int, inv_freq: Tensor, *, decision_bias: float, epsilon: float, window: Optional[int]
     ) -> None:
         """groups: ng, KV heads. inv_freq: fp32 [D / 2]. window: W or None."""
         self.heads = [[_Head() for _ in range(groups)] for _ in range(batch)]

@@ -45,11 +45,12 @@ class UsageCount:
 
     def body(self) -> dict[str, Any]:
         return {
-            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "dmc": {"slots": self.slots, "compression_ratio": self.states / self.slots if self.slots else 1.0},
-        }  # fmt: skip
+        }
 
 
 def usage_of(results: Iterable[RequestOutput]) -> UsageCount:
@@ -66,8 +67,9 @@ def usage_of(results: Iterable[RequestOutput]) -> UsageCount:
 # ------------------------------------------------------------------------------------------------- log-probabilities
 
 
-def completion_logprobs(prompts: Prompts, ids: Sequence[int], found: Sequence[Optional[Logprobs]], offset: int = 0,
-                        as_ids: bool = False) -> dict[str, Any]:  # fmt: skip
+def completion_logprobs(
+    prompts: Prompts, ids: Sequence[int], found: Sequence[Optional[Logprobs]], offset: int = 0, as_ids: bool = False
+) -> dict[str, Any]:
     """Of the older API. ``found``: None for the first token of a prompt, which nothing predicts."""
     strings, offsets = token_strings(prompts, ids, as_ids), []
     for piece in prompts.pieces(ids):
@@ -94,15 +96,22 @@ def chat_logprobs(prompts: Prompts, found: Sequence[Logprobs], as_ids: bool = Fa
         name = token_strings(prompts, [token], as_ids)[0]
         return {"token": name, "logprob": _finite(value), "bytes": None if "\ufffd" in text else list(text.encode())}
 
-    content = [one(entry.token, entry.logprob) | {"top_logprobs": [one(*pair) for pair in entry.top]} for entry in found]
+    content = [
+        one(entry.token, entry.logprob) | {"top_logprobs": [one(*pair) for pair in entry.top]} for entry in found
+    ]
     return {"content": content, "refusal": None}
 
 
 # ------------------------------------------------------------------------------------------------------ whole answers
 
 
-def completion_body(request: CompletionRequest, results: Sequence[RequestOutput], model: str, prompts: Prompts,
-                    name: Optional[str] = None) -> dict[str, Any]:  # fmt: skip
+def completion_body(
+    request: CompletionRequest,
+    results: Sequence[RequestOutput],
+    model: str,
+    prompts: Prompts,
+    name: Optional[str] = None,
+) -> dict[str, Any]:
     """``text_completion``. ``results``: of the request's prompts, in their order, without errors."""
     choices = []
     for given, result in zip(request.prompts, results):
@@ -112,7 +121,12 @@ def completion_body(request: CompletionRequest, results: Sequence[RequestOutput]
             if request.logprobs is not None:
                 ids, found = [*echo.ids, *completion.token_ids], [*echo.found, *(completion.logprobs or ())]
                 logprobs = completion_logprobs(prompts, ids, found, as_ids=request.return_tokens_as_token_ids)
-            choice = {"index": len(choices), "text": echo.text + completion.text, "logprobs": logprobs, **_end(completion)}
+            choice = {
+                "index": len(choices),
+                "text": echo.text + completion.text,
+                "logprobs": logprobs,
+                **_end(completion),
+            }
             choices.append(choice | _ids(request, completion, result.prompt_token_ids))
     head = {"id": name or new_id(False), "object": "text_completion", "created": int(time.time()), "model": model}
     return {**head, "choices": choices, "usage": usage_of(results).body()}
@@ -121,26 +135,37 @@ def completion_body(request: CompletionRequest, results: Sequence[RequestOutput]
 class _Echo:
     """What ``echo`` puts before an answer."""
 
-    def __init__(self, request: CompletionRequest, prompts: Prompts, given: Given, ids: Sequence[int],
-                 found: Optional[Sequence[Logprobs]]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompts: Prompts,
+        given: Given,
+        ids: Sequence[int],
+        found: Optional[Sequence[Logprobs]],
+    ) -> None:
         self.ids: Sequence[int] = ()
         self.found: Sequence[Optional[Logprobs]] = ()
         self.text = ""
         if request.echo:
             self.ids, self.found = ids, [None, *(found or ())]
-            self.text = given if isinstance(given, str) else prompts.decode(ids) if prompts.tokenizer is not None else ""
+            self.text = (
+                given if isinstance(given, str) else prompts.decode(ids) if prompts.tokenizer is not None else ""
+            )
 
 
 def _end(completion: Union[Completion, StepOutput]) -> dict[str, Any]:
     return {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
 
 
-def _ids(request: Union[CompletionRequest, ChatCompletionRequest], completion: Completion, prompt: Sequence[int]) -> dict[str, Any]:
+def _ids(
+    request: Union[CompletionRequest, ChatCompletionRequest], completion: Completion, prompt: Sequence[int]
+) -> dict[str, Any]:
     return {"token_ids": completion.token_ids, "prompt_token_ids": list(prompt)} if request.return_token_ids else {}
 
 
-def chat_body(request: ChatCompletionRequest, result: RequestOutput, model: str, prompts: Prompts,
-              name: Optional[str] = None) -> dict[str, Any]:  # fmt: skip
+def chat_body(
+    request: ChatCompletionRequest, result: RequestOutput, model: str, prompts: Prompts, name: Optional[str] = None
+) -> dict[str, Any]:
     """``chat.completion``"""
     choices = []
     for completion in result.outputs:
@@ -207,7 +232,12 @@ class Chunks:
                 choice["prompt_token_ids"] = list(self.ids[prompt])
         chunk = self._chunk(choice)
         if use is not None:
-            chunk["dmc"] = {"index": index, "tokens": use.tokens, "slots": use.slots, "compression_ratio": use.compression_ratio}
+            chunk["dmc"] = {
+                "index": index,
+                "tokens": use.tokens,
+                "slots": use.slots,
+                "compression_ratio": use.compression_ratio,
+            }
         return chunk
 
     def last(self) -> list[dict[str, Any]]:

@@ -37,8 +37,14 @@ ERRORS: dict[Union[int, str], dict[str, Any]] = {
 }
 ANSWER_ERRORS: dict[Union[int, str], dict[str, Any]] = {
     **ERRORS,
-    500: {"model": p.ErrorResponse, "description": "the engine failed while it answered, or cannot answer this request"},
-    503: {"model": p.ErrorResponse, "description": "too much is waiting, the server is shutting down, or the engine has failed"},
+    500: {
+        "model": p.ErrorResponse,
+        "description": "the engine failed while it answered, or cannot answer this request",
+    },
+    503: {
+        "model": p.ErrorResponse,
+        "description": "too much is waiting, the server is shutting down, or the engine has failed",
+    },
 }
 
 
@@ -58,8 +64,12 @@ class Service:
 
     def check_model(self, name: Optional[str]) -> None:
         if name is not None and name != self.model_name:
-            raise APIError(404, f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}", param="model",
-                           code="model_not_found")  # fmt: skip
+            raise APIError(
+                404,
+                f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
 
     async def tokenize(self, function: Callable[[Any], T], request: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, request)
@@ -116,7 +126,8 @@ def _size(request: AnswerRequest, params: SamplingParams) -> tuple[int, int]:
     return params.n * len(lengths), params.n * sum(lengths)
 
 
-# ASCII, so that half a surrogate pair in somebody's text cannot break it. Made once: json.dumps would make one for every token.
+# ASCII, so that half a surrogate pair in somebody's text cannot break it. Made once: json.dumps would make one for
+# every token.
 encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
@@ -154,8 +165,11 @@ class EventStream(Response):
         self.service, self.request, self.stream, self.name = service, request, stream, name
         self.background, self.status_code, self.body = None, 200, b""
         # The last one tells nginx to pass every event on at once.
-        self.raw_headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
-                            (b"x-accel-buffering", b"no")]  # fmt: skip
+        self.raw_headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -191,8 +205,13 @@ class EventStream(Response):
 
 def create_app(service: Service) -> FastAPI:
     """Everything under one roof. Middleware and error shapes are in place, also for what does not exist."""
-    app = FastAPI(title="megatron.dmc", version=__version__, description=(
-        "OpenAI's API, with vLLM's parameters, over a KV cache that is compressed by Dynamic Memory Compression."))  # fmt: skip
+    app = FastAPI(
+        title="megatron.dmc",
+        version=__version__,
+        description=(
+            "OpenAI's API, with vLLM's parameters, over a KV cache that is compressed by Dynamic Memory Compression."
+        ),
+    )
     app.add_middleware(GateMiddleware, gate=service.gate, refused=service.metrics.refused)
     _add_answers(app, service)
     _add_tokenizer(app, service)
@@ -203,9 +222,15 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _documented(model: type) -> dict[Union[int, str], dict[str, Any]]:
-    event = {"type": "object", "properties": {"data": {"type": "string", "description": "a chunk as JSON; at the end [DONE]"}}}
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": "a chunk as JSON; at the end [DONE]"}},
+    }
     stream = {"text/event-stream": {"schema": event}}
-    return {200: {"model": model, "content": stream, "description": "the answer; with stream, its chunks"}, **ANSWER_ERRORS}
+    return {
+        200: {"model": model, "content": stream, "description": "the answer; with stream, its chunks"},
+        **ANSWER_ERRORS,
+    }
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
@@ -213,13 +238,21 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def completions(request: p.CompletionRequest, http: Request) -> Response:
         return await service.answer(request, http)
 
-    @app.post("/v1/chat/completions", response_model=None, responses=_documented(p.ChatCompletionResponse), tags=["OpenAI"])
+    @app.post(
+        "/v1/chat/completions", response_model=None, responses=_documented(p.ChatCompletionResponse), tags=["OpenAI"]
+    )
     async def chat_completions(request: p.ChatCompletionRequest, http: Request) -> Response:
         return await service.answer(request, http)
 
     def card() -> dict[str, Any]:
-        return {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "megatron.dmc",
-                "root": service.root, "max_model_len": service.prompts.max_model_len}  # fmt: skip
+        return {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "megatron.dmc",
+            "root": service.root,
+            "max_model_len": service.prompts.max_model_len,
+        }
 
     unauthorized = {status: ERRORS[status] for status in (401, 413)}
 
@@ -240,13 +273,25 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         prompts = service.prompts
 
         def work(r: Any) -> list[int]:
-            return prompts.of_chat(r) if isinstance(r, p.TokenizeChatRequest) else prompts.encode(r.prompt, r.add_special_tokens)
+            return (
+                prompts.of_chat(r)
+                if isinstance(r, p.TokenizeChatRequest)
+                else prompts.encode(r.prompt, r.add_special_tokens)
+            )
 
         ids = await service.tokenize(work, request)
-        return Json({"count": len(ids), "max_model_len": prompts.max_model_len, "tokens": ids,
-                     "token_strs": prompts.pieces(ids) if request.return_token_strs else None})  # fmt: skip
+        return Json(
+            {
+                "count": len(ids),
+                "max_model_len": prompts.max_model_len,
+                "tokens": ids,
+                "token_strs": prompts.pieces(ids) if request.return_token_strs else None,
+            }
+        )
 
-    @app.post("/detokenize", response_model=None, responses={200: {"model": p.DetokenizeResponse}, **ERRORS}, tags=["vLLM"])
+    @app.post(
+        "/detokenize", response_model=None, responses={200: {"model": p.DetokenizeResponse}, **ERRORS}, tags=["vLLM"]
+    )
     async def detokenize(request: p.DetokenizeRequest) -> Response:
         service.check_model(request.model)
         return Json({"prompt": await service.tokenize(service.prompts.decode, request.tokens)})
@@ -256,8 +301,12 @@ def _add_operation(app: FastAPI, service: Service) -> None:
     too_large = {413: ERRORS[413]}
     down = {503: {"model": p.ErrorResponse, "description": "the engine has failed, or the server is shutting down"}}
 
-    @app.get("/health", response_model=None, responses={200: {"description": "requests are answered"}, **down, **too_large},
-             tags=["operation"])  # fmt: skip
+    @app.get(
+        "/health",
+        response_model=None,
+        responses={200: {"description": "requests are answered"}, **down, **too_large},
+        tags=["operation"],
+    )
     async def health() -> Response:
         if service.runner.failure is not None:
             raise engine_down()
@@ -265,7 +314,12 @@ def _add_operation(app: FastAPI, service: Service) -> None:
             raise shutting_down()
         return Json({})
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **too_large}, tags=["operation"])
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **too_large},
+        tags=["operation"],
+    )
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -291,7 +345,10 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> Response:
-        messages = {404: f"there is nothing at {request.url.path[:200]!r}", 405: f"{request.method} is not allowed here"}
+        messages = {
+            404: f"there is nothing at {request.url.path[:200]!r}",
+            405: f"{request.method} is not allowed here",
+        }
         message = messages.get(error.status_code, "the body is not JSON; send one with Content-Type: application/json")
         return await told(request, APIError(error.status_code, message, headers=error.headers))
 

@@ -1,7 +1,7 @@
 """The engine on a thread of its own, and asyncio on the other side: requests go in, streams of outputs come out.
 
-The thread does nothing but run steps and what came in between two of them. All else, the bound on the queue too, lives on the
-event loop, so there is no lock but the one around the list of commands.
+The thread does nothing but run steps and what came in between two of them. All else, the bound on the queue too, lives
+on the event loop, so there is no lock but the one around the list of commands.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Update:
     """For watched requests: slots after the step."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Limits:
     """How much may wait. A request is refused when it would not fit beside what waits already. None: no bound."""
 
@@ -155,7 +155,7 @@ class AsyncEngine:
     ``observe`` is called on the event loop with every output, before its stream sees it, and when an answer is left.
     """
 
-    def __init__(self, engine: Engine, limits: Limits = Limits(), observe: Optional[Observer] = None) -> None:  # noqa: B008
+    def __init__(self, engine: Engine, limits: Limits = Limits(), observe: Optional[Observer] = None) -> None:
         self.engine, self.limits, self.observe = engine, limits, observe
         self.failure: Optional[BaseException] = None
         self.stats: EngineStats = engine.stats()
@@ -187,8 +187,8 @@ class AsyncEngine:
     def reserve(self, answers: int, tokens: int) -> Ticket:
         """A place in the queue, to be handed to :meth:`submit` or back to :meth:`release`.
 
-        ``tokens`` may be a guess while the prompt is text. Raises :class:`APIError` (503) when the queue is full, or the engine is
-        down; 400 when the request alone is more than the queue may ever hold.
+        ``tokens`` may be a guess while the prompt is text. Raises :class:`APIError` (503) when the queue is full, or
+        the engine is down; 400 when the request alone is more than the queue may ever hold.
         """
         if self.failure is not None:
             raise engine_down()
@@ -200,7 +200,9 @@ class AsyncEngine:
                 raise overloaded(f"{held} {what} are waiting, and at most {most} may; try again later")
         most = self.limits.max_num_queued_requests
         if most is not None and answers > max(most, 1):
-            raise APIError(400, f"the request asks for {answers} answers; {most} may wait at a time", code="too_many_answers")
+            raise APIError(
+                400, f"the request asks for {answers} answers; {most} may wait at a time", code="too_many_answers"
+            )
         self.queued_answers += answers
         self.queued_tokens += tokens
         return Ticket(answers, tokens)
@@ -212,7 +214,9 @@ class AsyncEngine:
         ticket.answers = ticket.tokens = 0
 
     def submit(self, requests: Sequence[Request], ticket: Optional[Ticket] = None) -> Stream:
-        """Hand requests to the engine; returns at once. Raises :class:`APIError` when the engine is down, or the queue full."""
+        """Hand requests to the engine; returns at once. Raises :class:`APIError` when the engine is down, or the queue
+        full.
+        """
         answers = sum(request.params.n for request in requests)
         tokens = sum(len(request.prompt) * request.params.n for request in requests)
         if ticket is None:
@@ -232,7 +236,9 @@ class AsyncEngine:
         return stream
 
     def _leave(self, stream: Stream) -> None:
-        names = [request.request_id for request in stream.requests if self._streams.pop(request.request_id, None) is not None]
+        names = [
+            request.request_id for request in stream.requests if self._streams.pop(request.request_id, None) is not None
+        ]
         self.release(stream._ticket)
         for name, index in stream._unfinished:
             self._waiting.pop((name, index), None)
@@ -254,7 +260,9 @@ class AsyncEngine:
             self._failed()
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """``function(engine)`` between two steps, on the engine's thread. Raises what it raises, and :class:`APIError`."""
+        """``function(engine)`` between two steps, on the engine's thread.
+        Raises what it raises, and :class:`APIError`.
+        """
         if self.failure is not None:
             raise engine_down()
         future: Future[Any] = Future()

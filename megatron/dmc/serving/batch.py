@@ -1,7 +1,8 @@
 """Answers a file of requests, each line once: what ``dmc batch`` runs. ``batch_cli.py`` is the command.
 
 Lines are OpenAI's batch lines (``custom_id``, ``method``, ``url``, ``body``), or just the body (``{"prompt": ...}`` or
-``{"messages": ...}``, with a ``custom_id`` or without). A line that is wrong gets a line with its error; nothing stops the others.
+``{"messages": ...}``, with a ``custom_id`` or without). A line that is wrong gets a line with its error; nothing stops
+the others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from megatron.dmc.serving.prompts import Prompts
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, parse
 
 AnswerRequest = Union[CompletionRequest, ChatCompletionRequest]
-URLS: dict[str, type[AnswerRequest]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+URLS: dict[str, type[AnswerRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
 RUN, DRAIN, LEAVE = range(3)
 """Take lines; only finish what runs; leave it to the next run."""
 
@@ -73,7 +77,8 @@ class _Pending:
     results: list[RequestOutput]
 
 
-# ------------------------------------------------------------------------------------------------------ from line to request
+# ------------------------------------------------------------------------------------------------------ from line to
+# request
 
 
 def read_line(raw: Optional[bytes]) -> Any:
@@ -116,8 +121,12 @@ def request_of(entry: dict[str, Any], options: Options) -> AnswerRequest:
     if request.stream:
         raise invalid("stream is of no use in a batch; leave it out", "stream")
     if request.model is not None and request.model not in options.names:
-        raise APIError(404, f"the model {request.model[:200]!r} does not exist; this batch has {options.model!r}", param="model",
-                       code="model_not_found")  # fmt: skip
+        raise APIError(
+            404,
+            f"the model {request.model[:200]!r} does not exist; this batch has {options.model!r}",
+            param="model",
+            code="model_not_found",
+        )
     return request
 
 
@@ -134,18 +143,20 @@ def seeded(params: SamplingParams, custom_id: str, seed: int) -> SamplingParams:
     return dataclasses.replace(params, seed=int.from_bytes(digest, "little") >> 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------------------------------------------ the
+# run
 
 
 class Batch:
     """Drives an engine over the lines of an input that the output does not have yet.
 
-    ``phase`` is asked before every step: ``RUN``, ``DRAIN`` or ``LEAVE``. Tensor-parallel ranks do the same, and the first one's
-    phase counts.
+    ``phase`` is asked before every step: ``RUN``, ``DRAIN`` or ``LEAVE``. Tensor-parallel ranks do the same, and the
+    first one's phase counts.
     """
 
-    def __init__(self, engine: Engine, prompts: Prompts, output: Output, options: Options,
-                 phase: Callable[[], int] = lambda: RUN) -> None:  # fmt: skip
+    def __init__(
+        self, engine: Engine, prompts: Prompts, output: Output, options: Options, phase: Callable[[], int] = lambda: RUN
+    ) -> None:
         self.engine, self.prompts, self.output, self.options, self.phase = engine, prompts, output, options, phase
         self.summary = Summary()
         self.ahead = 2 * engine.sizes.max_num_seqs
@@ -156,8 +167,9 @@ class Batch:
         self._damage: Optional[ValueError] = None
 
     def run(self, source: Input, progress: Callable[[Summary], None] = lambda summary: None) -> Summary:
-        """Answer what is left. Raises what the engine raises, and ``ValueError`` for a damaged input when all before the damage is
-        answered; what is written stays written."""
+        """Answer what is left. Raises what the engine raises, and ``ValueError`` for a damaged input when all before
+        the damage is answered; what is written stays written.
+        """
         began, lines = time.monotonic(), source.lines(self.options.shard)
         summary, more = self.summary, True
         try:
@@ -213,8 +225,11 @@ class Batch:
             if (number, custom_id) in done.duplicates:
                 self.summary.skipped += 1
             else:
-                self._fail(number, custom_id, invalid(f"custom_id {custom_id[:200]!r} is that of an earlier line", "custom_id",
-                                                      DUPLICATE))  # fmt: skip
+                self._fail(
+                    number,
+                    custom_id,
+                    invalid(f"custom_id {custom_id[:200]!r} is that of an earlier line", "custom_id", DUPLICATE),
+                )
             return
         self._seen.add(custom_id)
         if custom_id in done.ids:

@@ -36,15 +36,33 @@ def shard(text: str) -> tuple[int, int]:
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--input-file", required=True, metavar="FILE", help="JSONL, plain or gzip")
-    parser.add_argument("-o", "--output-file", required=True, metavar="FILE", help="JSONL; lines that it has are not asked again")
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory, plain or exported from a retrofit")
-    parser.add_argument("--served-model-name", metavar="NAME", help="in requests and answers (default: --model as it is given)")
+    parser.add_argument(
+        "-o", "--output-file", required=True, metavar="FILE", help="JSONL; lines that it has are not asked again"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face directory, plain or exported from a retrofit"
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="in requests and answers (default: --model as it is given)"
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
-    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th line, from line I, counted from 0; "
-                        "each shard has an output file of its own")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of lines without one, with their custom_id (default: %(default)s)")
-    parser.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS",
-                        help="for what runs when SIGTERM comes; the rest is the next run's (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="every N-th line, from line I, counted from 0; each shard has an output file of its own",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of lines without one, with their custom_id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="for what runs when SIGTERM comes; the rest is the next run's (default: %(default)s)",
+    )
     parser.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
     sampling = parser.add_argument_group("sampling", "of lines that do not say")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
@@ -54,7 +72,9 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 class Stop:
-    """SIGTERM, SIGUSR1 (a SLURM job's time is nearly over) and the first SIGINT: finish what ends within ``timeout`` seconds."""
+    """SIGTERM, SIGUSR1 (a SLURM job's time is nearly over) and the first SIGINT: finish what ends within ``timeout``
+    seconds.
+    """
 
     def __init__(self, timeout: float) -> None:
         self._timeout, self._deadline = timeout, float("inf")
@@ -141,18 +161,26 @@ def _same_on_all_ranks(engine: Any, output: Any, args: argparse.Namespace) -> An
 
 
 def _progress(source: Any, output: Any, disable: bool) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """(called after every step, called at the end). The bar is of bytes read: the number of lines is not known before the end."""
+    """(called after every step, called at the end). The bar is of bytes read: the number of lines is not known before
+    the end.
+    """
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
-    bar = tqdm(total=source.nbytes, unit="B", unit_scale=True, disable=disable, mininterval=60 if quiet else 0.5, miniters=1)
+    bar = tqdm(
+        total=source.nbytes, unit="B", unit_scale=True, disable=disable, mininterval=60 if quiet else 0.5, miniters=1
+    )
     earlier, began = output.done.errors, time.monotonic()
 
     def update(summary: Any) -> None:
         usage, seconds = summary.usage, max(1e-9, time.monotonic() - began)
-        bar.set_postfix(lines=summary.skipped + summary.answered + summary.errors, errors=earlier + summary.errors,
-                        tok_s=f"{usage.completion_tokens / seconds:.0f}", CR=f"{usage.body()['dmc']['compression_ratio']:.2f}",
-                        refresh=False)  # fmt: skip
+        bar.set_postfix(
+            lines=summary.skipped + summary.answered + summary.errors,
+            errors=earlier + summary.errors,
+            tok_s=f"{usage.completion_tokens / seconds:.0f}",
+            CR=f"{usage.body()['dmc']['compression_ratio']:.2f}",
+            refresh=False,
+        )
         bar.update(source.tell() - bar.n)
 
     return (update if not disable else lambda summary: None), bar.close

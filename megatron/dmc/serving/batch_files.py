@@ -1,7 +1,7 @@
 """The two files of ``dmc batch``: lines of requests in, lines of answers out. Either may be larger than memory.
 
-The output is the journal of the run. A line is written by one call, whole, when its answer is there; what a kill leaves behind is
-at most one torn line at the end, which is cut off when the next run begins. So a line that is there is done.
+The output is the journal of the run. A line is written by one call, whole, when its answer is there; what a kill leaves
+behind is at most one torn line at the end, which is cut off when the next run begins. So a line that is there is done.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Output:
                 os.ftruncate(self._fd, end)
         except BlockingIOError:
             self.close()
-            raise ValueError(f"{path} is being written by another run; wait for it, or name another output file") from None
+            raise ValueError(
+                f"{path} is being written by another run; wait for it, or name another output file"
+            ) from None
         except OSError as error:
             raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
 
@@ -139,14 +141,18 @@ class Output:
                 end += len(line)
         return end
 
-    def write(self, number: int, custom_id: str, status: int, body: dict[str, Any], error: Optional[dict[str, Any]] = None) -> None:
+    def write(
+        self, number: int, custom_id: str, status: int, body: dict[str, Any], error: Optional[dict[str, Any]] = None
+    ) -> None:
         """Append the answer to input line ``number``: OpenAI's shape, in one write."""
         if self._fd is None:
             return
         response = {"status_code": status, "request_id": f"req_{number}", "body": body}
         entry = {"id": f"{_PREFIX}{number}", "custom_id": custom_id, "response": response, "error": error}
         data = memoryview(json.dumps(entry).encode() + b"\n")
-        while data:  # a write may be short on a full disk; what is left of the line is then torn, and the next run's to mend
+        while (
+            data
+        ):  # a write may be short on a full disk; what is left of the line is then torn, and the next run's to mend
             data = data[os.write(self._fd, data) :]
         if time.monotonic() - self._synced > SYNC_EVERY:
             self._sync()

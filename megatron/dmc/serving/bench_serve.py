@@ -3,8 +3,8 @@
     dmc bench serve --base-url http://127.0.0.1:8000 --input-len 512 --output-len 128 --num-prompts 200 --request-rate 4
     dmc bench serve --backend openai-chat --max-concurrency 16 --goodput ttft:500 tpot:50 --save-result
 
-Any OpenAI-compatible server will do. Random prompts are made of tokens that the server itself makes of a text (``/tokenize``); for
-one that cannot, name its tokenizer or a file of prompts.
+Any OpenAI-compatible server will do. Random prompts are made of tokens that the server itself makes of a text
+(``/tokenize``); for one that cannot, name its tokenizer or a file of prompts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,22 @@ from typing import Any, Optional
 from megatron.dmc.inference.cli import Command
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
-SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "presence_penalty": float,
-            "frequency_penalty": float, "repetition_penalty": float}  # fmt: skip
-WORDS = " ".join(["the of and to in a is that for it as was with be by on not he his but at are this have from or had an they",
-                  *string.ascii_letters, *string.digits])  # fmt: skip
+SAMPLING = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
+}
+WORDS = " ".join(
+    [
+        "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they",
+        *string.ascii_letters,
+        *string.digits,
+    ]
+)
 
 
 def _number(kind: type, least: float, above: bool = False) -> Any:
@@ -80,38 +92,76 @@ def _add(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--base-url", metavar="URL", help="instead of host and port")
     server.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     server.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    server.add_argument("--backend", choices=tuple(ENDPOINTS), default="openai", help="completions or chat (default: %(default)s)")
+    server.add_argument(
+        "--backend", choices=tuple(ENDPOINTS), default="openai", help="completions or chat (default: %(default)s)"
+    )
     server.add_argument("--endpoint", metavar="PATH", help="default: that of the backend")
     server.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
-    server.add_argument("--header", type=_pair, nargs="+", default=[], metavar="KEY=VALUE", help="of every request; an API key is "
-                        "taken from OPENAI_API_KEY")  # fmt: skip
+    server.add_argument(
+        "--header",
+        type=_pair,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of every request; an API key is taken from OPENAI_API_KEY",
+    )
     server.add_argument("--insecure", action="store_true", help="do not check the server's certificate")
-    server.add_argument("--ready-check-timeout-sec", type=_number(float, 0), default=0.0, metavar="SECONDS",
-                        help="wait so long for a first answer (default: do not ask for one)")  # fmt: skip
+    server.add_argument(
+        "--ready-check-timeout-sec",
+        type=_number(float, 0),
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long for a first answer (default: do not ask for one)",
+    )
     work = parser.add_argument_group("work")
     work.add_argument("--dataset-name", choices=("random", "custom"), default="random", help="(default: %(default)s)")
     work.add_argument("--dataset-path", metavar="FILE", help='JSONL, {"prompt": text or token ids} in each line')
     work.add_argument("--tokenizer", metavar="DIR", help="for random prompts; default: the server's")
     work.add_argument("--num-prompts", type=_number(int, 1), default=1000, help="requests (default: %(default)s)")
-    work.add_argument("--input-len", type=_number(int, 1), default=1024, help="tokens of a random prompt (default: %(default)s)")
+    work.add_argument(
+        "--input-len", type=_number(int, 1), default=1024, help="tokens of a random prompt (default: %(default)s)"
+    )
     work.add_argument("--output-len", type=_number(int, 1), default=128, help="max_tokens (default: %(default)s)")
-    work.add_argument("--random-range-ratio", type=float, default=0.0, metavar="R", help="lengths in N (1 - R) to N (1 + R)")
+    work.add_argument(
+        "--random-range-ratio", type=float, default=0.0, metavar="R", help="lengths in N (1 - R) to N (1 + R)"
+    )
     work.add_argument("--ignore-eos", action="store_true", help="answers of exactly --output-len")
-    work.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="more parameters of every request")
+    work.add_argument(
+        "--extra-body", type=json.loads, default={}, metavar="JSON", help="more parameters of every request"
+    )
     work.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default: %(default)s)")
     for name, kind in SAMPLING.items():
         work.add_argument("--" + name.replace("_", "-"), type=kind, help="default: the server's")
     traffic = parser.add_argument_group("traffic")
-    traffic.add_argument("--request-rate", type=_number(float, 0, above=True), default=float("inf"), metavar="RPS",
-                         help="open loop: requests per second (default: all at once)")  # fmt: skip
-    traffic.add_argument("--burstiness", type=_number(float, 0, above=True), default=1.0,
-                         help="1: Poisson; below: in bursts; above: more even (default: %(default)s)")  # fmt: skip
-    traffic.add_argument("--max-concurrency", type=_number(int, 1), metavar="N", help="closed loop: at most so many at a time")
-    traffic.add_argument("--num-warmups", type=_number(int, 0), default=0, help="requests before (default: %(default)s)")
+    traffic.add_argument(
+        "--request-rate",
+        type=_number(float, 0, above=True),
+        default=float("inf"),
+        metavar="RPS",
+        help="open loop: requests per second (default: all at once)",
+    )
+    traffic.add_argument(
+        "--burstiness",
+        type=_number(float, 0, above=True),
+        default=1.0,
+        help="1: Poisson; below: in bursts; above: more even (default: %(default)s)",
+    )
+    traffic.add_argument(
+        "--max-concurrency", type=_number(int, 1), metavar="N", help="closed loop: at most so many at a time"
+    )
+    traffic.add_argument(
+        "--num-warmups", type=_number(int, 0), default=0, help="requests before (default: %(default)s)"
+    )
     result = parser.add_argument_group("result")
-    result.add_argument("--percentile-metrics", type=_metrics, default=["ttft", "tpot", "itl", "e2el"], metavar="NAME,...")
-    result.add_argument("--metric-percentiles", type=_percentiles, default=[99.0], metavar="P,...", help="(default: 99)")
-    result.add_argument("--goodput", type=_bound, nargs="+", default=[], metavar="KEY:MS", help="such as ttft:100 tpot:20")
+    result.add_argument(
+        "--percentile-metrics", type=_metrics, default=["ttft", "tpot", "itl", "e2el"], metavar="NAME,..."
+    )
+    result.add_argument(
+        "--metric-percentiles", type=_percentiles, default=[99.0], metavar="P,...", help="(default: 99)"
+    )
+    result.add_argument(
+        "--goodput", type=_bound, nargs="+", default=[], metavar="KEY:MS", help="such as ttft:100 tpot:20"
+    )
     result.add_argument("--save-result", action="store_true", help="write a JSON")
     result.add_argument("--save-detailed", action="store_true", help="with every request in it")
     result.add_argument("--append-result", action="store_true", help="add a line to the file")
@@ -130,12 +180,15 @@ def _run(args: argparse.Namespace) -> int:
     try:
         result = asyncio.run(benchmark(args))
     except ModuleNotFoundError as error:
-        raise ValueError(f"dmc bench serve needs the package {error.name}: pip install 'megatron-dmc[serve]'") from error
+        raise ValueError(
+            f"dmc bench serve needs the package {error.name}: pip install 'megatron-dmc[serve]'"
+        ) from error
     save(args, result)
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- the work
+# ---------------------------------------------------------------------------------------------------------------- the
+# work
 
 
 async def _get(client: Any, method: str, path: str, what: str, body: Optional[dict] = None) -> dict[str, Any]:
@@ -188,7 +241,9 @@ class Tokens:
     async def text(self, ids: list[int]) -> str:
         if self.tokenizer is not None:
             return self.tokenizer.decode(ids)
-        return (await _get(self.client, "POST", "/detokenize", "no text from", {"model": self.model, "tokens": ids}))["prompt"]
+        return (await _get(self.client, "POST", "/detokenize", "no text from", {"model": self.model, "tokens": ids}))[
+            "prompt"
+        ]
 
 
 async def requests_of(args: argparse.Namespace, client: Any, model: str) -> list[tuple[bytes, int]]:
@@ -216,9 +271,19 @@ async def requests_of(args: argparse.Namespace, client: Any, model: str) -> list
     for prompt, length, most in zip(prompts, lens, new):
         if chat and not isinstance(prompt, str):
             raise ValueError("a chat takes no token ids; give the prompts of --dataset-path as text")
-        asked = {"messages": [{"role": "user", "content": prompt}], "max_completion_tokens": most} if chat else {
-            "prompt": prompt, "max_tokens": most}  # fmt: skip
-        body = {"model": model, **asked, "stream": True, "stream_options": {"include_usage": True}, **given, **args.extra_body}
+        asked = (
+            {"messages": [{"role": "user", "content": prompt}], "max_completion_tokens": most}
+            if chat
+            else {"prompt": prompt, "max_tokens": most}
+        )
+        body = {
+            "model": model,
+            **asked,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **given,
+            **args.extra_body,
+        }
         bodies.append((json.dumps(body).encode(), length))
     return bodies
 
@@ -274,10 +339,19 @@ async def ready(client: Any, path: str, args: argparse.Namespace) -> None:
 
 def _head(args: argparse.Namespace, model: str) -> dict[str, Any]:
     rate = args.request_rate if args.request_rate != float("inf") else "inf"
-    return {"date": datetime.now().strftime("%Y%m%d-%H%M%S"), "endpoint_type": args.backend, "backend": args.backend,
-            "label": args.label, "model_id": model, "tokenizer_id": args.tokenizer or model, "num_prompts": args.num_prompts,
-            **dict(args.metadata), "request_rate": rate, "burstiness": args.burstiness,
-            "max_concurrency": args.max_concurrency}  # fmt: skip
+    return {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": args.backend,
+        "backend": args.backend,
+        "label": args.label,
+        "model_id": model,
+        "tokenizer_id": args.tokenizer or model,
+        "num_prompts": args.num_prompts,
+        **dict(args.metadata),
+        "request_rate": rate,
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+    }
 
 
 def save(args: argparse.Namespace, result: dict[str, Any]) -> Optional[Path]:
@@ -285,7 +359,8 @@ def save(args: argparse.Namespace, result: dict[str, Any]) -> Optional[Path]:
     if not args.save_result and not args.append_result:
         return None
     limit = f"-concurrency{args.max_concurrency}" if args.max_concurrency is not None else ""
-    name = f"{args.label or args.backend}-{args.request_rate}qps{limit}-{Path(result['model_id']).name}-{result['date']}.json"
+    model = Path(result["model_id"]).name
+    name = f"{args.label or args.backend}-{args.request_rate}qps{limit}-{model}-{result['date']}.json"
     path = (args.result_dir or Path()) / (args.result_filename or name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a" if args.append_result else "w", encoding="utf-8") as file:

@@ -1,4 +1,6 @@
-"""What a client is told when a request is not answered: OpenAI's error object, and the HTTP status that goes with it."""
+"""What a client is told when a request is not answered:
+OpenAI's error object, and the HTTP status that goes with it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,16 @@ from typing import Any, Optional
 class APIError(Exception):
     """A request that ends without its answer."""
 
-    def __init__(self, status: int, message: str, *, type: str = "invalid_request_error", param: Optional[str] = None,
-                 code: Optional[str] = None, headers: Optional[Mapping[str, str]] = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: Optional[str] = None,
+        code: Optional[str] = None,
+        headers: Optional[Mapping[str, str]] = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
         self.headers = dict(headers or {})
@@ -37,27 +47,37 @@ def of_value_error(error: ValueError) -> APIError:
 
 def wrong_key() -> APIError:
     headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
-    return APIError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key", headers=headers)
+    return APIError(
+        401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key", headers=headers
+    )
 
 
 def overloaded(message: str, retry_after: int = 1) -> APIError:
     """503: the same request may be answered later."""
-    return APIError(503, message, type="service_unavailable", code="overloaded", headers={"Retry-After": str(retry_after)})
+    return APIError(
+        503, message, type="service_unavailable", code="overloaded", headers={"Retry-After": str(retry_after)}
+    )
 
 
 def shutting_down() -> APIError:
     headers = {"Retry-After": "1", "Connection": "close"}
-    return APIError(503, "the server is shutting down", type="service_unavailable", code="shutting_down", headers=headers)
+    return APIError(
+        503, "the server is shutting down", type="service_unavailable", code="shutting_down", headers=headers
+    )
 
 
 def engine_failed() -> APIError:
     """500 of a request that the engine took down with it. The cause is in the server's log, not in the answer."""
-    return APIError(500, "the engine has failed; the cause is in the server's log", type="server_error", code="engine_failed")
+    return APIError(
+        500, "the engine has failed; the cause is in the server's log", type="server_error", code="engine_failed"
+    )
 
 
 def engine_down() -> APIError:
     """503 of a request that came after the engine failed."""
-    return APIError(503, "the engine has failed; start the server again", type="service_unavailable", code="engine_failed")
+    return APIError(
+        503, "the engine has failed; start the server again", type="service_unavailable", code="engine_failed"
+    )
 
 
 def not_answered(reason: str) -> APIError:

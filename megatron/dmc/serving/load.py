@@ -1,4 +1,6 @@
-"""A client that loads an OpenAI-compatible server and takes the time of every token: what ``dmc bench serve`` measures with."""
+"""A client that loads an OpenAI-compatible server and takes the time of every token: what ``dmc bench serve`` measures
+with.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Timed:
         self.text += text
 
     def take(self, chunk: dict[str, Any], now: float) -> bool:
-        """One event of the stream; True when it ends the answer. Raises ``ValueError`` for an error that the server sends."""
+        """One event of the stream; True when it ends the answer. Raises ``ValueError`` for an error that the server
+        sends.
+        """
         if chunk.get("error"):
             raise ValueError(f"the server says: {json.dumps(chunk['error'])[:500]}")
         ended = False
@@ -93,7 +97,13 @@ async def ask(client: httpx2.AsyncClient, path: str, body: bytes, prompt_len: in
                     ended = True
                     break
                 ended = found.take(json.loads(event.data), now) or ended
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last ones: not OpenAI's shape
+    except (
+        httpx2.HTTPError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last ones: not OpenAI's shape
         found.error = f"{type(error).__name__}: {error}"
         return found
     found.success = ended and found.ttft > 0
@@ -110,13 +120,17 @@ async def connect(base_url: str, headers: dict[str, str], verify: bool = True) -
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard))
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx2.Timeout(None, connect=60.0)
-    async with httpx2.AsyncClient(base_url=base_url, headers=headers, limits=limits, timeout=timeout, verify=verify) as client:
+    async with httpx2.AsyncClient(
+        base_url=base_url, headers=headers, limits=limits, timeout=timeout, verify=verify
+    ) as client:
         yield client
 
 
 def arrivals(count: int, rate: float, burstiness: float, generator: np.random.Generator) -> list[float]:
-    """Seconds from the start at which requests arrive: intervals of a gamma distribution with shape ``burstiness`` (1: a Poisson
-    process), scaled so that the last one comes after exactly ``count / rate`` seconds, as ``vllm bench serve`` does."""
+    """Seconds from the start at which requests arrive: intervals of a gamma distribution with shape ``burstiness`` (1:
+    a Poisson process), scaled so that the last one comes after exactly ``count / rate`` seconds, as ``vllm bench
+    serve`` does.
+    """
     if not rate > 0 or not burstiness > 0:
         raise ValueError(f"request_rate is {rate!r} and burstiness {burstiness!r}; both must be above 0")
     if rate == float("inf"):
@@ -126,9 +140,15 @@ def arrivals(count: int, rate: float, burstiness: float, generator: np.random.Ge
     return (times * (count / rate / times[-1])).tolist()
 
 
-async def drive(send: Callable[[int], Awaitable[Timed]], times: Sequence[float], max_concurrency: Optional[int] = None,
-                done: Callable[[], None] = lambda: None) -> list[Timed]:  # fmt: skip
-    """Send request i at ``times[i]`` seconds (open loop), or when one of ``max_concurrency`` places is free (closed loop)."""
+async def drive(
+    send: Callable[[int], Awaitable[Timed]],
+    times: Sequence[float],
+    max_concurrency: Optional[int] = None,
+    done: Callable[[], None] = lambda: None,
+) -> list[Timed]:
+    """Send request i at ``times[i]`` seconds (open loop), or when one of ``max_concurrency`` places is free (closed
+    loop).
+    """
     places = asyncio.Semaphore(max_concurrency) if max_concurrency else None
     began = time.perf_counter()
 
@@ -152,10 +172,15 @@ async def drive(send: Callable[[int], Awaitable[Timed]], times: Sequence[float],
     return list(await asyncio.gather(*tasks))
 
 
-# ---------------------------------------------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------------------------------------------
+# figures
 
-TITLES = {"ttft": ("TTFT", "Time to First Token"), "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
-          "itl": ("ITL", "Inter-token Latency"), "e2el": ("E2EL", "End-to-end Latency")}  # fmt: skip
+TITLES = {
+    "ttft": ("TTFT", "Time to First Token"),
+    "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
+    "itl": ("ITL", "Inter-token Latency"),
+    "e2el": ("E2EL", "End-to-end Latency"),
+}
 
 
 def tpot_of(found: Timed) -> Optional[float]:
@@ -163,9 +188,15 @@ def tpot_of(found: Timed) -> Optional[float]:
     return (found.latency - found.ttft) / (found.output_tokens - 1) if found.output_tokens > 1 else None
 
 
-def figures(outputs: Sequence[Timed], duration: float, percentiles: Sequence[float], goodput: dict[str, float],
-            selected: Sequence[str] = tuple(TITLES)) -> dict[str, Any]:  # fmt: skip
-    """Figures of a run under the keys of ``vllm bench serve --save-result``, and the compression ratio where the server tells it.
+def figures(
+    outputs: Sequence[Timed],
+    duration: float,
+    percentiles: Sequence[float],
+    goodput: dict[str, float],
+    selected: Sequence[str] = tuple(TITLES),
+) -> dict[str, Any]:
+    """Figures of a run under the keys of ``vllm bench serve --save-result``, and the compression ratio where the server
+    tells it.
 
     Args:
         duration: seconds from the first arrival to the last answer.
@@ -176,18 +207,31 @@ def figures(outputs: Sequence[Timed], duration: float, percentiles: Sequence[flo
     asked = sum(output.prompt_len for output in good)
     kept = sum(_keeps(output, goodput) for output in good)
     found: dict[str, Any] = {
-        "duration": duration, "completed": len(good), "failed": len(outputs) - len(good), "total_input_tokens": asked,
-        "total_output_tokens": tokens, "request_throughput": len(good) / duration,
-        "request_goodput": kept / duration if goodput else None, "output_throughput": tokens / duration,
-        "total_token_throughput": (asked + tokens) / duration, "max_output_tokens_per_s": peak_tokens(good),
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(outputs) - len(good),
+        "total_input_tokens": asked,
+        "total_output_tokens": tokens,
+        "request_throughput": len(good) / duration,
+        "request_goodput": kept / duration if goodput else None,
+        "output_throughput": tokens / duration,
+        "total_token_throughput": (asked + tokens) / duration,
+        "max_output_tokens_per_s": peak_tokens(good),
         "max_concurrent_requests": peak_requests(good),
-    }  # fmt: skip
-    series = {"ttft": [o.ttft for o in good], "tpot": [t for o in good if (t := tpot_of(o)) is not None],
-              "itl": [t for o in good for t in o.itl], "e2el": [o.latency for o in good]}  # fmt: skip
+    }
+    series = {
+        "ttft": [o.ttft for o in good],
+        "tpot": [t for o in good if (t := tpot_of(o)) is not None],
+        "itl": [t for o in good for t in o.itl],
+        "e2el": [o.latency for o in good],
+    }
     for name in selected:
         values = 1e3 * np.array(series[name] or [0.0])
-        found |= {f"mean_{name}_ms": values.mean().item(), f"median_{name}_ms": np.median(values).item(),
-                  f"std_{name}_ms": values.std().item()}  # fmt: skip
+        found |= {
+            f"mean_{name}_ms": values.mean().item(),
+            f"median_{name}_ms": np.median(values).item(),
+            f"std_{name}_ms": values.std().item(),
+        }
         found |= {f"p{p:g}_{name}_ms": np.percentile(values, p).item() for p in percentiles}
     slots = sum(output.slots for output in good)
     found["compression_ratio"] = sum(output.states for output in good) / slots if slots else None
@@ -202,11 +246,16 @@ def _keeps(output: Timed, bounds: dict[str, float]) -> bool:
 def details(outputs: Sequence[Timed]) -> dict[str, Any]:
     """What ``--save-detailed`` adds, by request."""
     return {
-        "input_lens": [o.prompt_len for o in outputs], "output_lens": [o.output_tokens if o.success else 0 for o in outputs],
-        "ttfts": [o.ttft for o in outputs], "itls": [o.itl for o in outputs], "latencies": [o.latency for o in outputs],
-        "start_times": [o.start_time for o in outputs], "queue_times": [o.queue_time for o in outputs],
-        "generated_texts": [o.text for o in outputs], "errors": [o.error for o in outputs],
-    }  # fmt: skip
+        "input_lens": [o.prompt_len for o in outputs],
+        "output_lens": [o.output_tokens if o.success else 0 for o in outputs],
+        "ttfts": [o.ttft for o in outputs],
+        "itls": [o.itl for o in outputs],
+        "latencies": [o.latency for o in outputs],
+        "start_times": [o.start_time for o in outputs],
+        "queue_times": [o.queue_time for o in outputs],
+        "generated_texts": [o.text for o in outputs],
+        "errors": [o.error for o in outputs],
+    }
 
 
 def peak_tokens(outputs: Sequence[Timed]) -> float:
@@ -224,27 +273,41 @@ def peak_requests(outputs: Sequence[Timed]) -> int:
     return int(np.cumsum([change for _, change in changes]).max()) if changes else 0
 
 
-def block(found: dict[str, Any], percentiles: Sequence[float], selected: Sequence[str], rate: float = float("inf"),
-          max_concurrency: Optional[int] = None) -> str:  # fmt: skip
+def block(
+    found: dict[str, Any],
+    percentiles: Sequence[float],
+    selected: Sequence[str],
+    rate: float = float("inf"),
+    max_concurrency: Optional[int] = None,
+) -> str:
     """The figures as ``vllm bench serve`` prints them."""
+
     def line(name: str, value: float) -> str:
         return f"{name + ':':<40} {value:<10}" if isinstance(value, int) else f"{name + ':':<40} {value:<10.2f}"
 
-    lines = [f"{' Serving Benchmark Result ':=^50}", line("Successful requests", found["completed"]),
-             line("Failed requests", found["failed"])]  # fmt: skip
+    lines = [
+        f"{' Serving Benchmark Result ':=^50}",
+        line("Successful requests", found["completed"]),
+        line("Failed requests", found["failed"]),
+    ]
     if max_concurrency is not None:
         lines.append(line("Maximum request concurrency", max_concurrency))
     if rate != float("inf"):
         lines.append(line("Request rate configured (RPS)", float(rate)))
-    lines += [line("Benchmark duration (s)", found["duration"]), line("Total input tokens", found["total_input_tokens"]),
-              line("Total generated tokens", found["total_output_tokens"]),
-              line("Request throughput (req/s)", found["request_throughput"])]  # fmt: skip
+    lines += [
+        line("Benchmark duration (s)", found["duration"]),
+        line("Total input tokens", found["total_input_tokens"]),
+        line("Total generated tokens", found["total_output_tokens"]),
+        line("Request throughput (req/s)", found["request_throughput"]),
+    ]
     if found["request_goodput"] is not None:
         lines.append(line("Request goodput (req/s)", found["request_goodput"]))
-    lines += [line("Output token throughput (tok/s)", found["output_throughput"]),
-              line("Peak output token throughput (tok/s)", found["max_output_tokens_per_s"]),
-              line("Peak concurrent requests", float(found["max_concurrent_requests"])),
-              line("Total token throughput (tok/s)", found["total_token_throughput"])]  # fmt: skip
+    lines += [
+        line("Output token throughput (tok/s)", found["output_throughput"]),
+        line("Peak output token throughput (tok/s)", found["max_output_tokens_per_s"]),
+        line("Peak concurrent requests", float(found["max_concurrent_requests"])),
+        line("Total token throughput (tok/s)", found["total_token_throughput"]),
+    ]
     for name in selected:
         short, title = TITLES[name]
         lines.append(f"{title:-^50}")

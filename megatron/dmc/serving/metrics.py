@@ -16,9 +16,51 @@ from megatron.dmc.inference import StepOutput
 from megatron.dmc.serving.async_engine import AsyncEngine, Stream
 
 # Bounds of vLLM's histograms, in seconds.
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+)
 TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0)
+REQUEST = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
+)
 TIMES = {
     "time_to_first_token_seconds": (FIRST_TOKEN, "from the request's arrival to its first token"),
     "inter_token_latency_seconds": (TOKEN, "between two tokens of an answer"),
@@ -62,13 +104,17 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._answers: dict[tuple[str, int], _Answer] = {}
         self._times = {name: self._histogram(name, text, bounds) for name, (bounds, text) in TIMES.items()}
-        self._lengths = {name: self._histogram(name, text, length_bounds(max_model_len)) for name, text in LENGTHS.items()}
+        self._lengths = {
+            name: self._histogram(name, text, length_bounds(max_model_len)) for name, text in LENGTHS.items()
+        }
         self._prompt_tokens = self._counter("prompt_tokens", "of prompts that were read").labels(self.model)
         self._generated = self._counter("generation_tokens", "tokens of answers").labels(self.model)
         ended = self._counter("request_success", "answers that have ended", "finished_reason")
         self._ended = {reason: ended.labels(self.model, reason) for reason in ("stop", "length", "abort", "error")}
         self._states = self._counter("cache_token_states", "token states of answers that have ended, by layer", "layer")
-        self._slots = self._counter("cache_slots", "slots that they took; the quotient of both is the compression ratio", "layer")
+        self._slots = self._counter(
+            "cache_slots", "slots that they took; the quotient of both is the compression ratio", "layer"
+        )
         self._refused = self._counter("requests_refused", "requests that got no answer, by HTTP status", "status")
         self._refused.labels(self.model, "503")  # there from the start, so that its rate is right
 
@@ -120,10 +166,12 @@ class Metrics:
             return
         request = stream.request(output.request_id)
         for name, value in (
-            ("request_prompt_tokens", len(request.prompt)), ("request_generation_tokens", answer.tokens),
-            ("request_max_num_generation_tokens", answer.tokens), ("request_params_n", request.params.n),
+            ("request_prompt_tokens", len(request.prompt)),
+            ("request_generation_tokens", answer.tokens),
+            ("request_max_num_generation_tokens", answer.tokens),
+            ("request_params_n", request.params.n),
             ("request_params_max_tokens", request.params.max_tokens),
-        ):  # fmt: skip
+        ):
             if value is not None:
                 self._lengths[name].observe(value)
         self._times["e2e_request_latency_seconds"].observe(now - answer.arrived)
@@ -155,12 +203,20 @@ class _State:
         used = stats.pages_used / stats.pages
         for name, text, value in (
             ("num_requests_running", "answers in the cache", stats.running),
-            ("num_requests_waiting", "answers that wait for a place in it", max(stats.waiting, self.engine.queued_answers)),
+            (
+                "num_requests_waiting",
+                "answers that wait for a place in it",
+                max(stats.waiting, self.engine.queued_answers),
+            ),
             ("num_requests_swapped", "always 0: what must make room is computed again", 0),
             ("kv_cache_usage_perc", "share of the pages that is taken, 0 to 1", used),
             ("gpu_cache_usage_perc", "the same, by its older name", used),
             ("num_pages", "single-head pages of the pool", stats.pages),
-            ("num_pages_free", "pages that answers can have, those of the prefix cache too", stats.pages - stats.pages_used),
+            (
+                "num_pages_free",
+                "pages that answers can have, those of the prefix cache too",
+                stats.pages - stats.pages_used,
+            ),
             ("num_pages_cached", "pages that the prefix cache alone holds", stats.pages_cached),
             ("page_waste_perc", "share of the taken pages' slots that is empty, 0 to 1", stats.waste),
             ("cache_slots_used", "slots that are taken", stats.slots_used),
@@ -168,15 +224,22 @@ class _State:
             ("engine_up", "0 when the engine has failed", int(self.engine.failure is None)),
         ):
             yield self._gauge(name, text, value)
-        ratios = GaugeMetricFamily(self.prefix + "compression_ratio", "token states / slots of the answers in the cache, by layer",
-                                   labels=("model_name", "layer"))  # fmt: skip
+        ratios = GaugeMetricFamily(
+            self.prefix + "compression_ratio",
+            "token states / slots of the answers in the cache, by layer",
+            labels=("model_name", "layer"),
+        )
         for layer, ratio in enumerate(stats.layer_compression_ratios):
             ratios.add_metric((self.model, str(layer)), ratio)
         yield ratios
         for name, text, value in (
             ("num_preemptions", "answers that had to make room", stats.preemptions),
             ("engine_steps", "steps of the engine", stats.steps),
-            ("prefix_cache_queries", "tokens of prompts that were looked up in the prefix cache", stats.prefix_cache_queries),
+            (
+                "prefix_cache_queries",
+                "tokens of prompts that were looked up in the prefix cache",
+                stats.prefix_cache_queries,
+            ),
             ("prefix_cache_hits", "those that were found", stats.prefix_cache_hits),
         ):
             total = CounterMetricFamily(self.prefix + name, text, labels=("model_name",))

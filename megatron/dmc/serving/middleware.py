@@ -1,4 +1,6 @@
-"""What every request passes before it is read: keys, the size of its body, and whether the server still takes requests."""
+"""What every request passes before it is read:
+keys, the size of its body, and whether the server still takes requests.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, authorization: bytes) -> bool:
-        """Whether a header ``Bearer KEY`` holds one of the keys. Takes as long for any wrong one, and compares with all."""
+        """Whether a header ``Bearer KEY`` holds one of the keys. Takes as long for any wrong one, and compares with
+        all.
+        """
         scheme, _, key = authorization.partition(b" ")
         given, found = self._digest(key.strip()), False
         for digest in self._digests:
@@ -107,8 +111,12 @@ class GateMiddleware:
 
     def _too_large(self) -> APIError:
         # The rest of the body is not read: the connection cannot be used again.
-        return APIError(413, f"the body is larger than {self.gate.max_body_bytes} bytes", code="request_too_large",
-                        headers={"Connection": "close"})  # fmt: skip
+        return APIError(
+            413,
+            f"the body is larger than {self.gate.max_body_bytes} bytes",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
 
 
 class _Refused(Exception):

@@ -11,9 +11,11 @@ from megatron.dmc.serving.protocol import ChatFields, CompletionRequest
 
 
 class Prompts:
-    """A tokenizer's side of the requests. ``tokenizer`` may be None: prompts are token ids then, and answers have no text.
+    """A tokenizer's side of the requests. ``tokenizer`` may be None: prompts are token ids then, and answers have no
+    text.
 
-    May be used by one thread while the engine decodes with the tokenizer in another; hand in a copy where that is not safe.
+    May be used by one thread while the engine decodes with the tokenizer in another; hand in a copy where that is not
+    safe.
     """
 
     def __init__(self, tokenizer: Optional[Any], vocab_size: int, max_model_len: int) -> None:
@@ -33,22 +35,38 @@ class Prompts:
     def of_chat(self, request: ChatFields) -> list[int]:
         """Messages as the chat template writes them. Raises :class:`APIError` when they do not fit it."""
         if request.continue_final_message and request.add_generation_prompt:
-            raise invalid("continue_final_message and add_generation_prompt exclude each other; set one to false",
-                          "continue_final_message")  # fmt: skip
+            raise invalid(
+                "continue_final_message and add_generation_prompt exclude each other; set one to false",
+                "continue_final_message",
+            )
         tokenizer = self._needed()
         if not getattr(tokenizer, "chat_template", None):
             raise invalid("the tokenizer has no chat template; use /v1/completions", "messages")
-        reserved = {"tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "return_dict", "conversation"}
+        reserved = {
+            "tokenize",
+            "add_generation_prompt",
+            "continue_final_message",
+            "chat_template",
+            "return_dict",
+            "conversation",
+        }
         extra = request.chat_template_kwargs or {}
         if taken := sorted(reserved & extra.keys()):
-            raise invalid(f"chat_template_kwargs holds {taken[0]!r}, which is no variable of a template", "chat_template_kwargs")
+            raise invalid(
+                f"chat_template_kwargs holds {taken[0]!r}, which is no variable of a template", "chat_template_kwargs"
+            )
         try:
             text = tokenizer.apply_chat_template(
-                [message.plain() for message in request.messages], tokenize=False,
-                add_generation_prompt=request.add_generation_prompt, continue_final_message=request.continue_final_message, **extra,
-            )  # fmt: skip
+                [message.plain() for message in request.messages],
+                tokenize=False,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                **extra,
+            )
         except Exception as error:  # templates raise what they like
-            raise invalid(f"the messages do not fit the chat template: {' '.join(str(error).split())[:200]}", "messages") from None
+            raise invalid(
+                f"the messages do not fit the chat template: {' '.join(str(error).split())[:200]}", "messages"
+            ) from None
         return self.encode(text, add_special_tokens=False)  # the template writes BOS itself
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -59,17 +77,26 @@ class Prompts:
         except UnicodeEncodeError as error:
             raise invalid(f"character {error.start} of the prompt is half of a surrogate pair", "prompt") from None
         if len(text) > self._longest * self.max_model_len:
-            raise invalid(f"the prompt has {len(text)} characters, more than {self.max_model_len} tokens (max_model_len) can hold",
-                          "prompt", "context_length_exceeded")  # fmt: skip
+            raise invalid(
+                f"the prompt has {len(text)} characters, more than {self.max_model_len} tokens (max_model_len) can "
+                "hold",
+                "prompt",
+                "context_length_exceeded",
+            )
         return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def check_context(self, ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises :class:`APIError` when prompt and ``max_tokens`` do not fit the window together, as OpenAI's API does."""
+        """Raises :class:`APIError` when prompt and ``max_tokens`` do not fit the window together, as
+        OpenAI's API does.
+        """
         total = len(ids) + (params.max_tokens or 0)
         if total > self.max_model_len:
-            raise invalid(f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens or 0}; together they may be "
-                          f"{self.max_model_len} (max_model_len)", "max_tokens" if params.max_tokens else "prompt",
-                          "context_length_exceeded")  # fmt: skip
+            raise invalid(
+                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens or 0}; together they may be "
+                f"{self.max_model_len} (max_model_len)",
+                "max_tokens" if params.max_tokens else "prompt",
+                "context_length_exceeded",
+            )
 
     def _needed(self) -> Any:
         if self.tokenizer is None:
@@ -86,7 +113,9 @@ class Prompts:
         return self._needed().decode(list(ids), skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds, so that their sum is the text of all (but for characters in several tokens)."""
+        """The text that each token adds, so that their sum is the text of all (but for characters in
+        several tokens).
+        """
         return [self.piece(token) for token in ids]
 
     def piece(self, token: int) -> str:

@@ -1,7 +1,7 @@
 """OpenAI's requests, with vLLM's additions, and what they ask of the engine.
 
-Types are checked here, strictly: a number in quotes, NaN or a parameter that is not listed is refused. Ranges are checked by
-:class:`SamplingParams`, which is the one place that knows them.
+Types are checked here, strictly: a number in quotes, NaN or a parameter that is not listed is refused. Ranges are
+checked by :class:`SamplingParams`, which is the one place that knows them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class SamplingFields(Strict):
     stop: Union[str, list[str], None] = Field(None, description="the answer ends before the first of these strings")
     presence_penalty: Optional[float] = None
     frequency_penalty: Optional[float] = None
-    logit_bias: Optional[dict[str, float]] = Field(None, description="token id -> what is added to its logit, -100 to 100")
+    logit_bias: Optional[dict[str, float]] = Field(
+        None, description="token id -> what is added to its logit, -100 to 100"
+    )
     stream: Optional[bool] = None
     stream_options: Optional[StreamOptions] = None
     user: Optional[str] = Field(None, description="taken, and not used")
@@ -70,9 +72,23 @@ class SamplingFields(Strict):
             raise of_value_error(error) from None
 
 
-SAMPLING = ("n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p",
-            "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "skip_special_tokens",
-            "include_stop_str_in_output")  # fmt: skip
+SAMPLING = (
+    "n",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
@@ -89,7 +105,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: Prompt = Field(description="a text, texts, token ids, or lists of token ids")
     max_tokens: Optional[Int] = Field(16, description="0: the prompt is only read, for `echo`; null: up to the window")
-    logprobs: Optional[Int] = Field(None, description="log-probabilities of so many most likely tokens beside the chosen one's")
+    logprobs: Optional[Int] = Field(
+        None, description="log-probabilities of so many most likely tokens beside the chosen one's"
+    )
     echo: Optional[bool] = Field(None, description="the prompt comes first in the answer, with `logprobs` too")
     add_special_tokens: bool = Field(True, description="tokens that the tokenizer adds to a text, such as BOS")
 
@@ -169,7 +187,8 @@ def _tokenize_kind(body: Any) -> str:
 
 
 AnyTokenizeRequest = Annotated[
-    Union[Annotated[TokenizeRequest, Tag("text")], Annotated[TokenizeChatRequest, Tag("chat")]], Discriminator(_tokenize_kind)
+    Union[Annotated[TokenizeRequest, Tag("text")], Annotated[TokenizeChatRequest, Tag("chat")]],
+    Discriminator(_tokenize_kind),
 ]
 
 
@@ -205,7 +224,9 @@ def of_validation(errors: Any) -> APIError:
 
 
 def _path(error: Any) -> list[str]:
-    """Names and indices that lead to the wrong value, without the words that FastAPI and the tagged union put before them."""
+    """Names and indices that lead to the wrong value, without the words that FastAPI and the tagged union put before
+    them.
+    """
     path = [str(part) for part in error["loc"]]
     while path and path[0] in ("body", "text", "chat"):
         del path[0]

@@ -1,7 +1,8 @@
 """Tensor parallelism under the server: rank 0 serves, the others follow it, step by step.
 
-Every rank runs the same engine on the same requests (``inference.parallel``). What rank 0 is told between two steps it tells the
-others with the next one, over a gloo group of its own. They are started by ``dmc serve`` itself, or by torchrun.
+Every rank runs the same engine on the same requests (``inference.parallel``). What rank 0 is told between two steps it
+tells the others with the next one, over a gloo group of its own. They are started by ``dmc serve`` itself, or by
+torchrun.
 """
 
 from __future__ import annotations
@@ -37,8 +38,14 @@ class LeadingEngine(Engine):
         self._group = dist.new_group(backend="gloo", timeout=IDLE)
         self._news: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
-    def add_request(self, request_id: str, prompt: str | Seq[int], params: SamplingParams = SamplingParams(), *,  # noqa: B008
-                    cache_salt: Optional[str] = None) -> list[int]:  # fmt: skip
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Seq[int],
+        params: SamplingParams = SamplingParams(),
+        *,
+        cache_salt: Optional[str] = None,
+    ) -> list[int]:
         ids = super().add_request(request_id, prompt, params, cache_salt=cache_salt)
         self._note("add_request", request_id, ids, params, cache_salt=cache_salt)
         return ids

@@ -31,22 +31,46 @@ def at_least(low: float, kind: type = int) -> Callable[[str], float]:
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face directory, plain or exported from a retrofit")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
-    parser.add_argument("--served-model-name", metavar="NAME", help="by which clients ask for it (default: MODEL as it is given)")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="by which clients ask for it (default: MODEL as it is given)"
+    )
     web = parser.add_argument_group("web server")
     web.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: %(default)s)")
     web.add_argument("--port", type=int, default=8000, help="0: a free one, which the log names (default: %(default)s)")
-    web.add_argument("--api-key", action="append", default=[], metavar="KEY",
-                     help=f"may be given several times; ps shows it, but not {KEY_VARIABLE} or a file")  # fmt: skip
+    web.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"may be given several times; ps shows it, but not {KEY_VARIABLE} or a file",
+    )
     web.add_argument("--api-key-file", type=Path, metavar="FILE", help="one key per line")
-    web.add_argument("--max-num-queued-requests", type=at_least(1), default=1024, metavar="N",
-                     help="answers that may wait for a place in the cache; others get 503 (default: %(default)s)")  # fmt: skip
-    web.add_argument("--max-num-queued-tokens", type=at_least(1), metavar="N",
-                     help="tokens of their prompts (default: no bound)")  # fmt: skip
-    web.add_argument("--max-body-bytes", type=at_least(1), default=16 << 20, metavar="N", help="of a body (default: %(default)s)")
-    web.add_argument("--shutdown-timeout", type=at_least(0, float), default=30.0, metavar="SECONDS",
-                     help="for what runs when SIGTERM comes (default: %(default)s)")  # fmt: skip
-    web.add_argument("--metrics-prefix", choices=("dmc", "vllm"), default="dmc", help="of metrics (default: %(default)s)")
-    web.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)")
+    web.add_argument(
+        "--max-num-queued-requests",
+        type=at_least(1),
+        default=1024,
+        metavar="N",
+        help="answers that may wait for a place in the cache; others get 503 (default: %(default)s)",
+    )
+    web.add_argument(
+        "--max-num-queued-tokens", type=at_least(1), metavar="N", help="tokens of their prompts (default: no bound)"
+    )
+    web.add_argument(
+        "--max-body-bytes", type=at_least(1), default=16 << 20, metavar="N", help="of a body (default: %(default)s)"
+    )
+    web.add_argument(
+        "--shutdown-timeout",
+        type=at_least(0, float),
+        default=30.0,
+        metavar="SECONDS",
+        help="for what runs when SIGTERM comes (default: %(default)s)",
+    )
+    web.add_argument(
+        "--metrics-prefix", choices=("dmc", "vllm"), default="dmc", help="of metrics (default: %(default)s)"
+    )
+    web.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)"
+    )
     web.add_argument("--disable-access-log", action="store_true", help="no line for each request")
     add_options(parser.add_argument_group("engine"), EngineConfig, ENGINE_OPTIONS)  # type: ignore[arg-type]
 

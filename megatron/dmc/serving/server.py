@@ -93,8 +93,15 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def make_service(engine: Engine, *, model_name: str, keys: Sequence[str] = (), limits: Limits = Limits(),  # noqa: B008
-                 max_body_bytes: int = 16 << 20, metrics_prefix: str = "dmc") -> Service:  # fmt: skip
+def make_service(
+    engine: Engine,
+    *,
+    model_name: str,
+    keys: Sequence[str] = (),
+    limits: Limits = Limits(),
+    max_body_bytes: int = 16 << 20,
+    metrics_prefix: str = "dmc",
+) -> Service:
     """The engine with all that the application needs. Call it on the event loop."""
     longest = engine.sizes.max_model_len
     metrics = Metrics(metrics_prefix, model_name, longest)
@@ -105,14 +112,32 @@ def make_service(engine: Engine, *, model_name: str, keys: Sequence[str] = (), l
     return Service(runner, prompts, model_name, str(engine.info.path), Gate(Keys(keys), max_body_bytes), metrics)
 
 
-async def serve(engine: Engine, args: argparse.Namespace, keys: Sequence[str], sock: socket.socket,
-                followers: Optional[Followers] = None) -> int:  # fmt: skip
+async def serve(
+    engine: Engine,
+    args: argparse.Namespace,
+    keys: Sequence[str],
+    sock: socket.socket,
+    followers: Optional[Followers] = None,
+) -> int:
     """Until a signal comes. Exit status: 0; 1 when the engine has failed."""
     limits = Limits(args.max_num_queued_requests, args.max_num_queued_tokens)
-    service = make_service(engine, model_name=args.served_model_name or args.model, keys=keys, limits=limits,
-                           max_body_bytes=args.max_body_bytes, metrics_prefix=args.metrics_prefix)  # fmt: skip
-    config = uvicorn.Config(create_app(service), log_config=None, access_log=not args.disable_access_log, lifespan="off",
-                            timeout_graceful_shutdown=CLOSE, backlog=2048, server_header=False)  # fmt: skip
+    service = make_service(
+        engine,
+        model_name=args.served_model_name or args.model,
+        keys=keys,
+        limits=limits,
+        max_body_bytes=args.max_body_bytes,
+        metrics_prefix=args.metrics_prefix,
+    )
+    config = uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        access_log=not args.disable_access_log,
+        lifespan="off",
+        timeout_graceful_shutdown=CLOSE,
+        backlog=2048,
+        server_header=False,
+    )
     server = Server(config, service, args.shutdown_timeout)
     log.info("%d keys, %s", len(keys), _pool(engine))
     watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
@@ -146,8 +171,10 @@ async def _watch(followers: Followers, runner: AsyncEngine) -> None:
 
 def _pool(engine: Engine) -> str:
     sizes = engine.sizes
-    return (f"{sizes.max_num_seqs} answers at a time, window {sizes.max_model_len}, {sizes.num_pages} pages of {sizes.page_bytes} "
-            f"bytes, expected compression ratio {engine.info.expected_cr:g}")  # fmt: skip
+    return (
+        f"{sizes.max_num_seqs} answers at a time, window {sizes.max_model_len}, {sizes.num_pages} pages of "
+        f"{sizes.page_bytes} bytes, expected compression ratio {engine.info.expected_cr:g}"
+    )
 
 
 def run(args: argparse.Namespace, keys: Sequence[str]) -> int:
@@ -166,8 +193,14 @@ def run(args: argparse.Namespace, keys: Sequence[str]) -> int:
         return _run_ranks(args, keys, sock, config, tokenizer, source)
 
 
-def _run_ranks(args: argparse.Namespace, keys: Sequence[str], sock: socket.socket, config: EngineConfig, tokenizer: Any,
-               source: str) -> int:  # fmt: skip
+def _run_ranks(
+    args: argparse.Namespace,
+    keys: Sequence[str],
+    sock: socket.socket,
+    config: EngineConfig,
+    tokenizer: Any,
+    source: str,
+) -> int:
     check_size(args.model, config)  # before others wait for this rank
     followers = Followers(args.model, config, source)
     try:

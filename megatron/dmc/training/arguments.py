@@ -95,8 +95,10 @@ def read_saved_config(checkpoint: Path) -> dict:
     RunConfig.from_dict(saved)
     missing = [section.name for section in dataclasses.fields(RunConfig) if section.name not in saved]
     if missing:
-        raise ValueError(f"{checkpoint / 'config.yaml'} lacks {', '.join(missing)}; it must hold the resolved configuration "
-                         "that the checkpoint was trained with")  # fmt: skip
+        raise ValueError(
+            f"{checkpoint / 'config.yaml'} lacks {', '.join(missing)}; it must hold the resolved configuration "
+            "that the checkpoint was trained with"
+        )
     return saved
 
 
@@ -129,8 +131,10 @@ def resolve(argv: Optional[list[str]], saved_config: typing.Callable[[dict], Opt
             value = plain[section][key]
             # loss_weight and temperature shape training, not the checkpoint.
             if key not in ("loss_weight", "temperature") and value != values.get(key):
-                raise ValueError(f"{section}.{key} is {value!r}, but the checkpoint was trained with {values.get(key)!r}; "
-                                 f"leave it out")  # fmt: skip
+                raise ValueError(
+                    f"{section}.{key} is {value!r}, but the checkpoint was trained with {values.get(key)!r}; "
+                    f"leave it out"
+                )
     return RunConfig.from_dict(_merge(base, asked))
 
 

@@ -62,16 +62,20 @@ class Sidecar:
         """Read ``prefix.json``. Raises ``ValueError`` when it is missing, damaged or of another version."""
         path = Path(f"{prefix}.json")
         if not path.is_file():
-            raise ValueError(f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
-                             "tools/preprocess_data.py; run that again")
+            raise ValueError(
+                f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
+                "tools/preprocess_data.py; run that again"
+            )
         try:
             content = json.loads(path.read_text())
             if (content.pop("format"), content.pop("format_version")) != (_FORMAT, _FORMAT_VERSION):
                 raise ValueError("another format or version")
             return cls(**content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
-                             "run tools/preprocess_data.py again") from error
+            raise ValueError(
+                f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
+                "run tools/preprocess_data.py again"
+            ) from error
 
     def write(self, path: str | Path) -> None:
         """Write as JSON to ``path``."""
@@ -88,6 +92,7 @@ def parse_blend(data_path: list[str], name: str = "data_path") -> tuple[list[str
     Raises:
         ValueError: weights and prefixes do not alternate, or a weight is not a positive number.
     """
+
     def number(text: str) -> Optional[float]:
         try:
             return float(text)
@@ -99,8 +104,10 @@ def parse_blend(data_path: list[str], name: str = "data_path") -> tuple[list[str
         return [os.path.abspath(item) for item in data_path], None
     weights, prefixes = numbers[0::2], data_path[1::2]
     if len(data_path) % 2 or None in weights or any(n is not None for n in numbers[1::2]):
-        raise ValueError(f"{name} {' '.join(data_path)} mixes weights and prefixes; give either only prefixes or "
-                         "weight prefix weight prefix ... (a dataset whose name is a number: write ./NAME)")
+        raise ValueError(
+            f"{name} {' '.join(data_path)} mixes weights and prefixes; give either only prefixes or "
+            "weight prefix weight prefix ... (a dataset whose name is a number: write ./NAME)"
+        )
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"{name} has the weight {weight}; weights must be positive numbers")
@@ -118,8 +125,10 @@ def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> None:
     if not data.data_path:
         raise ValueError("data_path is empty; name at least one dataset prefix that tools/preprocess_data.py wrote")
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocab_size is "
-                         f"{model.vocab_size}; use the model's own tokenizer, or raise vocab_size")
+        raise ValueError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocab_size is "
+            f"{model.vocab_size}; use the model's own tokenizer, or raise vocab_size"
+        )
     for name in ("data_path", "valid_data_path"):
         for prefix in parse_blend(getattr(data, name), name)[0]:
             _check_dataset(prefix, name, tokenizer, data.seq_length)
@@ -129,28 +138,39 @@ def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(prefix + suffix):
             hint = f"; give the prefix without {suffix}" if prefix.endswith((".bin", ".idx")) else ""
-            raise ValueError(f"{name}: {prefix}{suffix} does not exist{hint or '; make it with tools/preprocess_data.py'}")
+            raise ValueError(
+                f"{name}: {prefix}{suffix} does not exist{hint or '; make it with tools/preprocess_data.py'}"
+            )
     sidecar = Sidecar.read(prefix)
     for suffix, expected in ((".bin", sidecar.bin_bytes), (".idx", sidecar.idx_bytes)):
         size = os.path.getsize(prefix + suffix)
         if size != expected:
-            raise ValueError(f"{name}: {prefix}{suffix} has {size} bytes and should have {expected}: it is truncated or "
-                             "was replaced; copy it again, or run tools/preprocess_data.py again")
+            raise ValueError(
+                f"{name}: {prefix}{suffix} has {size} bytes and should have {expected}: it is truncated or "
+                "was replaced; copy it again, or run tools/preprocess_data.py again"
+            )
     if sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{name}: {prefix} was made with another tokenizer ({sidecar.tokenizer}, fingerprint "
-                         f"{sidecar.tokenizer_fingerprint[:12]}) than {tokenizer.path} ({tokenizer.fingerprint[:12]}); "
-                         "give that tokenizer, or run tools/preprocess_data.py again with this one")
+        raise ValueError(
+            f"{name}: {prefix} was made with another tokenizer ({sidecar.tokenizer}, fingerprint "
+            f"{sidecar.tokenizer_fingerprint[:12]}) than {tokenizer.path} ({tokenizer.fingerprint[:12]}); "
+            "give that tokenizer, or run tools/preprocess_data.py again with this one"
+        )
     if sidecar.vocab_size > tokenizer.vocab_size:
         # Same files, other library: an old transformers may drop added tokens.
-        raise ValueError(f"{name}: {prefix} has ids below {sidecar.vocab_size}, tokenizer {tokenizer.path} loads with "
-                         f"{tokenizer.vocab_size}; run tools/preprocess_data.py again in this environment")
+        raise ValueError(
+            f"{name}: {prefix} has ids below {sidecar.vocab_size}, tokenizer {tokenizer.path} loads with "
+            f"{tokenizer.vocab_size}; run tools/preprocess_data.py again in this environment"
+        )
     if sidecar.tokens < seq_length + 1:
-        raise ValueError(f"{name}: {prefix} has {sidecar.tokens} tokens, less than one sample of seq_length + 1 = "
-                         f"{seq_length + 1}; use more data or a smaller seq_length")
+        raise ValueError(
+            f"{name}: {prefix} has {sidecar.tokens} tokens, less than one sample of seq_length + 1 = "
+            f"{seq_length + 1}; use more data or a smaller seq_length"
+        )
 
 
-def build_datasets(config: RunConfig, tokenizer: Tokenizer, train_samples: int,
-                   valid_samples: int) -> tuple[Optional[Dataset], Optional[Dataset]]:
+def build_datasets(
+    config: RunConfig, tokenizer: Tokenizer, train_samples: int, valid_samples: int
+) -> tuple[Optional[Dataset], Optional[Dataset]]:
     """Build (or load from the cache) the training and the validation dataset. Call :func:`check_datasets` first.
 
     Collective: with a process group every rank must call it, and every rank gets both datasets (memory-mapped, so an
@@ -191,16 +211,30 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer, train_samples: int,
         if problem:
             raise ValueError(problem)
 
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, GPTDatasetConfig(
-            random_seed=config.training.seed, sequence_length=config.data.seq_length, tokenizer=tokenizer,
-            blend_per_split=[*blends, None], path_to_cache=directory, reset_position_ids=False,
-            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False))
+        builder = BlendedMegatronDatasetBuilder(
+            GPTDataset,
+            [*sizes, 0],
+            lambda: True,
+            GPTDatasetConfig(
+                random_seed=config.training.seed,
+                sequence_length=config.data.seq_length,
+                tokenizer=tokenizer,
+                blend_per_split=[*blends, None],
+                path_to_cache=directory,
+                reset_position_ids=False,
+                reset_attention_mask=False,
+                eod_mask_loss=False,
+                create_attention_mask=False,
+            ),
+        )
         try:
             train, valid, _ = builder.build()
         except BaseException as error:
             if rank != 0 and isinstance(error, FileNotFoundError):
-                raise ValueError(f"rank {rank} cannot see {error.filename}, which rank 0 wrote; set data_cache_path to a "
-                                 "directory that all nodes share") from error
+                raise ValueError(
+                    f"rank {rank} cannot see {error.filename}, which rank 0 wrote; set data_cache_path to a "
+                    "directory that all nodes share"
+                ) from error
             if rank == 0 and directory != target:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -242,8 +276,14 @@ def _choose_cache(config: RunConfig, tokenizer: Tokenizer, blends: list, sizes: 
     try:
         building.mkdir(parents=True)
     except OSError as error:
-        return "", "", (f"the index cache {root} cannot be written ({error.strerror}); set data_cache_path to a directory "
-                        "that can")
+        return (
+            "",
+            "",
+            (
+                f"the index cache {root} cannot be written ({error.strerror}); set data_cache_path to a directory "
+                "that can"
+            ),
+        )
     return str(building), str(root / key), ""
 
 
@@ -274,9 +314,17 @@ def _process_group_if(needed: bool) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def batch_iterator(dataset: Optional[Dataset], *, consumed_samples: int, micro_batch_size: int, global_batch_size: int,
-                   dp_rank: int, dp_size: int, num_workers: int = 0,
-                   device: torch.device | str = "cpu") -> Iterator[dict[str, torch.Tensor]]:
+def batch_iterator(
+    dataset: Optional[Dataset],
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict[str, torch.Tensor]]:
     """Iterate over the micro-batches of one data-parallel rank, step after step.
 
     Which samples: with ``b = micro_batch_size``, ``G = global_batch_size``, step ``i`` (counted from the iterator's
@@ -284,9 +332,9 @@ def batch_iterator(dataset: Optional[Dataset], *, consumed_samples: int, micro_b
 
         consumed_samples + i * G + m * b * dp_size + r * b + j
 
-    of the dataset (Megatron's order). So step i takes the same set of G samples whatever the layout, and an iterator that
-    starts at ``consumed_samples = k`` goes on exactly where another would be after k samples. Nothing is random here,
-    torch's global generator is not touched.
+    of the dataset (Megatron's order). So step i takes the same set of G samples whatever the layout, and an iterator
+    that starts at ``consumed_samples = k`` goes on exactly where another would be after k samples. Nothing is random
+    here, torch's global generator is not touched.
 
     Yields:
         ``G / (b * dp_size)`` dicts per step, on ``device``: tokens, labels, position_ids int64 [b, s]; loss_mask fp32
@@ -297,8 +345,10 @@ def batch_iterator(dataset: Optional[Dataset], *, consumed_samples: int, micro_b
         ValueError: the sizes do not divide, or ``dp_rank`` or ``consumed_samples`` are out of range.
     """
     if min(micro_batch_size, global_batch_size, dp_size) < 1 or global_batch_size % (micro_batch_size * dp_size):
-        raise ValueError(f"global_batch_size {global_batch_size} is not a positive multiple of micro_batch_size "
-                         f"{micro_batch_size} x data parallel size {dp_size}")
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is not a positive multiple of micro_batch_size "
+            f"{micro_batch_size} x data parallel size {dp_size}"
+        )
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"data-parallel rank {dp_rank} is not below the data-parallel size {dp_size}")
     if consumed_samples < 0:
@@ -309,13 +359,19 @@ def batch_iterator(dataset: Optional[Dataset], *, consumed_samples: int, micro_b
     if dataset is None:
         return ({"sample_ids": torch.tensor(rows, dtype=torch.int64, device=device)} for rows in indices)
     loader = DataLoader(
-        _Samples(dataset), batch_sampler=indices, num_workers=num_workers, pin_memory=device.type == "cuda",
+        _Samples(dataset),
+        batch_sampler=indices,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
         worker_init_fn=_shield_worker,
-        generator=torch.Generator())  # else the loader draws a seed from the global generator and shifts all later noise
+        generator=torch.Generator(),
+    )  # else the loader draws a seed from the global generator and shifts all later noise
     return ({name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in loader)
 
 
-def _micro_batches(start: int, stop: Optional[int], micro: int, batch: int, rank: int, ranks: int) -> Iterator[list[int]]:
+def _micro_batches(
+    start: int, stop: Optional[int], micro: int, batch: int, rank: int, ranks: int
+) -> Iterator[list[int]]:
     while stop is None or start + batch <= stop:
         for first in range(start + rank * micro, start + batch, micro * ranks):
             yield list(range(first, first + micro))

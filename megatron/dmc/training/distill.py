@@ -12,19 +12,26 @@ from megatron.dmc.training.teacher import find_teacher
 
 
 def attach_teachers(config: RunConfig, students: list[DMCGPTModel]) -> None:
-    """Load the checkpoint ``distill_from`` in the run's layout and precision, a chunk beside each of ``students``. Collective.
+    """Load the checkpoint ``distill_from`` in the run's layout and precision, a chunk beside each of ``students``.
+    Collective.
 
-    The teacher has weights and nothing else: no gradients, no optimizer state, no saved activations. Raises ``ValueError``
-    when the checkpoint cannot teach this run.
+    The teacher has weights and nothing else: no gradients, no optimizer state, no saved activations. Raises
+    ``ValueError`` when the checkpoint cannot teach this run.
     """
     path, manifest = find_teacher(config)
     settings, t = transformer_config(config), config.training
     teachers = []
     for student in students:
         teacher = DMCGPTModel(
-            settings, config.model, config.dmc, carry=False, transformer_impl=t.transformer_impl, vp_stage=student.vp_stage,
-            pre_process=student.pre_process, post_process=student.post_process,
-        )  # fmt: skip
+            settings,
+            config.model,
+            config.dmc,
+            carry=False,
+            transformer_impl=t.transformer_impl,
+            vp_stage=student.vp_stage,
+            pre_process=student.pre_process,
+            post_process=student.post_process,
+        )
         device = next(student.parameters()).device
         teachers.append(teacher.to(device, torch.bfloat16 if t.bf16 else torch.float32).requires_grad_(False).eval())
     dist.load(path, teachers, verify=t.verify_checkpoints)

@@ -22,7 +22,9 @@ class IndexedWriter:
         eod_appended, bos_prepended: what was done to every document; for the sidecar.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, *, eod_appended: bool, bos_prepended: bool = False) -> None:
+    def __init__(
+        self, directory: Path, tokenizer: Tokenizer, *, eod_appended: bool, bos_prepended: bool = False
+    ) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self.paths = [directory / f"data{suffix}" for suffix in SUFFIXES]
@@ -44,10 +46,19 @@ class IndexedWriter:
         binary, index, sidecar = self.paths
         self._builder.finalize(str(index))
         tokenizer = self._tokenizer
-        Sidecar(tokenizer=str(tokenizer.path), tokenizer_fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-                eod_id=tokenizer.eod_id, dtype=self.dtype.__name__, documents=self.documents, tokens=self.tokens,
-                bin_bytes=binary.stat().st_size, idx_bytes=index.stat().st_size,
-                idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(), **self._policy).write(sidecar)  # fmt: skip
+        Sidecar(
+            tokenizer=str(tokenizer.path),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            dtype=self.dtype.__name__,
+            documents=self.documents,
+            tokens=self.tokens,
+            bin_bytes=binary.stat().st_size,
+            idx_bytes=index.stat().st_size,
+            idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+            **self._policy,
+        ).write(sidecar)
 
 
 def publish(directory: Path, prefix: str | Path) -> None:

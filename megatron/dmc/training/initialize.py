@@ -48,7 +48,9 @@ def initialize(config: RunConfig) -> None:
         if "RANK" in os.environ:
             distributed.init_process_group(backend, timeout=timeout)
         else:
-            distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout)
+            distributed.init_process_group(
+                backend, store=distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
     parallel = config.parallel
     if parallel_state.is_initialized():
         if parallel_state.get_tensor_model_parallel_world_size() != parallel.tensor_model_parallel_size or (

@@ -313,11 +313,17 @@ class Trainer:
             if t.exit_interval is not None and self.iteration % t.exit_interval == 0:
                 why = why or f"exit_interval {t.exit_interval}"
             due = last or (t.save_interval and self.iteration % t.save_interval == 0)
-            # A line before every checkpoint: a run that is resumed from it then logs the same lines as one that was not stopped.
+            # A line before every checkpoint: a run that is resumed from it then logs the same lines as one that was not
+            # stopped.
             if self.iteration % t.log_interval == 0 or last or (t.save and (due or why)):
                 self._log(StepTotals.reduce(totals), steps, logged, grad_norm)
                 totals, steps, logged = torch.zeros_like(totals), [], 0
-            if self.valid_data is not None and t.eval_interval and self.iteration % t.eval_interval == 0 and not (last or why):
+            if (
+                self.valid_data is not None
+                and t.eval_interval
+                and self.iteration % t.eval_interval == 0
+                and not (last or why)
+            ):
                 self.log_evaluation(self.evaluate(stop))
                 why = stop.agreed(self.device)
                 if why and t.save and not due and logged:
@@ -364,7 +370,9 @@ def versions() -> dict[str, str]:
 
     import megatron.dmc
 
-    return {"megatron.dmc": megatron.dmc.__version__, "megatron.core": megatron.core.__version__,
-            "torch": torch.__version__, "world_size": os.environ.get("WORLD_SIZE", "1")}  # fmt: skip
-
-
+    return {
+        "megatron.dmc": megatron.dmc.__version__,
+        "megatron.core": megatron.core.__version__,
+        "torch": torch.__version__,
+        "world_size": os.environ.get("WORLD_SIZE", "1"),
+    }

@@ -116,8 +116,15 @@ class Logger:
         """Leave evaluation and checkpointing out of the time per iteration."""
         self.last = time.monotonic()
 
-    def line(self, iteration: int, consumed_tokens: int, iterations: int, values: dict[str, float],
-             by_head: Optional[Tensor] = None, target_cr: float = 1.0) -> None:  # fmt: skip
+    def line(
+        self,
+        iteration: int,
+        consumed_tokens: int,
+        iterations: int,
+        values: dict[str, float],
+        by_head: Optional[Tensor] = None,
+        target_cr: float = 1.0,
+    ) -> None:
         """One log line for the ``iterations`` steps up to ``iteration``. Field names are Megatron's, ours follow."""
         now = time.monotonic()
         seconds, self.last = (now - self.last) / iterations, now

@@ -23,8 +23,9 @@ class StopSignal:
     Args:
         minutes: leave so long after the job's start, which is SLURM_JOB_START_TIME or, without it, the process's.
 
-    Where SLURM_JOB_END_TIME says when the job ends (SLURM 23.02 and later; examples/dmc/slurm asks for it in older ones),
-    ranks leave in time before that: a minute, and twice what the longest step and the longest checkpoint have taken.
+    Where SLURM_JOB_END_TIME says when the job ends (SLURM 23.02 and later; examples/dmc/slurm asks for it in older
+    ones), ranks leave in time before that: a minute, and twice what the longest step and the longest checkpoint have
+    taken.
     """
 
     def __init__(self, minutes: Optional[float] = None) -> None:
@@ -83,9 +84,9 @@ def _clock(seconds: Optional[float]) -> str:
 
 
 class Starts:
-    """Counts starts under a --save directory that have ended before their first step was complete, so that a job that is
-    requeued again and again for a fault of its own stops. A submission by a person (SLURM's first start of a job) counts
-    from anew.
+    """Counts starts under a --save directory that have ended before their first step was complete, so that a job that
+    is requeued again and again for a fault of its own stops. A submission by a person (SLURM's first start of a job)
+    counts from anew.
 
     Args:
         save: the --save directory; None, and on ranks other than 0, nothing is counted.
@@ -106,8 +107,10 @@ class Starts:
         if "SLURM_JOB_ID" in os.environ and restarts == ["0", "0"]:
             count = 0
         if count >= limit:
-            raise ValueError(f"the last {count} starts of this stage ended before their first step was complete; look for the "
-                             f"cause in their logs, then remove {self.file}")  # fmt: skip
+            raise ValueError(
+                f"the last {count} starts of this stage ended before their first step was complete; look for the "
+                f"cause in their logs, then remove {self.file}"
+            )
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(f"{count + 1}\n")
 

@@ -1,7 +1,7 @@
 """Entry point: one stage of a retrofit, or pre-training.
 
-    python -m torch.distributed.run --nproc-per-node 8 ... -m megatron.dmc.training.retrofit --config FILE --stage retrofit
-        --target-cr 4 --init-from ZERO_OUT_DIR --save DIR --data-path PREFIX --tokenizer MODEL
+    python -m torch.distributed.run --nproc-per-node 8 ... -m megatron.dmc.training.retrofit --config FILE --stage
+        retrofit --target-cr 4 --init-from ZERO_OUT_DIR --save DIR --data-path PREFIX --tokenizer MODEL
 
 ``--init-from`` starts a stage from another checkpoint's weights. ``--save`` is where the stage writes and, when it
 already holds a complete checkpoint, where it resumes. Wrong input ends with one message and status 2 before anything
@@ -64,8 +64,9 @@ def _check_packages(config: RunConfig) -> None:
     for option, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
         value = getattr(config.training, option)
         if value and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{option} is {value}, which needs the {package} package; pip install {package}, or leave it "
-                             "out")  # fmt: skip
+            raise ValueError(
+                f"{option} is {value}, which needs the {package} package; pip install {package}, or leave it out"
+            )
     resolve_transformer_impl(config.training.transformer_impl)
 
 
@@ -79,24 +80,31 @@ def check_order(config: RunConfig, resume: Found, init: Found) -> None:
     if resume is not None:
         path, manifest = resume
         if manifest.stage != stage.stage:
-            raise ValueError(f"--save {config.training.save} holds stage {manifest.stage} ({path.name}), not "
-                             f"{stage.stage}; give each stage a directory of its own")  # fmt: skip
+            raise ValueError(
+                f"--save {config.training.save} holds stage {manifest.stage} ({path.name}), not "
+                f"{stage.stage}; give each stage a directory of its own"
+            )
     if init is None and resume is None:
         if "none" not in PREDECESSORS[stage.stage]:
-            raise ValueError(f"stage {stage.stage} needs --init-from, a checkpoint of stage "
-                             f"{' or '.join(PREDECESSORS[stage.stage])}")  # fmt: skip
+            raise ValueError(
+                f"stage {stage.stage} needs --init-from, a checkpoint of stage {' or '.join(PREDECESSORS[stage.stage])}"
+            )
         return
     source = init or resume
     assert source is not None
     path, manifest = source
     if init is not None:
         if manifest.stage not in PREDECESSORS[stage.stage]:
-            raise ValueError(f"stage {stage.stage} cannot start from {path}, which is of stage {manifest.stage}; it needs "
-                             f"{' or '.join(p for p in PREDECESSORS[stage.stage] if p != 'none')}")  # fmt: skip
+            raise ValueError(
+                f"stage {stage.stage} cannot start from {path}, which is of stage {manifest.stage}; it needs "
+                f"{' or '.join(p for p in PREDECESSORS[stage.stage] if p != 'none')}"
+            )
         # Any checkpoint of retrofit is usable at the ratio that it has reached; the others are not done before the end.
         if not manifest.finished and manifest.stage != "retrofit":
-            raise ValueError(f"{path} is unfinished: {manifest.stage} stands at iteration {manifest.iteration} of "
-                             f"{manifest.train_iters}; let it finish (the same command resumes it)")  # fmt: skip
+            raise ValueError(
+                f"{path} is unfinished: {manifest.stage} stands at iteration {manifest.iteration} of "
+                f"{manifest.train_iters}; let it finish (the same command resumes it)"
+            )
         if stage.stage == "retrofit" and stage.start_cr is None:
             stage.start_cr = manifest.target_cr
         if stage.stage == "finetune" and stage.target_cr is None:
@@ -114,15 +122,22 @@ def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
     distill = ("distill_from",)
     if now["training"]["distill_from"]:
         distill += ("distill_weight", "distill_temperature")
-    for section, keys in (("stage", None), ("optimizer", None), ("dmc", None),
-                          ("training", ("global_batch_size", "bf16", "seed", *distill)), ("data", ("seq_length",)),
-                          # Megatron keeps its two optimizers' states in different formats.
-                          ("parallel", ("use_distributed_optimizer",))):  # fmt: skip
+    for section, keys in (
+        ("stage", None),
+        ("optimizer", None),
+        ("dmc", None),
+        ("training", ("global_batch_size", "bf16", "seed", *distill)),
+        ("data", ("seq_length",)),
+        # Megatron keeps its two optimizers' states in different formats.
+        ("parallel", ("use_distributed_optimizer",)),
+    ):
         for key in keys or saved[section]:
             value = saved[section].get(key)
             if now[section][key] != value:
-                raise ValueError(f"{section}.{key} is {now[section][key]!r}, but {path} was written with {value!r}; resume "
-                                 "with the same settings, or start a new --save directory")  # fmt: skip
+                raise ValueError(
+                    f"{section}.{key} is {now[section][key]!r}, but {path} was written with {value!r}; resume "
+                    "with the same settings, or start a new --save directory"
+                )
 
 
 def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Found, Found]:
@@ -154,7 +169,9 @@ def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Found, Found]:
     if resume is not None:
         check_resume(config, saved, resume[0])
     if config.data.tokenizer is None:
-        raise ValueError("tokenizer is not set; name the sentencepiece model or Hugging Face directory that made the data")
+        raise ValueError(
+            "tokenizer is not set; name the sentencepiece model or Hugging Face directory that made the data"
+        )
     _check_packages(config)
     return config, resume, init
 
@@ -240,8 +257,9 @@ def _refuse(error: ValueError) -> int:
     return 2
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, resume: Found, init: Found, stop: StopSignal, starts: Starts,
-           watch: Watch) -> int:  # fmt: skip
+def _train(
+    config: RunConfig, tokenizer: Tokenizer, resume: Found, init: Found, stop: StopSignal, starts: Starts, watch: Watch
+) -> int:
     """What :func:`main` does once the process group is there."""
     from megatron.dmc.training import initialize
     from megatron.dmc.training.loop import Trainer

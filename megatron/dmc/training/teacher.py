@@ -22,13 +22,17 @@ def find_teacher(config: RunConfig) -> tuple[Path, Manifest]:
     """
     asked = Path(config.training.distill_from or "")
     if (asked / "config.json").is_file() and not (asked / "manifest.json").is_file():
-        raise ValueError(f"distill_from {asked} is a Hugging Face directory; import it first: tools/convert_checkpoint.py "
-                         "import, and name what that wrote")  # fmt: skip
+        raise ValueError(
+            f"distill_from {asked} is a Hugging Face directory; import it first: tools/convert_checkpoint.py "
+            "import, and name what that wrote"
+        )
     path = resolve_checkpoint(asked)
     manifest = read_manifest(path)
     saved = RunConfig.from_dict(arguments.read_saved_config(path))
     if manifest.stage in ("retrofit", "finetune") or schedule.compresses(saved.stage):
-        raise ValueError(f"distill_from {path} is of stage {manifest.stage}, which compresses; the teacher is the original model")
+        raise ValueError(
+            f"distill_from {path} is of stage {manifest.stage}, which compresses; the teacher is the original model"
+        )
     if manifest.stage == "zero_out" and not manifest.finished:
         raise ValueError(f"distill_from {path} stands in the middle of zero_out; name its end, or the original model")
     mine, other = dataclasses.asdict(config.model), dataclasses.asdict(saved.model)
@@ -36,6 +40,8 @@ def find_teacher(config: RunConfig) -> tuple[Path, Manifest]:
     other |= dict(num_query_groups=saved.model.kv_heads, kv_channels=saved.model.head_dim)
     for key in sorted(mine.keys() - set(_FREE)):
         if mine[key] != other[key]:
-            raise ValueError(f"distill_from {path} has model.{key} {other[key]!r}, this run {mine[key]!r}; the teacher runs in the "
-                             "same layout and must be of the same model")  # fmt: skip
+            raise ValueError(
+                f"distill_from {path} has model.{key} {other[key]!r}, this run {mine[key]!r}; the teacher runs in the "
+                "same layout and must be of the same model"
+            )
     return path, manifest

@@ -14,8 +14,17 @@ from typing import Any, Optional
 
 # The files of a Hugging Face directory that decide which text becomes which ids. tokenizer_config.json is left out on
 # purpose: chat templates and library versions in it change without the ids changing.
-_DEFINING_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
-                   "added_tokens.json", "tekken.json", "tiktoken.model")
+_DEFINING_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "tekken.json",
+    "tiktoken.model",
+)
 
 
 class Tokenizer(ABC):
@@ -87,12 +96,16 @@ class _HuggingFaceTokenizer(Tokenizer):
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ValueError(f"tokenizer {path} is a Hugging Face directory, which needs the transformers package: "
-                             "pip install transformers") from error
+            raise ValueError(
+                f"tokenizer {path} is a Hugging Face directory, which needs the transformers package: "
+                "pip install transformers"
+            ) from error
         files = [path / name for name in _DEFINING_FILES if (path / name).is_file()]
         if not files:
-            raise ValueError(f"tokenizer directory {path} holds none of {', '.join(_DEFINING_FILES)}; give the directory "
-                             "of a Hugging Face tokenizer, or a sentencepiece .model file")
+            raise ValueError(
+                f"tokenizer directory {path} holds none of {', '.join(_DEFINING_FILES)}; give the directory "
+                "of a Hugging Face tokenizer, or a sentencepiece .model file"
+            )
         try:
             self._model: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # transformers raises many types for a broken directory
@@ -124,8 +137,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"tokenizer {path} does not exist; give a sentencepiece .model file or a Hugging Face "
-                         "tokenizer directory")
+        raise ValueError(
+            f"tokenizer {path} does not exist; give a sentencepiece .model file or a Hugging Face tokenizer directory"
+        )
     if path.is_file():
         return _SentencePieceTokenizer(path)
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():

@@ -1,10 +1,11 @@
 """Who of the group is gone: found within seconds, said by name, and the run ended on every host that still stands.
 
-A collective whose peer is gone says nothing before its timeout, half an hour by default, and then only that it took too long.
-So every rank keeps one idle TCP connection to rank 0. The kernel probes it (keep-alive) and answers for the other side, whatever
-the processes do meanwhile: a rank that computes, reads a file or waits for another is never taken for a lost one. A host that no
-longer answers, or a process that ends without saying goodbye, is noticed by rank 0, which tells the others; who loses rank 0
-notices by itself. A connection that is lost between two other ranks alone is left to the timeout of the collectives.
+A collective whose peer is gone says nothing before its timeout, half an hour by default, and then only that it took too
+long. So every rank keeps one idle TCP connection to rank 0. The kernel probes it (keep-alive) and answers for the other
+side, whatever the processes do meanwhile: a rank that computes, reads a file or waits for another is never taken for a
+lost one. A host that no longer answers, or a process that ends without saying goodbye, is noticed by rank 0, which
+tells the others; who loses rank 0 notices by itself. A connection that is lost between two other ranks alone is left to
+the timeout of the collectives.
 
 The same for gloo and NCCL: a thread that waits in the kernel, no collective, nothing per step.
 """
@@ -29,7 +30,9 @@ from torch import distributed
 STATUS = 75
 """Exit status of a rank whose peer is lost (sysexits' EX_TEMPFAIL): the same command, run again, goes on."""
 NOTE = "lost_host"
-"""File under --save that says that a host was lost, for whoever starts jobs: launchers do not pass a rank's exit status on."""
+"""File under --save that says that a host was lost, for whoever starts jobs: launchers do not pass a rank's exit status
+on.
+"""
 _CONNECT = 60.0  # seconds that all ranks have for their first connection
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
 
@@ -60,7 +63,8 @@ class Watch:
         distributed.all_gather_object(self._hosts, socket.gethostname())
         self._connect()
         self._wake, self._woken = socket.socketpair()
-        # A forked process (a writer of checkpoints, a reader of data) may outlive this one, and would keep it looking alive.
+        # A forked process (a writer of checkpoints, a reader of data) may outlive this one, and would keep it looking
+        # alive.
         inherited = weakref.WeakSet([*self._peers.values(), self._wake, self._woken])
         os.register_at_fork(after_in_child=lambda: [each.close() for each in list(inherited)])
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -74,7 +78,8 @@ class Watch:
             return
         orderly = kind is None or (kind is SystemExit and not error.code)
         if not orderly:
-            # A collective fails faster than the kernel gives up on a host, or just as fast as it tells of a process' end.
+            # A collective fails faster than the kernel gives up on a host, or just as fast as it tells of a process'
+            # end.
             self._over.wait(1.0)
         self._done = True
         reason = "bye" if orderly else f"failed {kind.__name__}: {' '.join(str(error).split())[:300]}"
@@ -87,8 +92,10 @@ class Watch:
         """What is watched, for the log."""
         if self._thread is None:
             return "hosts are not watched" + ("" if self._seconds else " (lost_host_seconds is 0)")
-        return f"watching {len(self._hosts)} ranks on {len(set(self._hosts))} hosts: one that does not answer for " \
-               f"{self._seconds} s ends the run"  # fmt: skip
+        return (
+            f"watching {len(self._hosts)} ranks on {len(set(self._hosts))} hosts: one that does not answer for "
+            f"{self._seconds} s ends the run"
+        )
 
     # Connections
 
@@ -108,9 +115,11 @@ class Watch:
         try:
             peer = socket.create_connection((address, port), timeout=_CONNECT)
         except OSError as error:
-            raise RuntimeError(f"rank {self.rank} on {self._hosts[self.rank]} does not reach rank 0 at {address}:{port}, over "
-                               f"which hosts are watched: {error}; let TCP through between the hosts, or set "
-                               "lost_host_seconds to 0") from error  # fmt: skip
+            raise RuntimeError(
+                f"rank {self.rank} on {self._hosts[self.rank]} does not reach rank 0 at {address}:{port}, over "
+                f"which hosts are watched: {error}; let TCP through between the hosts, or set "
+                "lost_host_seconds to 0"
+            ) from error
         _keep_alive(peer, self._seconds)
         _say(peer, f"{token} {self.rank}")
         self._peers[0] = peer
@@ -127,9 +136,11 @@ class Watch:
                 if time.monotonic() < end:
                     continue
                 missing = [rank for rank in range(1, len(self._hosts)) if rank not in self._peers]
-                raise RuntimeError(f"{_ranks(missing)} did not reach rank 0 within {_CONNECT:.0f} s, over port "
-                                   f"{server.getsockname()[1]}, over which hosts are watched; let TCP through between the "
-                                   "hosts, or set lost_host_seconds to 0") from error  # fmt: skip
+                raise RuntimeError(
+                    f"{_ranks(missing)} did not reach rank 0 within {_CONNECT:.0f} s, over port "
+                    f"{server.getsockname()[1]}, over which hosts are watched; let TCP through between the "
+                    "hosts, or set lost_host_seconds to 0"
+                ) from error
             if secrets.compare_digest(said.encode(), token.encode()) and rank.isdigit():
                 _keep_alive(peer, self._seconds)
                 self._peers[int(rank)] = peer
@@ -167,7 +178,9 @@ class Watch:
             gone = [int(number) for number in ranks.split(",")]
         elif how == "silent":
             gone = [each for each, host in enumerate(self._hosts) if host == self._hosts[rank]]
-            text = f"{self._hosts[rank]} ({_ranks(gone)}) has not answered for {self._seconds} s: it is down, or cut off"
+            text = (
+                f"{self._hosts[rank]} ({_ranks(gone)}) has not answered for {self._seconds} s: it is down, or cut off"
+            )
         elif how == "failed":
             text = f"{_ranks(gone)} on {self._hosts[rank]} ended before the others: {what}"
         else:
@@ -181,8 +194,10 @@ class Watch:
             return  # this rank has failed too, and says so
         here = [each for each, host in enumerate(self._hosts) if host == self._hosts[self.rank] and each not in gone]
         speaker = self.rank == here[0] if here else True
-        message = f"error: {text}. This run ends on {self._hosts[self.rank]} now; when all hosts are there again, the same " \
-                  "command goes on from the newest checkpoint"  # fmt: skip
+        message = (
+            f"error: {text}. This run ends on {self._hosts[self.rank]} now; when all hosts are there again, the same "
+            "command goes on from the newest checkpoint"
+        )
         if speaker:
             print(message, file=sys.stderr, flush=True)
             if not fault:

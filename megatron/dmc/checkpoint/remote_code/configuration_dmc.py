@@ -94,14 +94,18 @@ def checked_block(dmc):
         raise ValueError(f"config.json has no dmc block (found {dmc!r}); export the model again")
     version = dmc.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(f"the dmc block has format_version {version!r}, these files read up to {FORMAT_VERSION}; take "
-                         "configuration_dmc.py and modeling_dmc.py of a newer release")  # fmt: skip
+        raise ValueError(
+            f"the dmc block has format_version {version!r}, these files read up to {FORMAT_VERSION}; take "
+            "configuration_dmc.py and modeling_dmc.py of a newer release"
+        )
     missing = [key for key in REQUIRED if key not in dmc]
     if missing:
         raise ValueError(f"the dmc block lacks {', '.join(missing)}; export the model again")
     if dmc["stage"] not in STAGES:
-        raise ValueError(f"the model is of stage {dmc['stage']!r}, which does not compress; export one of "
-                         f"{', '.join(STAGES)}, or use the plain model")  # fmt: skip
+        raise ValueError(
+            f"the model is of stage {dmc['stage']!r}, which does not compress; export one of "
+            f"{', '.join(STAGES)}, or use the plain model"
+        )
     if dmc.get("method", "dmc") != "dmc":
         raise ValueError(f"the model was trained with method {dmc['method']!r}, which these files do not compute")
     window = dmc["window"]
@@ -123,5 +127,7 @@ def checked_rope(theta, scaling, parameters):
     if missing:
         raise ValueError(f"rotary embeddings of type {kind} lack {', '.join(missing)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; all channels of a head must rotate")
+        raise ValueError(
+            f"partial_rotary_factor is {rope['partial_rotary_factor']}; all channels of a head must rotate"
+        )
     return rope

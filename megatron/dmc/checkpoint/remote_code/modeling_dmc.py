@@ -1,21 +1,24 @@
 """A Llama-family language model whose key-value cache is compressed by DMC (arXiv 2403.09636), for inference.
 
 This file lies in a model directory, beside ``configuration_dmc.py``; transformers reads both when it is told
-``trust_remote_code=True``. It was put there by the export of the megatron.dmc package, but needs only torch and transformers.
+``trust_remote_code=True``. It was put there by the export of the megatron.dmc package, but needs only torch and
+transformers.
 
-All but attention is Llama. In attention, every KV head decides at every token: *append* a slot to its cache, or *merge* the
-token into its last slot. So a cache holds tokens / CR slots, and heads hold different numbers of them.
+All but attention is Llama. In attention, every KV head decides at every token: *append* a slot to its cache, or *merge*
+the token into its last slot. So a cache holds tokens / CR slots, and heads hold different numbers of them.
 
-- Decision. The last channel of every key and query head is no part of attention: it is zero before and after the rotation.
-  A token is merged when its key's last channel is above the bias b; a sequence's first token is always appended.
+- Decision. The last channel of every key and query head is no part of attention: it is zero before and after the
+  rotation. A token is merged when its key's last channel is above the bias b; a sequence's first token is always
+  appended.
 - Weight. omega = sigmoid(mean of the last channels of the group's queries + b) + epsilon.
-- Merging. A slot is the mean, weighted by omega, of its last W tokens' keys and values before the rotation; its key is rotated
-  to the position of the newest of them. Only the last slot of a head ever changes.
+- Merging. A slot is the mean, weighted by omega, of its last W tokens' keys and values before the rotation; its key is
+  rotated to the position of the newest of them. Only the last slot of a head ever changes.
 - Attention. A query sees all slots of its head, the last one as it was right after the query's own token.
 
-A chunk of tokens (a prompt, or one token) is compressed at once and then attends: same result as token by token. Decisions,
-weights and averages are computed in fp32. Decisions are hard and have no gradient: this file evaluates and generates, and
-training is done with megatron.dmc. Shapes: b sequences, s tokens, n slots, np query heads, ng KV heads, g = np / ng, D channels.
+A chunk of tokens (a prompt, or one token) is compressed at once and then attends: same result as token by token.
+Decisions, weights and averages are computed in fp32. Decisions are hard and have no gradient: this file evaluates and
+generates, and training is done with megatron.dmc. Shapes: b sequences, s tokens, n slots, np query heads, ng KV heads,
+g = np / ng, D channels.
 """
 
 import math
@@ -42,9 +45,10 @@ SLOT_STEP = 16  # a cache grows by a multiple of so many slots per head
 class DMCCacheLayer:
     """The compressed cache of one layer. Heads are ragged: ``keys[i, j, :lengths[i, j]]`` are the slots of one.
 
-    keys, values: [b, ng, capacity, D] in the model's dtype, keys rotated; a layer's capacity is that of its longest head.
-    history, weight: [b, ng, R, 2D] and fp32 [b, ng, R], what the open (last) slot is made of, before the rotation: its last
-    W - 1 tokens, oldest first, with weight 0 for what is not of the slot; or without a window its mean and total weight.
+    keys, values: [b, ng, capacity, D] in the model's dtype, keys rotated; a layer's capacity is that of its longest
+    head. history, weight: [b, ng, R, 2D] and fp32 [b, ng, R], what the open (last) slot is made of, before the
+    rotation: its last W - 1 tokens, oldest first, with weight 0 for what is not of the slot; or without a window its
+    mean and total weight.
     """
 
     tensors = ("keys", "values", "lengths", "history", "weight")
@@ -71,10 +75,11 @@ class DMCCacheLayer:
     def append(self, k, v, merge, omega, valid, cos, sin):
         """Take a chunk of tokens.
 
-        k, v: [b, ng, s, D] before the rotation. merge: bool, omega: fp32 [b, ng, s]. valid: bool [b, s], False for padding,
-        which lies behind the tokens here. cos, sin: fp32 [b, 1, s, D/2].
+        k, v: [b, ng, s, D] before the rotation. merge: bool, omega: fp32 [b, ng, s]. valid: bool [b, s], False for
+        padding, which lies behind the tokens here. cos, sin: fp32 [b, 1, s, D/2].
 
-        Returns each token's slot, int64 [b, ng, s], and that slot's rotated key and value right after it, [b, ng, s, D].
+        Returns each token's slot, int64 [b, ng, s], and that slot's rotated key and value right after it, [b, ng, s,
+        D].
         """
         if self.keys is None:
             self._start(k)
@@ -143,7 +148,9 @@ class DMCCacheLayer:
 
 
 class DMCCache(Cache):
-    """The compressed cache of a model: what ``generate`` and a forward pass with ``use_cache`` return as past_key_values."""
+    """The compressed cache of a model: what ``generate`` and a forward pass with ``use_cache`` return as
+    past_key_values.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -165,7 +172,9 @@ class DMCCache(Cache):
         b, s = valid.shape
         before = valid.new_zeros(b, dtype=torch.long) if self.tokens is None else self.tokens.to(valid.device)
         if before.numel() != b:
-            raise ValueError(f"the cache holds {before.numel()} sequences and the input {b}; give a cache of the same batch")
+            raise ValueError(
+                f"the cache holds {before.numel()} sequences and the input {b}; give a cache of the same batch"
+            )
         self.tokens, self.columns = before + valid.sum(-1), self.columns + s
         return before
 
@@ -222,8 +231,10 @@ class DMCCache(Cache):
             self.batch_select_indices(indices.repeat_interleave(repeats))
 
     def crop(self, *args, **kwargs):
-        raise ValueError("a DMC cache cannot be cropped: a merge has no inverse. Keep a copy (copy.deepcopy) of the cache as "
-                         "it was, or generate without assisted decoding")  # fmt: skip
+        raise ValueError(
+            "a DMC cache cannot be cropped: a merge has no inverse. Keep a copy (copy.deepcopy) of the cache as "
+            "it was, or generate without assisted decoding"
+        )
 
     def activate_past_recording(self):
         self.crop()
@@ -267,7 +278,8 @@ def attend(q, cache, slot, k_own, v_own):
     rows = max(1, min(QUERY_ROWS, QUERY_SCORES // (b * heads * (cache.bound + 1))))
     for start in range(0, s, rows):
         here = slice(start, start + rows)
-        # Slots that are final for some query of the block: the exact number for a prompt, no question to the device for a token.
+        # Slots that are final for some query of the block: the exact number for a prompt, no question to the device for
+        # a token.
         n = cache.bound if s == 1 else max(0, int(slot[..., here].max()))
         block, r = q[:, :, :, here], min(rows, s - start)
         # Queries of a group lie one below the other: [b, ng, g * r, D] x [b, ng, D, n]
@@ -301,7 +313,9 @@ class DMCAttention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x, cos, sin, valid, cache):
-        """x: [b, s, h]; cos, sin: [b, 1, s, D/2]; valid: bool [b, s], padding last; cache: the layer's, changed in place."""
+        """x: [b, s, h]; cos, sin: [b, 1, s, D/2]; valid: bool [b, s], padding last; cache: the layer's, changed in
+        place.
+        """
         b, s, _ = x.shape
         q, k, v = (project(x).view(b, s, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:  # the neuron is read after the norm
@@ -312,7 +326,9 @@ class DMCAttention(nn.Module):
             merge = k[..., -1].float() - bias > 0
             if not self.compresses:
                 merge = torch.zeros_like(merge)
-            neuron = q[..., -1].float().view(b, k.size(1), -1, s).mean(dim=2)  # [b, np, s] -> [b, ng, g, s] -> [b, ng, s]
+            neuron = (
+                q[..., -1].float().view(b, k.size(1), -1, s).mean(dim=2)
+            )  # [b, np, s] -> [b, ng, g, s] -> [b, ng, s]
             omega = torch.sigmoid(neuron + bias) + self.dmc["importance_epsilon"]
             slot, k_own, v_own = cache.append(k, v, merge, omega, valid, cos, sin)
             q = rotate(q, cos, sin).to(q.dtype)
@@ -374,11 +390,22 @@ class DMCModel(DMCPreTrainedModel):
         self.embed_tokens = value
 
     @torch.no_grad()
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                use_cache=None, output_hidden_states=None, **kwargs):  # fmt: skip
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
         """See :meth:`DMCForCausalLM.forward`."""
         if self.training:
-            raise ValueError("this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc")
+            raise ValueError(
+                "this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if kwargs.get("output_attentions"):
@@ -387,7 +414,9 @@ class DMCModel(DMCPreTrainedModel):
         b, s, _ = x.shape
         cache = past_key_values
         if cache is not None and not isinstance(cache, DMCCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; give the DMCCache of an earlier call, or None")
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; give the DMCCache of an earlier call, or None"
+            )
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if cache is None:
             cache = DMCCache(self.config)
@@ -432,8 +461,10 @@ class DMCModel(DMCPreTrainedModel):
         if mask is None:
             return torch.ones(b, s, dtype=torch.bool, device=x.device)
         if mask.dim() != 2 or mask.size(0) != b or mask.size(1) != columns + s:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be {(b, columns + s)}: one column for "
-                             "each token of the cache and of this call, 0 for padding")  # fmt: skip
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; it must be {(b, columns + s)}: one column for "
+                "each token of the cache and of this call, 0 for padding"
+            )
         return mask[:, columns:].to(device=x.device, dtype=torch.bool)
 
 
@@ -462,20 +493,39 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     @torch.no_grad()
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, output_hidden_states=None, logits_to_keep=0, return_dict=None,
-                **kwargs):  # fmt: skip
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
         """As LlamaForCausalLM's, without gradients.
 
         Args:
-            attention_mask: [b, columns], a column for each token of the cache and of this call, 0 for padding on any side.
+            attention_mask: [b, columns], a column for each token of the cache and of this call, 0 for padding on any
+                side.
             position_ids: [b, s]; None: counted from the sequence's first token.
             past_key_values: the DMCCache of an earlier call, which this call extends in place, or None.
             labels: [b, s]; the loss is the mean over the positions whose next label is not -100.
             logits_to_keep: of the last so many positions only, or of these (a tensor of indices); 0 for all.
         """
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -491,7 +541,9 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Called by ``generate``: it would make a DynamicCache."""
         if generation_config.cache_implementation is not None:
-            raise ValueError(f"cache_implementation is {generation_config.cache_implementation!r}; a DMC model has a cache of "
-                             "its own, leave it out")  # fmt: skip
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; a DMC model has a cache of "
+                "its own, leave it out"
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DMCCache(self.config)

@@ -2,8 +2,8 @@
 
     python -m megatron.dmc.evaluation.compare examples/dmc/evidence/small.yaml
 
-Stopped at any time, the same command goes on. Trainings, conversions and measurements are jobs; what is done stays done as long as
-its settings do. The report is output/report: report.md, report.json and the plots.
+Stopped at any time, the same command goes on. Trainings, conversions and measurements are jobs; what is done stays done
+as long as its settings do. The report is output/report: report.md, report.json and the plots.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from megatron.dmc.evaluation.compare.pool import Pool
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron.dmc.evaluation.compare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="megatron.dmc.evaluation.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", metavar="CONFIG", help="YAML or JSON, see megatron/dmc/evaluation/compare/config.py")
     parser.add_argument("--output", metavar="DIR", help="instead of the configuration's")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes at once, instead of the configuration's")
-    parser.add_argument("--report", action="store_true", help="write the report of what has been measured so far, and end")
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of what has been measured so far, and end"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the jobs and whether they are done")
     return parser
 
@@ -40,7 +45,10 @@ def write_run_configs(config: CompareConfig) -> None:
     sections = {name: run[name] for name in ("parallel", "optimizer", "data", "training")}
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    for name, content in (("run.yaml", sections), ("original.yaml", {"model": run["model"], "dmc": run["dmc"], **sections})):
+    for name, content in (
+        ("run.yaml", sections),
+        ("original.yaml", {"model": run["model"], "dmc": run["dmc"], **sections}),
+    ):
         (output / name).write_text(yaml.safe_dump(content, sort_keys=False))
     (output / "compare.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
@@ -53,9 +61,14 @@ def machine() -> dict[str, Any]:
 
     from megatron.dmc.training.loop import versions
 
-    return {"platform": platform.platform(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
-            **versions()}  # fmt: skip
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **versions(),
+    }
 
 
 def report(config: CompareConfig, plan: Plan) -> Path:
@@ -72,14 +85,19 @@ def report(config: CompareConfig, plan: Plan) -> Path:
     m, seeds = config.run.model, len(config.seeds)
     parts = [
         "# DMC against the alternatives",
-        f"{m.num_layers} layers of {m.hidden_size}, {m.num_attention_heads} query and {m.kv_heads} KV heads of {m.head_dim}; "
+        f"{m.num_layers} layers of {m.hidden_size}, {m.num_attention_heads} query and {m.kv_heads} KV heads of "
+        f"{m.head_dim}; "
         f"means over {seeds} seed{'s' * (seeds > 1)} ± half of their range. Recall: share of the answers' tokens.",
         summary.table(config, measured, "main"),
     ]
     if len(measured) < len(plan.rows):
         parts.insert(2, f"**Unfinished:** {len(measured)} of {len(plan.rows)} rows have been measured.")
-    pictures = [("quality.png", "quality against compression"), ("cr_by_head.png", "CR by layer and head"),
-                ("cr_by_position.png", "CR by position"), ("curves.png", "learning curves")]  # fmt: skip
+    pictures = [
+        ("quality.png", "quality against compression"),
+        ("cr_by_head.png", "CR by layer and head"),
+        ("cr_by_position.png", "CR by position"),
+        ("curves.png", "learning curves"),
+    ]
     plots.quality(config, measured, directory / "quality.png")
     plots.by_head(measured, directory / "cr_by_head.png")
     plots.by_position(measured, directory / "cr_by_position.png")
@@ -108,12 +126,16 @@ def main(argv: Optional[list[str]] = None) -> int:
             config.jobs = args.jobs
         config.check()
         if not (ROOT / "tools/convert_checkpoint.py").is_file():
-            raise ValueError(f"{ROOT} is not a checkout of the repository, whose tools the comparison runs; run it from one")
+            raise ValueError(
+                f"{ROOT} is not a checkout of the repository, whose tools the comparison runs; run it from one"
+            )
         plan = Planner(config).build()
         pool = Pool(plan, Path(config.output), config.jobs)
         if args.dry_run:
             for name, job in plan.jobs.items():
-                print(f"{'done' if pool.is_done(name) else '    '} {name}" + (f", {job.iters} steps" if job.iters else ""))
+                print(
+                    f"{'done' if pool.is_done(name) else '    '} {name}" + (f", {job.iters} steps" if job.iters else "")
+                )
             return 0
         if args.report:
             print(f"written to {report(config, plan)}")

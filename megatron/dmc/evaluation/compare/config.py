@@ -26,14 +26,18 @@ class CorpusConfig:
     vocab_size: int = 2048
     """Of the tokenizer that is made for the standard library's sources."""
     recall_share: float = 0.5
-    """Of training tokens: documents that teach looking back (``megatron.dmc.evaluation.recall_data``), which a small model does not
-    learn from a few million tokens of text. 0: none."""
+    """Of training tokens: documents that teach looking back (``megatron.dmc.evaluation.recall_data``), which a small
+    model does not learn from a few million tokens of text. 0: none.
+    """
     recall_tokens: int = 4_000_000
 
     def check(self) -> None:
         files = (self.train, self.valid, self.tokenizer)
-        _require(all(files) or not any(files), f"corpus has train {self.train}, valid {self.valid}, tokenizer {self.tokenizer}; "
-                 "give all three, or none for the standard library's sources")  # fmt: skip
+        _require(
+            all(files) or not any(files),
+            f"corpus has train {self.train}, valid {self.valid}, tokenizer {self.tokenizer}; "
+            "give all three, or none for the standard library's sources",
+        )
         _require(0 <= self.recall_share < 1, f"recall_share is {self.recall_share}; it must be in [0, 1)")
         _positive(self, "vocab_size", "recall_tokens")
 
@@ -45,8 +49,9 @@ class OriginalConfig:
     hf: Optional[str] = None
     """A plain directory with as many KV heads as query heads, where GQA is compared. None: it is trained."""
     induction: bool = True
-    """Begin with a circuit that looks back (``megatron.dmc.evaluation.induction``), which takes a small model more tokens to learn
-    than two CPU cores go through in hours. False: random weights."""
+    """Begin with a circuit that looks back (``megatron.dmc.evaluation.induction``), which takes a small model more
+    tokens to learn than two CPU cores go through in hours. False: random weights.
+    """
     iters: int = 600
     global_batch_size: int = 8
     lr: float = 2e-3
@@ -60,7 +65,9 @@ class OriginalConfig:
 
 @dataclass
 class RecipeConfig:
-    """Training after the original, the same for every method: as many tokens and the same learning rates at equal compression."""
+    """Training after the original, the same for every method: as many tokens and the same learning rates at equal
+    compression.
+    """
 
     zero_out_iters: int = 40
     iters_per_cr: int = 200
@@ -127,7 +134,9 @@ class CompareConfig:
     jobs: int = 2
     """Processes at once, with an equal share of the cores each. On one GPU: 1."""
     ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
-    methods: list[str] = field(default_factory=lambda: ["DMC", "DMC + distillation", "DMS + distillation", "GQA", *EVICTION])
+    methods: list[str] = field(
+        default_factory=lambda: ["DMC", "DMC + distillation", "DMS + distillation", "GQA", *EVICTION]
+    )
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     original: OriginalConfig = field(default_factory=OriginalConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -142,29 +151,47 @@ class CompareConfig:
         for part in (self.corpus, self.original, self.recipe, self.measure):
             part.check()
         _positive(self, "jobs")
-        _require(bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
-                 f"seeds {self.seeds} must be different, and one at least")  # fmt: skip
-        _require(self.ratios == sorted(set(self.ratios)) and all(r > 1 for r in self.ratios) and bool(self.ratios),
-                 f"ratios {self.ratios} must ascend and be above 1")  # fmt: skip
+        _require(
+            bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+            f"seeds {self.seeds} must be different, and one at least",
+        )
+        _require(
+            self.ratios == sorted(set(self.ratios)) and all(r > 1 for r in self.ratios) and bool(self.ratios),
+            f"ratios {self.ratios} must ascend and be above 1",
+        )
         for name in [*self.methods, *(self.economy.methods if self.economy else ())]:
-            _require(name in (*TRAINED, *EVICTION),
-                     f"method {name!r} is unknown; there are {', '.join((*TRAINED, *EVICTION))}")  # fmt: skip
+            _require(
+                name in (*TRAINED, *EVICTION),
+                f"method {name!r} is unknown; there are {', '.join((*TRAINED, *EVICTION))}",
+            )
         heads = self.run.model.kv_heads
-        wanted = {"GQA": self.ratios if "GQA" in self.methods else [],
-                  "compound": [self.compound.gqa_ratio] if self.compound else []}  # fmt: skip
+        wanted = {
+            "GQA": self.ratios if "GQA" in self.methods else [],
+            "compound": [self.compound.gqa_ratio] if self.compound else [],
+        }
         for what, ratios in wanted.items():
             for ratio in ratios:
-                _require(heads % ratio == 0,
-                         f"{what}: {heads} KV heads cannot be merged {ratio:g} to one; use ratios that divide them")  # fmt: skip
-        _require(self.compound is None or "GQA" in self.methods and self.compound.gqa_ratio in self.ratios,
-                 "compound needs GQA among the methods, at a ratio that is among the ratios")  # fmt: skip
+                _require(
+                    heads % ratio == 0,
+                    f"{what}: {heads} KV heads cannot be merged {ratio:g} to one; use ratios that divide them",
+                )
+        _require(
+            self.compound is None or "GQA" in self.methods and self.compound.gqa_ratio in self.ratios,
+            "compound needs GQA among the methods, at a ratio that is among the ratios",
+        )
         if self.economy is not None:
             economy = self.economy
-            _require(set(economy.methods) <= set(self.methods) and economy.ratio in self.ratios,
-                     f"economy: {economy.methods} at {economy.ratio:g}x must be among the methods and ratios")  # fmt: skip
-            _require(all(0 < s < 1 for s in economy.shares), f"economy.shares {economy.shares} must lie between 0 and 1")
-        _require(max(self.measure.recall_lengths, default=0) <= self.run.model.max_position_embeddings,
-                 f"recall_lengths {self.measure.recall_lengths} exceed max_position_embeddings")  # fmt: skip
+            _require(
+                set(economy.methods) <= set(self.methods) and economy.ratio in self.ratios,
+                f"economy: {economy.methods} at {economy.ratio:g}x must be among the methods and ratios",
+            )
+            _require(
+                all(0 < s < 1 for s in economy.shares), f"economy.shares {economy.shares} must lie between 0 and 1"
+            )
+        _require(
+            max(self.measure.recall_lengths, default=0) <= self.run.model.max_position_embeddings,
+            f"recall_lengths {self.measure.recall_lengths} exceed max_position_embeddings",
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> CompareConfig:

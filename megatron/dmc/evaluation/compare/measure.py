@@ -1,6 +1,7 @@
-"""One row's figures: a Hugging Face directory under one cache policy, on all tasks. In a process of its own: rows run side by side.
+"""One row's figures: a Hugging Face directory under one cache policy, on all tasks. In a process of its own: rows run
+side by side.
 
-    python -m megatron.dmc.evaluation.compare.measure SPEC OUTPUT.json     # SPEC: JSON, as compare/plan.py writes it
+python -m megatron.dmc.evaluation.compare.measure SPEC OUTPUT.json     # SPEC: JSON, as compare/plan.py writes it
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from megatron.dmc.training.tokenizer import load_tokenizer
 
 
 def policy_of(name: Optional[str], ratio: float) -> Optional[CachePolicy]:
-    """An eviction policy whose budget grows with the text, so that it holds at every position as a trained model's ratio does."""
+    """An eviction policy whose budget grows with the text, so that it holds at every position as a trained model's
+    ratio does.
+    """
     return None if name is None else getattr(policies, name)(Budget(ratio, "growing"))
 
 
@@ -43,16 +46,28 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TeacherForced.load(spec["model"], device=device)
-    policy, tokenizer, tasks = policy_of(spec["policy"], spec["ratio"]), load_tokenizer(spec["tokenizer"]), spec["tasks"]
+    policy, tokenizer, tasks = (
+        policy_of(spec["policy"], spec["ratio"]),
+        load_tokenizer(spec["tokenizer"]),
+        spec["tasks"],
+    )
     with Path(spec["valid"]).open() as lines:
         documents = [tokenizer.encode(json.loads(line)["text"]) for line in lines]
     tokens = windows(documents, spec["length"], tasks["windows"])
     results = {
         "loss": perplexity_by_position(model, policy, tokens, edges(spec["length"]), batch=tasks["batch"]),
         "identifiers": identifiers(model, policy, tokens, tokenizer, batch=tasks["batch"]),
-        **recall(model, policy, TextMaterial(tokenizer, documents), lengths=tasks["recall_lengths"], depths=tasks["recall_depths"],
-                 samples=tasks["recall_samples"], seed=spec["seed"], batch=tasks["batch"]),
-    }  # fmt: skip
+        **recall(
+            model,
+            policy,
+            TextMaterial(tokenizer, documents),
+            lengths=tasks["recall_lengths"],
+            depths=tasks["recall_depths"],
+            samples=tasks["recall_samples"],
+            seed=spec["seed"],
+            batch=tasks["batch"],
+        ),
+    }
     figures = [figure for result in results.values() for figure in result.figures]
     if tasks["lm_eval_tasks"]:
         from megatron.dmc.evaluation import harness  # lm-eval is an extra
@@ -63,8 +78,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "policy": str(policy or model.own_policy()),
         "figures": [dataclasses.asdict(figure) for figure in figures],
-        "compression": {**dataclasses.asdict(compression), "by_head": compression.by_head.tolist(),
-                        "by_position": compression.by_position.tolist()},  # fmt: skip
+        "compression": {
+            **dataclasses.asdict(compression),
+            "by_head": compression.by_head.tolist(),
+            "by_position": compression.by_position.tolist(),
+        },
         "recall_compression": {name: results[name].compression.at_end for name in SUITE},
     }
 

@@ -1,6 +1,7 @@
 """The jobs of a comparison: commands, what each waits for, and the rows of the report that they lead to.
 
-Every training is a command line of ``megatron.dmc.training.retrofit``, every conversion one of ``tools/``: what a user would type.
+Every training is a command line of ``megatron.dmc.training.retrofit``, every conversion one of ``tools/``: what a user
+would type.
 """
 
 from __future__ import annotations
@@ -126,17 +127,52 @@ class Planner:
     def _corpus(self) -> None:
         corpus, commands = self.config.corpus, []
         if corpus.train is None:
-            commands.append(self._tool("examples/dmc/build_corpus.py", "--output", self.data, "--vocab-size", corpus.vocab_size))
-        commands.append(self._tool("tools/preprocess_data.py", "--input", self.train, "--tokenizer", self.tokenizer,
-                                   "--output-prefix", self.data / "train", "--overwrite"))  # fmt: skip
+            commands.append(
+                self._tool("examples/dmc/build_corpus.py", "--output", self.data, "--vocab-size", corpus.vocab_size)
+            )
+        commands.append(
+            self._tool(
+                "tools/preprocess_data.py",
+                "--input",
+                self.train,
+                "--tokenizer",
+                self.tokenizer,
+                "--output-prefix",
+                self.data / "train",
+                "--overwrite",
+            )
+        )
         if corpus.recall_share:
-            commands.append((sys.executable, "-m", "megatron.dmc.evaluation.recall_data", "--tokenizer", self.tokenizer, "--corpus",
-                             self.train, "--tokens", str(corpus.recall_tokens), "--longest", str(self.config.run.data.seq_length),
-                             "--output-prefix", str(self.data / "recall")))  # fmt: skip
+            commands.append(
+                (
+                    sys.executable,
+                    "-m",
+                    "megatron.dmc.evaluation.recall_data",
+                    "--tokenizer",
+                    self.tokenizer,
+                    "--corpus",
+                    self.train,
+                    "--tokens",
+                    str(corpus.recall_tokens),
+                    "--longest",
+                    str(self.config.run.data.seq_length),
+                    "--output-prefix",
+                    str(self.data / "recall"),
+                )
+            )
         self._add(Job("corpus", tuple(commands)))
 
-    def _training(self, name: str, stage: str, iters: int, init: Optional[str], *args: Any, seed: int, batch: Optional[int] = None,
-                  teacher: Optional[str] = None) -> str:  # fmt: skip
+    def _training(
+        self,
+        name: str,
+        stage: str,
+        iters: int,
+        init: Optional[str],
+        *args: Any,
+        seed: int,
+        batch: Optional[int] = None,
+        teacher: Optional[str] = None,
+    ) -> str:
         config, corpus = self.config, self.config.corpus
         data = [self.data / "train"]
         if corpus.recall_share:
@@ -144,12 +180,29 @@ class Planner:
         batch = batch or config.run.training.global_batch_size
         # The model's section is for the first run of all: the others take it from their checkpoints.
         command = [
-            sys.executable, "-m", "megatron.dmc.training.retrofit",
-            "--config", self.output / ("original.yaml" if init is None else "run.yaml"),
-            "--stage", stage, "--train-iters", iters, "--seed", seed, "--global-batch-size", batch,
-            "--data-path", *data, "--tokenizer", self.tokenizer,
-            "--save", self.output / name, "--tensorboard-dir", self.output / name / "tensorboard", *args,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "megatron.dmc.training.retrofit",
+            "--config",
+            self.output / ("original.yaml" if init is None else "run.yaml"),
+            "--stage",
+            stage,
+            "--train-iters",
+            iters,
+            "--seed",
+            seed,
+            "--global-batch-size",
+            batch,
+            "--data-path",
+            *data,
+            "--tokenizer",
+            self.tokenizer,
+            "--save",
+            self.output / name,
+            "--tensorboard-dir",
+            self.output / name / "tensorboard",
+            *args,
+        ]
         if init is not None:
             command += ["--init-from", self.output / init]
         if teacher is not None:
@@ -169,8 +222,17 @@ class Planner:
         """The Hugging Face directory of a run, once."""
         name = f"{run}/hf"
         if name not in self.plan.jobs:
-            command = self._tool("tools/convert_checkpoint.py", "export", "--load", self.output / run, "--save", self.output / name,
-                                 "--overwrite", "--tokenizer", self.tokenizer)  # fmt: skip
+            command = self._tool(
+                "tools/convert_checkpoint.py",
+                "export",
+                "--load",
+                self.output / run,
+                "--save",
+                self.output / name,
+                "--overwrite",
+                "--tokenizer",
+                self.tokenizer,
+            )
             self._add(Job(name, (command,), (run,)))
         return name
 
@@ -179,12 +241,25 @@ class Planner:
         name, measure = f"{row.key}/measured", self.config.measure
         if name in self.plan.jobs:
             return
-        spec = json.dumps(dict(
-            model=str(self.output / hf), policy=row.policy, ratio=row.policy_ratio, valid=self.valid, tokenizer=self.tokenizer,
-            length=self.config.run.data.seq_length, seed=row.seed,
-            tasks={name: value for name, value in measure.__dict__.items() if value is not None},
-        ))  # fmt: skip
-        command = (sys.executable, "-m", "megatron.dmc.evaluation.compare.measure", spec, str(self.output / f"{name}.json"))
+        spec = json.dumps(
+            dict(
+                model=str(self.output / hf),
+                policy=row.policy,
+                ratio=row.policy_ratio,
+                valid=self.valid,
+                tokenizer=self.tokenizer,
+                length=self.config.run.data.seq_length,
+                seed=row.seed,
+                tasks={name: value for name, value in measure.__dict__.items() if value is not None},
+            )
+        )
+        command = (
+            sys.executable,
+            "-m",
+            "megatron.dmc.evaluation.compare.measure",
+            spec,
+            str(self.output / f"{name}.json"),
+        )
         sequences = len(measure.recall_depths) * measure.recall_samples * 4
         tokens = 2 * measure.windows * self.config.run.data.seq_length + sequences * sum(measure.recall_lengths)
         # Policies that go token by token: 4 times the time of a training step's tokens, as seen on a CPU.
@@ -198,12 +273,42 @@ class Planner:
         o = config.original
         if o.hf is None:
             at = self._start(seed) if o.induction else None
-            self._training(original, "pretrain", o.iters, at, "--lr", f"{o.lr:g}", "--min-lr", f"{o.min_lr:g}", "--lr-decay-style",
-                           "cosine", "--lr-warmup-iters", o.warmup_iters, "--micro-batch-size", o.global_batch_size, seed=seed,
-                           batch=o.global_batch_size)  # fmt: skip
+            self._training(
+                original,
+                "pretrain",
+                o.iters,
+                at,
+                "--lr",
+                f"{o.lr:g}",
+                "--min-lr",
+                f"{o.min_lr:g}",
+                "--lr-decay-style",
+                "cosine",
+                "--lr-warmup-iters",
+                o.warmup_iters,
+                "--micro-batch-size",
+                o.global_batch_size,
+                seed=seed,
+                batch=o.global_batch_size,
+            )
         else:
-            self._add(Job(original, (self._tool("tools/convert_checkpoint.py", "import", "--hf", o.hf, "--save",
-                                                self.output / original, "--overwrite"),), ("corpus",)))  # fmt: skip
+            self._add(
+                Job(
+                    original,
+                    (
+                        self._tool(
+                            "tools/convert_checkpoint.py",
+                            "import",
+                            "--hf",
+                            o.hf,
+                            "--save",
+                            self.output / original,
+                            "--overwrite",
+                        ),
+                    ),
+                    ("corpus",),
+                )
+            )
         self._row("full cache", 1.0, seed, original, None)
         controls = self._controls(original, seed)
         self._train_methods(original, controls, seed)
@@ -212,9 +317,20 @@ class Planner:
     def _start(self, seed: int) -> str:
         """Weights that look back, as a checkpoint."""
         name, hf = f"seed{seed}/start", self.output / f"seed{seed}/start-hf"
-        make = (sys.executable, "-m", "megatron.dmc.evaluation.induction", "--config", str(self.output / "original.yaml"), "--seed",
-                str(seed), "--save", str(hf))  # fmt: skip
-        take = self._tool("tools/convert_checkpoint.py", "import", "--hf", hf, "--save", self.output / name, "--overwrite")
+        make = (
+            sys.executable,
+            "-m",
+            "megatron.dmc.evaluation.induction",
+            "--config",
+            str(self.output / "original.yaml"),
+            "--seed",
+            str(seed),
+            "--save",
+            str(hf),
+        )
+        take = self._tool(
+            "tools/convert_checkpoint.py", "import", "--hf", hf, "--save", self.output / name, "--overwrite"
+        )
         return self._add(Job(name, (make, take), ("corpus",)))
 
     def _row(self, method: str, ratio: float, seed: int, run: str, baseline: Optional[str], **rest: Any) -> None:
@@ -225,14 +341,19 @@ class Planner:
         return round((ratio - 1) * self.config.recipe.iters_per_cr)
 
     def _controls(self, original: str, seed: int) -> dict[float, str]:
-        """Training on without compression, for as many steps as DMC takes to each ratio: constant, then a decay to each."""
+        """Training on without compression, for as many steps as DMC takes to each ratio: constant, then a decay to
+        each.
+        """
         recipe, done, runs, at, stem = self.config.recipe, 0, {}, original, f"seed{seed}/control"
         for ratio in self.config.ratios:
             iters = recipe.zero_out_iters + self._ramp(ratio) - done
-            at = self._training(f"{stem}/{ratio:g}x-constant", "pretrain", iters, at, *self._constant(), seed=100 * seed + done)
+            at = self._training(
+                f"{stem}/{ratio:g}x-constant", "pretrain", iters, at, *self._constant(), seed=100 * seed + done
+            )
             done += iters
-            runs[ratio] = self._training(f"{stem}/{ratio:g}x", "pretrain", recipe.finetune_iters, at, *self._decay(),
-                                         seed=100 * seed + 99)  # fmt: skip
+            runs[ratio] = self._training(
+                f"{stem}/{ratio:g}x", "pretrain", recipe.finetune_iters, at, *self._decay(), seed=100 * seed + 99
+            )
             self._row("control", ratio, seed, runs[ratio], None)
         return runs
 
@@ -240,23 +361,61 @@ class Planner:
         iters = self.config.recipe.zero_out_iters
         return self._training(name, "zero_out", iters, init, *self._constant(), seed=100 * seed)
 
-    def _compress(self, zeroed: str, stem: str, method: str, ratio: float, start: float, init: str, seed: int,
-                  teacher: Optional[str], share: float = 1.0) -> tuple[str, str]:  # fmt: skip
+    def _compress(
+        self,
+        zeroed: str,
+        stem: str,
+        method: str,
+        ratio: float,
+        start: float,
+        init: str,
+        seed: int,
+        teacher: Optional[str],
+        share: float = 1.0,
+    ) -> tuple[str, str]:
         """Retrofit from ``start`` to ``ratio`` and a finetune there. Returns both runs."""
         recipe, dmc = self.config.recipe, self.config.run.dmc
         settings: list[Any] = []
         if init == zeroed:  # later runs have it from their checkpoints
             evicts = method.startswith("DMS")
             window = recipe.dms_window if evicts else "none" if dmc.window is None else dmc.window
-            settings = ["--method", "dms" if evicts else "dmc", "--window", window, "--decision-bias", f"{dmc.decision_bias:g}",
-                        "--temperature", f"{dmc.temperature:g}"]  # fmt: skip
+            settings = [
+                "--method",
+                "dms" if evicts else "dmc",
+                "--window",
+                window,
+                "--decision-bias",
+                f"{dmc.decision_bias:g}",
+                "--temperature",
+                f"{dmc.temperature:g}",
+            ]
         iters = max(1, round(share * (self._ramp(ratio) - self._ramp(start))))
-        ramp = self._training(f"{stem}/{ratio:g}x-retrofit", "retrofit", iters, init, *self._constant(),
-                              "--target-cr", f"{ratio:g}", "--loss-weight", f"{recipe.loss_weight:g}", *settings,
-                              seed=100 * seed + int(10 * start), teacher=teacher)  # fmt: skip
+        ramp = self._training(
+            f"{stem}/{ratio:g}x-retrofit",
+            "retrofit",
+            iters,
+            init,
+            *self._constant(),
+            "--target-cr",
+            f"{ratio:g}",
+            "--loss-weight",
+            f"{recipe.loss_weight:g}",
+            *settings,
+            seed=100 * seed + int(10 * start),
+            teacher=teacher,
+        )
         iters = max(1, round(share * recipe.finetune_iters))
-        end = self._training(f"{stem}/{ratio:g}x", "finetune", iters, ramp, *self._decay(), "--loss-weight",
-                             f"{recipe.finetune_loss_weight:g}", seed=100 * seed + 99, teacher=teacher)  # fmt: skip
+        end = self._training(
+            f"{stem}/{ratio:g}x",
+            "finetune",
+            iters,
+            ramp,
+            *self._decay(),
+            "--loss-weight",
+            f"{recipe.finetune_loss_weight:g}",
+            seed=100 * seed + 99,
+            teacher=teacher,
+        )
         return ramp, end
 
     def _train_methods(self, original: str, controls: dict[float, str], seed: int) -> None:
@@ -284,10 +443,19 @@ class Planner:
         hf = self.output / self._export(original)
         merged, start = self.output / f"{name}-merged-hf", f"{name}-merged"
         convert = "tools/convert_checkpoint.py"
-        self._add(Job(start, (
-            self._tool(convert, "merge-heads", "--hf", hf, "--save", merged, "--kv-heads", heads, "--overwrite"),
-            self._tool(convert, "import", "--hf", merged, "--save", self.output / start, "--overwrite"),
-        ), (f"{original}/hf",), init=original))  # fmt: skip
+        self._add(
+            Job(
+                start,
+                (
+                    self._tool(
+                        convert, "merge-heads", "--hf", hf, "--save", merged, "--kv-heads", heads, "--overwrite"
+                    ),
+                    self._tool(convert, "import", "--hf", merged, "--save", self.output / start, "--overwrite"),
+                ),
+                (f"{original}/hf",),
+                init=original,
+            )
+        )
         recipe = self.config.recipe
         constant = recipe.zero_out_iters + self._ramp(ratio)
         ramp = self._training(f"{name}-constant", "pretrain", constant, start, *self._constant(), seed=100 * seed)
@@ -303,8 +471,15 @@ class Planner:
         for ratio in compound.ratios:
             at, run = self._compress(zeroed, stem, "DMC", ratio, start, at, seed, None)
             start = ratio
-            self._row(f"GQA {compound.gqa_ratio}x + DMC {ratio:g}x", compound.gqa_ratio * ratio, seed, run, controls[max(controls)],
-                      heads_ratio=compound.gqa_ratio, table="compound")  # fmt: skip
+            self._row(
+                f"GQA {compound.gqa_ratio}x + DMC {ratio:g}x",
+                compound.gqa_ratio * ratio,
+                seed,
+                run,
+                controls[max(controls)],
+                heads_ratio=compound.gqa_ratio,
+                table="compound",
+            )
 
     def _economy(self, original: str, controls: dict[float, str], seed: int) -> None:
         economy = self.config.economy

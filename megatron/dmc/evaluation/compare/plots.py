@@ -18,10 +18,16 @@ from megatron.dmc.evaluation.report import plot_heads, read_curves
 
 # One look for a method in every picture: trained ones filled, eviction hollow.
 STYLES: dict[str, tuple[str, str]] = {
-    "control": ("black", "-"), "DMC": ("tab:blue", "o-"), "DMC + distillation": ("tab:cyan", "o-"), "DMS": ("tab:purple", "s-"),
-    "DMS + distillation": ("tab:pink", "s-"), "GQA": ("tab:green", "D-"), "H2O": ("tab:orange", "^--"), "TOVA": ("tab:red", "v--"),
+    "control": ("black", "-"),
+    "DMC": ("tab:blue", "o-"),
+    "DMC + distillation": ("tab:cyan", "o-"),
+    "DMS": ("tab:purple", "s-"),
+    "DMS + distillation": ("tab:pink", "s-"),
+    "GQA": ("tab:green", "D-"),
+    "H2O": ("tab:orange", "^--"),
+    "TOVA": ("tab:red", "v--"),
     "StreamingLLM": ("tab:gray", "x--"),
-}  # fmt: skip
+}
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -36,12 +42,17 @@ def _bars(axis: Any, points: list[tuple[float, list[float]]], style: tuple[str, 
         return
     xs, means = [x for x, _ in points], [statistics.fmean(values) for _, values in points]
     ends = [[m - min(v) for m, (_, v) in zip(means, points)], [max(v) - m for m, (_, v) in zip(means, points)]]
-    axis.errorbar(xs, means, yerr=ends, color=style[0], fmt=style[1], label=label, capsize=2, markersize=5, linewidth=1.3)
+    axis.errorbar(
+        xs, means, yerr=ends, color=style[0], fmt=style[1], label=label, capsize=2, markersize=5, linewidth=1.3
+    )
 
 
 def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None:
     """Every task against the measured compression, one line per method; the control as the line at 1."""
-    shown = [Column("perplexity / control's", lambda m: relative(measured, m) or 1.0, 3), *columns(config, measured)[1:7]]
+    shown = [
+        Column("perplexity / control's", lambda m: relative(measured, m) or 1.0, 3),
+        *columns(config, measured)[1:7],
+    ]
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
     methods = dict.fromkeys(m.row.method for m in measured if m.row.table == "main" and m.row.baseline)
     widest = max(m.ratio for m in measured if m.row.table == "main")
@@ -69,7 +80,12 @@ def by_head(measured: list[Measured], path: Path) -> None:
     """CR by layer and head of the trained methods, the first seed."""
     first = measured[0].row.seed
     shown = [
-        dict(name=f"{m.row.method} {m.row.ratio:g}x", target_cr=m.row.ratio, cr=m.ratio, cr_by_head=m.compression["by_head"])
+        dict(
+            name=f"{m.row.method} {m.row.ratio:g}x",
+            target_cr=m.row.ratio,
+            cr=m.ratio,
+            cr_by_head=m.compression["by_head"],
+        )
         for m in measured
         if m.row.seed == first and m.row.table == "main" and m.row.method.startswith(("DMC", "DMS"))
     ]
@@ -96,18 +112,29 @@ def by_position(measured: list[Measured], path: Path) -> None:
 
 
 def curves(config: CompareConfig, plan: Plan, measured: list[Measured], path: Path) -> None:
-    """Training loss and CR over the steps after the original: the run to the greatest ratio of every method, the first seed."""
+    """Training loss and CR over the steps after the original: the run to the greatest ratio of every method, the first
+    seed.
+    """
     first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
     controls = [m for m in measured if m.row.method == "control" and m.row.seed == first][-1:]
-    trained = [m for m in measured if m.row.table == "main" and m.row.seed == first and m.row.ratio == most and m.row.baseline
-               and m.row.policy is None]  # fmt: skip
+    trained = [
+        m
+        for m in measured
+        if m.row.table == "main"
+        and m.row.seed == first
+        and m.row.ratio == most
+        and m.row.baseline
+        and m.row.policy is None
+    ]
     for m in [*controls, *trained]:
         runs = [run for run in plan.after_original(m.row.run) if plan.jobs[run].iters]
         found = read_curves([str(Path(config.output) / run / "tensorboard") for run in runs])
         color, window = STYLES[m.row.method][0], 10
         loss = found.get("lm-loss", [])
-        smooth = [(loss[i][0], statistics.fmean(v for _, v in loss[max(0, i - window + 1) : i + 1])) for i in range(len(loss))]
+        smooth = [
+            (loss[i][0], statistics.fmean(v for _, v in loss[max(0, i - window + 1) : i + 1])) for i in range(len(loss))
+        ]
         top.plot(*zip(*smooth, strict=True), color=color, label=m.row.method, linewidth=1.2)
         if "CR" in found:
             bottom.plot(*zip(*found["CR"], strict=True), color=color, label=m.row.method, linewidth=1.2)
@@ -124,7 +151,11 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
     """Quality at one ratio against the steps of the retrofit, with and without distillation."""
     assert config.economy is not None
     ratio = config.economy.ratio
-    rows = [m for m in measured if m.row.method in config.economy.methods and m.row.ratio == ratio and m.row.table != "compound"]
+    rows = [
+        m
+        for m in measured
+        if m.row.method in config.economy.methods and m.row.ratio == ratio and m.row.table != "compound"
+    ]
     if not rows:
         return  # a report before any of them
     steps = sorted({m.steps for m in rows})

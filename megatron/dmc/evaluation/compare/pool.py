@@ -1,4 +1,6 @@
-"""Runs the jobs of a comparison: as many at once as asked for, each after what it needs, and none again that is done."""
+"""Runs the jobs of a comparison: as many at once as asked for, each after what it needs, and none again
+that is done.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,21 @@ class Pool:
             begun = mark.with_suffix(".begun")
             made = begun.read_text().strip() if begun.is_file() else None
             if job.iters and directory.is_dir() and made is not None and made != self.plan.digest(job.name):
-                raise ValueError(f"{directory} was trained with other settings than the configuration now says; remove it, or name "
-                                 "another output")  # fmt: skip
+                raise ValueError(
+                    f"{directory} was trained with other settings than the configuration now says; remove it, or name "
+                    "another output"
+                )
 
     def run(self) -> None:
-        """Do what is not done. Raises ``RuntimeError`` with the end of its log for a job that fails; the others are stopped."""
+        """Do what is not done. Raises ``RuntimeError`` with the end of its log for a job that fails; the others are
+        stopped.
+        """
         self.finished = {name for name in self.plan.jobs if self.is_done(name)}
-        environment = dict(os.environ, PYTHONWARNINGS="ignore", PYTHONPATH=os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))  # fmt: skip
+        environment = dict(
+            os.environ,
+            PYTHONWARNINGS="ignore",
+            PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.at_once)))
         try:
@@ -84,8 +93,14 @@ class Pool:
 
     def _launch(self, name: str, step: int, environment: dict[str, str]) -> None:
         with self.log(name).open("a") as log:
-            process = subprocess.Popen(self.plan.jobs[name].commands[step], stdout=log, stderr=subprocess.STDOUT,
-                                       stdin=subprocess.DEVNULL, env=environment, cwd=ROOT)  # fmt: skip
+            process = subprocess.Popen(
+                self.plan.jobs[name].commands[step],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=ROOT,
+            )
         self.running[name] = process, step
 
     def _collect(self, environment: dict[str, str]) -> None:
@@ -97,7 +112,9 @@ class Pool:
             del self.running[name]
             if status != 0 or job.iters and self._iteration(job) < job.iters:
                 tail = "".join(self.log(name).read_text(errors="replace").splitlines(keepends=True)[-15:])
-                raise RuntimeError(f"{name} ended with status {status} before it was done; the end of {self.log(name)}:\n{tail}")
+                raise RuntimeError(
+                    f"{name} ended with status {status} before it was done; the end of {self.log(name)}:\n{tail}"
+                )
             if step + 1 < len(job.commands):
                 self._launch(name, step + 1, environment)
                 continue

@@ -109,7 +109,14 @@ def relative(measured: list[Measured], m: Measured) -> Optional[float]:
 def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
     """Markdown: a row for every method and ratio, means over seeds."""
     shown = columns(config, measured)
-    head = ["method", "cache asked", "cache measured: end, reads", "steps", "perplexity / control's", *(c.title for c in shown)]
+    head = [
+        "method",
+        "cache asked",
+        "cache measured: end, reads",
+        "steps",
+        "perplexity / control's",
+        *(c.title for c in shown),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (method, ratio, steps), rows in groups(measured, name).items():
         relatives = [r for r in (relative(measured, m) for m in rows) if r is not None]
@@ -129,16 +136,23 @@ def to_json(config: CompareConfig, measured: list[Measured], machine: dict[str, 
     """Everything that was measured, for other tools."""
     return {
         "machine": machine,
-        "config": {name: value for name, value in config.to_dict().items() if name != "output"},  # a path of this machine
+        "config": {
+            name: value for name, value in config.to_dict().items() if name != "output"
+        },  # a path of this machine
         "rows": [
             {
-                **{name: getattr(m.row, name) for name in ("method", "ratio", "seed", "run", "baseline", "table", "heads_ratio")},
+                **{
+                    name: getattr(m.row, name)
+                    for name in ("method", "ratio", "seed", "run", "baseline", "table", "heads_ratio")
+                },
                 "steps": m.steps,
                 "perplexity": m.perplexity,
                 "perplexity_ratio": relative(measured, m),
                 "cache_ratio": m.ratio,
                 "compression": m.compression,
-                "figures": [{"task": task, "where": where, "value": value} for (task, where), value in m.figures.items()],
+                "figures": [
+                    {"task": task, "where": where, "value": value} for (task, where), value in m.figures.items()
+                ],
             }
             for m in measured
         ],
