@@ -45,8 +45,9 @@ test: $(STAMP) ## all tests
 test-fast: $(STAMP) ## the tests that take seconds
 	$(PY) -m pytest -m "not slow"
 
-lint: $(STAMP) ## ruff
+lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 bench: $(STAMP) ## the benchmarks; figures go to build/bench/*.json
 	mkdir -p $(BENCH_OUT)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Set before torch is imported: torch.set_num_threads would make every forked data loader start a thread pool.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
-import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-TAIL = 8000  # characters of each stream that a failure shows
+from helpers.processes import run_command  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,71 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
-
-
-def subprocess_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This environment with the repository first on PYTHONPATH and one thread per process, then ``extra``."""
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **(extra or {})}
-
-
-def kill_tree(process: subprocess.Popen) -> None:
-    """Kill a process that has not been waited for, its group, and its descendants.
-
-    torch's launcher starts every worker in a session of its own, so the group alone would leave the workers running.
-    """
-    children: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for child in children:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.wait()
-
-
-def run_command(
-    command: Sequence[str],
-    *,
-    env: Mapping[str, str] | None = None,
-    timeout: float = 120,
-    check: bool = True,
-    cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` in a process group of its own; kill all of it when ``timeout`` seconds have passed.
-
-    Output goes to files, so that a worker that outlives its parent cannot hold this process on an open pipe. Raises
-    AssertionError with the end of the output on a timeout and, with ``check``, on a non-zero exit.
-    """
-    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            env=subprocess_env(env),
-            cwd=cwd or ROOT,
-            start_new_session=True,
-        )
-        problem = ""
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            problem = f"no end after {timeout:g} s, killed"
-        finally:
-            if process.returncode is None:
-                kill_tree(process)
-        out.seek(0)
-        err.seek(0)
-        result = subprocess.CompletedProcess(list(command), process.returncode, out.read(), err.read())
-    if not problem and check and result.returncode != 0:
-        problem = f"exit status {result.returncode}"
-    if problem:
-        raise AssertionError(
-            f"{problem}: {' '.join(command)}\n--- stdout\n{result.stdout[-TAIL:]}\n--- stderr\n{result.stderr[-TAIL:]}"
-        )
-    return result
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What training and serving a model with DMC take, by formulas: parameters, FLOPs, memory, time. Imports no torch.
 
-Nothing here was measured on a GPU at the sizes in question: memory figures are estimates. ``tests/test_plan.py`` holds
-the parameters to a built model's, and what a layer keeps for its backward pass to what autograd saves. Sources:
+Nothing here was measured on a GPU at the sizes in question: memory figures are estimates. ``tests/cli/test_plan.py``
+holds the parameters to a built model's, and what a layer keeps for its backward pass to what autograd saves. Sources:
 
 - activations: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv
   2205.05198), with its terms counted anew for RMSNorm, SwiGLU, GQA, flash attention without dropout, and DMC's own

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine where nothing can be downloaded: builds the CUDA kernels, runs the gpu tests,
 # compute-sanitizer over a part of them, and the benchmarks. Leaves one JSON with the results, the GPU, versions, the commit and
-# hashes of the kernels' sources; commit it, and tests/test_gpu_record.py is content.
+# hashes of the kernels' sources; commit it, and tests/kernels/test_gpu_record.py is content.
 #
 #   tools/gpu_check.sh [--wheels DIR] [--output FILE] [--only kernels|serving|training]
 #
@@ -71,7 +71,7 @@ if wanted kernels; then
         skip build "there is no nvcc"
     fi
     part backend 120 "$PYTHON" -c 'from megatron.dmc.kernels import active_backend; assert active_backend("cuda") == "cuda"'
-    part kernel_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_kernels*.py
+    part kernel_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels
     # Every op and every kernel, in a part of the cases: the sanitizer is slow.
     few="large_groups or several_blocks or plans or without_a_page or a_copy_shares or page_edges or (mixed and (1-most or 4-none))"
     few="cuda and not reference and not graph and not stream and ($few or (precision and not float32))"
@@ -79,7 +79,7 @@ if wanted kernels; then
         for tool in memcheck racecheck; do
             # The caching allocator would hide reads behind the end of a tensor.
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 150 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-                "$PYTHON" -m pytest -q -x -p no:cacheprovider -m gpu tests/test_kernels*.py -k "$few"
+                "$PYTHON" -m pytest -q -x -p no:cacheprovider -m gpu tests/kernels -k "$few"
         done
     else
         skip memcheck "there is no compute-sanitizer"
@@ -109,7 +109,7 @@ if wanted serving; then
 fi
 if wanted training; then
     if "$PYTHON" -c 'import megatron.core' 2>/dev/null; then
-        part tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore-glob 'tests/test_kernels*.py'
+        part tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests --ignore tests/kernels
         part train_attention 120 "$PYTHON" benchmarks/train_attention.py --device cuda --seconds 1 --check --json "$work/train_attention.json"
         part train_step 90 "$PYTHON" benchmarks/train_step.py --device cuda --seconds 15 --check --json "$work/train_step.json"
         part train_step_1b 120 "$PYTHON" benchmarks/train_step.py --device cuda --layers 8 --hidden 2048 --groups 8 --seq-length 4096 \

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
-from conftest import kill_tree  # noqa: E402
+from helpers.processes import kill_tree  # noqa: E402
 
 STEPS, LIMIT = 200, 60.0  # of the stage; seconds from the cut to the end on both hosts
 LAYOUTS = {"silent": ["--tensor-model-parallel-size", "2"], "down": ["--use-distributed-optimizer"]}
@@ -120,7 +120,7 @@ class Stage:
     """One stage under ``work/NAME``, by a torchrun on each host."""
 
     def __init__(self, network: Network, work: Path, name: str, flags: list[str]) -> None:
-        import tiny
+        from helpers import tiny
 
         self.network, self.save, self.directory, self.starts = network, work / name / "save", work / name, 0
         self.directory.mkdir()
@@ -199,7 +199,7 @@ class Stage:
 
 
 def cut_off(network: Network, work: Path, how: str, seconds: int) -> None:
-    import tiny
+    from helpers import tiny
 
     whole = Stage(network, work, f"{how}-whole", LAYOUTS[how])
     stage = Stage(network, work, f"{how}-cut", [*LAYOUTS[how], "--lost-host-seconds", str(seconds)])
@@ -246,7 +246,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.keep or Path(temporary) / "work").absolute()
         with Network(work / "network") as network:
-            import tiny
+            from helpers import tiny
 
             tiny.make_data(work)
             subprocess.run(

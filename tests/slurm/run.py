@@ -45,7 +45,7 @@ class Retrofit:
     """Inputs in ``work``, and runs of retrofit.sh on them."""
 
     def __init__(self, cluster: Cluster, work: Path) -> None:
-        import tiny
+        from helpers import tiny
 
         self.cluster, self.work = cluster, work
         work.mkdir()
@@ -164,7 +164,7 @@ class Retrofit:
 
 
 def retrofit(cluster: Cluster, work: Path) -> None:
-    import tiny
+    from helpers import tiny
 
     runs = Retrofit(cluster, work / "retrofit")
     for layout in ("tensor", "pipeline"):
@@ -232,7 +232,7 @@ def fault(cluster: Cluster, work: Path) -> None:
 
 
 def batch(cluster: Cluster, work: Path) -> None:
-    from serving import make_model
+    from helpers.serving import make_model
 
     directory, lines = work / "batch", 300
     (directory / "bin").mkdir(parents=True)

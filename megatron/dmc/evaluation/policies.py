@@ -2,7 +2,7 @@
 
 A policy is a pure function of one layer's projections of whole sequences. Where the next decision needs the last one's
 outcome (H2O, TOVA) it goes token by token, all heads and sequences at once; the others have a closed form. Either way
-the result is that of decoding one token at a time (``tests/test_policies.py`` compares with exactly that).
+the result is that of decoding one token at a time (``tests/evaluation/test_policies.py`` compares with exactly that).
 
 One convention for all: token t attends to what was held after token t - 1 and to itself; then the policy drops what is
 too much. ``slots`` counts what is held between steps, which is what a budget limits.

@@ -1,0 +1,175 @@
+"""A small model with a tokenizer and a chat template, and what the tests of the serving side share."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+from helpers.engines import Model, all_back
+
+from megatron.dmc.inference import Engine, EngineConfig
+from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving.app import create_app
+from megatron.dmc.serving.async_engine import Limits
+from megatron.dmc.serving.server import Server, bind, make_service
+
+EOS = 60
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no role ' + m.role) }}{% endif %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+def add_tokenizer(directory: Path, template: str | None = TEMPLATE) -> None:
+    """A byte-level tokenizer of 61 tokens: letters and some signs, the two bytes of an umlaut, space, BOS 59 and EOS
+    60.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    characters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJ", *"0123456789", *".,:;!?()-+"]
+    plain = [*characters, "Ã", "¼", "Ġ"]  # 0xC3 0xBC is an umlaut
+    assert len(plain) == 59
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(plain)} | {"<s>": 59, "</s>": EOS}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 59)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config | ({"chat_template": template} if template else {}))
+    )
+
+
+def make_model(directory: Path, case: str = "half") -> Model:
+    made = Model(directory, case)
+    add_tokenizer(directory)
+    return made
+
+
+def until(true: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it has not come true"
+        time.sleep(0.005)
+
+
+class Running:
+    """A server in a thread of this process, on a free port of the loopback; ``service`` and ``engine`` can be looked
+    into.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        limits: Limits | None = None,
+        keys: tuple[str, ...] = (),
+        max_body_bytes: int = 1 << 20,
+        metrics_prefix: str = "dmc",
+        timeout: float = 20,
+        **settings: object,
+    ) -> None:
+        self.engine = Engine(path, EngineConfig(**settings), load_tokenizer(path))
+        self._options = dict(
+            model_name="m",
+            keys=keys,
+            limits=limits or Limits(),
+            max_body_bytes=max_body_bytes,
+            metrics_prefix=metrics_prefix,
+        )
+        self._timeout, self._ready = timeout, threading.Event()
+        self.sock = bind("127.0.0.1", 0)
+        self.port = self.sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    async def _run(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.service = make_service(self.engine, **self._options)
+        config = uvicorn.Config(
+            create_app(self.service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5
+        )
+        self.server = Server(config, self.service, self._timeout)
+        self._ready.set()
+        try:
+            await self.server.serve([self.sock])
+        finally:
+            await self.service.runner.stop()
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        assert self._ready.wait(30)
+        deadline = time.monotonic() + 30
+        while not self.server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.server.stop)
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def ask(
+        self,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        headers: dict | None = None,
+        method: str | None = None,
+    ) -> tuple[int, dict[str, str], str]:
+        """(status, headers in lower case, text). ``body``: as JSON; ``raw``: as it is."""
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(
+                method or ("GET" if data is None else "POST"),
+                path,
+                data,
+                {"Content-Type": "application/json", **(headers or {})},
+            )
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode()
+        finally:
+            connection.close()
+
+    def json(self, path: str, body: object = None, status: int = 200) -> dict:
+        found, _, text = self.ask(path, body)
+        assert found == status, text
+        return json.loads(text)
+
+    def events(self, path: str, body: dict) -> list[dict]:
+        """The chunks of a stream, which ends with [DONE]."""
+        status, headers, text = self.ask(path, body | {"stream": True})
+        assert status == 200 and headers["content-type"].startswith("text/event-stream"), text
+        lines = text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""] and all(line.startswith("data: ") for line in lines[:-1])
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def call(self, function: Callable[[Engine], object]) -> object:
+        """On the engine's thread, between two steps."""
+        return asyncio.run_coroutine_threadsafe(self.service.runner.call(function), self.loop).result(60)
+
+    def settle(self) -> None:
+        """Wait until nothing runs; then every page and every place in the queue must be free."""
+        deadline = time.monotonic() + 30
+        runner = self.service.runner
+        while (runner.unfinished or self.service.gate.in_flight) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.call(all_back)
+        assert (runner.unfinished, runner.queued_answers, runner.queued_tokens, self.service.gate.in_flight) == (
+            0,
+            0,
+            0,
+            0,
+        )
+        assert (
+            not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._answers
+        )

@@ -1,0 +1,343 @@
+"""The rules of the house: the shared namespace, the direction of dependencies, and what a file may not contain."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers.processes import run_command
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACKAGE = ROOT / "megatron" / "dmc"
+UNTRACKED = {".git", ".venv", "build", "dist", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+
+
+def repository_files() -> list[Path]:
+    """What is, or with the next ``git add -A`` would be, tracked; every file but the known outputs where git is not."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        walk = (path for path in ROOT.rglob("*") if not UNTRACKED.intersection(path.relative_to(ROOT).parts))
+        return sorted(path for path in walk if path.is_file())
+    return sorted(path for path in (ROOT / name for name in listed.split("\0") if name) if path.is_file())
+
+
+def package_sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# ---------------------------------------------------------------------------------------------- the shared namespace
+
+
+def test_namespace_has_no_init() -> None:
+    """``megatron/__init__.py`` would hide megatron-core's half of the namespace."""
+    assert not (ROOT / "megatron" / "__init__.py").exists()
+    assert "megatron/__init__.py" not in {relative(path) for path in repository_files()}
+
+
+@pytest.mark.parametrize("place", ["repository", "elsewhere"])
+def test_both_halves_of_the_namespace_import(place: str, tmp_path: Path) -> None:
+    code = (
+        "import megatron.core, megatron.dmc, megatron\n"
+        "assert getattr(megatron, '__file__', None) is None, megatron.__file__\n"
+        "print(megatron.dmc.__file__, megatron.core.__file__, megatron.dmc.__version__, sep='\\n')"
+    )
+    result = run_command([sys.executable, "-c", code], cwd=ROOT if place == "repository" else tmp_path)
+    dmc, core, version = result.stdout.split()[-3:]
+    assert Path(dmc).resolve() == PACKAGE / "__init__.py"
+    assert not Path(core).resolve().is_relative_to(ROOT / "megatron")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+
+
+# ------------------------------------------------------------------------------------------ the direction of imports
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the modules of an area may import: the areas of this package, no distribution in ``never``, and where
+    ``only`` is given, no other distribution at all (the standard library is always allowed).
+    """
+
+    areas: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+
+MEGATRON = ("megatron.core", "megatron.training")
+RULES = {
+    "": Rule(never=("*",)),  # megatron/dmc/__init__.py
+    "config": Rule(("config",), ("torch", *MEGATRON)),
+    "schedule": Rule(("config", "schedule"), ("torch", *MEGATRON)),
+    "ops": Rule(("config", "schedule", "ops"), MEGATRON),
+    "kernels": Rule(("config", "schedule", "ops", "kernels"), MEGATRON),
+    "model": Rule(("config", "schedule", "ops", "model")),
+    "checkpoint": Rule(("config", "schedule", "ops", "model", "checkpoint")),
+    # The serving side imports these two, and with them the package they lie in: so none of the three knows Megatron.
+    "checkpoint.__init__": Rule(("checkpoint.mapping", "checkpoint.hf"), MEGATRON),
+    "checkpoint.mapping": Rule(("config", "checkpoint.mapping"), MEGATRON),
+    "checkpoint.tensors": Rule(("checkpoint.tensors",), MEGATRON),
+    "checkpoint.pickled": Rule(("checkpoint.tensors", "checkpoint.pickled"), MEGATRON),
+    "checkpoint.direct": Rule((), ("torch", *MEGATRON)),
+    "checkpoint.hf": Rule(
+        ("config", *(f"checkpoint.{name}" for name in ("mapping", "tensors", "direct", "pickled", "hf"))), MEGATRON
+    ),
+    # Copied into exported directories, where this package is not.
+    "checkpoint.remote_code": Rule(("checkpoint.remote_code",), ("megatron.core",), ("torch", "transformers")),
+    "training": Rule(("config", "schedule", "ops", "model", "checkpoint", "training")),
+    "inference": Rule(
+        (
+            "config",
+            "schedule",
+            "ops",
+            "kernels",
+            "checkpoint.mapping",
+            "checkpoint.tensors",
+            "checkpoint.hf",
+            "inference",
+        ),
+        MEGATRON,
+    ),
+    "serving": Rule(("config", "checkpoint.mapping", "checkpoint.hf", "inference", "serving"), MEGATRON),
+}
+RULES["evaluation"] = Rule((*(area for area in RULES if "." not in area), "evaluation"))  # anything
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything that ``source`` imports, wherever in the file, by whatever form.
+
+    ``from a import b`` yields ``a.b``: whether b is a module or a name in one, its prefix tells the area.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                keep = len(parts) - node.level + (1 if is_package else 0)
+                base = ".".join([*parts[:keep], *filter(None, [base])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def area_of(inner: str) -> str | None:
+    """The most specific area of a dotted name below ``megatron.dmc``; None when no area holds it."""
+    return max((area for area in RULES if area and within(inner, area)), key=len, default=None)
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What ``source``, as ``megatron.dmc.<module>`` (the package itself: ""), imports against the rules."""
+    area = "checkpoint.__init__" if module == "checkpoint" and is_package else area_of(module) if module else ""
+    if area is None:
+        return [f"{module}: belongs to no area; add it to RULES, or move it"]
+    rule, found = RULES[area], []
+    full = f"megatron.dmc.{module}".rstrip(".")
+    for line, name in imported_modules(source, full, is_package):
+        where = f"{module or '__init__'}:{line} imports {name}"
+        if within(name, "__future__"):
+            continue
+        if "*" in rule.never or any(within(name, banned) for banned in rule.never):
+            found.append(f"{where}: not allowed in {area or 'megatron/dmc/__init__.py'}")
+        elif within(name, "megatron.dmc"):
+            inner = name.removeprefix("megatron.dmc").lstrip(".")
+            # megatron.dmc itself, or its __version__
+            root_name = area_of(inner) is None and "." not in inner and not rule.only
+            if not root_name and not any(within(inner, allowed) for allowed in rule.areas):
+                found.append(f"{where}: {area} may import {', '.join(rule.areas) or 'nothing of megatron.dmc'}")
+        elif rule.only and name.split(".")[0] not in (*rule.only, *sys.stdlib_module_names):
+            found.append(f"{where}: {area} may import {', '.join(rule.only)} and the standard library")
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_dependencies_point_one_way() -> None:
+    found = [
+        problem
+        for path in package_sources()
+        for problem in violations(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py")
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("", "import json"),
+        ("config", "import torch"),
+        ("config", "from megatron.dmc.schedule import target_cr"),
+        ("schedule", "from megatron.dmc import ops"),
+        ("ops.pooling", "import megatron.core"),
+        ("ops.pooling", "def f():\n    from megatron.core import parallel_state"),
+        ("ops.pooling", "from megatron import core"),
+        ("ops.pooling", "from ..model import spec"),
+        ("ops.pooling", "import megatron.dmc.kernels as k"),
+        ("kernels.loader", "from megatron.dmc.inference import cache"),
+        ("model.spec", "from megatron.dmc.training.loop import train"),
+        ("model.spec", "from megatron.dmc import checkpoint"),
+        ("checkpoint", "from megatron.core import dist_checkpointing"),
+        ("checkpoint", "from megatron.dmc.checkpoint.torch_dist import save"),
+        ("checkpoint.mapping", "from megatron.core import dist_checkpointing"),
+        ("checkpoint.hf", "from megatron.dmc.model import spec"),
+        ("checkpoint.torch_dist", "from megatron.dmc.training import loop"),
+        ("checkpoint.remote_code.modeling_dmc", "from megatron.dmc.ops import pool"),
+        ("checkpoint.remote_code.modeling_dmc", "from megatron.dmc import __version__"),
+        ("checkpoint.remote_code.modeling_dmc", "from ..hf import read"),
+        ("checkpoint.remote_code.modeling_dmc", "import numpy"),
+        ("training.loop", "import importlib\nimportlib.import_module('megatron.dmc.inference')"),
+        ("inference.engine", "from megatron.dmc.checkpoint import torch_dist"),
+        ("inference.engine", "from megatron.dmc.checkpoint import *"),
+        ("inference.engine", "from megatron.core import tensor_parallel"),
+        ("serving.server", "from megatron.dmc.training import loop"),
+        ("helpers", ""),
+    ],
+)
+def test_a_wrong_import_is_caught(module: str, source: str) -> None:
+    assert violations(source, module, is_package=module in ("", "checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("", '"""Nothing."""\nfrom __future__ import annotations\n__version__ = "1"'),
+        ("schedule", "from megatron.dmc.config import StageConfig"),
+        ("ops.pooling", "import torch\nfrom . import decisions\nfrom .decisions import importance"),
+        ("model.spec", "from megatron.core import parallel_state\nfrom megatron.dmc import ops, __version__"),
+        ("checkpoint.torch_dist", "import megatron.core\nfrom megatron.dmc.checkpoint.mapping import names"),
+        (
+            "inference.engine",
+            "from megatron.dmc.checkpoint.hf import read\nfrom megatron.dmc.checkpoint import mapping",
+        ),
+        (
+            "checkpoint.remote_code.modeling_dmc",
+            "import math\nimport torch\nfrom transformers import Cache\nfrom .configuration_dmc import DMCConfig",
+        ),
+        ("serving.server", "from ..inference.engine import LLM"),
+        ("evaluation.quality", "from megatron.dmc import inference, training\nimport megatron.core"),
+    ],
+)
+def test_a_right_import_is_not_caught(module: str, source: str) -> None:
+    assert violations(source, module, is_package=not module) == []
+
+
+# ------------------------------------------------------------------------------------------------------- every file
+
+# The brackets keep this file from finding itself.
+NEEDLES = {
+    "a path of one machine": re.compile(r"(?<![\w.}-])/(work|root)[/]|/tmp[/]venv|[p]yenv|/opt[/](wheels|pypi)"),
+    "a package index": re.compile(r"[p]ypi\.org/simple|[d]ownload\.pytorch|--(extra-)?index[-]url|--find[-]links"),
+}
+TEXT = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ".cfg", ".sbatch"}
+TEXT_NAMES = {"Makefile", "Dockerfile", "run"}
+
+
+def misplaced(text: str) -> list[str]:
+    return [
+        f"line {number}: {match.group()!r} is {what}"
+        for number, line in enumerate(text.splitlines(), 1)
+        for what, needle in NEEDLES.items()
+        for match in needle.finditer(line)
+    ]
+
+
+def test_no_file_names_a_machine_or_an_index() -> None:
+    files = [path for path in repository_files() if path.suffix in TEXT or path.name in TEXT_NAMES]
+    assert files
+    found = [f"{relative(path)} {hit}" for path in files for hit in misplaced(path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def test_a_machine_path_is_caught() -> None:
+    wrong = [
+        "cd /{}work/main",
+        "--out=/{}root/x",
+        "/tmp/{}venv/bin",
+        "p{}yenv local",
+        "--index{}-url X",
+        "--find{}-links X",
+    ]
+    assert all(misplaced(line.format("")) for line in wrong)
+    assert not misplaced("a/work/b, $SCRATCH/work/, ${HOME}/work/ and chroot/root_dir")
+
+
+LONGER_THAN_500_LINES: dict[str, str] = {}  # path: the reason why it is one room and not several
+
+
+@pytest.mark.parametrize("path", package_sources(), ids=relative)
+def test_source_file(path: Path) -> None:
+    """Every file of the package: Python 3.10 without a syntax warning, with a docstring, and of readable length."""
+    source = path.read_text(encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tree = ast.parse(source, filename=str(path), feature_version=(3, 10))
+        compile(source, str(path), "exec")
+    assert ast.get_docstring(tree), f"{relative(path)} has no module docstring"
+    lines = source.count("\n")
+    assert lines <= 500 or relative(path) in LONGER_THAN_500_LINES, f"{relative(path)} has {lines} lines; split it"
+
+
+def test_scripts_are_executable() -> None:
+    scripts = [path for path in repository_files() if path.suffix == ".sh" or relative(path) == ".ci/run"]
+    assert not [relative(path) for path in scripts if not os.access(path, os.X_OK)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the pins
+
+
+def constraints() -> list[Requirement]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def setup_requirements() -> list[Requirement]:
+    """What setup.py needs at run time and for development, read without running it."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()
+        if isinstance(node.value, (ast.List, ast.Dict))
+    }
+    extras = values["EXTRAS_REQUIRE"]
+    return [Requirement(line) for line in (*values["INSTALL_REQUIRES"], *extras["serve"], *extras["dev"])]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_pin_one_version_of_each(python: str) -> None:
+    pins = [pin for pin in constraints() if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    twice = [name for name, count in Counter(canonicalize_name(pin.name) for pin in pins).items() if count > 1]
+    assert not twice
+    pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    for requirement in setup_requirements():
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is in setup.py and has no pin in constraints.txt"
+        assert pinned[name] in requirement.specifier, (
+            f"{name} {pinned[name]} is not {requirement.specifier} of setup.py"
+        )

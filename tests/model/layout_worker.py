@@ -1,0 +1,270 @@
+"""Worker of test_layouts.py: three training steps in each of several layouts, one after the other, in one launch.
+
+    python -m torch.distributed.run --nproc-per-node N tests/model/layout_worker.py DIRECTORY NAME CASE [CASE ...]
+
+DIRECTORY holds the datasets and the common checkpoint (``prepare``, in one process). Rank 0 writes DIRECTORY/NAME.json:
+case -> what its three steps gave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron.dmc.checkpoint import dist
+from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_checkpoint
+from megatron.dmc.config import RunConfig
+from megatron.dmc.training import arguments, initialize
+from megatron.dmc.training.data import Sidecar
+from megatron.dmc.training.loop import Trainer
+from megatron.dmc.training.metrics import StepTotals, kept_by_head
+from megatron.dmc.training.model import build_model, unwrap
+
+SEQ, VOCAB, STEPS = 48, 100, 3
+
+BASE = {
+    "model": dict(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=VOCAB,
+        make_vocab_size_divisible_by=8,
+        max_position_embeddings=64,
+        init_method_std=0.15,
+    ),
+    # The decision neurons hold random weights; with this bias about a third of the tokens merge.
+    "dmc": dict(decision_bias=0.3),
+    # In every step some of the sequences are beyond the target and some are not.
+    "stage": dict(stage="retrofit", train_iters=STEPS, start_cr=1.0, target_cr=4.0),
+    "optimizer": dict(lr=1e-3),
+    "training": dict(micro_batch_size=1, global_batch_size=8, seed=7, eval_iters=1, transformer_impl="local"),
+}
+
+
+def _layout(**values) -> dict:
+    """Overrides by field name -> by section."""
+    names = dict(
+        tp="tensor_model_parallel_size",
+        pp="pipeline_model_parallel_size",
+        sp="sequence_parallel",
+        vpp="virtual_pipeline_model_parallel_size",
+        do="use_distributed_optimizer",
+        og="overlap_grad_reduce",
+        op="overlap_param_gather",
+        recompute="recompute_granularity",
+        method="recompute_method",
+        layers="recompute_num_layers",
+        modules="recompute_modules",
+    )
+    training = {k: values.pop(k) for k in ("micro_batch_size", "bf16", "distill_from") if k in values}
+    if "distill_from" in training:
+        training |= dict(distill_weight=0.7, distill_temperature=2.0)
+    return {"parallel": {names[k]: v for k, v in values.items()}, "training": training}
+
+
+_FULL = dict(recompute="full", method="uniform", layers=1)
+_TEACHER = dict(distill_from="teacher")
+
+
+def _dms(**values) -> dict:
+    """Eviction instead of merging."""
+    return {**_layout(**values), "dmc": dict(method="dms", window=4)}
+
+
+CASES: dict[int, dict[str, dict]] = {
+    1: {
+        "single": _layout(),
+        "again": _layout(),
+        "micro-batch 2": _layout(micro_batch_size=2),
+        "micro-batch 8": _layout(micro_batch_size=8),
+        "recompute uniform 1": _layout(**_FULL),
+        "recompute uniform 2": _layout(recompute="full", method="uniform", layers=2),
+        "recompute block 3": _layout(recompute="full", method="block", layers=3),
+        "recompute core_attn": _layout(recompute="selective", modules=["core_attn"]),
+        "recompute mlp": _layout(recompute="selective", modules=["mlp"]),
+        "recompute core_attn, mlp": _layout(recompute="selective", modules=["core_attn", "mlp"]),
+        "distributed optimizer": _layout(do=True),
+        "bf16": _layout(bf16=True),
+        "bf16, recompute": _layout(bf16=True, **_FULL),
+        "distill": _layout(**_TEACHER),
+        "distill, micro-batch 2, recompute": _layout(micro_batch_size=2, **_FULL, **_TEACHER),
+        "bf16 distill": _layout(bf16=True, **_TEACHER),
+        "dms": _dms(),
+        "dms, micro-batch 2, recompute core_attn": _dms(
+            micro_batch_size=2, recompute="selective", modules=["core_attn"]
+        ),
+    },
+    2: {
+        "TP2": _layout(tp=2),
+        "TP2 SP": _layout(tp=2, sp=True),
+        "TP2 SP, recompute": _layout(tp=2, sp=True, **_FULL),
+        "TP2 SP, recompute core_attn": _layout(tp=2, sp=True, recompute="selective", modules=["core_attn"]),
+        "TP2 SP, micro-batch 2": _layout(tp=2, sp=True, micro_batch_size=2),
+        "PP2": _layout(pp=2),
+        "PP2, recompute": _layout(pp=2, **_FULL),
+        "PP2, micro-batch 2": _layout(pp=2, micro_batch_size=2),
+        "PP2 VPP2": _layout(pp=2, vpp=2),
+        "PP2 VPP2, recompute": _layout(pp=2, vpp=2, **_FULL),
+        "DP2": _layout(),
+        "DP2, micro-batch 2": _layout(micro_batch_size=2),
+        "DP2, overlap": _layout(og=True),
+        "DP2, distributed optimizer": _layout(do=True),
+        "DP2, distributed optimizer, overlap": _layout(do=True, og=True),
+        "DP2, distributed optimizer, overlap both": _layout(do=True, og=True, op=True),
+        "bf16 PP2": _layout(pp=2, bf16=True),
+        "bf16 PP2 VPP2": _layout(pp=2, vpp=2, bf16=True),
+        "bf16 TP2 SP": _layout(tp=2, sp=True, bf16=True),
+        "bf16 DP2, distributed optimizer, overlap both": _layout(do=True, og=True, op=True, bf16=True),
+        "distill TP2": _layout(tp=2, **_TEACHER),
+        "distill TP2 SP, micro-batch 2": _layout(tp=2, sp=True, micro_batch_size=2, **_TEACHER),
+        "distill PP2": _layout(pp=2, **_TEACHER),
+        "distill PP2 VPP2, recompute": _layout(pp=2, vpp=2, **_FULL, **_TEACHER),
+        "distill DP2, distributed optimizer, overlap both": _layout(do=True, og=True, op=True, **_TEACHER),
+        "bf16 distill PP2": _layout(pp=2, bf16=True, **_TEACHER),
+        "dms TP2 SP": _dms(tp=2, sp=True),
+        "dms PP2, recompute": _dms(pp=2, **_FULL),
+    },
+    4: {
+        "TP2 PP2": _layout(tp=2, pp=2),
+        "TP2 PP2 SP": _layout(tp=2, pp=2, sp=True),
+        "TP2 PP2 VPP2 SP, recompute": _layout(tp=2, pp=2, vpp=2, sp=True, **_FULL),
+        "TP2 DP2": _layout(tp=2),
+        "TP2 DP2 SP, distributed optimizer, overlap both": _layout(tp=2, sp=True, do=True, og=True, op=True),
+        "PP2 DP2": _layout(pp=2),
+        "PP2 DP2, distributed optimizer": _layout(pp=2, do=True),
+        "PP2 VPP2 DP2, distributed optimizer, overlap both": _layout(pp=2, vpp=2, do=True, og=True, op=True),
+        "PP4": _layout(pp=4),
+        "distill TP2 PP2 VPP2 SP, recompute": _layout(tp=2, pp=2, vpp=2, sp=True, **_FULL, **_TEACHER),
+        "distill PP4": _layout(pp=4, **_TEACHER),
+        "dms TP2 PP2 SP": _dms(tp=2, pp=2, sp=True),
+    },
+}
+
+
+class FakeTokenizer:
+    """What a dataset asks of a tokenizer."""
+
+    path, vocab_size, bos_id, eod_id, fingerprint = "fake", VOCAB, None, 0, "0" * 64
+    eod = 0
+    unique_identifiers = OrderedDict(fingerprint=fingerprint)
+
+
+def write_dataset(prefix: Path, documents: int, seed: int) -> None:
+    """Random tokens, skewed so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    tokens = 0
+    for _ in range(documents):
+        ids = np.minimum(random.geometric(0.05, size=random.integers(20, 90)), VOCAB - 1)
+        builder.add_document(torch.from_numpy(np.append(ids, 0)), [ids.size + 1])
+        tokens += ids.size + 1
+    builder.finalize(f"{prefix}.idx")
+    sizes = [os.path.getsize(f"{prefix}.{kind}") for kind in ("bin", "idx")]
+    Sidecar(
+        "fake", FakeTokenizer.fingerprint, VOCAB, 0, True, False, "uint16", documents, tokens, *sizes, f"{seed:064d}"
+    ).write(f"{prefix}.json")
+
+
+def configuration(directory: Path, name: str, extra: dict) -> RunConfig:
+    values = {section: dict(content) for section, content in BASE.items()}
+    values["data"] = dict(
+        data_path=[str(directory / "train")],
+        valid_data_path=[str(directory / "valid")],
+        seq_length=SEQ,
+        data_cache_path=str(directory / "cache"),
+    )
+    for section, content in extra.items():
+        values.setdefault(section, {}).update(content)
+    if "distill_from" in values["training"]:
+        values["training"]["distill_from"] = str(directory / values["training"]["distill_from"])
+    values["training"]["save"] = str(directory / "saved" / name.replace(" ", "-"))
+    return RunConfig.from_dict(values)
+
+
+def prepare(directory: Path) -> None:
+    """The datasets, the checkpoint that every layout starts from, and another model, the teacher."""
+    write_dataset(directory / "train", 60, 1)
+    write_dataset(directory / "valid", 20, 2)
+    plain = dict(stage="pretrain", start_cr=None, target_cr=None)
+    for name, stage, seed in (("start", {}, 7), ("teacher", plain, 8)):
+        config = configuration(directory, name, {"stage": stage, "training": dict(seed=seed)})
+        initialize.initialize(config)
+        chunks = [unwrap(chunk) for chunk in build_model(config)]
+        manifest = Manifest("zero_out" if name == "start" else "pretrain", 1, 1, 0, 0, 1.0)
+        dist.save(directory / name, chunks, None, manifest, arguments.dump(config))
+        parallel_state.destroy_model_parallel()
+
+
+def train(directory: Path, name: str, extra: dict) -> dict:
+    """Three steps and an evaluation, then a checkpoint."""
+    config = configuration(directory, name, extra)
+    initialize.initialize(config)
+    start = resolve_checkpoint(directory / "start")
+    trainer = Trainer(config, FakeTokenizer(), init_from=(start, read_manifest(start)))
+    iterators = trainer._iterators(trainer.train_data, 0)
+    result: dict = {"lm loss": [], "dmc loss": [], "CR": [], "grad norm": [], "distill loss": [], "kept": []}
+    for _ in range(STEPS):
+        totals, kept, grad_norm = trainer.train_step(iterators)
+        step = StepTotals.reduce(totals)
+        result["lm loss"].append(step.lm_loss / step.tokens)
+        result["dmc loss"].append(step.dmc_loss / step.sequences)
+        result["CR"].append(step.cr(trainer.slots_per_sequence))
+        result["grad norm"].append(grad_norm)
+        result["distill loss"].append(step.distill_loss / step.tokens)
+        result["kept"].append(kept_by_head(kept, config.model, trainer.device).tolist())
+        assert step.kept == sum(map(sum, result["kept"][-1])), "the carried count is not the layers' count"
+    path = trainer.save()
+    evaluation = trainer.evaluate()
+    result["validation"] = [evaluation.lm_loss, evaluation.cr]
+    trainer.close()
+    parallel_state.destroy_model_parallel()
+    result["saved"] = str(path)
+    return result
+
+
+def evaluate_saved(directory: Path, names: list[str]) -> dict:
+    """Validation, in one process, of what other layouts have saved."""
+    results = {}
+    everything = {name: case for cases in CASES.values() for name, case in cases.items()}
+    for name in names:
+        config = configuration(directory, name, {"dmc": everything[name].get("dmc", {})})
+        initialize.initialize(config)
+        path = resolve_checkpoint(Path(config.training.save))
+        trainer = Trainer(config, FakeTokenizer(), init_from=(path, read_manifest(path)))
+        evaluation = trainer.evaluate()
+        results[name] = {"validation": [evaluation.lm_loss, evaluation.cr]}
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def main() -> None:
+    directory, name, *names = Path(sys.argv[1]), *sys.argv[2:]
+    if name == "reload":
+        results = evaluate_saved(directory, names)
+    else:
+        if not (directory / "start").exists():
+            prepare(directory)
+        cases = CASES[initialize.world_size()]
+        results = {}
+        for case in names or cases:
+            began = time.monotonic()
+            results[case] = train(directory, case, cases[case])
+            results[case]["seconds"] = time.monotonic() - began
+    if initialize.is_rank_0():
+        (directory / f"{name}.json").write_text(json.dumps(results, indent=1))
+    initialize.shutdown()
+
+
+if __name__ == "__main__":
+    main()

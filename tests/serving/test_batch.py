@@ -1,0 +1,517 @@
+"""``dmc batch``: every line is answered once, whatever is in it and whatever happens to the process."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.engines import Model, all_back
+from helpers.processes import ROOT, subprocess_env
+from helpers.serving import make_model
+
+from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams
+from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving import batch_files
+from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, Batch, Options, Summary, seeded
+from megatron.dmc.serving.batch_cli import UNFINISHED
+from megatron.dmc.serving.batch_files import Input, Output
+from megatron.dmc.serving.cli import main
+from megatron.dmc.serving.prompts import Prompts
+
+KILLS = int(os.environ.get("DMC_TEST_KILLS", 8))
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return make_model(tmp_path_factory.mktemp("batch") / "m")
+
+
+def completion(custom_id: str | None, **body: object) -> dict:
+    line = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "abc", **GREEDY, **body}}
+    return line if custom_id is None else {"custom_id": custom_id, **line}
+
+
+def write(path: Path, lines: list) -> Path:
+    """``lines``: objects, or bytes as they are."""
+    path.write_bytes(b"".join(x + b"\n" if isinstance(x, bytes) else json.dumps(x).encode() + b"\n" for x in lines))
+    return path
+
+
+def mixed(count: int) -> list[dict]:
+    """Greedy and drawn, both endpoints, several answers, plain lines."""
+    draw = random.Random(1)
+    lines: list[dict] = []
+    for i in range(count):
+        prompt = [draw.randrange(58) for _ in range(draw.randrange(3, 40))]
+        more = {"max_tokens": draw.randrange(3, 14), "ignore_eos": True}
+        kind = i % 4
+        if kind == 0:
+            lines.append(completion(f"c{i}", prompt=prompt, **more))
+        elif kind == 1:
+            lines.append(completion(f"s{i}", **{**GREEDY, "prompt": ["ab", "cd"], "n": 2, "temperature": 1.0, **more}))
+        elif kind == 2:
+            body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.7, **more}
+            lines.append({"custom_id": f"m{i}", "method": "POST", "url": "/v1/chat/completions", "body": body})
+        else:
+            lines.append({"prompt": prompt, "temperature": 1.0, **more})
+    return lines
+
+
+def read(path: Path) -> dict[str, dict]:
+    """Output lines by custom_id, each there once, less what depends on when it was made."""
+    found: dict[str, dict] = {}
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        assert entry.keys() == {"id", "custom_id", "response", "error"} and entry["custom_id"] not in found
+        found[entry["custom_id"]] = timeless(entry)
+    return found
+
+
+def timeless(entry: dict) -> dict:
+    """Without the time, and what the prefix cache had of earlier lines."""
+    body = entry["response"]["body"]
+    body.pop("created", None)
+    body.get("usage", {}).pop("prompt_tokens_details", None)
+    return entry
+
+
+def command(model: Model, source: Path, out: Path, *more: str) -> list[str]:
+    return ["batch", "-i", str(source), "-o", str(out), "--model", model.path, "--disable-tqdm", *more]
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def test_answers_have_openais_shape_and_are_the_engines_own(model: Model, tmp_path: Path, capsys) -> None:
+    chat = {"messages": [{"role": "user", "content": "hello"}], **GREEDY}
+    lines = [
+        completion("one", logprobs=1),
+        {"custom_id": "two", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"prompt": [5, 6, 7], **GREEDY},
+        completion("four", prompt=["a", "b"], n=2, temperature=1.0, seed=3),
+        {"custom_id": "five", **chat},
+    ]
+    out = tmp_path / "new" / "out.jsonl"
+    assert main(command(model, write(tmp_path / "in", lines), out, "--served-model-name", "served")) == 0
+    found = read(out)
+    assert found.keys() == {"one", "two", "line-3", "four", "five"}
+    for entry in found.values():
+        assert entry["error"] is None and entry["response"]["status_code"] == 200
+        assert entry["response"]["body"]["model"] == "served" and entry["response"]["body"]["usage"]["dmc"]["slots"] > 0
+    body = {name: entry["response"]["body"] for name, entry in found.items()}
+    llm = LLM(model.path)
+
+    def text(prompt, **params) -> list[str]:
+        return [
+            c.text for c in llm.generate(prompt, SamplingParams(max_tokens=6, ignore_eos=True, **params))[0].outputs
+        ]
+
+    assert [c["text"] for c in body["one"]["choices"]] == text("abc", temperature=0)
+    assert len(body["one"]["choices"][0]["logprobs"]["tokens"]) == 6
+    assert [c["text"] for c in body["line-3"]["choices"]] == text([5, 6, 7], temperature=0)
+    drawn = text("a", seed=3, n=2) + text("b", seed=3, n=2)
+    assert [(c["index"], c["text"]) for c in body["four"]["choices"]] == list(enumerate(drawn))
+    assert body["two"]["object"] == "chat.completion" and body["two"]["choices"] == body["five"]["choices"]
+    said = capsys.readouterr().out
+    assert "5 lines answered, 0 with an error; 0 were there before" in said and "CR " in said and "pages in use" in said
+
+
+BAD = [
+    (b"{not json", "invalid_request_error", "the line is not JSON"),
+    (b"\xff\xfe{}", "invalid_request_error", "the line is not JSON"),
+    (b"[1]", "invalid_request_error", "must hold a JSON object"),
+    (b"[" * 100000, "invalid_request_error", "the line is not JSON"),
+    (b"{}", "missing_required_parameter", "'prompt'"),
+    ({"custom_id": 7, "prompt": "a"}, "invalid_request_error", "custom_id is 7"),
+    ({"custom_id": "", "prompt": "a"}, "invalid_request_error", "custom_id is"),
+    ({"prompt": []}, "invalid_request_error", "empty"),
+    ({"prompt": "a", "temperature": float("nan")}, "invalid_type", "temperature"),
+    ({"prompt": "a", "top_p": 2.0}, "invalid_request_error", "top_p is 2.0"),
+    ({"prompt": "a", "colour": "red"}, "unknown_parameter", "colour"),
+    ({"prompt": [3, 61]}, "invalid_request_error", "token 1 of the prompt is 61"),
+    ({"prompt": [3] * 300}, "context_length_exceeded", "300"),
+    ({"prompt": "a", "stream": True}, "invalid_request_error", "stream is of no use"),
+    ({"prompt": "a", "model": "another"}, "model_not_found", "'another' does not exist"),
+    ({"url": "/v1/embeddings", "body": {}}, "invalid_request_error", "/v1/embeddings"),
+    ({"url": "/v1/completions", "method": "GET", "body": {"prompt": "a"}}, "invalid_request_error", "method is"),
+    ({"url": "/v1/completions", "body": "a"}, "invalid_request_error", "body must be a JSON object"),
+    ({"prompt": "a\ud800"}, None, None),
+    ({"messages": [{"role": "tool", "content": "x"}]}, None, None),
+    (b"x" * 5000, "invalid_request_error", "longer than"),
+]
+
+
+def test_a_bad_line_is_an_error_line_and_stops_nothing(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_files, "MAX_LINE", 150000)
+    lines: list = [completion("first")]
+    for bad, *_ in BAD:
+        lines += [bad, {"custom_id": f"after {len(lines) + 2}", "prompt": "ab", **GREEDY}]
+    lines[-2] = b'{"prompt": "' + b"x" * 400000 + b'"}'
+    out = tmp_path / "out"
+    engine = Engine(model.path, EngineConfig(max_num_seqs=3), load_tokenizer(model.path))
+    source = write(tmp_path / "in", lines)
+    said = run(engine, source, out)
+    all_back(engine)
+    assert said.complete and (said.answered, said.errors) == (1 + len(BAD), len(BAD))
+    found = read(out)
+    assert len(found) == len(lines)
+    for n, (_, code, message) in enumerate(BAD):
+        entry = found[f"line-{2 * n + 2}"]
+        error = entry["error"]
+        assert (
+            400 <= entry["response"]["status_code"] < 500
+            and entry["response"]["body"]["error"]["message"] == error["message"]
+        )
+        assert (code is None or error["code"] == code) and (message is None or message in error["message"]), (n, error)
+    good = {found[f"after {2 * n + 3}"]["response"]["body"]["choices"][0]["text"] for n in range(len(BAD))}
+    assert len(good) == 1
+    # And all of it is done: another run has nothing to ask.
+    assert (
+        (again := run(engine, source, out)).complete
+        and again.skipped == len(lines)
+        and again.answered + again.errors == 0
+    )
+
+
+def run(engine: Engine, source: Path, out: Path, phase: Callable[[], int] = lambda: RUN, **options: object) -> Summary:
+    prompts = Prompts(engine.tokenizer, engine.info.model.vocab_size, engine.sizes.max_model_len)
+    output, lines = Output(out), Input(source)
+    try:
+        return Batch(engine, prompts, output, Options("m", frozenset({"m"}), **options), phase).run(lines)
+    finally:
+        output.close()
+        lines.close()
+
+
+def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
+    """The first line has the answer, every later one an error, in this run and in the next."""
+    lines = [
+        completion("a"),
+        completion("b"),
+        completion("a"),
+        {"prompt": "x", **GREEDY},
+        completion("line-4"),
+        completion("a"),
+    ]
+    engine = Engine(model.path, EngineConfig(max_num_seqs=2), load_tokenizer(model.path))
+    source, out = write(tmp_path / "in", lines), tmp_path / "out"
+    said = run(engine, source, out)
+    assert (said.answered, said.errors) == (3, 3)
+    entries = [json.loads(line) for line in out.read_text().splitlines()]
+    wrong = {(entry["id"], entry["custom_id"], entry["error"]["code"]) for entry in entries if entry["error"]}
+    assert wrong == {(f"batch_req_{n}", name, "duplicate_custom_id") for n, name in ((3, "a"), (5, "line-4"), (6, "a"))}
+    whole = sorted(out.read_bytes().splitlines())
+    for kept in range(len(whole)):  # whatever lines a first run has left
+        part = tmp_path / f"part {kept}"
+        part.write_bytes(b"".join(line + b"\n" for line in out.read_bytes().splitlines()[:kept]))
+        assert run(engine, source, part).skipped == kept
+        assert [strip(line) for line in sorted(part.read_bytes().splitlines())] == [strip(line) for line in whole]
+
+
+def strip(line: bytes) -> dict:
+    return timeless(json.loads(line))
+
+
+def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that finds no room alone gets an error line; all its answers end, and the others go on."""
+    engine = Engine(model.path, EngineConfig(num_pages=8, max_num_seqs=2), load_tokenizer(model.path))
+    long = completion("long", prompt=[1, 2, 3], n=2, max_tokens=200, temperature=1.0)
+    lines, left, write_line = [long, completion("short"), completion("other")], [], Output.write
+
+    def watched(self: Output, number: int, *more: object) -> None:
+        left.append([name for name in engine._requests if name.startswith(f"{number}-")])
+        write_line(self, number, *more)
+
+    monkeypatch.setattr(Output, "write", watched)
+    said = run(engine, write(tmp_path / "in", lines), tmp_path / "out")
+    all_back(engine)
+    found = read(tmp_path / "out")
+    assert said.complete and found["long"]["response"]["status_code"] == 500
+    assert "cache is full" in found["long"]["error"]["message"]
+    assert found["short"]["error"] is None and found["other"]["error"] is None
+    assert said.peak_pages == 8 and left == [[]] * 3
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_defaults_hold_for_lines_that_do_not_say(model: Model, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "ab", "ignore_eos": True},
+        {"prompt": "ab", "max_tokens": 2, "ignore_eos": True},
+        {"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 3, "ignore_eos": True},
+    ]
+    assert (
+        main(command(model, write(tmp_path / "in", lines), tmp_path / "out", "--max-tokens", "9", "--temperature", "0"))
+        == 0
+    )
+    found = read(tmp_path / "out")
+    assert [found[f"line-{n}"]["response"]["body"]["usage"]["completion_tokens"] for n in (1, 2, 3)] == [9, 2, 3]
+
+
+def test_gzip_and_shards(model: Model, tmp_path: Path) -> None:
+    """Shards have the lines of the whole between them, each once, with the same answers; blank lines have no number's
+    place.
+    """
+    lines = mixed(11)
+    lines[4:4] = [b"", b"  "]
+    source = write(tmp_path / "in", lines)
+    with gzip.open(tmp_path / "in.gz", "wb") as file:
+        file.write(source.read_bytes())
+    engine = Engine(model.path, EngineConfig(max_num_seqs=4), load_tokenizer(model.path))
+    assert run(engine, source, tmp_path / "whole").complete
+    whole, parts = read(tmp_path / "whole"), {}
+    for i in range(3):
+        run(engine, tmp_path / "in.gz", tmp_path / f"part{i}", shard=(i, 3))
+        part = read(tmp_path / f"part{i}")
+        assert part and not part.keys() & parts.keys()
+        parts |= part
+    assert parts == whole and len(whole) == 11
+    assert [
+        min(int(json.loads(line)["id"].split("_")[2]) for line in (tmp_path / f"part{i}").read_text().splitlines())
+        for i in range(3)
+    ] == [1, 2, 3]
+
+
+def test_a_damaged_gzip_file_is_answered_as_far_as_it_goes(model: Model, tmp_path: Path, capsys) -> None:
+    lines = [{"prompt": [n % 50, *random.Random(n).choices(range(50), k=300)], "max_tokens": 1} for n in range(400)]
+    data = gzip.compress(write(tmp_path / "in", lines).read_bytes())
+    (tmp_path / "cut.gz").write_bytes(data[: len(data) // 2])
+    assert main(command(model, tmp_path / "cut.gz", tmp_path / "out")) == 2
+    assert "cannot be read beyond line" in capsys.readouterr().err
+    there = len(read(tmp_path / "out"))
+    assert 10 < there < 390
+    (tmp_path / "cut.gz").write_bytes(data)
+    assert main(command(model, tmp_path / "cut.gz", tmp_path / "out")) == 0
+    assert len(read(tmp_path / "out")) == 400 and f"{there} were there before" in capsys.readouterr().out
+
+
+def test_no_more_is_read_than_is_needed(model: Model, tmp_path: Path) -> None:
+    """However long the input, only a few lines of it are in memory."""
+    engine, ahead = Engine(model.path, EngineConfig(max_num_seqs=2)), []
+
+    class Watched(Input):
+        def lines(self, shard=(0, 1)):
+            for number, line in super().lines(shard):
+                ahead.append(len(engine._requests))
+                yield number, line
+
+    source = write(
+        tmp_path / "in", [{"prompt": [1, 2], "n": 1 + n % 3, **GREEDY, "temperature": 1.0} for n in range(40)]
+    )
+    output, prompts = Output(tmp_path / "out"), Prompts(None, 61, 256)
+    assert Batch(engine, prompts, output, Options("m", frozenset())).run(Watched(source)).answered == 40
+    assert 2 <= max(ahead) <= 4 and ahead[0] == 0
+    output.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-i", "{tmp}/none"], "none cannot be read"),
+        (["-o", "{tmp}/in"], "in is the input"),
+        (["-o", "{tmp}/foreign"], "foreign, line 1 is no line of a batch's answers"),
+        (["-o", "{tmp}/broken"], "broken, line 2 is no line of a batch's answers"),
+        (["-o", "{tmp}"], "cannot be opened"),
+        (["--model", "{tmp}"], "config.json cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_the_files(options: list[str], message: str, model: Model, tmp_path: Path, capsys) -> None:
+    """Nothing of a file that is not ours is changed."""
+    write(tmp_path / "in", [completion("a")])
+    write(tmp_path / "foreign", [{"custom_id": "a", "text": "mine"}])
+    good = json.dumps({"id": "batch_req_1", "custom_id": "a", "response": {}, "error": None}).encode()
+    write(tmp_path / "broken", [good, b"\0\0\0", good])
+    before = {name: (tmp_path / name).read_bytes() for name in ("in", "foreign", "broken")}
+    assert main([*command(model, tmp_path / "in", tmp_path / "out"), *(o.format(tmp=tmp_path) for o in options)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out")
+    with pytest.raises(ValueError, match="is being written by another run"):
+        Output(tmp_path / "out")
+    output.close()
+    Output(tmp_path / "out").close()
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "-1/2", "a/b", "1/0", "/2"])
+def test_shards_that_are_none(text: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["batch", "-i", "a", "-o", "b", "--model", "m", f"--shard={text}"])
+
+
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_seeds_belong_to_lines() -> None:
+    drawn, greedy, own = SamplingParams(), SamplingParams(temperature=0), SamplingParams(seed=5)
+    assert seeded(greedy, "a", 0) is greedy and seeded(own, "a", 0) is own
+    seeds = {seeded(drawn, name, seed).seed for name in ("a", "b", "\ud800") for seed in (0, 1)}
+    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+    assert seeded(drawn, "a", 0) == seeded(drawn, "a", 0)
+
+
+def test_an_output_that_is_cut_anywhere_is_completed(model: Model, tmp_path: Path) -> None:
+    """As a kill or a full disk leaves it: the torn line is answered again, and nothing else."""
+    engine = Engine(model.path, EngineConfig(max_num_seqs=4), load_tokenizer(model.path))
+    source = write(tmp_path / "in", mixed(12))
+    run(engine, source, tmp_path / "whole")
+    whole, data = read(tmp_path / "whole"), (tmp_path / "whole").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
+    cuts = [
+        0,
+        1,
+        ends[0] - 1,
+        ends[0],
+        ends[0] + 1,
+        ends[5],
+        len(data) - 1,
+        *random.Random(3).sample(range(len(data)), 6),
+    ]
+    for cut in cuts:
+        (tmp_path / "out").write_bytes(data[:cut])
+        said = run(engine, source, tmp_path / "out")
+        assert said.skipped == sum(end <= cut for end in ends) and said.complete and not said.strangers
+        assert read(tmp_path / "out") == whole
+    (tmp_path / "out").write_bytes(data[: ends[3]] + b"\0" * 50)  # what a power cut may leave
+    assert run(engine, source, tmp_path / "out").skipped == 4 and read(tmp_path / "out") == whole
+
+
+def test_lines_may_move_between_runs(model: Model, tmp_path: Path) -> None:
+    """It is the custom_id that counts; answers to lines that are gone are told of."""
+    engine = Engine(model.path, EngineConfig(max_num_seqs=4), load_tokenizer(model.path))
+    lines = [completion(name) for name in "abcd"]
+    run(engine, write(tmp_path / "in", lines), tmp_path / "out")
+    said = run(engine, write(tmp_path / "in", [completion("e"), *lines[:0:-1]]), tmp_path / "out")
+    assert (said.answered, said.skipped, said.strangers) == (1, 3, 1)
+    assert read(tmp_path / "out").keys() == set("abcde")
+
+
+@pytest.mark.parametrize("later", [LEAVE, DRAIN])
+def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -> None:
+    """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the
+    file.
+    """
+    # The lines have one prompt: with the prefix cache the second would start when the first has read it.
+    engine = Engine(model.path, EngineConfig(max_num_seqs=2, enable_prefix_caching=False), load_tokenizer(model.path))
+    source = write(tmp_path / "in", [completion(f"{n}", max_tokens=8) for n in range(10)])
+    phases = iter([RUN] * 9)
+    said = run(engine, source, tmp_path / "out", lambda: next(phases, later))
+    all_back(engine)
+    assert not said.complete and 0 < said.answered < 10
+    assert said.unfinished == (0 if later == DRAIN else 4) and said.answered == (2 if later == LEAVE else 6)
+    assert run(engine, source, tmp_path / "out").complete
+    assert run(engine, source, tmp_path / "other").answered == 10 and read(tmp_path / "out") == read(tmp_path / "other")
+
+
+class Worker:
+    """Runs commands in children of a process that has imported all; see batch_worker.py."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "serving" / "batch_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=subprocess_env(),
+            cwd=ROOT,
+        )
+
+    def start(self, arguments: list[str]) -> int:
+        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def status(self) -> int:
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    made = Worker()
+    yield made
+    made.close()
+
+
+def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"{path} has not got {count} lines")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path, worker: Worker) -> None:
+    """kill -9 after a random number of lines and a random moment more: at the end every line is answered once, and as
+    if nothing had happened.
+    """
+    source, draw = write(tmp_path / "in", [*mixed(6 * KILLS), b"{bad", completion("c0")]), random.Random()
+    options = ("--max-num-seqs", "4")
+    worker.start(command(model, source, tmp_path / "whole", *options))
+    assert worker.status() == 0
+    out, killed = tmp_path / "out", 0
+    for _ in range(KILLS):
+        there = out.read_bytes().count(b"\n") if out.exists() else 0
+        pid = worker.start(command(model, source, out, *options))
+        wait_for_lines(out, there + draw.randrange(0, 4))
+        time.sleep(draw.random() * 0.02)
+        os.kill(pid, signal.SIGKILL)
+        killed += worker.status() == -signal.SIGKILL
+    assert killed == KILLS
+    worker.start(command(model, source, out, *options))
+    assert worker.status() == 0
+    lines = {
+        name: sorted(path.read_bytes().splitlines(), key=lambda x: json.loads(x)["id"])
+        for name, path in (("whole", tmp_path / "whole"), ("out", out))
+    }
+    assert len(lines["whole"]) == 6 * KILLS + 2
+    assert [strip(line) for line in lines["out"]] == [strip(line) for line in lines["whole"]]
+
+
+@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGTERM, "0"), (signal.SIGTERM, "60"), (signal.SIGINT, "0")])
+def test_a_signal_ends_a_run_that_can_go_on(
+    number: int, timeout: str, model: Model, tmp_path: Path, worker: Worker
+) -> None:
+    source, out = write(tmp_path / "in", mixed(80)), tmp_path / "out"
+    arguments = command(model, source, out, "--max-num-seqs", "4", "--shutdown-timeout", timeout)
+    pid = worker.start(arguments)
+    wait_for_lines(out, 3)
+    os.kill(pid, number)
+    assert worker.status() == UNFINISHED
+    there = len(read(out))
+    assert 3 <= there < 80 and out.read_bytes().endswith(b"\n")
+    worker.start(arguments)
+    assert worker.status() == 0 and len(read(out)) == 80
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_file(model: Model, tmp_path: Path, run_distributed: Callable) -> None:
+    """Tensor parallel ranks, which all read the input and a torn output; one of them writes."""
+    source, out = write(tmp_path / "in", [*mixed(8), b"{bad"]), tmp_path / "out"
+    assert main(command(model, source, tmp_path / "whole")) == 0
+    data = (tmp_path / "whole").read_bytes()
+    out.write_bytes(data[: len(data) // 2])
+    arguments = command(model, source, out, "--tensor-parallel-size", "2")
+    result = run_distributed("megatron.dmc.serving.cli", 2, arguments)
+    assert result.stdout.count("lines answered") == 1 and read(out) == read(tmp_path / "whole")
