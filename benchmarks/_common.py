@@ -6,10 +6,8 @@ A script's targets stand in its own docstring. It calls :func:`arguments`, measu
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+from megatron.dmc import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flashinfer-python", "numpy")
@@ -119,33 +119,13 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 def machine() -> dict[str, object]:
     """Hardware, versions and commit, for every JSON."""
-    info: dict[str, object] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    return {
+        **dict.fromkeys(PACKAGES),
+        **environment.machine(PACKAGES),
         "load_average": round(os.getloadavg()[0], 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
         "commit": _git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(_git("status", "--porcelain")),
     }
-    for package in PACKAGES:
-        try:
-            info[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            info[package] = None
-    return info
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*command: str) -> str:

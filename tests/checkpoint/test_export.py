@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint
 
+from megatron.dmc import __version__
 from megatron.dmc.checkpoint import convert
 from megatron.dmc.checkpoint.manifest import read_manifest, resolve_checkpoint
 from megatron.dmc.evaluation.load import load_checkpoint
@@ -86,7 +87,8 @@ def test_what_is_exported(lineage: Path) -> None:
         json.loads((lineage / d / "model.safetensors.index.json").read_text())["weight_map"] for d in ("hf", "out")
     ]
     assert layout[0] == layout[1]
-    assert "finetune" not in (lineage / "out" / "README.md").read_text()
+    card = (lineage / "out" / "README.md").read_text()
+    assert f"Exported by megatron.dmc {__version__} from stage retrofit, step 30" in card and "finetune" not in card
 
 
 def test_transformers_generates_what_the_project_does(lineage: Path) -> None:

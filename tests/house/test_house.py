@@ -83,11 +83,12 @@ MEGATRON = ("megatron.core", "megatron.training")
 RULES = {
     "": Rule(never=("*",)),  # megatron/dmc/__init__.py
     "config": Rule(("config",), ("torch", *MEGATRON)),
+    "environment": Rule((), MEGATRON),
     "schedule": Rule(("config", "schedule"), ("torch", *MEGATRON)),
     "ops": Rule(("config", "schedule", "ops"), MEGATRON),
     "kernels": Rule(("config", "schedule", "ops", "kernels"), MEGATRON),
     "model": Rule(("config", "schedule", "ops", "model")),
-    "checkpoint": Rule(("config", "schedule", "ops", "model", "checkpoint")),
+    "checkpoint": Rule(("config", "environment", "schedule", "ops", "model", "checkpoint")),
     # The serving side imports these two, and with them the package they lie in: so none of the three knows Megatron.
     "checkpoint.__init__": Rule(("checkpoint.mapping", "checkpoint.hf"), MEGATRON),
     "checkpoint.mapping": Rule(("config", "checkpoint.mapping"), MEGATRON),
@@ -99,10 +100,11 @@ RULES = {
     ),
     # Copied into exported directories, where this package is not.
     "checkpoint.remote_code": Rule(("checkpoint.remote_code",), ("megatron.core",), ("torch", "transformers")),
-    "training": Rule(("config", "schedule", "ops", "model", "checkpoint", "training")),
+    "training": Rule(("config", "environment", "schedule", "ops", "model", "checkpoint", "training")),
     "inference": Rule(
         (
             "config",
+            "environment",
             "schedule",
             "ops",
             "kernels",
@@ -113,7 +115,7 @@ RULES = {
         ),
         MEGATRON,
     ),
-    "serving": Rule(("config", "checkpoint.mapping", "checkpoint.hf", "inference", "serving"), MEGATRON),
+    "serving": Rule(("config", "environment", "checkpoint.mapping", "checkpoint.hf", "inference", "serving"), MEGATRON),
 }
 RULES["evaluation"] = Rule((*(area for area in RULES if "." not in area), "evaluation"))  # anything
 

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Optional
 
@@ -21,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron.dmc import __version__
 from megatron.dmc.checkpoint import hf, mapping, views
 from megatron.dmc.checkpoint.manifest import (
     HF_FILES,
@@ -34,6 +34,7 @@ from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Buffers, Lazy, equal, has_only_finite
 from megatron.dmc.checkpoint.torch_dist import CHUNK_BYTES, DistReader, DistWriter
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig, load_file
+from megatron.dmc.environment import versions
 
 SHARDS_FILE = "shards.json"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -64,16 +65,6 @@ class Progress:
                 f"warning: {len(names)} tensors hold NaN or infinite values: {', '.join(names[:10])}"
                 f"{', ...' if len(names) > 10 else ''}"
             )
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in ("megatron-dmc", "megatron-core", "torch", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _size(n: float) -> str:
@@ -459,7 +450,7 @@ def model_card(found: Export) -> str:
     lines += [
         f"{found.family.model_type}, {model.num_layers} layers, hidden size {model.hidden_size}, "
         f"{model.num_attention_heads} "
-        f"query and {model.kv_heads} KV heads. Exported by megatron.dmc {manifest.versions.get('megatron-dmc', '')} "
+        f"query and {model.kv_heads} KV heads. Exported by megatron.dmc {__version__} "
         f"from stage {manifest.stage}, step {manifest.iteration} (lineage: {lineage})."
     ]
     if manifest.stage in mapping.COMPRESSED_STAGES:

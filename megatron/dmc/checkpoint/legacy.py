@@ -32,6 +32,7 @@ from megatron.dmc.checkpoint.mapping import TensorRule
 from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Columns, Concat, Lazy, Rows, Zeros, equal
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
+from megatron.dmc.environment import versions
 
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -406,7 +407,7 @@ def read_training(checkpoint: LegacyCheckpoint, target_cr: Optional[float], say:
         consumed_tokens=samples * int_arg(args, "seq_length", 0),
         target_cr=float(ratio),
         source=checkpoint.directory.name,
-        versions=convert.versions(),
+        versions=versions(),
         has_optimizer=False,
     )
     if stage == "import":

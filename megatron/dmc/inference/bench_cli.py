@@ -9,15 +9,14 @@ Flags and JSON keys have vLLM's names where a concept is the same.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron.dmc.environment import machine
 from megatron.dmc.inference.cli import ENGINE_OPTIONS, Command, add_options, take_options
 from megatron.dmc.inference.config import EngineConfig
 
@@ -301,27 +300,17 @@ def _share(parts: dict[str, float], part: str) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Hardware and versions, for the JSON."""
-    import torch
-
-    from megatron.dmc import __version__
     from megatron.dmc.kernels import active_backend
 
+    found = machine()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
+        "device": found["gpu"] if device == "cuda" else found["cpu"],
+        "threads": found["threads"],
         "kernels": active_backend(device),
-        "megatron_dmc": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "megatron_dmc": found["megatron-dmc"],
+        "torch": found["torch"],
+        "python": found["python"],
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _finish(

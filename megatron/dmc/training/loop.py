@@ -20,6 +20,7 @@ from megatron.dmc import schedule
 from megatron.dmc.checkpoint import dist
 from megatron.dmc.checkpoint.manifest import Manifest, read_hf_files
 from megatron.dmc.config import RunConfig
+from megatron.dmc.environment import versions
 from megatron.dmc.model import DMCStep, compression_loss
 from megatron.dmc.training import arguments, initialize
 from megatron.dmc.training.data import batch_iterator, build_datasets
@@ -256,7 +257,7 @@ class Trainer:
             measured_cr=self.measured_cr,
             source=self.source,
             lineage=self.lineage or [],
-            versions=versions(),
+            versions={**versions(), "world_size": os.environ.get("WORLD_SIZE", "1")},
             family=self.family,
         )
         self.writing = dist.save(
@@ -362,17 +363,3 @@ class Trainer:
 
     def close(self) -> None:
         self.logger.close()
-
-
-def versions() -> dict[str, str]:
-    """Of what made a checkpoint."""
-    import megatron.core
-
-    import megatron.dmc
-
-    return {
-        "megatron.dmc": megatron.dmc.__version__,
-        "megatron.core": megatron.core.__version__,
-        "torch": torch.__version__,
-        "world_size": os.environ.get("WORLD_SIZE", "1"),
-    }

@@ -9,15 +9,15 @@ as long as its settings do. The report is output/report: report.md, report.json 
 from __future__ import annotations
 
 import argparse
-import platform
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import yaml
 
+from megatron.dmc.environment import machine
 from megatron.dmc.evaluation.compare.config import CompareConfig
 from megatron.dmc.evaluation.compare.plan import ROOT, Plan, Planner
 from megatron.dmc.evaluation.compare.pool import Pool
@@ -51,24 +51,6 @@ def write_run_configs(config: CompareConfig) -> None:
     ):
         (output / name).write_text(yaml.safe_dump(content, sort_keys=False))
     (output / "compare.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-
-
-def machine() -> dict[str, Any]:
-    """Hardware and versions, for the report."""
-    import os
-
-    import torch
-
-    from megatron.dmc.training.loop import versions
-
-    return {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **versions(),
-    }
 
 
 def report(config: CompareConfig, plan: Plan) -> Path:
