@@ -30,7 +30,7 @@ from megatron.dmc.inference.sampling import Logprobs, Sampler, SamplerState, Sam
 from megatron.dmc.inference.scheduler import Plan, Scheduler
 from megatron.dmc.inference.text import Detokenizer
 from megatron.dmc.inference.weights import dtype_of, read_info
-from megatron.dmc.kernels.state import keep_freed_memory
+from megatron.dmc.kernels.cpu_tuning import keep_freed_memory
 
 
 @dataclass(frozen=True)

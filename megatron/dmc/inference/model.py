@@ -19,11 +19,9 @@ from megatron.dmc import kernels
 from megatron.dmc.checkpoint import hf
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import ModelInfo, Reader
-from megatron.dmc.kernels.build import is_intel
+from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
 from megatron.dmc.ops import rotary_frequencies
-
-FEW_ROWS = 64  # see linear
 
 
 class Piece(NamedTuple):
@@ -107,25 +105,6 @@ def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool) -> Layer:
         gate_up=reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")]),
         down=reader.columns(mlp + "down_proj.weight"),
     )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: [T, in], [out, in] -> [T, out].
-
-    On a CPU in fp32, the product of few rows is faster the other way round: MKL then reads the weight as it lies, where
-    ``F.linear`` packs it first. One row of up to 2,048 numbers is faster as two (MKL's matrix-vector product reads 12
-    GB/s of such weights, its product of two rows 30; EPYC, two cores, torch 2.13), and 9 to 15 rows as 16. On Intel's
-    CPUs MKL reads the weight as it lies for up to four rows (1.8 ms for 92 MB, 4.8 the other way round; Xeon, two
-    cores).
-    """
-    rows = x.size(0)
-    if rows <= 4 and is_intel():
-        return F.linear(x, weight, bias)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or rows > FEW_ROWS or (rows == 1 and x.size(1) > 2048):
-        return F.linear(x, weight, bias)
-    padded = 2 if rows == 1 else 16 if 8 < rows < 16 else rows
-    y = torch.mm(weight, (F.pad(x, (0, 0, 0, padded - rows)) if padded > rows else x).t()).t()[:rows].contiguous()
-    return y if bias is None else y.add_(bias)
 
 
 class Model:

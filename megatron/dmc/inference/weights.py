@@ -16,7 +16,7 @@ from megatron.dmc.checkpoint import hf, mapping
 from megatron.dmc.checkpoint.tensors import has_only_finite
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.kernels.state import in_huge_pages
+from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
 
 NEVER = 1e9
 """A decision bias above any logit: a model of stage zero_out appends every token, with the neuron out of attention."""
@@ -142,7 +142,7 @@ class Reader:
         part = part or self.parallel.part
         slices = [slice(*part(self.shapes[name][0])) for name in names]
         total = sum(rows.stop - rows.start for rows in slices)
-        out = in_huge_pages((total, *self.shapes[names[0]][1:]), self.dtype, self.device)
+        out = empty_in_huge_pages((total, *self.shapes[names[0]][1:]), self.dtype, self.device)
         at = 0
         for name, rows in zip(names, slices, strict=True):
             self._fill(out[at : at + rows.stop - rows.start], name, rows, slice(None))
@@ -153,7 +153,7 @@ class Reader:
         """This rank's columns of a matrix."""
         rows, total = self.shapes[name]
         start, stop = self.parallel.part(total)
-        out = in_huge_pages((rows, stop - start), self.dtype, self.device)
+        out = empty_in_huge_pages((rows, stop - start), self.dtype, self.device)
         self._fill(out, name, slice(0, rows), slice(start, stop))
         return out
 

@@ -30,6 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron.dmc.kernels.cpu_tuning import cpu_info, is_intel
+
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
 CPU_SOURCES = ("cpu_append.cpp", "cpu_decode.cpp", "cpu_prefill.cpp", "cpu_rowwise.cpp")
@@ -77,24 +79,9 @@ def instruction_sets() -> dict[str, tuple[str, ...]]:
     return X86 if platform.machine() in ("x86_64", "AMD64") else {"base": ()}
 
 
-@cache
-def _cpu_info() -> dict[str, str]:
-    """What the first processor says of itself; empty where there is no /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
-
-
-def is_intel() -> bool:
-    """Is this machine's CPU one of Intel's?"""
-    return _cpu_info().get("vendor_id") == "GenuineIntel"
-
-
 def usable_instruction_sets() -> list[str]:
     """Those of :func:`instruction_sets` that this CPU runs, best first: the order in which a portable library looks."""
-    have = set(_cpu_info().get("flags", "").split())
+    have = set(cpu_info().get("flags", "").split())
     usable = [name for name in instruction_sets() if have >= CPU_FLAGS_OF[name]]
     # In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many
     # products.

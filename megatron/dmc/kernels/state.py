@@ -7,21 +7,17 @@ full pages, which nobody writes any more; a page with a slot that may still be w
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAGE_SIZES = (16, 32, 64)
-
-_HUGE_PAGE, _MADV_HUGEPAGE = 2**21, 14  # of Linux
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 TAKEN, RETURNED, REFUSED = range(3)  # what ``counters`` counts
 
@@ -148,33 +144,6 @@ def _none(wrong: Tensor, message: str, *numbers: Tensor) -> None:
         raise RuntimeError(message.format(page, *(int(x[page]) for x in numbers)))
 
 
-def in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Uninitialised memory, in huge pages of the operating system where it has them: a step of decoding reads all
-    weights, and heads' pages in any order, and each 4 KiB of them would cost a walk through the translation tables.
-    """
-    x = torch.empty(tuple(shape), dtype=dtype, device=device)
-    size = x.numel() * x.element_size()
-    if x.device.type == "cpu" and size >= 2 * _HUGE_PAGE and sys.platform == "linux":
-        begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        end = (x.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
-        # Before the first touch. It is a wish: a kernel without huge pages returns an error, and nothing is lost.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
-    return x
-
-
-def keep_freed_memory() -> None:
-    """Make the C library keep up to 256 MiB of memory that was freed, and take what is up to 32 MiB long from there.
-
-    Every step of an engine allocates the same activations; when they go back to the operating system in between, each 4
-    KiB of them costs a page fault (1.4 us in a virtual machine: a tenth of the time of reading a prompt). For the whole
-    process; nothing where the C library is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that is allowed
-
-
 def make_state(
     *,
     num_pages: int,
@@ -222,8 +191,8 @@ def make_state(
         return torch.zeros(shape, dtype=of, device=device)
 
     return CacheState(
-        k_pages=in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
-        v_pages=in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
+        k_pages=empty_in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
+        v_pages=empty_in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
         page_table=zeros(*heads, -(-max_slots // page_size)),
         lengths=zeros(*heads),
         ring_k=zeros(*heads, ring, head_dim, of=ring_dtype),

@@ -1,11 +1,11 @@
-"""Parts of the serving model that the tests of the engine only reach by chance."""
+"""Tuning for CPUs: the matrix product that is taken for few rows."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron.dmc.inference.model import FEW_ROWS, linear
+from megatron.dmc.kernels.cpu_tuning import FEW_ROWS, linear
 
 
 @pytest.mark.parametrize("inputs", [48, 2080])

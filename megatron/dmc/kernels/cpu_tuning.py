@@ -1,0 +1,93 @@
+"""Settings for CPUs in one place: huge pages, memory that is kept, and the matrix product of few rows.
+
+None of them changes a result beyond rounding, and none is an error where the operating system, the C library or the CPU
+lacks what it uses. Each function says why it is there and what was measured, on an AMD EPYC and an Intel Xeon (Emerald
+Rapids) with two cores each and torch 2.13; docs/lab_book.md has the experiments. The thresholds below which a kernel
+keeps to one thread stand beside their loops in ``csrc/cpu_*.cpp``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HUGE_PAGE_BYTES, MADV_HUGEPAGE = 2**21, 14  # Linux on x86-64 and arm64: asm-generic/mman-common.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc: malloc.h
+KEPT_BYTES = 256 * 2**20  # freed memory that the process keeps
+LARGEST_KEPT_BYTES = 32 * 2**20  # of one allocation; glibc takes no more (DEFAULT_MMAP_THRESHOLD_MAX)
+
+FEW_ROWS = 64  # up to so many rows the product with a weight is faster transposed
+VECTOR_INPUTS = 2048  # up to so many inputs one row is faster as two
+IN_PLACE_ROWS = 4  # up to so many rows MKL reads the weight where it lies on Intel's CPUs
+
+
+@cache
+def cpu_info() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo, such as ``vendor_id`` and ``flags``; empty without that file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+
+
+@cache
+def is_intel() -> bool:
+    """True on a CPU made by Intel."""
+    return cpu_info().get("vendor_id") == "GenuineIntel"
+
+
+def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Uninitialised tensor of ``shape`` in huge pages of the operating system, where it has them.
+
+    A decode step reads all weights, and pages of the cache in random order: without huge pages each 4 KiB cost a walk
+    through the translation tables. Measured for decode attention over 512 and 1,024 MiB of cache, on the Xeon: 8.2
+    GB/s a core instead of 5.9 (8 query heads per KV head, D = 64), 10.3 instead of 7.6 (4 per KV head, D = 128).
+    """
+    x = torch.empty(tuple(shape), dtype=dtype, device=device)
+    size = x.numel() * x.element_size()
+    if x.device.type == "cpu" and size >= 2 * HUGE_PAGE_BYTES and sys.platform == "linux":
+        begin = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        end = (x.data_ptr() + size) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        # Before the first touch. A Linux without huge pages returns an error, which changes nothing.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+    return x
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep up to 256 MiB of freed memory, and serve allocations up to 32 MiB from it.
+
+    Every step of an engine allocates the same activations. When they go back to the operating system in between, each
+    4 KiB of them costs a page fault: 1.4 us in a virtual machine, a tenth of the time of prefill. The setting holds for
+    the whole process. Nothing happens where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``: x [T, in], weight [out, in], bias [out] -> [T, out], contiguous.
+
+    ``F.linear`` but for few rows on a CPU in fp32. There ``W x^T`` is faster: MKL reads the weight as it lies, where
+    ``F.linear`` packs it first. On the EPYC one row of up to 2,048 inputs is faster as two (MKL's matrix-vector product
+    reads 12 GB/s of such weights, its product with two rows 30), and 9 to 15 rows as 16. On Intel's CPUs MKL reads the
+    weight as it lies for up to four rows anyway (1.8 ms for 92 MB, 4.8 transposed).
+    """
+    rows = x.size(0)
+    in_place = rows <= IN_PLACE_ROWS and is_intel()
+    if in_place or rows > FEW_ROWS or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if rows == 1 and x.size(1) > VECTOR_INPUTS:
+        return F.linear(x, weight, bias)
+    padded = 2 if rows == 1 else 16 if 8 < rows < 16 else rows
+    y = torch.mm(weight, (F.pad(x, (0, 0, 0, padded - rows)) if padded > rows else x).t()).t()[:rows].contiguous()
+    return y if bias is None else y.add_(bias)
