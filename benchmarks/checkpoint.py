@@ -61,8 +61,6 @@ def main() -> None:
         write_random_dataset(prefix, 10002 * 128, VOCABULARY)
         config = run_config(args, prefix, save, dtype == torch.bfloat16)
         initialize.initialize(config)
-        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
         from megatron.dmc.training.loop import Trainer
 
         trainer = Trainer(config, RandomIds(VOCABULARY))
@@ -89,14 +87,15 @@ def main() -> None:
         }
         for round_ in range(-1, args.rounds):  # the first one warms up
             now: dict[str, float] = {"a step": timed(trainer.train_step, iterators)}
-            trainer.saves = None
+            trainer.checkpoints.background = False
             now["write at once"] = timed(trainer.save)
             now["a step"] = timed(trainer.train_step, iterators)
-            trainer.saves, begun, steps, polls = AsyncCallsQueue(), time.perf_counter(), [], []
+            trainer.checkpoints.background = True
+            begun, steps, polls = time.perf_counter(), [], []
             now["in the background: start"] = timed(trainer.save)
-            while trainer.writing is not None:
+            while trainer.checkpoints.pending is not None:
                 polls.append(timed(trainer.finish_saving, False))
-                if trainer.writing is not None:
+                if trainer.checkpoints.pending is not None:
                     steps.append(timed(trainer.train_step, iterators))
             now["in the background: the write itself"] = time.perf_counter() - begun
             now["in the background: completion"] = sum(polls)

@@ -16,11 +16,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron.dmc.checkpoint import dist
 from megatron.dmc.checkpoint.convert import read_run_config
 from megatron.dmc.config import ParallelConfig
 from megatron.dmc.model import DMCStep
-from megatron.dmc.training import initialize
+from megatron.dmc.training import checkpointing, initialize
 from megatron.dmc.training.model import build_model, unwrap
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
@@ -33,7 +32,7 @@ def logits(checkpoint: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Te
     run.training.transformer_impl = "local"
     initialize.initialize(run)
     model = unwrap(build_model(run)[0])
-    dist.load(checkpoint, [model])
+    checkpointing.load(checkpoint, [model])
     model.eval()
     positions = torch.arange(tokens.size(1)).expand_as(tokens)
 

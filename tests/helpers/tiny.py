@@ -226,7 +226,7 @@ def _hang(where: str, marker: Path) -> None:
 
     from megatron.core.dist_checkpointing import serialization
 
-    from megatron.dmc.checkpoint import dist
+    from megatron.dmc.training import checkpointing
     from megatron.dmc.training.loop import Trainer
 
     name, wanted = where.split(":")
@@ -237,8 +237,8 @@ def _hang(where: str, marker: Path) -> None:
         "step": (Trainer, "_loss"),
         "pause": (Trainer, "_loss"),
         "metadata": (serialization, "save_config"),
-        "manifest": (dist.Manifest, "write"),
-        "rename": (dist, "sync_tree"),
+        "manifest": (checkpointing.Manifest, "write"),
+        "rename": (checkpointing, "sync_tree"),
     }[name]
     inner, count = getattr(owner, attribute), 0
 
@@ -260,9 +260,9 @@ def _hang_in_shards(wanted: int, marker: Path) -> None:
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron.dmc.checkpoint import dist
+    from megatron.dmc.training.checkpointing import CheckpointWriter
 
-    save, write, count = dist.save, filesystem_async._write_item, {"saves": 0, "items": 0}
+    save, write, count = CheckpointWriter.save, filesystem_async._write_item, {"saves": 0, "items": 0}
 
     def patched_save(*args, **named):
         count["saves"] += 1
@@ -276,7 +276,7 @@ def _hang_in_shards(wanted: int, marker: Path) -> None:
             time.sleep(600)
         return write(*args, **named)
 
-    dist.save, filesystem_async._write_item = patched_save, patched_write
+    CheckpointWriter.save, filesystem_async._write_item = patched_save, patched_write
 
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, object]:

@@ -20,10 +20,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron.dmc.checkpoint import dist
 from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_checkpoint
 from megatron.dmc.config import RunConfig
 from megatron.dmc.training import arguments, initialize
+from megatron.dmc.training.checkpointing import CheckpointWriter
 from megatron.dmc.training.data import Sidecar
 from megatron.dmc.training.loop import Trainer
 from megatron.dmc.training.metrics import StepTotals, kept_by_head
@@ -202,7 +202,7 @@ def prepare(directory: Path) -> None:
         initialize.initialize(config)
         chunks = [unwrap(chunk) for chunk in build_model(config)]
         manifest = Manifest("zero_out" if name == "start" else "pretrain", 1, 1, 0, 0, 1.0)
-        dist.save(directory / name, chunks, None, manifest, arguments.dump(config))
+        CheckpointWriter(directory / name, chunks, None, arguments.dump(config)).save(manifest)
         parallel_state.destroy_model_parallel()
 
 

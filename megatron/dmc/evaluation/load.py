@@ -43,11 +43,11 @@ def load_checkpoint(path: str | Path, bf16: bool = False) -> Loaded:
     config.parallel = ParallelConfig()
     config.training = dataclasses.replace(config.training, bf16=bf16, global_batch_size=1, micro_batch_size=1)
     initialize.initialize(config)
-    from megatron.dmc.checkpoint import dist
+    from megatron.dmc.training import checkpointing
     from megatron.dmc.training.model import transformer_config
 
     model = DMCGPTModel(transformer_config(config), config.model, config.dmc, carry=False, transformer_impl="local")
     model.to(initialize.device(), torch.bfloat16 if bf16 else torch.float32)
-    dist.load(directory, [model])
+    checkpointing.load(directory, [model])
     model.eval()
     return Loaded(model, config, manifest, directory)

@@ -16,7 +16,6 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -29,6 +28,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.dmc.config import RunConfig
+from megatron.dmc.training.mcore_compat import process_group_for_blends
 from megatron.dmc.training.tokenizer import Tokenizer
 
 _FORMAT = "megatron.dmc.indexed_dataset"
@@ -200,7 +200,7 @@ def build_datasets(
         return None, None
     sizes = [samples if blend else 0 for blend, (_, samples) in zip(blends, wanted)]
 
-    with _process_group_if(any(blend is not None and len(blend[0]) > 1 for blend in blends)):
+    with process_group_for_blends(any(blend is not None and len(blend[0]) > 1 for blend in blends)):
         several = distributed.is_initialized()
         rank = distributed.get_rank() if several else 0
         # Rank 0 alone looks for the cache: looking is racy, and on NFS a failed look is remembered for a while.
@@ -299,19 +299,6 @@ def _publish(directory: str, target: str) -> None:
         # and over NFS they would lose them.
         if not os.path.isdir(target):
             raise
-
-
-@contextmanager
-def _process_group_if(needed: bool) -> Iterator[None]:
-    """A process group of this process alone, for BlendedDataset, which asks for its rank even where there is none."""
-    if not needed or distributed.is_initialized():
-        yield
-        return
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def batch_iterator(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron.dmc.checkpoint import dist
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import Distillation, DMCGPTModel, DMCStep
+from megatron.dmc.training import checkpointing
 from megatron.dmc.training.model import transformer_config
 from megatron.dmc.training.teacher import find_teacher
 
@@ -34,7 +34,7 @@ def attach_teachers(config: RunConfig, students: list[DMCGPTModel]) -> None:
         )
         device = next(student.parameters()).device
         teachers.append(teacher.to(device, torch.bfloat16 if t.bf16 else torch.float32).requires_grad_(False).eval())
-    dist.load(path, teachers, verify=t.verify_checkpoints)
+    checkpointing.load(path, teachers, verify=t.verify_checkpoints)
     # The original model's last channel is an ordinary one; after zero_out it is out of attention.
     step = DMCStep(compress=False, neuron_scale=0.0 if manifest.stage == "zero_out" else 1.0)
     for student, teacher in zip(students, teachers, strict=True):

@@ -12,17 +12,15 @@ from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron.dmc import schedule
-from megatron.dmc.checkpoint import dist
 from megatron.dmc.checkpoint.manifest import Manifest, read_hf_files
 from megatron.dmc.config import RunConfig
 from megatron.dmc.environment import versions
 from megatron.dmc.model import DMCStep, compression_loss
-from megatron.dmc.training import arguments, initialize
+from megatron.dmc.training import arguments, checkpointing, initialize
 from megatron.dmc.training.data import batch_iterator, build_datasets
 from megatron.dmc.training.distill import attach_teachers
 from megatron.dmc.training.metrics import Logger, StepTotals, kept_by_head
@@ -85,23 +83,32 @@ class Trainer:
         self.measured_cr: Optional[float] = None
         self.family: Optional[str] = None
         self.hf_files: dict[str, bytes] = {}
-        self.config_text = arguments.dump(config)
-        self.saves = AsyncCallsQueue() if t.async_save else None
-        self.writing: Optional[Path] = None
         if source := resume or init_from:
             self.family, self.hf_files = source[1].family, read_hf_files(source[0])
         if resume is not None:
             path, manifest = resume
-            dist.load(path, self.models, self.optimizer, verify=t.verify_checkpoints)
+            checkpointing.load(path, self.models, self.optimizer, verify=t.verify_checkpoints)
             self.iteration, self.source, self.lineage = manifest.iteration, manifest.source, manifest.lineage
             self.measured_cr = manifest.measured_cr
         elif init_from is not None:
             path, manifest = init_from
-            dist.load(path, self.models, verify=t.verify_checkpoints)
+            checkpointing.load(path, self.models, verify=t.verify_checkpoints)
             # The optimizer's fp32 main parameters were copied from the random weights.
             self.optimizer.reload_model_params()
             self.source, self.lineage = str(path), [*manifest.lineage, manifest.stage]
 
+        self.checkpoints: Optional[checkpointing.CheckpointWriter] = None
+        if t.save:
+            self.checkpoints = checkpointing.CheckpointWriter(
+                Path(t.save),
+                self.models,
+                self.optimizer,
+                arguments.dump(config),
+                hf_files=self.hf_files,
+                keep=t.keep_checkpoints,
+                retain=t.save_retain_interval,
+                background=t.async_save,
+            )
         valid_samples = t.eval_iters * t.global_batch_size if config.data.valid_data_path else 0
         self.train_data, self.valid_data = build_datasets(
             config, tokenizer, self.total_iters * t.global_batch_size, valid_samples
@@ -237,7 +244,7 @@ class Trainer:
         With async_save it is complete after :meth:`finish_saving`, and only one is written at a time.
         """
         self.finish_saving(wait=True)
-        config, directory = self.config, Path(self.config.training.save)
+        config = self.config
         if config.parallel.overlap_param_gather:
             # The other ranks' part of the last update would only arrive with the next forward pass.
             for chunk in self.chunks:
@@ -260,27 +267,16 @@ class Trainer:
             versions={**versions(), "world_size": os.environ.get("WORLD_SIZE", "1")},
             family=self.family,
         )
-        self.writing = dist.save(
-            directory,
-            self.models,
-            self.optimizer,
-            manifest,
-            self.config_text,
-            config.training.keep_checkpoints,
-            self.hf_files,
-            retain=config.training.save_retain_interval,
-            background=self.saves,
-        )
-        if self.saves is None:
-            self.logger.print(f"saved {self.writing}")
-            self.writing = None
+        assert self.checkpoints is not None
+        self.checkpoints.save(manifest)
+        if not self.checkpoints.background:
+            self.finish_saving(wait=True)
         self.logger.restart_clock()
 
     def finish_saving(self, wait: bool) -> None:
         """Give the checkpoint that is being written in the background its name, if it is done (or ``wait`` for it)."""
-        if self.writing is not None and self.saves is not None and self.saves.maybe_finalize_async_calls(blocking=wait):
-            self.logger.print(f"saved {self.writing}")
-            self.writing = None
+        if self.checkpoints is not None and (path := self.checkpoints.finish(wait)) is not None:
+            self.logger.print(f"saved {path}")
             self.logger.restart_clock()
 
     def log_evaluation(self, result: Optional[Evaluation]) -> None:
