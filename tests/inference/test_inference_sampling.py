@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.inference import SamplingParams
-from megatron.dmc.inference.sampling import Sampler, SamplerState, constrain, logprobs, truncate
+from megatron.dmc.inference.sampler import Sampler, SamplerState, constrain, logprobs, truncate
 
 SIZE = 12
 
@@ -24,7 +24,7 @@ def state(
 ) -> SamplerState:
     made = SamplerState.start(SamplingParams(**params), prompt, stop, SIZE, index)
     for token in answer:
-        made.take(token)
+        made.record(token)
     return made
 
 

@@ -8,9 +8,11 @@ print(llm.generate("The cache of", SamplingParams(temperature=0, max_tokens=64))
 
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.engine import Engine, EngineStats
+from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.llm import LLM
 from megatron.dmc.inference.request import Completion, RequestOutput, StepOutput
-from megatron.dmc.inference.sampling import Logprobs, SamplingParams
+from megatron.dmc.inference.sampler import Logprobs
+from megatron.dmc.inference.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -18,6 +20,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "InvalidRequest",
     "Logprobs",
     "RequestOutput",
     "SamplingParams",

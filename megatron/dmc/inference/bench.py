@@ -24,7 +24,7 @@ import torch
 from megatron.dmc.inference.cache import CacheUse
 from megatron.dmc.inference.engine import Engine
 from megatron.dmc.inference.request import StepOutput
-from megatron.dmc.inference.sampling import SamplingParams
+from megatron.dmc.inference.sampling_params import SamplingParams
 
 LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"})
 KERNELS = {

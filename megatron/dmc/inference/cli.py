@@ -18,7 +18,7 @@ from typing import Any, Optional
 
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.request import Completion, RequestOutput
-from megatron.dmc.inference.sampling import SamplingParams
+from megatron.dmc.inference.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from megatron.dmc.inference.graphs import DecodeGraphs
 from megatron.dmc.inference.model import Batch, Model, Piece
 from megatron.dmc.inference.prefix import PrefixCache
 from megatron.dmc.inference.request import FinishReason, Sequence, StepOutput, Timing
-from megatron.dmc.inference.sampling import Logprobs, Sampler, SamplerState, SamplingParams, logprobs
+from megatron.dmc.inference.sampler import Logprobs, Sampler, SamplerState, logprobs
+from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.scheduler import Plan, Scheduler
 from megatron.dmc.inference.text import Detokenizer
 from megatron.dmc.inference.weights import dtype_of, read_info
@@ -345,7 +346,7 @@ class Engine:
             return self._finish(sequence, "length", prompt_logprobs=tuple(sequence.prompt_logprobs))
         first, sequence.logits = sequence.generated == 0, None
         sequence.tokens.append(token)
-        sequence.sampler.take(token)
+        sequence.sampler.record(token)
         self._generated += 1
         if first:
             sequence.first_token = time.monotonic()

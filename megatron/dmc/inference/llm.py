@@ -10,7 +10,7 @@ from typing import Any
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.engine import Engine
 from megatron.dmc.inference.request import Completion, RequestOutput, StepOutput
-from megatron.dmc.inference.sampling import SamplingParams
+from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
 
 Prompt = str | Sequence[int]

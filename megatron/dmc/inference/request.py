@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, Optional
 from torch import Tensor
 
 from megatron.dmc.inference.cache import CacheUse
-from megatron.dmc.inference.sampling import Logprobs, SamplerState, SamplingParams
+from megatron.dmc.inference.sampler import Logprobs, SamplerState
+from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.text import Detokenizer
 
 if TYPE_CHECKING:

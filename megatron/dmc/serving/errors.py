@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Optional
 
+from megatron.dmc.inference.errors import InvalidRequest
+
 
 class APIError(Exception):
     """A request that ends without its answer."""
@@ -38,6 +40,8 @@ def invalid(message: str, param: Optional[str] = None, code: Optional[str] = Non
 
 def of_value_error(error: ValueError) -> APIError:
     """400 from one of the engine's, which begin with the name of the wrong value."""
+    if isinstance(error, InvalidRequest):
+        return invalid(str(error), error.param, error.code)
     message = str(error)
     named = re.match(r"([a-z_]+)(\[\w+\])? (is|holds) ", message)
     too_long = re.match(r"the prompt has \d+ tokens", message)

@@ -1,0 +1,247 @@
+"""Sampler: the next token of every sequence of a step at once, by each sequence's own parameters.
+
+Order of operations: log-probabilities are those of the model's own logits; then ``logit_bias`` and ``min_tokens``,
+penalties, temperature, ``min_p``, ``top_k``, ``top_p``, and the random choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from megatron.dmc.inference.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities at one position (natural logarithms): of the chosen token and of the most likely ones."""
+
+    token: int
+    logprob: float
+    rank: int
+    """Rank of the chosen token; 1 is the most likely."""
+    top: tuple[tuple[int, float], ...] = ()
+    """Pairs (token, log-probability), most likely first."""
+
+
+@dataclass
+class SamplerState:
+    """Sampling state of one sequence: its generator, and token counts where its parameters need them."""
+
+    params: SamplingParams
+    stop_ids: Tensor
+    """Token ids that ``min_tokens`` forbids at first: int64."""
+    generator: Optional[torch.Generator] = None
+    """Random numbers of a sequence with a seed; None uses the engine's generator."""
+    in_prompt: Optional[Tensor] = None
+    """Tokens of the prompt: bool [vocabulary]; None without penalties."""
+    counts: Optional[Tensor] = None
+    """Occurrences of each token in the completion: fp32 [vocabulary]; None without penalties."""
+    num_generated: int = 0
+    bias: Optional[tuple[Tensor, Tensor]] = None
+    """Token ids (int64) and values (fp32) of ``logit_bias``."""
+    greedy: bool = field(init=False)
+    constrained: bool = field(init=False)
+    """Whether the next token's logits have to be changed before sampling."""
+
+    def __post_init__(self) -> None:
+        self.greedy = self.params.greedy
+        self._update()
+
+    def _update(self) -> None:
+        forbids = self.num_generated < self.params.min_tokens
+        self.constrained = forbids or self.bias is not None or self.counts is not None
+
+    @classmethod
+    def start(
+        cls,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        vocabulary: int,
+        index: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> SamplerState:
+        """State before the first token of completion ``index`` of a request."""
+        stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        generator = in_prompt = counts = bias = None
+        if params.seed is not None:
+            generator = torch.Generator(device)
+            generator.manual_seed((params.seed + index) % 2**63)
+        if params.penalized:
+            in_prompt = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+            in_prompt[torch.tensor(prompt, dtype=torch.long, device=device)] = True
+            counts = torch.zeros(vocabulary, device=device)
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias.items())
+            bias = (torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device))
+        return cls(params, stop, generator, in_prompt, counts, bias=bias)
+
+    def record(self, token: int) -> None:
+        """Count a token of the completion."""
+        self.num_generated += 1
+        if self.counts is not None:
+            self.counts[token] += 1
+        self._update()
+
+
+class Sampler:
+    """Samples the next token of every row. A row's token does not depend on the other rows."""
+
+    def __init__(self, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        """``seed``: of the generator that serves all sequences without a seed of their own."""
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(seed)
+
+    def __call__(self, logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """Next tokens: int64 [n].
+
+        Args:
+            logits: fp32 [n, vocabulary]; not modified.
+            states: of the n sequences.
+        """
+        logits = constrain(logits, states)
+        random = [row for row, state in enumerate(states) if not state.greedy]
+        if len(random) == len(states):
+            return self._sample(logits, states)
+        tokens = logits.argmax(dim=-1)
+        if random:
+            rows = torch.tensor(random, device=logits.device)
+            tokens[rows] = self._sample(logits[rows], [states[row] for row in random])
+        return tokens
+
+    def _sample(self, logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        temperature = _column([state.params.temperature for state in states], self.device)
+        # Scaled after the maximum is taken off, so that a tiny temperature cannot overflow.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        p = truncate(logits, [state.params for state in states])
+        return self._by_sum(p, states) if self.device.type == "cpu" else self._by_noise(p, states)
+
+    def _by_sum(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """Inverse transform sampling: the first token at which the cumulative sum of p exceeds a uniform number.
+
+        It takes one random number per row, where a CPU needs 20 ms to make a million of Exp(1). A token whose p is 0
+        does not add to the sum, so it is never chosen.
+        """
+        sums = p.cumsum(dim=-1, dtype=torch.float64)
+        chosen = torch.searchsorted(sums, self._uniform(states) * sums[:, -1:], right=True)
+        return chosen[:, 0].clamp_max_(p.size(-1) - 1)
+
+    def _by_noise(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """Exponential race, argmax of p / Exp(1): needs no sum over the vocabulary and no host sync, for GPUs."""
+        return (p / self._noise(p, states)).argmax(dim=-1)
+
+    def _uniform(self, states: Sequence[SamplerState]) -> Tensor:
+        """Uniform numbers in [0, 1) from each row's own generator where it has one: fp64 [n, 1]."""
+        shared = [row for row, state in enumerate(states) if state.generator is None]
+        # On a CPU n numbers at once are the n numbers that would be made one by one.
+        numbers = torch.rand(len(shared), dtype=torch.float64, generator=self.generator)
+        if len(shared) < len(states):
+            own = [
+                torch.rand((), dtype=torch.float64, generator=state.generator) for state in states if state.generator
+            ]
+            seeded = [row for row, state in enumerate(states) if state.generator is not None]
+            ordered = torch.empty(len(states), dtype=torch.float64)
+            ordered[shared], ordered[seeded] = numbers, torch.stack(own)
+            numbers = ordered
+        return numbers[:, None]
+
+    def _noise(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
+        """Exp(1) noise from each row's own generator where it has one: [n, vocabulary]."""
+        noise = torch.empty_like(p)
+        if any(state.generator is None for state in states):
+            noise.exponential_(generator=self.generator)
+        for row, state in enumerate(states):
+            if state.generator is not None:
+                noise[row].exponential_(generator=state.generator)
+        return noise.clamp_min_(torch.finfo(noise.dtype).tiny)
+
+
+def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+
+def constrain(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Logits after ``logit_bias``, ``min_tokens`` and penalties, copied when a row has any: fp32 [n, vocabulary]."""
+    rows = [row for row, state in enumerate(states) if state.constrained]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for row in rows:
+        state, x = states[row], logits[row]
+        if state.bias is not None:
+            x.index_add_(0, *state.bias)
+        if state.num_generated < state.params.min_tokens:
+            x[state.stop_ids] = -math.inf
+    _penalize(logits, [row for row in rows if states[row].counts is not None], states)
+    return logits
+
+
+def _penalize(logits: Tensor, rows: Sequence[int], states: Sequence[SamplerState]) -> None:
+    """Apply repetition, presence and frequency penalties in place."""
+    if not rows:
+        return
+    chosen = [states[row] for row in rows]
+
+    def column(name: str) -> Tensor:
+        return _column([getattr(state.params, name) for state in chosen], logits.device)
+
+    x = logits[rows]
+    counts = torch.stack([state.counts for state in chosen])
+    seen = torch.stack([state.in_prompt for state in chosen]) | (counts > 0)
+    repetition = column("repetition_penalty")
+    x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+    logits[rows] = x - column("frequency_penalty") * counts - column("presence_penalty") * (counts > 0)
+
+
+def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Unnormalized probabilities, those that ``min_p``, ``top_k`` or ``top_p`` exclude set to 0: fp32 [n, vocabulary].
+
+    Args:
+        logits: fp32 [n, vocabulary].
+        params: of the n rows.
+    """
+    device = logits.device
+    if any(p.min_p > 0 for p in params):
+        floor = logits.amax(-1, keepdim=True) + torch.log(_column([p.min_p for p in params], device))
+        logits = logits.masked_fill(logits < floor, -math.inf)
+    probability = torch.softmax(logits, dim=-1)
+    size = logits.size(-1)
+    cut = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if cut:  # only these: a row must not be rounded otherwise because of its neighbours
+        top_k = _column([params[row].top_k if params[row].top_k > 0 else size for row in cut], device, torch.long)
+        top_p = _column([params[row].top_p if params[row].top_p < 1 else math.inf for row in cut], device)
+        probability[cut] = _top(logits[cut], top_k, top_p)
+    return probability
+
+
+def _top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Probabilities [n, vocabulary] that ``top_k`` and then ``top_p`` ([n, 1] each) leave."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.size(-1), device=logits.device)
+    p = torch.softmax(ordered.masked_fill(rank >= top_k, -math.inf), dim=-1)
+    before = p.cumsum(-1) - p
+    kept = (before < top_p) | (rank == 0)
+    return torch.zeros_like(logits).scatter_(-1, order, p * kept)
+
+
+def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:
+    """Log-probabilities of ``tokens`` and of the ``counts[i]`` most likely tokens of each row.
+
+    Args:
+        logits: fp32 [n, vocabulary], as the model gives them.
+        tokens: int64 [n].
+        counts: number of most likely tokens wanted at each row.
+    """
+    scores = torch.log_softmax(logits, dim=-1)
+    chosen = scores.gather(-1, tokens[:, None])
+    ranks = (scores > chosen).sum(-1) + 1
+    values, ids = scores.topk(min(max(counts), scores.size(-1)), dim=-1)
+    rows = zip(tokens.tolist(), chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), counts)
+    return [Logprobs(t, lp, rank, tuple(zip(i[:k], v[:k]))) for t, lp, rank, i, v, k in rows]
