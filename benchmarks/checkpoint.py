@@ -65,7 +65,7 @@ def main() -> None:
 
         trainer = Trainer(config, RandomIds(VOCABULARY))
         trainer.logger.active = False
-        iterators = trainer._iterators(trainer.train_data, 0)
+        iterators = trainer.iterators(trainer.train_data, 0)
 
         def timed(function, *more) -> float:
             begun = time.perf_counter()

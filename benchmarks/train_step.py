@@ -70,7 +70,7 @@ def main() -> None:
 
         for name, stage in stages.items():
             trainer = Trainer(run_config(args, stage, prefix, dtype == torch.bfloat16), RandomIds(VOCABULARY))
-            trainers[name] = trainer, trainer._iterators(trainer.train_data, 0)
+            trainers[name] = trainer, trainer.iterators(trainer.train_data, 0)
         times = interleave(
             {name: lambda t=t, i=i: t.train_step(i) for name, (t, i) in trainers.items()},
             device,

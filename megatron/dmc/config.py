@@ -185,7 +185,7 @@ class ParallelConfig:
     checkpoints.
     """
     lost_host_seconds: int = 30
-    """A host that has not answered for so long ends the run on all the others (training/watch.py). 0: hosts are not
+    """A host that has not answered for so long ends the run on all the others (host_monitor.py). 0: hosts are not
     watched.
     """
 

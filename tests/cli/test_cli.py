@@ -305,8 +305,9 @@ def test_ratios_follow_from_the_checkpoint(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "z", "zero_out")
     checkpoint(tmp_path / "r", "retrofit", 6, 10, target_cr=1.6)
-    config, resume, init = retrofit.prepare(tiny.command(data, "retrofit", init_from="z", save="a", target_cr=2))
-    assert (config.stage.start_cr, config.stage.target_cr, resume, init[1].stage) == (1.0, 2.0, None, "zero_out")
+    config, start = retrofit.prepare(tiny.command(data, "retrofit", init_from="z", save="a", target_cr=2))
+    assert (config.stage.start_cr, config.stage.target_cr, start.manifest.stage) == (1.0, 2.0, "zero_out")
+    assert not start.resumes
     assert config.model.hidden_size == 32
     config = retrofit.prepare(tiny.command(data, "retrofit", init_from="r", save="a", target_cr=4))[0]
     assert config.stage.start_cr == 1.6  # unfinished, usable at the ratio reached
@@ -315,11 +316,11 @@ def test_ratios_follow_from_the_checkpoint(data, tmp_path, monkeypatch):
     # A run goes on although what it started from is gone.
     checkpoint(tmp_path / "run", "retrofit", 5, 10, target_cr=2.0)
     argv = tiny.command(data, "retrofit", init_from="gone", save="run", target_cr=2, train_iters=10)
-    config, resume, init = retrofit.prepare(argv)
-    assert config.stage.start_cr == 1.0 and resume[1].iteration == 5 and init is None
+    config, start = retrofit.prepare(argv)
+    assert config.stage.start_cr == 1.0 and start.manifest.iteration == 5 and start.resumes
     # A checkpoint that was half deleted by an older version does not get in the way of a newer one.
     (tmp_path / "run" / "iter_0000001").mkdir()
-    assert retrofit.prepare(argv)[1][1].iteration == 5
+    assert retrofit.prepare(argv)[1].manifest.iteration == 5
 
 
 def test_real_processes(data, tmp_path):

@@ -191,12 +191,12 @@ def _child(argv: list[str], env: dict[str, str], log: str, spy: str, hang: Optio
     torch.set_num_threads(1)  # forked: OpenMP must not start threads
     from megatron.dmc.training import metrics, retrofit
 
-    def line(self, iteration, consumed_tokens, iterations, values, *rest, inner=metrics.Logger.line, **named):
+    def line(self, iteration, steps, values, *rest, inner=metrics.Logger.line):
         if self.active:
             with open(spy, "a") as file:
                 exact = {name: float(value).hex() for name, value in values.items()}
                 file.write(json.dumps({"iteration": iteration, **exact}) + "\n")
-        return inner(self, iteration, consumed_tokens, iterations, values, *rest, **named)
+        return inner(self, iteration, steps, values, *rest)
 
     metrics.Logger.line = line
     if hang:

@@ -26,8 +26,8 @@ from megatron.dmc.training import arguments, initialize
 from megatron.dmc.training.checkpointing import CheckpointWriter
 from megatron.dmc.training.data import Sidecar
 from megatron.dmc.training.loop import Trainer
-from megatron.dmc.training.metrics import StepTotals, kept_by_head
 from megatron.dmc.training.model import build_model, unwrap
+from megatron.dmc.training.starting_point import StartingPoint
 
 SEQ, VOCAB, STEPS = 48, 100, 3
 
@@ -211,19 +211,19 @@ def train(directory: Path, name: str, extra: dict) -> dict:
     config = configuration(directory, name, extra)
     initialize.initialize(config)
     start = resolve_checkpoint(directory / "start")
-    trainer = Trainer(config, FakeTokenizer(), init_from=(start, read_manifest(start)))
-    iterators = trainer._iterators(trainer.train_data, 0)
+    trainer = Trainer(config, FakeTokenizer(), StartingPoint(start, read_manifest(start), resumes=False))
+    iterators = trainer.iterators(trainer.train_data, 0)
     result: dict = {"lm loss": [], "dmc loss": [], "CR": [], "grad norm": [], "distill loss": [], "kept": []}
     for _ in range(STEPS):
-        totals, kept, grad_norm = trainer.train_step(iterators)
-        step = StepTotals.reduce(totals)
-        result["lm loss"].append(step.lm_loss / step.tokens)
-        result["dmc loss"].append(step.dmc_loss / step.sequences)
-        result["CR"].append(step.cr(trainer.slots_per_sequence))
+        sums, grad_norm = trainer.train_step(iterators)
+        step = sums.reduce(config)
+        result["lm loss"].append(step.lm_loss)
+        result["dmc loss"].append(step.dmc_loss)
+        result["CR"].append(step.cr)
         result["grad norm"].append(grad_norm)
-        result["distill loss"].append(step.distill_loss / step.tokens)
-        result["kept"].append(kept_by_head(kept, config.model, trainer.device).tolist())
-        assert step.kept == sum(map(sum, result["kept"][-1])), "the carried count is not the layers' count"
+        result["distill loss"].append(step.distill_loss)
+        result["kept"].append(step.kept_by_head.tolist())
+        assert step.kept_slots == sum(map(sum, result["kept"][-1])), "the carried count is not the layers' count"
     path = trainer.save()
     evaluation = trainer.evaluate()
     result["validation"] = [evaluation.lm_loss, evaluation.cr]
@@ -241,7 +241,7 @@ def evaluate_saved(directory: Path, names: list[str]) -> dict:
         config = configuration(directory, name, {"dmc": everything[name].get("dmc", {})})
         initialize.initialize(config)
         path = resolve_checkpoint(Path(config.training.save))
-        trainer = Trainer(config, FakeTokenizer(), init_from=(path, read_manifest(path)))
+        trainer = Trainer(config, FakeTokenizer(), StartingPoint(path, read_manifest(path), resumes=False))
         evaluation = trainer.evaluate()
         results[name] = {"validation": [evaluation.lm_loss, evaluation.cr]}
         parallel_state.destroy_model_parallel()

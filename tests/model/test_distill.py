@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.dmc.model import distill, distillation_loss
+from megatron.dmc.training import distillation
+from megatron.dmc.training.distillation import distillation_loss
 
 S, B, V = 7, 3, 40
 
@@ -32,7 +33,7 @@ def dense(student, teacher, labels, weight, temperature):
 @pytest.mark.parametrize("chunk", [1 << 24, 2 * B * V, 1])
 @pytest.mark.parametrize("weight, temperature", [(1.0, 1.0), (0.3, 1.0), (0.7, 2.0), (1.0, 4.0), (0.0, 1.0)])
 def test_loss_and_gradient_equal_the_dense_ones(weight, temperature, chunk, monkeypatch) -> None:
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setattr(distillation, "CHUNK", chunk)
     student, teacher, labels, upstream = draw()
     before = student.clone(), teacher.clone()
     a, b = student.clone().requires_grad_(), student.double().requires_grad_()

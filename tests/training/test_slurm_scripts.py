@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.dmc.training import watch
+from megatron.dmc.training import host_monitor
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "examples" / "dmc" / "slurm"
 JOBS = sorted(SCRIPTS.glob("*.sbatch"))
@@ -184,7 +184,7 @@ def test_a_stage_that_lost_a_host_is_queued_again(stand, tmp_path):
     stand.statuses = {"torch.distributed.run": "exit 1"}
     for lost in (False, True):
         if lost:
-            (tmp_path / watch.NOTE).touch()
+            (tmp_path / host_monitor.LOST_HOST_FILE).touch()
         result = stand.run("retrofit.sbatch", "--stage", "retrofit", **{**STAGE, "SAVE": str(tmp_path)})
         assert result.returncode == 1 and ("a host was lost: queued again" in result.stdout) == lost, result
         assert any(call[1] == "requeue" for call in stand.calls("scontrol")) == lost

@@ -1,7 +1,6 @@
 """The Megatron side of DMC: self-attention as a layer spec, the model that carries the compression count, the loss."""
 
 from megatron.dmc.model.attention import DMCSelfAttention, DMCStep
-from megatron.dmc.model.distill import Distillation, distillation_loss
 from megatron.dmc.model.gpt_model import DMCGPTModel
 from megatron.dmc.model.layer import DMCTransformerLayer
 from megatron.dmc.model.layer_specs import get_dmc_block_spec, get_dmc_layer_spec, have_transformer_engine
@@ -12,9 +11,7 @@ __all__ = [
     "DMCSelfAttention",
     "DMCStep",
     "DMCTransformerLayer",
-    "Distillation",
     "compression_loss",
-    "distillation_loss",
     "get_dmc_block_spec",
     "get_dmc_layer_spec",
     "have_transformer_engine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.model.attention import DMCSelfAttention, DMCStep
 from megatron.dmc.model.carry import read_count, write_count
-from megatron.dmc.model.distill import Distillation, distillation_loss
 from megatron.dmc.model.layer_specs import get_dmc_block_spec
 from megatron.dmc.ops import rotary_frequencies
 
@@ -61,11 +61,6 @@ class DMCGPTModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.carry = carry
-        self.distillation: Optional[Distillation] = None
-        """Set to train beside a teacher. In training mode the hidden state between stages then has the teacher's rows
-        below the student's: pass twice the sequence length, and the carried rows, to the schedule.
-        """
-        self._teacher_logits: Optional[Tensor] = None
         # megatron-core knows one set of rope-scaling constants; these come from the model's configuration.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(
             model.head_dim, model.rotary_base, model.rope_scaling, device=self.rotary_pos_emb.inv_freq.device
@@ -73,82 +68,52 @@ class DMCGPTModel(GPTModel):
 
     def forward(
         self,
-        input_ids: Tensor,
-        position_ids: Tensor,
+        input_ids: Optional[Tensor],
+        position_ids: Optional[Tensor],
         labels: Optional[Tensor] = None,
         *,
         step: Optional[DMCStep] = None,
+        loss_function: Optional[Callable[[Tensor, Tensor], Tensor]] = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """One micro-batch through this stage.
+        """Run one micro-batch through this stage.
 
         Args:
             input_ids, position_ids, labels: int64 [b, s]; stages that do not need them ignore them.
             step: see :class:`DMCStep`; may be left out in eval mode.
+            loss_function: labels [b, s], logits [s, b, vocab / tp] -> losses; None: cross-entropy, fp32 [b, s].
 
         Returns:
-            On the last stage losses fp32 [b, s] with labels, else logits [b, s, vocab / tp]; with ``carry`` a tuple
-            of that and the slots kept by the whole model, fp64 [b]. On other stages the hidden state. In training
-            beside a teacher the losses are [3, b, s], see :func:`distillation_loss`.
+            On the last stage losses with labels, else logits [b, s, vocab / tp]; with ``carry`` a tuple of that and
+            the slots kept by the whole model, fp64 [b]. On other stages the hidden state [s (+ 1), b, h].
         """
-        if not self._distills():
-            return self._forward(input_ids, position_ids, labels, step)
-        assert self.distillation is not None
-        with torch.no_grad():
-            beside = self.distillation.teacher(input_ids, position_ids, step=self.distillation.step)
-        if not self.post_process:
-            return torch.cat((self._forward(input_ids, position_ids, labels, step), beside))
-        self._teacher_logits = beside.transpose(0, 1)  # [b, s, vocab / tp] -> [s, b, vocab / tp]
-        try:
-            return self._forward(input_ids, position_ids, labels, step)
-        finally:
-            self._teacher_logits = None
-
-    def _distills(self) -> bool:
-        return self.distillation is not None and self.training
-
-    def set_input_tensor(self, input_tensor: Tensor | list) -> None:
-        """Hidden state of the stage before; see :attr:`distillation`."""
-        hidden = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if self._distills() and hidden is not None:
-            assert self.distillation is not None
-            # n rows of the student, the carried row if there is one, n rows of the teacher.
-            rows = (hidden.size(0) + int(self.carry)) // 2
-            self.distillation.teacher.set_input_tensor(hidden[rows:].detach())
-            hidden = hidden[:rows]
-        super().set_input_tensor(hidden)
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, vocab / tp] -> [b, s], or [3, b, s] beside a teacher."""
-        if self._teacher_logits is None:
-            return super().compute_language_model_loss(labels, logits)
-        assert self.distillation is not None
-        d, teacher, self._teacher_logits = self.distillation, self._teacher_logits, None
-        losses = distillation_loss(logits, teacher, labels.t(), d.weight, d.temperature, self.pg_collection.tp)
-        return losses.transpose(1, 2).contiguous()  # [3, s, b] -> [3, b, s]
-
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, labels: Optional[Tensor], step: Optional[DMCStep]):
-        decoder_input = None
-        if self.pre_process:
-            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            if self.carry:
-                zero = torch.zeros(decoder_input.size(1), dtype=torch.float64, device=decoder_input.device)
-                row = write_count(zero, decoder_input.size(-1), decoder_input.dtype)
-                decoder_input = torch.cat((decoder_input, row))
-        return super().forward(
-            input_ids,
-            position_ids,
-            attention_mask=None,
-            decoder_input=decoder_input,
-            labels=labels,
-            extra_block_kwargs={"attention_bias": step},
+        hidden, rotary_pos_emb, *_ = self._preprocess(
+            input_ids, position_ids, self._embed(input_ids, position_ids) if self.pre_process else None
         )
-
-    def _postprocess(self, hidden_states: Tensor, *args, **kwargs):
-        if not (self.carry and self.post_process):
-            return super()._postprocess(hidden_states, *args, **kwargs)
+        # After the first stage the decoder takes its input from set_input_tensor instead.
+        hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary_pos_emb, attention_bias=step)
+        if not self.post_process:
+            return hidden
+        if not self.carry:
+            return self._head(hidden, labels, loss_function)
         # Each tensor-parallel rank has counted its own heads.
-        kept = reduce_from_tensor_model_parallel_region(read_count(hidden_states[-1:]), group=self.pg_collection.tp)
-        return super()._postprocess(hidden_states[:-1], *args, **kwargs), kept
+        kept = reduce_from_tensor_model_parallel_region(read_count(hidden[-1:]), group=self.pg_collection.tp)
+        return self._head(hidden[:-1], labels, loss_function), kept
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[b, s] -> [s, b, h], with ``carry`` [s + 1, b, h], whose last row counts 0 slots."""
+        hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        if not self.carry:
+            return hidden
+        zero = torch.zeros(hidden.size(1), dtype=torch.float64, device=hidden.device)
+        return torch.cat((hidden, write_count(zero, hidden.size(-1), hidden.dtype)))
+
+    def _head(self, hidden: Tensor, labels: Optional[Tensor], loss_function: Optional[Callable]) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        if labels is None:
+            # [s, b, vocab / tp] -> [b, s, vocab / tp]
+            return logits.transpose(0, 1).contiguous()
+        return (loss_function or self.compute_language_model_loss)(labels, logits)
 
     def attention_layers(self) -> list[DMCSelfAttention]:
         """Attention modules of this stage, in layer order."""

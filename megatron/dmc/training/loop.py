@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint.manifest import Manifest, read_hf_files
@@ -22,22 +22,12 @@ from megatron.dmc.environment import versions
 from megatron.dmc.model import DMCStep, compression_loss
 from megatron.dmc.training import arguments, checkpointing, initialize
 from megatron.dmc.training.data import batch_iterator, build_datasets
-from megatron.dmc.training.distill import attach_teachers
-from megatron.dmc.training.metrics import Logger, StepTotals, kept_by_head
+from megatron.dmc.training.distillation import load_teachers
+from megatron.dmc.training.metrics import Logger, StepMetrics, StepSums
 from megatron.dmc.training.model import build_model, build_optimizer, set_learning_rate, unwrap
-from megatron.dmc.training.preemption import Starts, StopSignal
+from megatron.dmc.training.preemption import RestartGuard, StopSignal
+from megatron.dmc.training.starting_point import StartingPoint
 from megatron.dmc.training.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """Validation with hard decisions, over all ranks."""
-
-    lm_loss: float
-    cr: float
-    kept: Tensor
-    """fp64 [layers, KV heads], slots kept; all ``tokens`` when the stage does not compress."""
-    tokens: int
 
 
 class Trainer:
@@ -45,241 +35,248 @@ class Trainer:
 
     Args:
         config: resolved; the process group must exist (:func:`initialize.initialize`).
-        tokenizer: that the data was made with.
-        resume: checkpoint under --save to continue from, with optimizer state.
-        init_from: checkpoint to take weights from when there is nothing to resume.
+        tokenizer: the one that the data was made with.
+        start: checkpoint to continue from or to take weights from; None starts from random weights.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        tokenizer: Tokenizer,
-        *,
-        resume: Optional[tuple[Path, Manifest]] = None,
-        init_from: Optional[tuple[Path, Manifest]] = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, start: Optional[StartingPoint] = None) -> None:
         self.config = config
         self.device = initialize.device()
         self.total_iters = schedule.train_iters(config.stage)
-        self.dp_rank = parallel_state.get_data_parallel_rank()
-        self.dp_size = parallel_state.get_data_parallel_world_size()
-        t, p = config.training, config.parallel
-        self.micro_batches = t.global_batch_size // (t.micro_batch_size * self.dp_size)
-        m = config.model
-        self.slots_per_sequence = m.num_layers * m.kv_heads * config.data.seq_length
         self.compresses = schedule.compresses(config.stage)
-        # The carried row; under sequence parallelism every rank has one.
-        rows = (p.tensor_model_parallel_size if p.sequence_parallel else 1) if self.compresses else 0
-        self.schedule_length = config.data.seq_length + rows
-
         self.chunks = build_model(config)
-        self.optimizer = build_optimizer(config, self.chunks)
         self.models = [unwrap(chunk) for chunk in self.chunks]
-        self.distills = t.distill_from is not None
-        if self.distills:
-            attach_teachers(config, self.models)
-        self.iteration = 0
-        self.source = self.lineage = None
-        self.measured_cr: Optional[float] = None
-        self.family: Optional[str] = None
-        self.hf_files: dict[str, bytes] = {}
-        if source := resume or init_from:
-            self.family, self.hf_files = source[1].family, read_hf_files(source[0])
-        if resume is not None:
-            path, manifest = resume
-            checkpointing.load(path, self.models, self.optimizer, verify=t.verify_checkpoints)
-            self.iteration, self.source, self.lineage = manifest.iteration, manifest.source, manifest.lineage
-            self.measured_cr = manifest.measured_cr
-        elif init_from is not None:
-            path, manifest = init_from
-            checkpointing.load(path, self.models, verify=t.verify_checkpoints)
-            # The optimizer's fp32 main parameters were copied from the random weights.
-            self.optimizer.reload_model_params()
-            self.source, self.lineage = str(path), [*manifest.lineage, manifest.stage]
+        self.optimizer = build_optimizer(config, self.chunks)
+        teachers = load_teachers(config, self.models) if config.training.distill_from is not None else []
+        self.teachers = dict(zip(self.chunks, teachers))
 
-        self.checkpoints: Optional[checkpointing.CheckpointWriter] = None
-        if t.save:
-            self.checkpoints = checkpointing.CheckpointWriter(
-                Path(t.save),
-                self.models,
-                self.optimizer,
-                arguments.dump(config),
-                hf_files=self.hf_files,
-                keep=t.keep_checkpoints,
-                retain=t.save_retain_interval,
-                background=t.async_save,
-            )
-        valid_samples = t.eval_iters * t.global_batch_size if config.data.valid_data_path else 0
-        self.train_data, self.valid_data = build_datasets(
-            config, tokenizer, self.total_iters * t.global_batch_size, valid_samples
-        )
+        self.iteration = 0
+        self.measured_cr: Optional[float] = None
+        self.source: Optional[str] = None
+        self.lineage: list[str] = []
+        self.family: Optional[str] = None
+        self.hf_files: Mapping[str, bytes] = {}
+        if start is not None:
+            self._load(start)
+        self.checkpoints = self._checkpoint_writer()
+        self.train_data, self.valid_data = self._datasets(tokenizer)
         self.logger = Logger(config, self.total_iters, self.iteration)
 
-    # Data and the step's state
+    def _load(self, start: StartingPoint) -> None:
+        manifest, verify = start.manifest, self.config.training.verify_checkpoints
+        self.family, self.hf_files = manifest.family, read_hf_files(start.path)
+        if start.resumes:
+            checkpointing.load(start.path, self.models, self.optimizer, verify=verify)
+            self.iteration, self.measured_cr = manifest.iteration, manifest.measured_cr
+            self.source, self.lineage = manifest.source, manifest.lineage
+        else:
+            checkpointing.load(start.path, self.models, verify=verify)
+            # The optimizer's fp32 main parameters were copied from the random weights.
+            self.optimizer.reload_model_params()
+            self.source, self.lineage = str(start.path), [*manifest.lineage, manifest.stage]
 
-    def _iterators(self, data: Any, start: int) -> list[Iterator[dict]]:
-        """One per model chunk; stages between the first and the last need only the sequences' ids."""
+    def _checkpoint_writer(self) -> Optional[checkpointing.CheckpointWriter]:
         t = self.config.training
+        if not t.save:
+            return None
+        return checkpointing.CheckpointWriter(
+            Path(t.save),
+            self.models,
+            self.optimizer,
+            arguments.dump(self.config),
+            hf_files=self.hf_files,
+            keep=t.keep_checkpoints,
+            retain=t.save_retain_interval,
+            background=t.async_save,
+        )
+
+    def _datasets(self, tokenizer: Tokenizer) -> tuple[Optional[Dataset], Optional[Dataset]]:
+        t = self.config.training
+        valid_samples = t.eval_iters * t.global_batch_size if self.config.data.valid_data_path else 0
+        return build_datasets(self.config, tokenizer, self.total_iters * t.global_batch_size, valid_samples)
+
+    # One global batch
+
+    def iterators(self, data: Optional[Dataset], consumed_samples: int) -> list[Iterator[dict]]:
+        """One iterator over micro-batches per model chunk, from ``consumed_samples`` on.
+
+        Stages between the first and the last need no tokens, only the sequences' ids.
+        """
+        t, iterators = self.config.training, []
         vp = self.config.parallel.virtual_pipeline_model_parallel_size
-        iterators = []
         for chunk in range(len(self.chunks)):
             stage = dict(ignore_virtual=False, vp_stage=chunk if vp else None)
             ends = parallel_state.is_pipeline_first_stage(**stage) or parallel_state.is_pipeline_last_stage(**stage)
             iterators.append(
                 batch_iterator(
                     data if ends else None,
-                    consumed_samples=start,
+                    consumed_samples=consumed_samples,
                     micro_batch_size=t.micro_batch_size,
                     global_batch_size=t.global_batch_size,
-                    dp_rank=self.dp_rank,
-                    dp_size=self.dp_size,
+                    dp_rank=parallel_state.get_data_parallel_rank(),
+                    dp_size=parallel_state.get_data_parallel_world_size(),
                     num_workers=self.config.data.num_workers,
                     device=self.device,
                 )
             )
         return iterators
 
-    def _dmc_step(self, sample_ids: Tensor, kept: list, training: bool) -> DMCStep:
-        stage = self.config.stage
-        state = DMCStep(
-            compress=self.compresses,
-            neuron_scale=schedule.neuron_scale(stage, self.iteration),
-            sample_ids=sample_ids if training else None,
-            seed=self.config.training.seed,
-            step=self.iteration,
-        )
-        if self.compresses:
-            kept.append(state.kept)
-        return state
-
-    def _forward_step(self, kept: list, training: bool, target_cr: float, iterator: Iterator, chunk: torch.nn.Module):
-        """Megatron's forward_step_func; the first three arguments are bound per step."""
-        batch = next(iterator)
-        step = self._dmc_step(batch["sample_ids"], kept, training)
-        output = chunk(batch.get("tokens"), batch.get("position_ids"), labels=batch.get("labels"), step=step)
-        return output, partial(self._loss, batch.get("loss_mask"), target_cr)
-
-    def _loss(self, loss_mask: Tensor, target_cr: float, output: Any) -> tuple[Tensor, Tensor, dict]:
-        """Sums over the micro-batch; Megatron divides gradients by the tokens of the global batch at the end."""
-        losses, kept = output if self.compresses else (output, None)
-        with_teacher = losses.dim() == 3
-        losses, ce, kl = losses if with_teacher else (losses, losses, torch.zeros_like(losses))
-        loss, lm = (losses.float() * loss_mask).sum(), (ce.float() * loss_mask).sum()
-        tokens, zero = loss_mask.sum(), torch.zeros((), dtype=torch.float64, device=lm.device)
-        dmc = slots = zero
-        if kept is not None:
-            dmc = compression_loss(kept, self.slots_per_sequence, target_cr).sum()
-            slots = kept.detach().sum()
-            # The division will be by tokens, the mean is to be over sequences: each counts as all its tokens.
-            loss = loss + self.config.dmc.loss_weight * self.config.data.seq_length * dmc.float()
-        distill = (kl.double() * loss_mask).sum()
-        parts = (lm.double(), tokens.double(), dmc, zero + losses.size(0), slots, distill)
-        return loss, tokens.to(torch.int), {"totals": torch.stack([part.detach() for part in parts])}
-
-    def _run(self, iterators: list[Iterator], training: bool) -> tuple[Tensor, list]:
-        """Forward (and backward) over one global batch. Returns this rank's sums, fp64 [6], and the layers' counts."""
-        kept: list = []
-        target = schedule.target_cr(self.config.stage, self.iteration if training else self.total_iters)
-        t = self.config.training
-        data = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, kept, training, target),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=self.micro_batches,
-            # The teacher's rows go through the pipeline below the student's.
-            seq_length=self.schedule_length + (self.config.data.seq_length if training and self.distills else 0),
-            micro_batch_size=t.micro_batch_size,
-            forward_only=not training,
-        )
-        return StepTotals.from_micro_batches(data, self.device), kept
-
-    def train_step(self, iterators: list[Iterator]) -> tuple[Tensor, list, float]:
-        """One optimizer step. Returns this rank's sums, the layers' counts, and the gradient norm before clipping."""
-        config = self.config
+    def train_step(self, iterators: list[Iterator[dict]]) -> tuple[StepSums, float]:
+        """Take one optimizer step. Returns this rank's sums, and the gradient norm before clipping."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        totals, kept = self._run(iterators, training=True)
-        set_learning_rate(
-            self.optimizer,
-            schedule.learning_rate(config.stage, config.optimizer, self.iteration),
-            config.optimizer.weight_decay,
-        )
-        ok, grad_norm, _ = self.optimizer.step()
-        if not ok:
+        sums = self._forward_backward(iterators, training=True)
+        stage, optimizer = self.config.stage, self.config.optimizer
+        lr = schedule.learning_rate(stage, optimizer, self.iteration)
+        set_learning_rate(self.optimizer, lr, optimizer.weight_decay)
+        updated, grad_norm, _ = self.optimizer.step()
+        if not updated:
             raise RuntimeError(f"iteration {self.iteration + 1}: the gradients hold inf or nan; nothing was updated")
         self.iteration += 1
-        return totals, kept, float(grad_norm)
+        return sums, float(grad_norm)
+
+    def _forward_backward(self, iterators: list[Iterator[dict]], training: bool) -> StepSums:
+        """Run one global batch forward and, in training, backward. Returns this rank's sums."""
+        t, p, seq_length = self.config.training, self.config.parallel, self.config.data.seq_length
+        sums = StepSums.zeros(self.config, self.device)
+        sums.steps = 1
+        rows = seq_length
+        if self.compresses:  # the carried row; under sequence parallelism every rank has one
+            rows += p.tensor_model_parallel_size if p.sequence_parallel else 1
+        if training and self.teachers:
+            rows += seq_length
+        get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, sums, training),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=t.global_batch_size
+            // (t.micro_batch_size * parallel_state.get_data_parallel_world_size()),
+            seq_length=rows,
+            micro_batch_size=t.micro_batch_size,
+            forward_only=not training,
+        )
+        return sums
+
+    def _forward_step(self, sums: StepSums, training: bool, iterator: Iterator[dict], chunk: torch.nn.Module):
+        """Run one micro-batch through one chunk: Megatron's ``forward_step_func``, once the first two are bound."""
+        stage, batch = self.config.stage, next(iterator)
+        step = DMCStep(
+            compress=self.compresses,
+            neuron_scale=schedule.neuron_scale(stage, self.iteration),
+            sample_ids=batch["sample_ids"] if training else None,
+            seed=self.config.training.seed,
+            step=self.iteration,
+        )
+        if training and self.teachers:
+            output = self.teachers[chunk].forward_beside(chunk, batch, step)
+        else:
+            output = chunk(batch.get("tokens"), batch.get("position_ids"), labels=batch.get("labels"), step=step)
+        sums.add_kept(step.kept)
+        target_cr = schedule.target_cr(stage, self.iteration if training else self.total_iters)
+        return output, partial(self._loss, sums, batch.get("loss_mask"), target_cr)
+
+    def _loss(self, sums: StepSums, loss_mask: Tensor, target_cr: float, output: Any) -> tuple[Tensor, Tensor, dict]:
+        """Sum the losses of a micro-batch; Megatron divides gradients by the tokens of the global batch at the end."""
+        losses, kept = output if self.compresses else (output, None)
+        ce = losses
+        if losses.dim() == 3:  # beside a teacher: the loss and its two parts
+            losses, ce, kl = losses
+            sums.add(distill_loss=(kl.double() * loss_mask).sum())
+        loss, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
+        sums.add(lm_loss=(ce.float() * loss_mask).sum(), tokens=tokens, sequences=losses.size(0))
+        if kept is not None:
+            m, seq_length = self.config.model, self.config.data.seq_length
+            dmc = compression_loss(kept, m.num_layers * m.kv_heads * seq_length, target_cr).sum()
+            sums.add(dmc_loss=dmc, kept_slots=kept.sum())
+            # The division will be by tokens, the mean is to be over sequences: each counts as all its tokens.
+            loss = loss + self.config.dmc.loss_weight * seq_length * dmc.float()
+        return loss, tokens.to(torch.int), {}
+
+    # The loop
+
+    def train(self, stop: StopSignal, restarts: RestartGuard) -> bool:
+        """Train to the end of the stage, or until ``stop`` says to leave. Returns whether the stage is finished."""
+        t = self.config.training
+        iterators = self.iterators(self.train_data, self.iteration * t.global_batch_size)
+        unlogged, saved = StepSums.zeros(self.config, self.device), self.iteration
+        self.logger.restart_clock()
+        while self.iteration < self.total_iters:
+            begun = time.monotonic()
+            sums, grad_norm = self.train_step(iterators)
+            unlogged += sums
+            self.finish_saving(wait=False)
+            reason = stop.reason(self.device)
+            stop.record("step", time.monotonic() - begun)
+            restarts.clear()
+
+            last = self.iteration == self.total_iters
+            if self._is_due(t.exit_interval):
+                reason = reason or f"exit_interval {t.exit_interval}"
+            save_is_due = last or self._is_due(t.save_interval)
+            # A line before every checkpoint: a run that is resumed from it then logs the same lines as one that was
+            # not stopped.
+            if self._is_due(t.log_interval) or last or (t.save and (save_is_due or reason)):
+                unlogged = self._log(unlogged, grad_norm)
+            if self.valid_data is not None and self._is_due(t.eval_interval) and not (last or reason):
+                self.log_evaluation(self.evaluate(stop))
+                reason = stop.reason(self.device)
+                if reason and t.save and not save_is_due and unlogged.steps:
+                    unlogged = self._log(unlogged, grad_norm)
+            if t.save and (save_is_due or reason):
+                begun, saved = time.monotonic(), self.iteration
+                self.save()
+                if reason or last:
+                    self.finish_saving(wait=True)
+                stop.record("checkpoint", time.monotonic() - begun)
+            if reason and not last:
+                state = f"saved at iteration {saved}" if t.save else "nothing saved (no --save)"
+                self.logger.print(f"leaving at iteration {self.iteration} of {self.total_iters}: {reason}; {state}")
+                return False
+        if self.valid_data is not None:
+            self.log_evaluation(self.evaluate(stop))
+        return True
+
+    def _is_due(self, interval: Optional[int]) -> bool:
+        return bool(interval) and self.iteration % interval == 0
+
+    def _log(self, sums: StepSums, grad_norm: float) -> StepSums:
+        """Log the steps since the last line. Returns the sums of the next one."""
+        stage, metrics = self.config.stage, sums.reduce(self.config)
+        values = {
+            "learning rate": schedule.learning_rate(stage, self.config.optimizer, self.iteration - 1),
+            "lm loss": metrics.lm_loss,
+            "grad norm": grad_norm,
+        }
+        if self.teachers:
+            values["distill loss"] = metrics.distill_loss
+        if self.compresses:
+            values["dmc loss"] = metrics.dmc_loss
+            values["CR"] = self.measured_cr = metrics.cr
+        target_cr = schedule.target_cr(stage, self.iteration - 1)
+        self.logger.line(self.iteration, sums.steps, values, metrics.kept_by_head, target_cr)
+        return StepSums.zeros(self.config, self.device)
 
     @torch.no_grad()
-    def evaluate(self, stop: Optional[StopSignal] = None) -> Optional[Evaluation]:
-        """Validation loss over ``eval_iters`` global batches, always the same ones, with hard decisions.
+    def evaluate(self, stop: Optional[StopSignal] = None) -> Optional[StepMetrics]:
+        """Measure the validation loss over ``eval_iters`` global batches, always the same ones, with hard decisions.
 
         None when ``stop``, which is asked after each of them, says to leave.
         """
         for chunk in self.chunks:
             chunk.eval()
-        iterators = self._iterators(self.valid_data, 0)
-        totals, steps, left = torch.zeros(6, dtype=torch.float64, device=self.device), [], False
+        iterators = self.iterators(self.valid_data, 0)
+        sums, leaves = StepSums.zeros(self.config, self.device), False
         for _ in range(self.config.training.eval_iters):
-            part, kept = self._run(iterators, training=False)
-            totals, steps = totals + part, steps + kept
-            if left := stop is not None and bool(stop.agreed(self.device)):
+            sums += self._forward_backward(iterators, training=False)
+            if leaves := stop is not None and bool(stop.reason(self.device)):
                 break
         for chunk in self.chunks:
             chunk.train()
-        if left:
-            return None
-        result = StepTotals.reduce(totals)
-        tokens = int(result.sequences) * self.config.data.seq_length
-        if self.compresses:
-            by_head = kept_by_head(steps, self.config.model, self.device)
-        else:
-            by_head = torch.full((self.config.model.num_layers, self.config.model.kv_heads), float(tokens))
-        return Evaluation(result.lm_loss / result.tokens, result.cr(self.slots_per_sequence), by_head.cpu(), tokens)
+        return None if leaves else sums.reduce(self.config)
 
-    def save(self) -> None:
-        """Checkpoint of this iteration under --save. At the end of zero_out the neuron's weights become exactly 0.
-
-        With async_save it is complete after :meth:`finish_saving`, and only one is written at a time.
-        """
-        self.finish_saving(wait=True)
-        config = self.config
-        if config.parallel.overlap_param_gather:
-            # The other ranks' part of the last update would only arrive with the next forward pass.
-            for chunk in self.chunks:
-                chunk.disable_forward_pre_hook(param_sync=True)
-                chunk.enable_forward_pre_hook()
-        if config.stage.stage == "zero_out" and self.iteration >= self.total_iters:
-            for model in self.models:
-                model.zero_decision_neurons()
-        samples = self.iteration * config.training.global_batch_size
-        manifest = Manifest(
-            stage=config.stage.stage,
-            iteration=self.iteration,
-            train_iters=self.total_iters,
-            consumed_samples=samples,
-            consumed_tokens=samples * config.data.seq_length,
-            target_cr=schedule.target_cr(config.stage, max(0, self.iteration - 1)),
-            measured_cr=self.measured_cr,
-            source=self.source,
-            lineage=self.lineage or [],
-            versions={**versions(), "world_size": os.environ.get("WORLD_SIZE", "1")},
-            family=self.family,
-        )
-        assert self.checkpoints is not None
-        self.checkpoints.save(manifest)
-        if not self.checkpoints.background:
-            self.finish_saving(wait=True)
-        self.logger.restart_clock()
-
-    def finish_saving(self, wait: bool) -> None:
-        """Give the checkpoint that is being written in the background its name, if it is done (or ``wait`` for it)."""
-        if self.checkpoints is not None and (path := self.checkpoints.finish(wait)) is not None:
-            self.logger.print(f"saved {path}")
-            self.logger.restart_clock()
-
-    def log_evaluation(self, result: Optional[Evaluation]) -> None:
+    def log_evaluation(self, result: Optional[StepMetrics]) -> None:
+        """Log what :meth:`evaluate` returned."""
         if result is None:
             self.logger.print(f" validation at iteration {self.iteration} was left before its end")
             return
@@ -291,71 +288,50 @@ class Trainer:
         self.logger.scalars(self.iteration, {"validation lm loss": result.lm_loss, "validation CR": result.cr})
         self.logger.restart_clock()
 
-    def train(self, stop: StopSignal, starts: Starts) -> bool:
-        """Train to the end of the stage, or until ``stop`` says to leave. Returns whether the stage is finished."""
-        t = self.config.training
-        iterators = self._iterators(self.train_data, self.iteration * t.global_batch_size)
-        totals, steps, logged = torch.zeros(6, dtype=torch.float64, device=self.device), [], 0
-        saved = self.iteration
-        self.logger.restart_clock()
-        while self.iteration < self.total_iters:
-            begun = time.monotonic()
-            part, kept, grad_norm = self.train_step(iterators)
-            totals, steps, logged = totals + part, steps + kept, logged + 1
-            last = self.iteration == self.total_iters
-            self.finish_saving(wait=False)
-            why = stop.agreed(self.device)
-            stop.took("step", time.monotonic() - begun)
-            starts.done()
-            if t.exit_interval is not None and self.iteration % t.exit_interval == 0:
-                why = why or f"exit_interval {t.exit_interval}"
-            due = last or (t.save_interval and self.iteration % t.save_interval == 0)
-            # A line before every checkpoint: a run that is resumed from it then logs the same lines as one that was not
-            # stopped.
-            if self.iteration % t.log_interval == 0 or last or (t.save and (due or why)):
-                self._log(StepTotals.reduce(totals), steps, logged, grad_norm)
-                totals, steps, logged = torch.zeros_like(totals), [], 0
-            if (
-                self.valid_data is not None
-                and t.eval_interval
-                and self.iteration % t.eval_interval == 0
-                and not (last or why)
-            ):
-                self.log_evaluation(self.evaluate(stop))
-                why = stop.agreed(self.device)
-                if why and t.save and not due and logged:
-                    self._log(StepTotals.reduce(totals), steps, logged, grad_norm)
-            if t.save and (due or why):
-                begun, saved = time.monotonic(), self.iteration
-                self.save()
-                if why or last:
-                    self.finish_saving(wait=True)
-                stop.took("checkpoint", time.monotonic() - begun)
-            if why and not last:
-                state = f"saved at iteration {saved}" if t.save else "nothing saved (no --save)"
-                self.logger.print(f"leaving at iteration {self.iteration} of {self.total_iters}: {why}; {state}")
-                return False
-        if self.valid_data is not None:
-            self.log_evaluation(self.evaluate(stop))
-        return True
+    # Checkpoints
 
-    def _log(self, result: StepTotals, steps: list, iterations: int, grad_norm: float) -> None:
+    def save(self) -> None:
+        """Write a checkpoint under --save. At the end of zero_out the decision neuron's weights become exactly 0.
+
+        With async_save it is complete after :meth:`finish_saving`.
+        """
+        assert self.checkpoints is not None
+        self.finish_saving(wait=True)
         config = self.config
-        values = {
-            "learning rate": schedule.learning_rate(config.stage, config.optimizer, self.iteration - 1),
-            "lm loss": result.lm_loss / result.tokens,
-            "grad norm": grad_norm,
-        }
-        if self.distills:
-            values["distill loss"] = result.distill_loss / result.tokens
-        by_head = None
-        if self.compresses:
-            values["dmc loss"] = result.dmc_loss / result.sequences
-            values["CR"] = self.measured_cr = result.cr(self.slots_per_sequence)
-            by_head = kept_by_head(steps, config.model, self.device)
-        consumed = self.iteration * config.training.global_batch_size * config.data.seq_length
-        target = schedule.target_cr(config.stage, self.iteration - 1)
-        self.logger.line(self.iteration, consumed, iterations, values, by_head, target)
+        if config.parallel.overlap_param_gather:
+            # The other ranks' part of the last update would only arrive with the next forward pass.
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
+        if config.stage.stage == "zero_out" and self.iteration >= self.total_iters:
+            for model in self.models:
+                model.zero_decision_neurons()
+        samples = self.iteration * config.training.global_batch_size
+        self.checkpoints.save(
+            Manifest(
+                stage=config.stage.stage,
+                iteration=self.iteration,
+                train_iters=self.total_iters,
+                consumed_samples=samples,
+                consumed_tokens=samples * config.data.seq_length,
+                target_cr=schedule.target_cr(config.stage, max(0, self.iteration - 1)),
+                measured_cr=self.measured_cr,
+                source=self.source,
+                lineage=self.lineage,
+                versions={**versions(), "world_size": os.environ.get("WORLD_SIZE", "1")},
+                family=self.family,
+            )
+        )
+        if not self.checkpoints.background:
+            self.finish_saving(wait=True)
+        self.logger.restart_clock()
+
+    def finish_saving(self, wait: bool) -> None:
+        """Complete the checkpoint that is written in the background if all of it is there, or ``wait`` for it."""
+        if self.checkpoints is not None and (path := self.checkpoints.finish(wait)) is not None:
+            self.logger.print(f"saved {path}")
+            self.logger.restart_clock()
 
     def close(self) -> None:
+        """Close the log."""
         self.logger.close()

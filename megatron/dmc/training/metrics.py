@@ -1,4 +1,4 @@
-"""Counting, logging: losses reduced over all ranks, Megatron's log line, TensorBoard."""
+"""Sums of training steps, their means over all ranks, and the log: Megatron's line, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, distributed
 
+from megatron.dmc import schedule
 from megatron.dmc.config import ModelConfig, RunConfig
 
 # Dense bf16 peak of a GPU, FLOP/s (NVIDIA's data sheets), by a part of its name.
@@ -17,7 +18,7 @@ _PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S"
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Forward and backward FLOPs per token, as Megatron counts them: 6 per weight, and the causal attention's half."""
+    """FLOPs of a training step per token, as Megatron counts them: 6 per weight, and the causal attention's half."""
     m, d = model, model.head_dim
     qkv = m.hidden_size * (m.num_attention_heads + 2 * m.kv_heads) * d + m.num_attention_heads * d * m.hidden_size
     mlp = 3 * m.hidden_size * m.ffn_hidden_size
@@ -27,7 +28,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
 
 
 def peak_flops() -> Optional[float]:
-    """Of this rank's GPU in bf16; None when it is not known (or there is none): MFU is then N/A."""
+    """Peak FLOP/s of this rank's GPU in bf16; None when it is unknown or there is no GPU, and MFU is N/A."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -35,7 +36,7 @@ def peak_flops() -> Optional[float]:
 
 
 def memory_gib() -> float:
-    """Peak memory of this rank: of the allocator on a GPU, of the process without."""
+    """Peak memory of this rank in GiB, as the GPU's allocator counts it; without a GPU, of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
@@ -44,48 +45,96 @@ def memory_gib() -> float:
 
 
 @dataclass
-class StepTotals:
-    """Sums over the sequences of one or several global batches; exact counts, so any layout gives the same."""
+class StepSums:
+    """Sums over sequences on this rank, of one step or of several. Losses and their counts are on the device in fp64.
 
-    lm_loss: float = 0.0
-    tokens: float = 0.0
-    dmc_loss: float = 0.0
-    sequences: float = 0.0
-    kept: float = 0.0
-    """Slots kept by the whole model; 0 when the stage does not compress."""
-    distill_loss: float = 0.0
+    They are 0 but on the last pipeline stage; ``kept_by_head`` has the layers of this rank's stages.
+    """
+
+    lm_loss: Tensor
+    distill_loss: Tensor
     """Divergence from the teacher; 0 without one."""
-
-    @staticmethod
-    def from_micro_batches(data: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Sum what the loss function returned on the last stage. fp64 [6]; zeros on other stages."""
-        total = torch.zeros(6, dtype=torch.float64, device=device)
-        for entry in data:
-            total += entry["totals"]
-        return total
+    dmc_loss: Tensor
+    tokens: Tensor
+    sequences: Tensor
+    kept_slots: Tensor
+    """Slots kept by the whole model, as the carried row has counted them; 0 when the stage does not compress."""
+    kept_by_head: Tensor
+    """fp64 [layers, KV heads of this rank], slots kept, as the layers have counted them."""
+    steps: int = 0
 
     @classmethod
-    def reduce(cls, total: Tensor) -> StepTotals:
-        """Over the data-parallel ranks of the last stage, known to every rank afterwards."""
-        total = total / parallel_state.get_tensor_model_parallel_world_size()
+    def zeros(cls, config: RunConfig, device: torch.device) -> StepSums:
+        """Sums of nothing."""
+        heads = config.model.kv_heads // config.parallel.tensor_model_parallel_size
+        shapes = [()] * 6 + [(config.model.num_layers, heads)]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, **sums: Tensor | int) -> None:
+        """Add a micro-batch's losses and counts, by their names."""
+        for name, value in sums.items():
+            getattr(self, name).add_(value.detach() if isinstance(value, Tensor) else value)
+
+    def add_kept(self, kept: dict[int, Tensor]) -> None:
+        """Add the counts of one micro-batch, ``DMCStep.kept`` of one chunk's layers, which follow one another."""
+        if kept:
+            first = min(kept) - 1  # layers count from 1
+            # [layers of the chunk, b, heads] -> [layers of the chunk, heads]
+            self.kept_by_head[first : first + len(kept)] += torch.stack([kept[i] for i in sorted(kept)]).sum(dim=1)
+
+    def __iadd__(self, other: StepSums) -> StepSums:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
+    def reduce(self, config: RunConfig) -> StepMetrics:
+        """Means over the sequences of all ranks. Collective; any layout gives the same, since counts are exact."""
+        # Every tensor-parallel rank of the last stage has the same sums.
+        packed = torch.stack(
+            (self.lm_loss, self.tokens, self.dmc_loss, self.sequences, self.kept_slots, self.distill_loss)
+        )
+        packed /= parallel_state.get_tensor_model_parallel_world_size()
+        distributed.all_reduce(packed)
+        lm_loss, tokens, dmc_loss, sequences, kept, distill_loss = packed.tolist()
+        by_head = None
+        if schedule.compresses(config.stage):
+            by_head = self._gather_kept_by_head(config.model.kv_heads)
+        slots = sequences * config.model.num_layers * config.model.kv_heads * config.data.seq_length
+        return StepMetrics(
+            lm_loss=lm_loss / tokens,
+            distill_loss=distill_loss / tokens,
+            dmc_loss=dmc_loss / sequences,
+            cr=slots / kept if kept else 1.0,
+            tokens=int(sequences) * config.data.seq_length,
+            kept_slots=int(kept),
+            kept_by_head=by_head,
+        )
+
+    def _gather_kept_by_head(self, heads: int) -> Tensor:
+        layers, here = self.kept_by_head.shape
+        first = parallel_state.get_tensor_model_parallel_rank() * here
+        total = self.kept_by_head.new_zeros(layers, heads)
+        total[:, first : first + here] = self.kept_by_head
         distributed.all_reduce(total)
-        return cls(*total.tolist())
-
-    def cr(self, slots_per_sequence: int) -> float:
-        """Tokens / slots over all sequences, layers and heads: one ratio of two sums."""
-        return self.sequences * slots_per_sequence / self.kept if self.kept else 1.0
+        return total.cpu()
 
 
-def kept_by_head(steps: list[dict[int, Tensor]], model: ModelConfig, device: torch.device) -> Tensor:
-    """Slots kept per layer and KV head over all ranks: fp64 [layers, heads]. Collective."""
-    total = torch.zeros(model.num_layers, model.kv_heads, dtype=torch.float64, device=device)
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    for kept in steps:
-        for layer, count in kept.items():
-            n = count.size(1)
-            total[layer - 1, rank * n : (rank + 1) * n] += count.sum(dim=0)
-    distributed.all_reduce(total)
-    return total
+@dataclass(frozen=True)
+class StepMetrics:
+    """Means over the sequences of one or several global batches, over all ranks."""
+
+    lm_loss: float
+    """Cross-entropy per token."""
+    distill_loss: float
+    """Divergence from the teacher per token; 0 without one."""
+    dmc_loss: float
+    """Compression loss per sequence."""
+    cr: float
+    """Tokens / slots, one ratio of sums over sequences, layers and heads; 1 when the stage does not compress."""
+    tokens: int
+    kept_slots: int
+    kept_by_head: Optional[Tensor]
+    """fp64 [layers, KV heads] on the CPU, slots kept; None when the stage does not compress."""
 
 
 class Logger:
@@ -113,36 +162,36 @@ class Logger:
             print(text, flush=True)
 
     def restart_clock(self) -> None:
-        """Leave evaluation and checkpointing out of the time per iteration."""
+        """Start the time per iteration anew: evaluation and checkpointing do not count."""
         self.last = time.monotonic()
 
     def line(
         self,
         iteration: int,
-        consumed_tokens: int,
-        iterations: int,
+        steps: int,
         values: dict[str, float],
-        by_head: Optional[Tensor] = None,
+        kept_by_head: Optional[Tensor] = None,
         target_cr: float = 1.0,
     ) -> None:
-        """One log line for the ``iterations`` steps up to ``iteration``. Field names are Megatron's, ours follow."""
+        """Print one line for the ``steps`` steps up to ``iteration``. Field names are Megatron's, ours follow."""
         now = time.monotonic()
-        seconds, self.last = (now - self.last) / iterations, now
+        seconds, self.last = (now - self.last) / steps, now
         if not self.active:
             return
-        tokens = self.config.training.global_batch_size * self.config.data.seq_length
+        batch = self.config.training.global_batch_size
+        tokens = batch * self.config.data.seq_length
         rate = tokens / seconds / distributed.get_world_size()
         peak = peak_flops()
         left = int(seconds * (self.train_iters - iteration))
         fields = [
             f"iteration {iteration:8d}/{self.train_iters:8d}",
-            f"consumed tokens: {consumed_tokens:12d}",
+            f"consumed tokens: {iteration * tokens:12d}",
             f"elapsed time per iteration (ms): {seconds * 1e3:.1f}",
             f"tokens/s/GPU: {rate:.1f}",
             f"TFLOP/s/GPU: {rate * self.flops / 1e12:.3f}",
             f"MFU: {rate * self.flops / peak * 100:.1f}%" if peak else "MFU: N/A",
             f"learning rate: {values['learning rate']:.6E}",
-            f"global batch size: {self.config.training.global_batch_size:5d}",
+            f"global batch size: {batch:5d}",
             f"lm loss: {values['lm loss']:.6E}",
         ]
         if "distill loss" in values:
@@ -156,14 +205,13 @@ class Logger:
         ]
         print(" [" + time.strftime("%Y-%m-%d %H:%M:%S") + "] " + " | ".join(fields) + " |", flush=True)
         scalars = {**values, "tokens/s/GPU": rate, "target CR": target_cr}
-        if by_head is not None:
-            all_tokens = iterations * tokens
-            for layer, kept in enumerate(by_head.sum(dim=1).tolist(), start=1):
-                scalars[f"CR by layer/{layer:03d}"] = all_tokens * by_head.size(1) / max(kept, 1.0)
+        if kept_by_head is not None:
+            for layer, kept in enumerate(kept_by_head.sum(dim=1).tolist(), start=1):
+                scalars[f"CR by layer/{layer:03d}"] = steps * tokens * kept_by_head.size(1) / max(kept, 1.0)
         self.scalars(iteration, scalars)
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        """To TensorBoard and Weights & Biases."""
+        """Write values to TensorBoard and Weights & Biases."""
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name.replace(" ", "-"), value, iteration)

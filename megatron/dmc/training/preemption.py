@@ -1,4 +1,4 @@
-"""When to save and leave before the end: signals, the job's time, and starts that come to nothing."""
+"""Leaving before the end of a stage (signals, the job's time), and refusing to start in a loop of crashes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from torch import distributed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SLACK = 60.0  # seconds before the job's end: clocks differ, groups are taken down, a shell has to requeue
+_SLACK = 60.0  # seconds kept free before the job's end: clocks differ, groups are taken down, a shell has to requeue
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1, and watches the job's time. Every rank learns of it at the end of a step (and of every
-    batch of an evaluation), so that all leave together.
+    """Request to save and leave: SIGTERM or SIGUSR1 to any rank, or the end of the job's time.
+
+    Ranks agree on it at the end of every step, and of every batch of an evaluation, so that all leave together.
 
     Args:
         minutes: leave so long after the job's start, which is SLURM_JOB_START_TIME or, without it, the process's.
@@ -30,7 +31,7 @@ class StopSignal:
 
     def __init__(self, minutes: Optional[float] = None) -> None:
         self.received = 0
-        self.slowest: dict[str, float] = {}
+        self._slowest: dict[str, float] = {}
         self._old = {s: signal.signal(s, self._handle) for s in _SIGNALS}
         started, now = _seconds("SLURM_JOB_START_TIME") or psutil.Process().create_time(), time.time()
         self._leave_at = None if minutes is None else started + 60 * minutes
@@ -40,18 +41,18 @@ class StopSignal:
     def _handle(self, number: int, frame) -> None:
         self.received = number
 
-    def took(self, what: str, seconds: float) -> None:
-        """Note how long a step or a checkpoint took."""
-        self.slowest[what] = max(seconds, self.slowest.get(what, 0.0))
+    def record(self, what: str, seconds: float) -> None:
+        """Record how long a "step" or a "checkpoint" took."""
+        self._slowest[what] = max(seconds, self._slowest.get(what, 0.0))
 
     def _time_is_up(self) -> bool:
         now = time.time()
         if self._leave_at is not None and now >= self._leave_at:
             return True
-        return self._end is not None and not self._stale and now >= self._end - _SLACK - 2 * sum(self.slowest.values())
+        return self._end is not None and not self._stale and now >= self._end - _SLACK - 2 * sum(self._slowest.values())
 
-    def agreed(self, device: torch.device) -> str:
-        """Why all are to leave, or "". Collective. Signals count from any rank, the time is rank 0's."""
+    def reason(self, device: torch.device) -> str:
+        """Reason for all ranks to leave, or "". Collective. Signals count from any rank, the time is rank 0's."""
         up = distributed.get_rank() == 0 and self._time_is_up()
         flags = torch.tensor([self.received, int(up)], device=device)
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
@@ -59,7 +60,7 @@ class StopSignal:
         return f"signal {received}" if received else "the job's time is up" if up else ""
 
     def __str__(self) -> str:
-        """What is armed, for the log."""
+        """Describe what is armed, for the log."""
         parts = [" and ".join(s.name for s in _SIGNALS) + " save and leave after the running step"]
         if self._leave_at is not None:
             parts.append(f"so does the clock at {_clock(self._leave_at)} (exit_duration_in_mins)")
@@ -70,6 +71,7 @@ class StopSignal:
         return "armed: " + "; ".join(parts)
 
     def restore(self) -> None:
+        """Put the signal handlers back."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
@@ -83,13 +85,14 @@ def _clock(seconds: Optional[float]) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-class Starts:
-    """Counts starts under a --save directory that have ended before their first step was complete, so that a job that
-    is requeued again and again for a fault of its own stops. A submission by a person (SLURM's first start of a job)
-    counts from anew.
+class RestartGuard:
+    """Stops a job that is requeued again and again for a fault of its own.
+
+    Counts the starts under a --save directory that ended before their first step was complete. A submission by a
+    person (SLURM's first start of a job) counts from anew.
 
     Args:
-        save: the --save directory; None, and on ranks other than 0, nothing is counted.
+        save: the --save directory; None counts nothing (pass it on ranks other than 0).
     """
 
     FILE = "starts_without_a_step"
@@ -97,8 +100,8 @@ class Starts:
     def __init__(self, save: Optional[str]) -> None:
         self.file = None if save is None else Path(save) / self.FILE
 
-    def begin(self, limit: int) -> None:
-        """Note a start. Raises ``ValueError`` after ``limit`` that came to nothing."""
+    def count_start(self, limit: int) -> None:
+        """Count this start. Raises ``ValueError`` after ``limit`` starts without a complete step."""
         if self.file is None:
             return
         text = self.file.read_text().strip() if self.file.is_file() else ""
@@ -114,8 +117,8 @@ class Starts:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(f"{count + 1}\n")
 
-    def done(self) -> None:
-        """A step is complete, or there is none to do."""
+    def clear(self) -> None:
+        """Forget the starts: a step is complete, or there is none to do."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
             self.file = None

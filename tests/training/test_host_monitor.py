@@ -19,13 +19,13 @@ from helpers.processes import subprocess_env
 from torch import distributed
 
 from megatron.dmc.config import ParallelConfig, RunConfig, StageConfig
-from megatron.dmc.training import watch
+from megatron.dmc.training import host_monitor
 
-WORKER = Path(__file__).resolve().parent / "watch_worker.py"
+WORKER = Path(__file__).resolve().parent / "host_monitor_worker.py"
 
 
 class Ranks:
-    """Processes of watch_worker.py, two to a host."""
+    """Processes of host_monitor_worker.py, two to a host."""
 
     def __init__(self, directory, *hows):
         with socket.socket() as free:
@@ -86,7 +86,7 @@ def test_a_killed_rank_is_named_on_every_host_and_ends_the_others(start, tmp_pat
     """
     ranks = start("sleep", "sleep", "sleep", "fork")  # rank 3's child holds on to what it has inherited
     ranks.processes[killed].kill()
-    assert ranks.ends() == [-signal.SIGKILL if rank == killed else watch.STATUS for rank in range(4)]
+    assert ranks.ends() == [-signal.SIGKILL if rank == killed else host_monitor.EXIT_STATUS for rank in range(4)]
     said = [errors(text) for text in ranks.said()]
     start_of = (
         f"error: rank {killed} on host-{killed // 2} ended before the others; its log says why. This run ends on host-"
@@ -95,14 +95,14 @@ def test_a_killed_rank_is_named_on_every_host_and_ends_the_others(start, tmp_pat
         speakers = [rank for rank in (2 * host, 2 * host + 1) if said[rank]]
         assert speakers == [min(rank for rank in (2 * host, 2 * host + 1) if rank != killed)], said
         assert said[speakers[0]][0].startswith(f"{start_of}{host} now"), said
-    assert not (tmp_path / watch.NOTE).exists()  # a fault of the run's own, not the host's
+    assert not (tmp_path / host_monitor.LOST_HOST_FILE).exists()  # a fault of the run's own, not the host's
 
 
 @pytest.mark.slow
 def test_a_rank_that_fails_tells_the_others_why(start):
     ranks = start("raise", "sleep", "sleep", "raise")
     ranks.go(3)
-    assert ranks.ends() == [watch.STATUS] * 3 + [1]
+    assert ranks.ends() == [host_monitor.EXIT_STATUS] * 3 + [1]
     for rank in (0, 2):
         assert (
             "rank 3 on host-1 ended before the others: ArithmeticError: iteration 7: the gradients hold nan. This run "
@@ -129,12 +129,12 @@ def test_an_orderly_end_is_no_loss(start):
 
 @pytest.fixture
 def fake():
-    """A Watch without a group: four ranks on two hosts, and what each of its peers is told."""
+    """A HostMonitor without a group: four ranks on two hosts, and what each of its peers is told."""
 
     def make(rank, seconds=30, save=None):
-        self = watch.Watch.__new__(watch.Watch)
-        self.rank, self._seconds, self._save, self._done, self._hosts = rank, seconds, save, False, ["a", "a", "b", "b"]
-        self._over, self._peers, self.left, self.ends = watch.threading.Event(), {}, 0, {}
+        self = host_monitor.HostMonitor.__new__(host_monitor.HostMonitor)
+        self.rank, self._seconds, self._save, self._left, self._hosts = rank, seconds, save, False, ["a", "a", "b", "b"]
+        self._loss_found, self._peers, self.left, self.ends = host_monitor.threading.Event(), {}, 0, {}
         self._leave = lambda: setattr(self, "left", self.left + 1)
         for other in [0] if rank else [1, 2, 3]:
             self._peers[other], self.ends[other] = socket.socketpair()
@@ -152,8 +152,8 @@ def test_a_silent_host_is_told_to_all_others_and_noted(fake, tmp_path, capsys):
     first = fake(0, save=str(tmp_path))
     first._lost(3, "silent")
     assert "error: b (ranks 2-3) has not answered for 30 s" in capsys.readouterr().err
-    assert "b (ranks 2-3)" in (tmp_path / watch.NOTE).read_text() and first.left == 1
-    told = watch._read_line(first.ends[1])
+    assert "b (ranks 2-3)" in (tmp_path / host_monitor.LOST_HOST_FILE).read_text() and first.left == 1
+    told = host_monitor._read_line(first.ends[1])
     for end in (first.ends[2], first.ends[3]):
         end.setblocking(False)
         with pytest.raises(BlockingIOError):  # what is sent to a lost host may block
@@ -162,8 +162,8 @@ def test_a_silent_host_is_told_to_all_others_and_noted(fake, tmp_path, capsys):
     second._lost(0, *told.split(" ", 1))
     assert second.left == 1
     assert not capsys.readouterr().err  # one rank of a host speaks
-    watch.clear_note(str(tmp_path))
-    watch.clear_note(str(tmp_path))
+    host_monitor.remove_lost_host_file(str(tmp_path))
+    host_monitor.remove_lost_host_file(str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -178,7 +178,7 @@ def test_the_kernels_word_for_silence(fake, monkeypatch, number):
     def broken(peer):
         raise OSError(number, "")
 
-    monkeypatch.setattr(watch, "_read_line", broken)
+    monkeypatch.setattr(host_monitor, "_read_line", broken)
     self.ends[0].send(b"x")
     self._watch()
     assert found == [(0, "silent")]
@@ -186,7 +186,7 @@ def test_the_kernels_word_for_silence(fake, monkeypatch, number):
 
 def test_the_kernel_is_asked_to_probe_within_the_time():
     with socket.socket() as peer:
-        watch._keep_alive(peer, 30)
+        host_monitor._keep_alive(peer, 30)
         get = lambda name: peer.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))  # noqa: E731
         assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert get("TCP_USER_TIMEOUT") == 30_000
@@ -207,7 +207,7 @@ def test_strangers_at_the_port_are_sent_away(fake, monkeypatch):
             caller.shutdown(socket.SHUT_WR)
         first._accept(server, "token")
         assert first._peers[1].getpeername() == callers[-1].getsockname()
-        monkeypatch.setattr(watch, "_CONNECT", 0.2)
+        monkeypatch.setattr(host_monitor, "_CONNECT_SECONDS", 0.2)
         first._peers = {}
         with pytest.raises(RuntimeError, match="rank 1 did not reach rank 0 within 0 s"):
             first._accept(server, "token")
@@ -245,7 +245,7 @@ def test_a_run_whose_rank_is_killed_ends_and_goes_on(data, tmp_path):
     os.kill(run.ranks[1].pid, signal.SIGKILL)
     begun = time.monotonic()
     run.ranks[0].join(40)
-    assert run.ranks[0].exitcode == watch.STATUS and time.monotonic() - begun < 30, run.output()
+    assert run.ranks[0].exitcode == host_monitor.EXIT_STATUS and time.monotonic() - begun < 30, run.output()
     assert "watching 2 ranks on 1 hosts" in run.output() and len(errors(run.output())) == 1
     assert "error: rank 1 on " in run.output() and "ended before the others; its log says why" in run.output()
     run.join(None)
@@ -281,5 +281,5 @@ def test_the_timeout_of_collectives_is_the_runs():
         )
         found = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
         assert found == [timedelta(minutes=7)] * 4
-        with watch.Watch(30) as alone:
+        with host_monitor.HostMonitor(30) as alone:
             assert str(alone) == "hosts are not watched"

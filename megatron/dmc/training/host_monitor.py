@@ -1,13 +1,13 @@
-"""Who of the group is gone: found within seconds, said by name, and the run ended on every host that still stands.
+"""Monitor of the run's hosts: names a lost rank within seconds and ends the run on every host that still stands.
 
 A collective whose peer is gone says nothing before its timeout, half an hour by default, and then only that it took too
 long. So every rank keeps one idle TCP connection to rank 0. The kernel probes it (keep-alive) and answers for the other
 side, whatever the processes do meanwhile: a rank that computes, reads a file or waits for another is never taken for a
-lost one. A host that no longer answers, or a process that ends without saying goodbye, is noticed by rank 0, which
-tells the others; who loses rank 0 notices by itself. A connection that is lost between two other ranks alone is left to
-the timeout of the collectives.
+lost one. Rank 0 notices a host that no longer answers, or a process that ends without saying goodbye, and tells the
+others; a rank that loses rank 0 notices by itself. A connection lost between two other ranks alone is left to the
+timeout of the collectives.
 
-The same for gloo and NCCL: a thread that waits in the kernel, no collective, nothing per step.
+Works alike for gloo and NCCL: one thread that waits in the kernel, no collective, nothing per step.
 """
 
 from __future__ import annotations
@@ -27,34 +27,33 @@ from typing import Any, Optional
 
 from torch import distributed
 
-STATUS = 75
+EXIT_STATUS = 75
 """Exit status of a rank whose peer is lost (sysexits' EX_TEMPFAIL): the same command, run again, goes on."""
-NOTE = "lost_host"
-"""File under --save that says that a host was lost, for whoever starts jobs: launchers do not pass a rank's exit status
-on.
-"""
-_CONNECT = 60.0  # seconds that all ranks have for their first connection
+LOST_HOST_FILE = "lost_host"
+"""File under --save, written when a host was lost, for scripts that start jobs: launchers do not pass a rank's exit
+status on."""
+_CONNECT_SECONDS = 60.0  # that all ranks have for their first connection
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
 
 
-class Watch:
-    """One rank's part. A context: an orderly end says goodbye, an exception is told to all the others.
+class HostMonitor:
+    """Context in which a rank watches the others: a normal exit says goodbye, an exception is reported to all of them.
 
-    Made by all ranks together, after the process group; a group of one is not watched.
+    All ranks make one together, after the process group. A group of one is not watched.
 
     Args:
-        seconds: a host that has not answered for so long is lost. 0: nothing is watched.
-        save: the --save directory, where the note is written; None writes none.
-        grace: seconds that this rank has, after the end of another by itself, to fail of it too with its own message.
+        seconds: a host that has not answered for so long is lost; 0 watches nothing.
+        save: the --save directory, for :data:`LOST_HOST_FILE`; None writes no file.
+        grace: seconds that this rank has, after another one ended by itself, to fail of it too with its own message.
 
     Raises:
-        RuntimeError: a rank does not reach rank 0, on any rank; with the address.
+        RuntimeError: a rank does not reach rank 0; raised on both, with the address.
     """
 
     def __init__(self, seconds: int, save: Optional[str] = None, grace: float = 10.0) -> None:
         self.rank = distributed.get_rank()
         self._seconds, self._save, self._grace = seconds, save, grace
-        self._over, self._done = threading.Event(), False
+        self._loss_found, self._left = threading.Event(), False
         self._peers: dict[int, socket.socket] = {}
         self._hosts: list[str] = [""] * distributed.get_world_size()
         if not seconds or len(self._hosts) == 1:
@@ -67,10 +66,10 @@ class Watch:
         # alive.
         inherited = weakref.WeakSet([*self._peers.values(), self._wake, self._woken])
         os.register_at_fork(after_in_child=lambda: [each.close() for each in list(inherited)])
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="host monitor", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HostMonitor:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -80,16 +79,16 @@ class Watch:
         if not orderly:
             # A collective fails faster than the kernel gives up on a host, or just as fast as it tells of a process'
             # end.
-            self._over.wait(1.0)
-        self._done = True
+            self._loss_found.wait(1.0)
+        self._left = True
         reason = "bye" if orderly else f"failed {kind.__name__}: {' '.join(str(error).split())[:300]}"
         for peer in self._peers.values():
-            _say(peer, reason)
+            _send_line(peer, reason)
         self._wake.send(b"x")
         self._thread.join(5.0)
 
     def __str__(self) -> str:
-        """What is watched, for the log."""
+        """Describe what is watched, for the log."""
         if self._thread is None:
             return "hosts are not watched" + ("" if self._seconds else " (lost_host_seconds is 0)")
         return (
@@ -113,7 +112,7 @@ class Watch:
             return
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         try:
-            peer = socket.create_connection((address, port), timeout=_CONNECT)
+            peer = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
         except OSError as error:
             raise RuntimeError(
                 f"rank {self.rank} on {self._hosts[self.rank]} does not reach rank 0 at {address}:{port}, over "
@@ -121,11 +120,11 @@ class Watch:
                 "lost_host_seconds to 0"
             ) from error
         _keep_alive(peer, self._seconds)
-        _say(peer, f"{token} {self.rank}")
+        _send_line(peer, f"{token} {self.rank}")
         self._peers[0] = peer
 
     def _accept(self, server: socket.socket, token: str) -> None:
-        end = time.monotonic() + _CONNECT
+        end = time.monotonic() + _CONNECT_SECONDS
         while len(self._peers) < len(self._hosts) - 1:
             try:
                 server.settimeout(max(0.01, end - time.monotonic()))
@@ -137,7 +136,7 @@ class Watch:
                     continue
                 missing = [rank for rank in range(1, len(self._hosts)) if rank not in self._peers]
                 raise RuntimeError(
-                    f"{_ranks(missing)} did not reach rank 0 within {_CONNECT:.0f} s, over port "
+                    f"{_name_ranks(missing)} did not reach rank 0 within {_CONNECT_SECONDS:.0f} s, over port "
                     f"{server.getsockname()[1]}, over which hosts are watched; let TCP through between the "
                     "hosts, or set lost_host_seconds to 0"
                 ) from error
@@ -171,26 +170,28 @@ class Watch:
                         return
 
     def _lost(self, rank: int, how: str, what: str = "") -> None:
-        """``how``: "silent", "ended", "failed" with the error, or "lost", with what rank 0 has found."""
+        """Report the loss of ``rank`` to the others and end this process.
+
+        ``how`` is "silent", "ended", "failed" (``what`` is the error), or "lost" (``what`` is rank 0's finding).
+        """
         gone = [rank]
         if how == "lost":
             how, ranks, text = what.split(" ", 2)
             gone = [int(number) for number in ranks.split(",")]
         elif how == "silent":
             gone = [each for each, host in enumerate(self._hosts) if host == self._hosts[rank]]
-            text = (
-                f"{self._hosts[rank]} ({_ranks(gone)}) has not answered for {self._seconds} s: it is down, or cut off"
-            )
+            name = f"{self._hosts[rank]} ({_name_ranks(gone)})"
+            text = f"{name} has not answered for {self._seconds} s: it is down, or cut off"
         elif how == "failed":
-            text = f"{_ranks(gone)} on {self._hosts[rank]} ended before the others: {what}"
+            text = f"{_name_ranks(gone)} on {self._hosts[rank]} ended before the others: {what}"
         else:
-            text = f"{_ranks(gone)} on {self._hosts[rank]} ended before the others; its log says why"
+            text = f"{_name_ranks(gone)} on {self._hosts[rank]} ended before the others; its log says why"
         for other, peer in self._peers.items():
             if self.rank == 0 and other not in gone:
-                _say(peer, f"lost {how} {','.join(map(str, gone))} {text}")
+                _send_line(peer, f"lost {how} {','.join(map(str, gone))} {text}")
         fault = how != "silent"
-        self._over.set()
-        if fault and self._done:
+        self._loss_found.set()
+        if fault and self._left:
             return  # this rank has failed too, and says so
         here = [each for each, host in enumerate(self._hosts) if host == self._hosts[self.rank] and each not in gone]
         speaker = self.rank == here[0] if here else True
@@ -201,23 +202,23 @@ class Watch:
         if speaker:
             print(message, file=sys.stderr, flush=True)
             if not fault:
-                self._note(message)
+                self._write_lost_host_file(message)
         if fault:
             end = time.monotonic() + self._grace
-            while time.monotonic() < end and not self._done:
+            while time.monotonic() < end and not self._left:
                 time.sleep(0.1)
-            if self._done:
+            if self._left:
                 return
         self._leave()
 
-    def _note(self, message: str) -> None:
-        """Without waiting for a file system that may be gone with the host."""
+    def _write_lost_host_file(self, message: str) -> None:
+        """Write the file without waiting for long: its file system may be gone with the host."""
         if self._save is None:
             return
 
         def write() -> None:
             try:
-                (Path(self._save) / NOTE).write_text(message + "\n")
+                (Path(self._save) / LOST_HOST_FILE).write_text(message + "\n")
             except OSError:
                 pass  # it is on stderr
 
@@ -228,16 +229,16 @@ class Watch:
     def _leave(self) -> None:
         # The main thread waits in a collective, where no exception reaches it.
         sys.stdout.flush()
-        os._exit(STATUS)
+        os._exit(EXIT_STATUS)
 
 
-def clear_note(save: Optional[str]) -> None:
-    """What an earlier run has left under --save."""
+def remove_lost_host_file(save: Optional[str]) -> None:
+    """Remove the file that an earlier run has left under --save."""
     if save is not None:
-        (Path(save) / NOTE).unlink(missing_ok=True)
+        (Path(save) / LOST_HOST_FILE).unlink(missing_ok=True)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _name_ranks(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     whole = list(ranks) == list(range(ranks[0], ranks[-1] + 1))
@@ -251,7 +252,7 @@ def _listen() -> socket.socket:
 
 
 def _keep_alive(peer: socket.socket, seconds: int) -> None:
-    """Probe after a third of the time, then every sixth; give up when nothing has come back for all of it."""
+    """Probe an idle connection after a third of ``seconds``, then every sixth; give up after ``seconds`` of silence."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, seconds // 3))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, seconds // 6))
@@ -259,7 +260,7 @@ def _keep_alive(peer: socket.socket, seconds: int) -> None:
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * seconds)
 
 
-def _say(peer: socket.socket, line: str) -> None:
+def _send_line(peer: socket.socket, line: str) -> None:
     try:
         peer.sendall(line.encode() + b"\n")
     except OSError:
@@ -267,7 +268,7 @@ def _say(peer: socket.socket, line: str) -> None:
 
 
 def _read_line(peer: socket.socket) -> str:
-    """Up to the newline. Raises ``ConnectionResetError`` at the stream's end, and for a line that none of us sends."""
+    """Read up to the newline. Raises ``ConnectionResetError`` at the stream's end, and for a line no rank sends."""
     line = b""
     while not line.endswith(b"\n"):
         if len(line) > 4096:

@@ -1,0 +1,115 @@
+"""The checkpoint that a run starts from: found, and refused when it does not fit, before memory is taken. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from megatron.dmc.checkpoint.manifest import Manifest, newest_checkpoint, read_manifest, resolve_checkpoint
+from megatron.dmc.config import PREDECESSORS, RunConfig
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Checkpoint that a run continues, or that it takes its weights from."""
+
+    path: Path
+    manifest: Manifest
+    resumes: bool
+    """It lies under --save: the run continues it, optimizer included. Else it was named with --init-from."""
+
+
+def find_starting_point(save: Optional[str], init_from: Optional[str]) -> Optional[StartingPoint]:
+    """Find the newest checkpoint under ``save``, or without one the checkpoint ``init_from``.
+
+    Raises:
+        ValueError: ``save`` cannot be written, or a checkpoint is missing, incomplete or damaged.
+    """
+    if save:
+        _check_writable(Path(save))
+        if (path := newest_checkpoint(save)) is not None:
+            # --init-from is not looked at again: what a stage started from may be gone by now.
+            return StartingPoint(path, read_manifest(path), resumes=True)
+    if init_from:
+        path = resolve_checkpoint(init_from)
+        return StartingPoint(path, read_manifest(path), resumes=False)
+    return None
+
+
+def _check_writable(save: Path) -> None:
+    """Refuse now what would fail at the first checkpoint, after hours."""
+    there = save.absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"save {save}: {there} is not a directory; name another place for checkpoints")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"save {save}: {there} cannot be written; name another place for checkpoints")
+
+
+def check_stage_order(config: RunConfig, start: Optional[StartingPoint]) -> None:
+    """Refuse a stage that does not follow from its checkpoint, and fill in the compression ratios that follow.
+
+    Raises:
+        ValueError: naming the stages, and what to do.
+    """
+    stage = config.stage
+    before = [name for name in PREDECESSORS[stage.stage] if name != "none"]
+    if start is None:
+        if "none" not in PREDECESSORS[stage.stage]:
+            raise ValueError(f"stage {stage.stage} needs --init-from, a checkpoint of stage {' or '.join(before)}")
+        return
+    path, manifest = start.path, start.manifest
+    if start.resumes:
+        if manifest.stage != stage.stage:
+            raise ValueError(
+                f"--save {config.training.save} holds stage {manifest.stage} ({path.name}), not "
+                f"{stage.stage}; give each stage a directory of its own"
+            )
+        return
+    if manifest.stage not in before:
+        raise ValueError(
+            f"stage {stage.stage} cannot start from {path}, which is of stage {manifest.stage}; it needs "
+            f"{' or '.join(before)}"
+        )
+    # Any checkpoint of retrofit is usable at the ratio that it has reached; the others are not done before the end.
+    if not manifest.finished and manifest.stage != "retrofit":
+        raise ValueError(
+            f"{path} is unfinished: {manifest.stage} stands at iteration {manifest.iteration} of "
+            f"{manifest.train_iters}; let it finish (the same command resumes it)"
+        )
+    if stage.stage == "retrofit" and stage.start_cr is None:
+        stage.start_cr = manifest.target_cr
+    if stage.stage == "finetune" and stage.target_cr is None:
+        stage.target_cr = manifest.target_cr
+
+
+def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
+    """Refuse to resume with settings that would change what the run computes.
+
+    Raises:
+        ValueError: naming the setting and both values.
+    """
+    now = config.to_dict()
+    # Older checkpoints know nothing of a teacher; without one the other two settings mean nothing.
+    distill = ("distill_from",)
+    if now["training"]["distill_from"]:
+        distill += ("distill_weight", "distill_temperature")
+    for section, keys in (
+        ("stage", None),
+        ("optimizer", None),
+        ("dmc", None),
+        ("training", ("global_batch_size", "bf16", "seed", *distill)),
+        ("data", ("seq_length",)),
+        # Megatron keeps its two optimizers' states in different formats.
+        ("parallel", ("use_distributed_optimizer",)),
+    ):
+        for key in keys or saved[section]:
+            value = saved[section].get(key)
+            if now[section][key] != value:
+                raise ValueError(
+                    f"{section}.{key} is {now[section][key]!r}, but {path} was written with {value!r}; resume "
+                    "with the same settings, or start a new --save directory"
+                )
