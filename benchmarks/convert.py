@@ -54,7 +54,8 @@ print(json.dumps({{"seconds": time.perf_counter() - began, "bytes": resident() -
 
 def write_model(directory: Path, layers: int, seed: int = 0) -> int:
     """A Hugging Face directory of random weights; returns its bytes."""
-    from megatron.dmc.checkpoint import hf, mapping
+    from megatron.dmc.checkpoint import mapping
+    from megatron.dmc.checkpoint.formats import hf
     from megatron.dmc.checkpoint.tensors import Lazy
     from megatron.dmc.config import ModelConfig
 

@@ -79,7 +79,7 @@ def _progress() -> tuple[Progress, tqdm]:
 
 def run(args: argparse.Namespace) -> int:
     if args.command == "inspect":
-        from megatron.dmc.checkpoint.describe import describe
+        from megatron.dmc.checkpoint.formats.registry import describe
 
         print(describe(args.directory))
         return 0
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if args.command == "import" and args.hf:
             done = f"wrote {convert.import_hf(args.hf, args.save, overwrite=args.overwrite, progress=progress)}"
         elif args.command == "import":
-            from megatron.dmc.checkpoint.legacy import import_legacy
+            from megatron.dmc.checkpoint.convert import import_legacy
 
             done = "wrote " + str(
                 import_legacy(

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron.dmc.checkpoint.convert import read_run_config
+from megatron.dmc.checkpoint.formats.torch_dist import read_run_config
 from megatron.dmc.config import ParallelConfig
 from megatron.dmc.model import DMCStep
 from megatron.dmc.training import checkpointing, initialize

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint
 
-from megatron.dmc.checkpoint import convert, hf, mapping
+from megatron.dmc.checkpoint import convert, mapping
+from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats.torch_dist import DistReader
 from megatron.dmc.checkpoint.manifest import HF_FILES, read_manifest
-from megatron.dmc.checkpoint.torch_dist import DistReader
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +127,10 @@ def test_pytorch_bin(made: Path, tmp_path: Path) -> None:
 
 def test_large_tensors_are_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Chunks for tensor parallelism, of bounded size, over several files, give the same weights."""
-    from megatron.dmc.checkpoint import torch_dist
+    from megatron.dmc.checkpoint.formats.torch_dist import writer
 
     for name, value in (("CHUNK_BYTES", 3000), ("_SMALL", 256), ("FILE_BYTES", 50_000)):
-        monkeypatch.setattr(torch_dist, name, value)
+        monkeypatch.setattr(writer, name, value)
     families.make("qwen2", tmp_path / "hf")
     convert.import_hf(tmp_path / "hf", tmp_path / "mg")
     assert len(list((tmp_path / "mg").glob("*.distcp"))) > 3

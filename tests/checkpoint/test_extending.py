@@ -15,8 +15,8 @@ from helpers.processes import ROOT, run_command
 from safetensors.torch import load_file, save_file
 
 from megatron.dmc.checkpoint import convert, mapping
+from megatron.dmc.checkpoint.formats.torch_dist import DistReader
 from megatron.dmc.checkpoint.manifest import resolve_checkpoint
-from megatron.dmc.checkpoint.torch_dist import DistReader
 from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -22,11 +22,12 @@ from helpers.processes import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint
 
-from megatron.dmc.checkpoint import convert, legacy, tensors
+from megatron.dmc.checkpoint import convert, tensors
 from megatron.dmc.checkpoint.convert import Progress
-from megatron.dmc.checkpoint.describe import describe
+from megatron.dmc.checkpoint.formats import legacy, torch_dist
+from megatron.dmc.checkpoint.formats.registry import describe
+from megatron.dmc.checkpoint.formats.torch_dist import DistReader, read_run_config
 from megatron.dmc.checkpoint.manifest import read_manifest
-from megatron.dmc.checkpoint.torch_dist import DistReader
 from megatron.dmc.config import DMCConfig, ModelConfig
 
 MODEL = ModelConfig(
@@ -57,7 +58,7 @@ class Call:
 def imported(source: Path, save: Path, **options: Any) -> str:
     """Import; returns what was said."""
     said: list[str] = []
-    assert legacy.import_legacy(source, save, progress=Progress(say=said.append), **options) == save
+    assert convert.import_legacy(source, save, progress=Progress(say=said.append), **options) == save
     return "\n".join(said)
 
 
@@ -65,7 +66,7 @@ def refused(source: Path, *words: object, **options: Any) -> str:
     """The import is refused by one message with ``words`` in it, and nothing is left behind."""
     save = source.parent / "refused"
     with pytest.raises(ValueError) as error:
-        legacy.import_legacy(source, save, progress=Progress(say=lambda text: None), **options)
+        convert.import_legacy(source, save, progress=Progress(say=lambda text: None), **options)
     message = str(error.value)
     assert "\n" not in message and [word for word in words if str(word) not in message] == [], message
     assert not [path for path in source.parent.iterdir() if "refused" in path.name]
@@ -106,7 +107,7 @@ def test_every_layout(tp: int, pp: int, vpp: int, tmp_path: Path) -> None:
     said = imported(tmp_path / "old", tmp_path / "new")
     assert_same(tmp_path / "new", full, MODEL)
     manifest = read_manifest(tmp_path / "new")
-    assert convert.read_run_config(tmp_path / "new").model == MODEL
+    assert read_run_config(tmp_path / "new").model == MODEL
     assert (manifest.stage, manifest.iteration, manifest.source, manifest.has_optimizer) == (
         "import",
         100,
@@ -133,7 +134,7 @@ def test_every_model(changes: dict, spec: str, prefix: str, tmp_path: Path) -> N
         megatron.write(source, full, model, tp=tp, pp=pp, vocab_size=90, spec=spec, prefix=prefix)
         imported(source, save)
         assert_same(save, full, model)
-        assert convert.read_run_config(save).model == model
+        assert read_run_config(save).model == model
     assert (tmp_path / "new1" / "__0_0.distcp").read_bytes() == (tmp_path / "new2" / "__0_0.distcp").read_bytes()
 
 
@@ -158,7 +159,7 @@ def test_other_types(dtype: torch.dtype, tmp_path: Path) -> None:
     megatron.write(tmp_path / "old", full, MODEL, tp=2, vocab_size=90, **megatron.DMC_ARGS)
     imported(tmp_path / "old", tmp_path / "new")
     assert_same(tmp_path / "new", full, MODEL)
-    assert convert.read_run_config(tmp_path / "new").dmc.importance_epsilon == torch.finfo(dtype).eps
+    assert read_run_config(tmp_path / "new").dmc.importance_epsilon == torch.finfo(dtype).eps
 
 
 def test_optimizer_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +230,7 @@ def test_vocabulary(tmp_path: Path) -> None:
     _, full = variant()
     megatron.write(tmp_path / "old", full, MODEL, optimizer=False)
     assert "128, padding included" in imported(tmp_path / "old", tmp_path / "whole")
-    assert convert.read_run_config(tmp_path / "whole").model.vocab_size == 128
+    assert read_run_config(tmp_path / "whole").model.vocab_size == 128
     assert_same(tmp_path / "whole", full, dataclasses.replace(MODEL, vocab_size=128))
     imported(tmp_path / "old", tmp_path / "given", vocab_size=90)
     assert_same(tmp_path / "given", full, MODEL)
@@ -248,7 +249,7 @@ def test_llama_2_vocabulary(tp: int, rows: int, size: int, tmp_path: Path) -> No
     full = megatron.full_tensors(model, rows)
     megatron.write(tmp_path / "old", full, model, tp=tp, tokenizer_type="Llama2Tokenizer", optimizer=False)
     imported(tmp_path / "old", tmp_path / "new")
-    assert convert.read_run_config(tmp_path / "new").model == model
+    assert read_run_config(tmp_path / "new").model == model
     assert_same(tmp_path / "new", full, model)
 
 
@@ -262,7 +263,7 @@ def test_released_dmc_model(tmp_path: Path) -> None:
     megatron.write(source, full, model, vocab_size=90, **megatron.DMC_ARGS)
     said = imported(source, tmp_path / "new")
     assert "stage: finetune (from args), compression ratio 8, decision bias 5, window 12" in said
-    manifest, run = read_manifest(tmp_path / "new"), convert.read_run_config(tmp_path / "new")
+    manifest, run = read_manifest(tmp_path / "new"), read_run_config(tmp_path / "new")
     assert (manifest.stage, manifest.target_cr, manifest.iteration, manifest.train_iters) == (
         "finetune",
         8.0,
@@ -281,7 +282,7 @@ def test_dmc_settings(tmp_path: Path) -> None:
     args = {**megatron.DMC_ARGS, "dmc_init_val": 4, "dmc_window_size": 0, "dmc_temp": 0.5, "dmc_surprise": 1}
     megatron.write(tmp_path / "old", full, MODEL, vocab_size=90, optimizer=False, **args)
     said = imported(tmp_path / "old", tmp_path / "new", target_cr=3)
-    assert convert.read_run_config(tmp_path / "new").dmc == DMCConfig(decision_bias=4.0, window=None, temperature=0.5)
+    assert read_run_config(tmp_path / "new").dmc == DMCConfig(decision_bias=4.0, window=None, temperature=0.5)
     assert read_manifest(tmp_path / "new").target_cr == 3
     assert "not understood in args: dmc_surprise = 1" in said and "window unbounded" in said
 
@@ -333,7 +334,7 @@ def test_stage_one(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "new")
     assert manifest.stage == "zero_out" and manifest.finished and manifest.target_cr == 1.0
     # Exactly the rows that our own stage one zeroes: convert's views tell queries and keys from values.
-    found = convert.open_checkpoint(tmp_path / "new").tensors
+    found = torch_dist.open_model(tmp_path / "new").tensors
     for layer in range(4):
         q, k, v = (found[f"model.layers.{layer}.self_attn.{x}_proj.weight"].read() for x in "qkv")
         for heads, zero in ((q, True), (k, True), (v, False)):
@@ -375,7 +376,7 @@ def test_position_embeddings_and_scaling(tmp_path: Path) -> None:
     refused(tmp_path / "old", "args.position_embedding_type is 'learned_absolute'", "expected 'rope'")
     megatron.write(tmp_path / "scaled", full, MODEL, optimizer=False, use_rope_scaling=True)
     imported(tmp_path / "scaled", tmp_path / "new")
-    assert convert.read_run_config(tmp_path / "new").model.rope_scaling == dict(
+    assert read_run_config(tmp_path / "new").model.rope_scaling == dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_legacy import MODEL, Call, assert_same, imported, refused, variant
 
-from megatron.dmc.checkpoint import legacy
-from megatron.dmc.checkpoint.legacy_file import megatron_objects
+from megatron.dmc.checkpoint.formats import legacy
+from megatron.dmc.checkpoint.formats.legacy.rank_file import megatron_objects
 from megatron.dmc.checkpoint.pickled import load_lazily
 
 

@@ -15,7 +15,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from megatron.dmc.checkpoint import hf
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.merge_heads import MeanHeads, merge_heads
 
 

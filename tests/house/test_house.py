@@ -204,7 +204,7 @@ def test_dependencies_point_one_way() -> None:
         ("model.spec", "from megatron.dmc.training.loop import train"),
         ("model.spec", "from megatron.dmc import checkpoint"),
         ("checkpoint", "from megatron.core import dist_checkpointing"),
-        ("checkpoint", "from megatron.dmc.checkpoint.torch_dist import save"),
+        ("checkpoint", "from megatron.dmc.checkpoint.formats.torch_dist import save"),
         ("checkpoint.mapping", "from megatron.core import dist_checkpointing"),
         ("checkpoint.hf", "from megatron.dmc.model import spec"),
         ("checkpoint.torch_dist", "from megatron.dmc.training import loop"),

@@ -22,6 +22,8 @@ FORMAT = "megatron.dmc.torch_dist"
 FORMAT_VERSION = 1
 LATEST = "latest_checkpointed_iteration.txt"
 TEMPORARY = ".tmp_"
+SHARDS_FILE = "shards.json"
+"""Layout of the weights that a model had in Hugging Face's format; lies in ``hf/``."""
 HF_FILES = "hf"
 """Directory in a checkpoint with the small files of the Hugging Face model that it came from: config.json, tokenizer,
 generation_config.json, and ``shards.json``, the layout of its weights. Training hands it on from stage to stage."""

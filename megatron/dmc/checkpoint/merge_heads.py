@@ -14,8 +14,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron.dmc.checkpoint import hf, mapping
-from megatron.dmc.checkpoint.convert import Progress, check_tensors, plan, writing
+from megatron.dmc.checkpoint.convert import Progress, announce, writing
+from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.manifest import SHARDS_FILE
 from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Lazy
 
@@ -53,30 +54,29 @@ def merge_heads(
         ValueError: the number does not divide the model's KV heads, the model has been retrofitted, or anything in the
             source that is missing, damaged or not understood.
     """
-    source, save, progress = Path(source), Path(save), progress or Progress()
-    directory = hf.open_directory(source)
-    if "dmc" in directory.config:
+    save, progress = Path(save), progress or Progress()
+    found = hf.open_model(Path(source))
+    model = found.run.model
+    if found.is_dmc:
         raise ValueError(
             f"{source} has been retrofitted; heads that decide for themselves have no mean: merge the original"
         )
-    model, family = mapping.from_hf_config(directory.config), mapping.family_of(directory.config)
     if not 1 <= kv_heads < model.kv_heads or model.kv_heads % kv_heads:
         raise ValueError(
             f"kv-heads is {kv_heads}; {source} has {model.kv_heads} KV heads: use a smaller number that divides it"
         )
-    tensors = check_tensors(directory.tensors, family, model, str(source))
     ends = tuple(f".self_attn.{x}_proj.{kind}" for x in "kv" for kind in ("weight", "bias"))
     merged = {
         name: MeanHeads(tensor, kv_heads, model.head_dim) if name.endswith(ends) else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in found.tensors.items()
     }
-    config = {**directory.config, "num_key_value_heads": kv_heads}
-    plan(f"merge {model.kv_heads} KV heads of {source} into {kv_heads} -> {save}", merged, save, progress)
-    with writing(save), staged(save, overwrite) as temporary:
-        layout = hf.safetensors_names({name: directory.weight_map[name] for name in merged})
-        hf.write_weights(temporary, merged, layout, progress.block)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in directory.side_files():
-            (temporary / path.name).write_bytes(path.read_bytes())
+    config = {**found.config, "num_key_value_heads": kv_heads}
+    announce(f"merge {model.kv_heads} KV heads of {source} into {kv_heads} -> {save}", merged, save, progress)
+    with writing(save), staged(save, overwrite) as directory:
+        hf.write_weights(directory, merged, found.weight_map, progress.block)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, content in found.files.items():
+            if name not in ("config.json", SHARDS_FILE):
+                (directory / name).write_bytes(content)
     progress.warn()
     return save

@@ -1,11 +1,13 @@
-"""Are a Hugging Face directory and a checkpoint the same model, bit by bit?"""
+"""Comparison of a Hugging Face directory and a checkpoint, bit by bit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.dmc.checkpoint import convert, hf, mapping
+from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.convert import Progress
+from megatron.dmc.checkpoint.formats import hf, torch_dist
+from megatron.dmc.checkpoint.formats.base import Source, compare_names
 from megatron.dmc.checkpoint.tensors import same_bits
 
 
@@ -18,32 +20,14 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
     Raises:
         ValueError: the first difference of each kind, by name.
     """
-    directory, found = hf.open_directory(source), convert.open_checkpoint(load)
-    family = mapping.family_of(directory.config)
-    model = mapping.from_hf_config(directory.config)
-    tensors = convert.check_tensors(directory.tensors, family, model, str(source))
-    theirs, ours = mapping.base_config(directory.config), mapping.base_config(found.config)
-    if family.model_type != found.family.model_type or model != mapping.from_hf_config(found.config):
-        keys = sorted(k for k in {*theirs, *ours} if theirs.get(k) != ours.get(k))
-        raise ValueError(
-            f"{source} and {found.checkpoint} differ in config.json: "
-            + ", ".join(f"{k} is {theirs.get(k)!r} and {ours.get(k)!r}" for k in keys[:5])
-        )
-    if ("dmc" in directory.config) != ("dmc" in found.config):
-        raise ValueError(
-            f"one of {source} and {found.checkpoint} (stage {found.manifest.stage}) is a DMC model and the other is not"
-        )
-    if mapping.dmc_from_hf_config(directory.config) != mapping.dmc_from_hf_config(found.config):
-        raise ValueError(
-            f"{source} and {found.checkpoint} differ in their dmc settings: {directory.config['dmc']} and "
-            f"{found.config['dmc']}"
-        )
-    hf.compare_names(found.tensors, tensors, str(found.checkpoint))
+    theirs, ours = hf.open_model(Path(source)), torch_dist.open_model(Path(load))
+    _compare_configs(theirs, ours)
+    compare_names(ours.tensors, theirs.tensors, str(ours.path))
     differing = []
-    for name, tensor in tensors.items():
-        other = found.tensors[name]
+    for name, tensor in theirs.tensors.items():
+        other = ours.tensors[name]
         if tensor.dtype != other.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} in {source} and {other.dtype} in {found.checkpoint}")
+            raise ValueError(f"{name} is {tensor.dtype} in {source} and {other.dtype} in {ours.path}")
         for start, block in tensor.blocks():
             progress.block(name, block)
             if not same_bits(block, other.read(start, start + block.shape[0])):
@@ -51,9 +35,26 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
                 break
     if differing:
         raise ValueError(
-            f"{len(differing)} of {len(tensors)} tensors differ between {source} and {found.checkpoint}: "
+            f"{len(differing)} of {len(theirs.tensors)} tensors differ between {source} and {ours.path}: "
             f"{', '.join(differing[:5])}{', ...' if differing[5:] else ''}"
         )
     progress.warn()
-    nbytes = sum(t.nbytes for t in tensors.values())
-    return f"identical: {len(tensors)} tensors, {nbytes} bytes, same names, shapes and dtypes"
+    nbytes = sum(t.nbytes for t in theirs.tensors.values())
+    return f"identical: {len(theirs.tensors)} tensors, {nbytes} bytes, same names, shapes and dtypes"
+
+
+def _compare_configs(theirs: Source, ours: Source) -> None:
+    one, two = mapping.base_config(theirs.config), mapping.base_config(ours.config)
+    if theirs.family is not ours.family or mapping.from_hf_config(one) != mapping.from_hf_config(two):
+        keys = sorted(k for k in {*one, *two} if one.get(k) != two.get(k))
+        odd = ", ".join(f"{k} is {one.get(k)!r} and {two.get(k)!r}" for k in keys[:5])
+        raise ValueError(f"{theirs.path} and {ours.path} differ in config.json: {odd}")
+    if theirs.is_dmc != ours.is_dmc:
+        raise ValueError(
+            f"one of {theirs.path} and {ours.path} (stage {ours.manifest.stage}) is a DMC model and the other is not"
+        )
+    if mapping.dmc_from_hf_config(theirs.config) != mapping.dmc_from_hf_config(ours.config):
+        raise ValueError(
+            f"{theirs.path} and {ours.path} differ in their dmc settings: {theirs.config['dmc']} and "
+            f"{ours.config['dmc']}"
+        )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint import hf
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.evaluation.load import load_checkpoint
 
 TOLERANCE = 1e-3

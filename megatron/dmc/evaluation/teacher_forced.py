@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint import hf
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
 from megatron.dmc.inference.model import Model, linear
 from megatron.dmc.inference.parallel import TensorParallel

@@ -14,7 +14,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron.dmc.checkpoint import hf, mapping
+from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.config import DMCConfig
 
 LOAD_FORMATS = ("auto", "dummy")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc import kernels
-from megatron.dmc.checkpoint import hf
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference import dummy
 from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache, make_cache

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron.dmc.checkpoint import hf
+from megatron.dmc.checkpoint.formats import hf
 
 CONTEXT = 6  # tokens of the prompt that are decoded along: some tokenizers drop a leading space without them
 PENDING = 16  # tokens that may wait for the rest of a character

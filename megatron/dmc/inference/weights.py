@@ -12,7 +12,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron.dmc.checkpoint import hf, mapping
+from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.tensors import has_only_finite
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.inference.parallel import TensorParallel

@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 import torch.distributed as dist
 
-from megatron.dmc.checkpoint import hf
+from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference import Engine, EngineConfig, SamplingParams, StepOutput
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.text import load_tokenizer

@@ -1,6 +1,4 @@
-"""One file of Megatron's older format, ``model_optim_rng.pt``: opened, checked, taken apart.
-:mod:`legacy` joins them.
-"""
+"""One rank's file in Megatron's older format, ``model_optim_rng.pt``: opened, checked, taken apart."""
 
 from __future__ import annotations
 
@@ -14,29 +12,18 @@ from torch import Tensor
 from megatron.dmc.checkpoint.pickled import StandIn, load_lazily
 from megatron.dmc.checkpoint.tensors import Lazy
 
+FILE = "model_optim_rng.pt"
+
 # What Megatron's files hold beside tensors and plain containers: arguments and the enums in them, Transformer Engine's
 # extra state (a BytesIO before its version 1.14), numpy's random state.
 _MEGATRON_PACKAGES = ("megatron.", "transformer_engine.")
-_MEGATRON_OTHERS = {
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "_io.BytesIO",
-    "builtins.bytes",
-    "builtins.frozenset",
-    "signal.Signals",
-    "builtins.getattr",  # members of enums, as Python 3.11 pickles them
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePath",
-    "pathlib.PurePosixPath",
-    "datetime.timedelta",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-}
+_MEGATRON_OTHERS = set(
+    "argparse.Namespace types.SimpleNamespace _io.BytesIO builtins.bytes builtins.frozenset signal.Signals "
+    "builtins.getattr "  # members of enums, as Python 3.11 pickles them
+    "pathlib.Path pathlib.PosixPath pathlib.PurePath pathlib.PurePosixPath datetime.timedelta numpy.ndarray "
+    "numpy.dtype numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy._core.multiarray._reconstruct "
+    "numpy._core.multiarray.scalar".split()
+)
 
 
 def megatron_objects(name: str) -> bool:

@@ -1,11 +1,10 @@
-"""Hugging Face model directories: read tensor by tensor, written shard by shard, never a shard in memory.
-No Megatron.
-"""
+"""Hugging Face model directories: read tensor by tensor, written shard by shard, never a shard in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -13,41 +12,48 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.direct import DirectFile
+from megatron.dmc.checkpoint.formats.base import (
+    Given,
+    Row,
+    Source,
+    compare_names,
+    cr_row,
+    imported_run,
+    model_rows,
+    weight_row,
+)
+from megatron.dmc.checkpoint.manifest import SHARDS_FILE, Manifest
+from megatron.dmc.checkpoint.mapping import views
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy, equal
+from megatron.dmc.config import DMCConfig, ModelConfig
+from megatron.dmc.environment import versions
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
+TOKENIZER_FILES = tuple(
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt chat_template.jinja chat_template.json tekken.json".split()
 )
 SHARD_BYTES = 5 * 10**9
-"""Of shards whose layout is ours to choose; transformers' own default of many years."""
+"""Size of shards whose layout is ours to choose; transformers' own default of many years."""
 
 
 @dataclass
 class HFDirectory:
-    """A model directory: its configuration and where its tensors are. Made by :func:`open_directory`."""
+    """A model directory: its configuration and where its tensors are. :func:`open_directory` makes it."""
 
     path: Path
     config: dict
     tensors: dict[str, Lazy]
-    """In the order of the files, and of the tensors inside each."""
+    """Name -> tensor, in the order of the files and of the tensors inside each."""
     weight_map: dict[str, str]
-    """Tensor -> file name."""
+    """Name of a tensor -> name of its file."""
 
     @property
     def nbytes(self) -> int:
@@ -55,9 +61,8 @@ class HFDirectory:
 
     def side_files(self) -> list[Path]:
         """Tokenizer files and generation configuration that are there."""
-        return [
-            self.path / name for name in (*TOKENIZER_FILES, "generation_config.json") if (self.path / name).is_file()
-        ]
+        paths = [self.path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+        return [path for path in paths if path.is_file()]
 
 
 def read_json(path: Path) -> dict:
@@ -100,11 +105,9 @@ def _read_bin(path: Path) -> dict[str, Lazy]:
     content = load_lazily(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    odd = (
-        [k for k, v in content.items() if not isinstance(v, Lazy)]
-        if isinstance(content, dict)
-        else [type(content).__name__]
-    )
+    odd = [type(content).__name__]
+    if isinstance(content, dict):
+        odd = [name for name, value in content.items() if not isinstance(value, Lazy)]
     if odd:
         raise ValueError(f"{path} holds {odd[0]}, which is no dense tensor; expected a state dict")
     for name, tensor in content.items():
@@ -204,14 +207,12 @@ def shard_layout(tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) ->
 
 
 def safetensors_names(weight_map: Mapping[str, str]) -> dict[str, str]:
-    """The same layout with safetensors names for ``pytorch_model-*.bin`` files."""
+    """Layout ``weight_map`` with safetensors names in place of ``pytorch_model-*.bin``."""
 
     def rename(file: str) -> str:
-        return (
-            file.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"
-            if file.endswith(".bin")
-            else file
-        )
+        if not file.endswith(".bin"):
+            return file
+        return file.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"
 
     return {tensor: rename(file) for tensor, file in weight_map.items()}
 
@@ -234,16 +235,105 @@ def write_weights(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def compare_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-    """Raise ``ValueError`` naming what is missing from, or too much in, ``where``."""
-    found, expected = set(found), set(expected)
-    if missing := sorted(expected - found):
-        raise ValueError(
-            f"{where} lacks {len(missing)} tensors that its configuration asks for: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}"
-        )
-    if extra := sorted(found - expected):
-        raise ValueError(
-            f"{where} has {len(extra)} tensors that its configuration does not know: {', '.join(extra[:5])}"
-            f"{', ...' if len(extra) > 5 else ''}"
-        )
+# -------------------------------------------------------------------------------------------------------- the format
+
+
+def matches(path: Path) -> bool:
+    """True for a directory with a ``config.json``."""
+    return (path / "config.json").is_file()
+
+
+def open_model(path: Path, given: Given = Given()) -> Source:
+    """The model in a directory, plain or exported."""
+    directory = open_directory(path)
+    config = directory.config
+    model, family = mapping.from_hf_config(config), mapping.family_of(config)
+    dmc = mapping.dmc_from_hf_config(config) or DMCConfig()
+    tensors = check_tensors(directory, family, model)
+    dropped = sorted(set(directory.tensors) - set(tensors))
+    more = ", ..." if dropped[3:] else ""
+    notes = [f"left out (computed from the configuration): {', '.join(dropped[:3])}{more}"] if dropped else []
+    manifest = _manifest(config, family, path)
+    weight_map = safetensors_names({name: directory.weight_map[name] for name in tensors})
+    files = {file.name: file.read_bytes() for file in directory.side_files()}
+    files["config.json"] = (path / "config.json").read_bytes()
+    files[SHARDS_FILE] = json.dumps(weight_map, indent=1).encode()
+    return Source(
+        path=path,
+        kind=family.model_type,
+        family=family,
+        config=config,
+        run=imported_run(model, dmc, manifest),
+        manifest=manifest,
+        tensors=tensors,
+        parameters=views.to_megatron(family, model, tensors),
+        weight_map=weight_map,
+        files=files,
+        notes=notes,
+    )
+
+
+def check_tensors(directory: HFDirectory, family: mapping.Family, model: ModelConfig) -> dict[str, Lazy]:
+    """Tensors that the model is made of, after names, shapes and dtypes were checked.
+
+    Raises:
+        ValueError: naming tensor, expected and found.
+    """
+    shapes = mapping.hf_shapes(family, model)
+    kept = {name: t for name, t in directory.tensors.items() if not name.endswith(family.dropped)}
+    duplicate = {} if model.untie_embeddings_and_output_weights else {"lm_head.weight"} & set(kept)
+    compare_names(set(kept) - set(duplicate), shapes, str(directory.path))
+    for name in duplicate:
+        if not equal(kept[name], kept["model.embed_tokens.weight"]):
+            raise ValueError(
+                f"{kept[name].name} differs from model.embed_tokens.weight, but tie_word_embeddings is true"
+            )
+    for name, shape in shapes.items():
+        if kept[name].shape != shape:
+            raise ValueError(
+                f"{kept[name].name} has shape {list(kept[name].shape)}; expected {list(shape)} from config.json"
+            )
+    counts = Counter(t.dtype for t in kept.values())
+    if len(counts) > 1:
+        odd = min(counts, key=lambda dtype: counts[dtype])
+        name = next(t.name for t in kept.values() if t.dtype == odd)
+        others = ", ".join(str(dtype) for dtype in counts if dtype != odd)
+        raise ValueError(f"{name} is of type {odd}, others of {others}; expected one type")
+    return kept
+
+
+def _manifest(config: dict, family: mapping.Family, source: Path) -> Manifest:
+    block = config.get("dmc") or {}
+    step = int(block.get("step") or 0)
+    return Manifest(
+        stage=block.get("stage", "import"),
+        iteration=step,
+        train_iters=step,
+        consumed_samples=0,
+        consumed_tokens=0,
+        target_cr=float(block.get("target_cr") or 1.0),
+        measured_cr=block.get("measured_cr"),
+        source=source.name,
+        versions=versions(),
+        has_optimizer=False,
+        family=family.model_type,
+    )
+
+
+def describe(path: Path) -> list[Row]:
+    """Family, sizes and, for an exported model, how it was trained."""
+    found = open_directory(path)
+    model, family = mapping.from_hf_config(found.config), mapping.family_of(found.config)
+    mapping.dmc_from_hf_config(found.config)  # raises for a damaged block
+    block, files = found.config.get("dmc") or {}, set(found.weight_map.values())
+    decisions = block and f"bias {block['decision_bias']:g}, window {block['window'] or 'unbounded'}"
+    return [
+        ("format", f"Hugging Face directory, {len(files)} weight file{'s' * (len(files) > 1)}"),
+        ("family", family.model_type + (" + dmc" if block else "")),
+        *model_rows(model),
+        ("stage", block and f"{block['stage']}, step {block['step']}"),
+        cr_row(block),
+        ("decisions", decisions),
+        weight_row(found.tensors.values()),
+        ("also there", ", ".join(p.name for p in found.side_files())),
+    ]

@@ -1,0 +1,204 @@
+"""Arguments in Megatron's older files: to our configuration, and to what was trained."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+
+from megatron.dmc.checkpoint.formats.base import Given
+from megatron.dmc.checkpoint.formats.legacy.rank_file import int_arg, wrong
+from megatron.dmc.checkpoint.formats.legacy.ranks import EMBEDDING, LegacyCheckpoint
+from megatron.dmc.checkpoint.manifest import Manifest
+from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
+from megatron.dmc.environment import versions
+
+# Arguments that give another model than ours: what they must be, and what Megatron takes where one is missing.
+_REQUIRED: dict[str, tuple[Any, Any]] = {
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "swiglu": (True, False),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "rotary_percent": (1.0, 1.0),
+    "add_bias_linear": (False, True),
+    "softmax_type": ("vanilla", "vanilla"),
+}
+_OFF = (
+    "rotary_interleaved rotary_seq_len_interpolation_factor apply_layernorm_1p num_experts multi_latent_attention "
+    "openai_gelu squared_relu quick_geglu apply_residual_connection_post_layernorm retro_add_retriever window_size "
+    "window_attn_skip_freq no_rope_freq qk_l2_norm attention_output_gate mtp_num_layers hybrid_override_pattern "
+    "heterogeneous_layers_config_path mrope_section softmax_scale use_legacy_models experimental_attention_variant "
+    "glu_linear_offset activation_func_clamp_value".split()
+)
+_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
+_OPTIONAL = (
+    "rotary_base norm_epsilon make_vocab_size_divisible_by add_qkv_bias qk_layernorm init_method_std "
+    "kv_channels".split()
+)
+# --use-rope-scaling stands for these numbers; the factor alone became an argument later.
+_ROPE_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_VOCABULARIES = {"Llama2Tokenizer": 32000}
+_DMC_ARGS = set(
+    "dmc_init_val dmc_window_size dmc_temp dmc_cr dmc_finetune dmc_is_stage_one dmc_paged_cache_size "
+    "dmc_paged_block_size".split()
+)
+
+
+def model_config(checkpoint: LegacyCheckpoint, given: Given) -> ModelConfig:
+    """Our configuration from the arguments in the checkpoint.
+
+    Raises:
+        ValueError: an argument that is missing, or that gives a model which ours is not, by its name.
+    """
+    args, where = dict(checkpoint.first.args), f"{checkpoint.first.path}: args."
+    if "disable_bias_linear" in args:  # what it was called before
+        args.setdefault("add_bias_linear", not args["disable_bias_linear"])
+    if args.get("use_rotary_position_embeddings"):
+        args["position_embedding_type"] = "rope"
+    for name, (wanted, default) in _REQUIRED.items():
+        if (value := args.get(name, default)) != wanted:
+            raise wrong(where + name, f"is {value!r}{'' if name in args else ' (by default)'}", repr(wanted))
+    for name in _OFF:
+        if args.get(name):
+            raise wrong(where + name, f"is {args[name]!r}, which is not supported", "it to be off")
+    for name in _SIZES:
+        if args.get(name) is None:
+            raise wrong(where + name, "is missing", "a number")
+    values = {name: args[name] for name in (*_SIZES, *_OPTIONAL) if args.get(name) is not None}
+    # Without --group-query-attention the number of groups means nothing (it is 1 then, by default).
+    groups = "num_query_groups" if args.get("group_query_attention") else "num_attention_heads"
+    values["num_query_groups"] = args.get(groups)
+    values["untie_embeddings_and_output_weights"] = bool(args.get("untie_embeddings_and_output_weights"))
+    values["vocab_size"] = _vocabulary(checkpoint, given.vocab_size)
+    try:
+        if args.get("use_rope_scaling"):
+            values["rope_scaling"] = {**_ROPE_SCALING, "factor": float(args.get("rope_scaling_factor") or 8.0)}
+        model = RunConfig.from_dict({"model": values}).model
+        model.check()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where[:-1]}: {error}") from None
+    return model
+
+
+def _vocabulary(checkpoint: LegacyCheckpoint, known: Optional[int]) -> int:
+    """Rows of the vocabulary without padding: ``known``, else from the arguments, else what the tokenizer that they
+    name is known to have, else all rows.
+    """
+    args, rows, why = checkpoint.first.args, checkpoint.rows, "as given"
+    if known is None and int_arg(args, "vocab_size", 0) > 0:
+        # Megatron's NullTokenizer adds an end of document.
+        known, why = args["vocab_size"] + (args.get("tokenizer_type") == "NullTokenizer"), "args.vocab_size"
+    if known is None:
+        size = _VOCABULARIES.get(str(args.get("tokenizer_type")), 0)
+        multiple = int_arg(args, "make_vocab_size_divisible_by", 128) * checkpoint.tp
+        # --tokenizer-type names a class, not a vocabulary; that it pads to what is there is the second witness.
+        if size and rows in (size, -(-size // multiple) * multiple):
+            known, why = size, f"{args['tokenizer_type']}, padded to {rows}"
+    if known is None:
+        checkpoint.notes.append(
+            f"vocab_size: {rows}, padding included: the args do not say how much of it is padding; give --vocab-size "
+            "if you know"
+        )
+        return rows
+    if not 0 < known <= rows:
+        raise wrong(
+            checkpoint.shares[EMBEDDING][0].name,
+            f"and its other shares have {rows} rows",
+            f"at least the vocabulary's {known} ({why}) and 1",
+        )
+    if known < rows:
+        checkpoint.notes.append(f"vocab_size: {known} ({why}); {rows - known} rows of padding are left out")
+    return known
+
+
+def read_training(checkpoint: LegacyCheckpoint, given: Given) -> tuple[Manifest, DMCConfig]:
+    """Stage, compression ratio and DMC settings, from the ``dmc_*`` arguments of the authors' branch.
+
+    ``given.target_cr`` overrides the arguments. A plain model's have none: the ratio says that it is a DMC model
+    nevertheless.
+
+    Raises:
+        ValueError: a DMC model of unknown compression ratio, or values that do not fit together.
+    """
+    args, iteration = checkpoint.first.args, checkpoint.first.iteration
+    theirs = {name: value for name, value in args.items() if "dmc" in name.lower()}
+    if odd := sorted(set(theirs) - _DMC_ARGS):
+        said = ", ".join(f"{name} = {theirs[name]!r}" for name in odd)
+        checkpoint.notes.append(f"warning: not understood in args: {said}")
+    stage, ratio = _stage_and_ratio(checkpoint, theirs, given.target_cr)
+    # When it is saved, an unfinished run has more iterations before it, an imported model none, and stage one's final
+    # checkpoint is numbered 1.
+    planned = iteration if stage == "import" else max(int_arg(args, "train_iters", 0), iteration)
+    if stage == "retrofit" and given.target_cr is None and planned:
+        # Their ratio rises with the number of steps before the current one.
+        ratio = 1 + (ratio - 1) * min(1.0, int_arg(args, "curr_iteration", max(iteration - 1, 0)) / planned)
+    samples = int_arg(args, "consumed_train_samples", 0) if stage != "import" else 0
+    manifest = Manifest(
+        stage=stage,
+        iteration=planned if stage == "zero_out" else iteration,
+        train_iters=planned,
+        consumed_samples=samples,
+        consumed_tokens=samples * int_arg(args, "seq_length", 0),
+        target_cr=float(ratio),
+        source=checkpoint.directory.name,
+        versions=versions(),
+        has_optimizer=False,
+    )
+    if stage == "import":
+        checkpoint.notes.append("stage: import (a plain model: no dmc_* in its args)")
+        return manifest, DMCConfig()
+    dmc = _dmc_config(checkpoint, theirs)
+    missing = sorted({"dmc_init_val", "dmc_window_size"} - set(theirs))
+    checkpoint.notes.append(
+        f"stage: {stage} ({'from args' if theirs else 'since a compression ratio was given'}), compression ratio "
+        f"{ratio:g}, decision bias {dmc.decision_bias:g}, window {dmc.window or 'unbounded'}"
+        + (f" ({', '.join(missing)} not in args: as in the published models)" if missing else "")
+    )
+    return manifest, dmc
+
+
+def _stage_and_ratio(
+    checkpoint: LegacyCheckpoint, theirs: dict[str, Any], target_cr: Optional[float]
+) -> tuple[str, float]:
+    """Stage, and the compression ratio that it was trained to."""
+    where = checkpoint.first.path
+    if not theirs and target_cr is None:
+        if "dmc" in checkpoint.directory.absolute().as_posix().lower():
+            checkpoint.notes.append(
+                "warning: the directory's name says DMC and the args do not; if this is a DMC model, give --target-cr, "
+                "or its output will be nonsense"
+            )
+        return "import", 1.0
+    if theirs.get("dmc_is_stage_one"):
+        if target_cr is not None:
+            raise ValueError(
+                f"{where} is of the authors' stage one, which does not compress; remove the ratio {target_cr:g}"
+            )
+        return "zero_out", 1.0
+    ratio = theirs.get("dmc_cr") if target_cr is None else target_cr
+    if not isinstance(ratio, (int, float)) or not 1 <= ratio < float("inf"):
+        raise wrong(
+            f"{where}: args.dmc_cr" if target_cr is None else "target_cr",
+            f"is {ratio!r}",
+            "the compression ratio that the model was trained to, at least 1; give --target-cr",
+        )
+    return "retrofit" if theirs.get("dmc_finetune") is False else "finetune", ratio
+
+
+def _dmc_config(checkpoint: LegacyCheckpoint, theirs: dict[str, Any]) -> DMCConfig:
+    dmc = DMCConfig()
+    try:
+        dmc.decision_bias = float(theirs.get("dmc_init_val", dmc.decision_bias))
+        dmc.temperature = float(theirs.get("dmc_temp", dmc.temperature))
+        dmc.window = int(theirs.get("dmc_window_size", dmc.window) or 0) or None  # their 0: the whole segment
+        # They add the epsilon of the dtype that they train in: 2^-7 in bf16.
+        dmc.importance_epsilon = torch.finfo(checkpoint.dtype).eps
+        dmc.check()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{checkpoint.first.path}: args: {error}") from None
+    return dmc

@@ -1,0 +1,36 @@
+"""All formats, in the order in which a directory is tried. A new one is a module with the functions of ``Format``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.dmc.checkpoint.formats import hf, legacy, torch_dist
+from megatron.dmc.checkpoint.formats.base import Format, lines
+from megatron.dmc.checkpoint.manifest import resolve_checkpoint
+
+FORMATS: dict[str, Format] = {"hf": hf, "torch_dist": torch_dist, "legacy": legacy}
+
+
+def format_of(path: Path) -> Format:
+    """Format of a directory, by the names of its files.
+
+    Raises:
+        ValueError: no format has it, with what is missing where that can be told.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    for found in FORMATS.values():
+        if found.matches(path):
+            return found
+    resolve_checkpoint(path)  # raises: says what is missing
+    raise ValueError(f"{path} is neither a Hugging Face directory nor a Megatron checkpoint")
+
+
+def describe(directory: str | Path) -> str:
+    """A few lines on what a directory holds, for people who were handed one.
+
+    Raises:
+        ValueError: it is of no known format, or is damaged.
+    """
+    path = Path(directory)
+    return lines(format_of(path).describe(path))

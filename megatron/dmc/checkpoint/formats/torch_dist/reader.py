@@ -1,0 +1,163 @@
+"""``torch_dist`` checkpoints read tensor by tensor, in one process and in bounded memory.
+
+Every chunk of a tensor is a ``torch.save`` file inside a ``.distcp`` file; ``.metadata`` says which chunk lies where.
+Chunks may be cut in any way.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron.dmc.checkpoint.pickled import TensorFinder
+from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the classes of a checkpoint's ``.metadata`` and nothing else."""
+
+    # Names are compared whole: a dotted one would reach into what a module imports.
+    _ALLOWED = {
+        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata "
+        "BytesStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
+        "torch": "Size float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool",
+        "torch.serialization": "_get_layout",
+        "pathlib": "PosixPath PurePosixPath",
+        "collections": "OrderedDict",
+        "builtins": "set frozenset",
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self._ALLOWED.get(module, "").split():
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A chunk as ``.metadata`` describes it."""
+
+    name: str
+    path: Path
+    info: _StorageInfo
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def find(self, find: TensorFinder) -> FileTensor:
+        """Place of the data in the file. Raises ``ValueError`` when something else lies there."""
+        found = find(self.path, self.info.offset, self.info.length)
+        nbytes = math.prod(self.shape) * self.dtype.itemsize
+        if not isinstance(found, FileTensor) or found.dtype != self.dtype or found.nbytes != nbytes:
+            raise ValueError(
+                f"{self.name} in {self.path}: .metadata says {self.dtype} {list(self.shape)} and the file holds "
+                f"{found}; the checkpoint is damaged"
+            )
+        return found
+
+
+class _Chunk(Lazy):
+    """A stored chunk, or one layer of a stacked one. Its place in the file is looked up when it is read."""
+
+    def __init__(self, stored: _Stored, find: TensorFinder, layer: Optional[int] = None) -> None:
+        self._stored, self._find, self._layer = stored, find, layer
+        self.shape = stored.shape if layer is None else stored.shape[1:]
+        self.dtype, self.name = stored.dtype, f"{stored.name} in {stored.path}"
+
+    @cached_property
+    def _data(self) -> FileTensor:
+        found = self._stored.find(self._find)
+        offset = found.offset + (self._layer or 0) * self.nbytes
+        return FileTensor(found.path, offset, self.shape, self.dtype, self._stored.name)
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        self._data.read_into(out, start)
+
+
+class Grid(Lazy):
+    """A vector or matrix from boxes: (offsets, tensor). Together they must cover it, without overlap."""
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, boxes: list[tuple[tuple[int, ...], Lazy]], name: str
+    ) -> None:
+        self.shape, self.dtype, self.boxes, self.name = tuple(shape), dtype, sorted(boxes, key=lambda b: b[0]), name
+        covered = sum(box.nbytes for _, box in boxes)
+        if covered != self.nbytes:
+            raise ValueError(f"{name}: the checkpoint's chunks hold {covered} bytes of {self.nbytes}; it is damaged")
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        stop = start + out.shape[0]
+        for offsets, box in self.boxes:
+            a, b = max(start, offsets[0]), min(stop, offsets[0] + box.shape[0])
+            if a >= b:
+                continue
+            rows = out[a - start : b - start]
+            if box.shape[1:] == self.shape[1:]:
+                box.read_into(rows, a - offsets[0])
+            else:
+                rows[:, offsets[1] : offsets[1] + box.shape[1]] = box.read(a - offsets[0], b - offsets[0])
+
+
+class DistReader:
+    """The tensors of one ``torch_dist`` checkpoint directory.
+
+    Raises:
+        ValueError: ``.metadata`` is missing, damaged, or would run code.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self._find = directory, TensorFinder()
+        path = directory / ".metadata"
+        try:
+            content = path.read_bytes()
+            self.metadata: Metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            self._chunks: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = defaultdict(list)
+            for index, info in self.metadata.storage_data.items():
+                self._chunks[index.fqn].append((index, info))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is refused: it would run code when it is read, or is damaged ({error})"
+            ) from error
+        except (EOFError, AttributeError, TypeError, ValueError, IndexError, ImportError) as error:
+            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+
+    def tensors(
+        self, prefixes: Sequence[str] = ("embedding.", "decoder.", "output_layer.")
+    ) -> dict[str, TensorStorageMetadata]:
+        """Name -> shape and dtype of the model's tensors, without those of the optimizer."""
+        return {
+            name: entry
+            for name, entry in self.metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(tuple(prefixes))
+        }
+
+    def get(self, name: str, layer: Optional[int] = None) -> Lazy:
+        """A tensor; with ``layer`` one entry of its first dimension."""
+        entry = self.metadata.state_dict_metadata[name]
+        dtype, sizes = entry.properties.dtype, {tuple(c.offsets): tuple(c.sizes) for c in entry.chunks}
+        boxes: list[tuple[tuple[int, ...], Lazy]] = []
+        for index, info in self._chunks[name]:
+            offsets = tuple(index.offset or (0,) * len(entry.size))
+            stored = _Stored(name, self.directory / info.relative_path, info, sizes[offsets], dtype)
+            if layer is None:
+                boxes.append((offsets, _Chunk(stored, self._find)))
+            elif offsets[0] <= layer < offsets[0] + stored.shape[0]:
+                boxes.append((offsets[1:], _Chunk(stored, self._find, layer - offsets[0])))
+        if layer is None:
+            return Grid(tuple(entry.size), dtype, boxes, name)
+        return Grid(tuple(entry.size)[1:], dtype, boxes, f"{name} of layer {layer}")

@@ -1,0 +1,155 @@
+"""``torch_dist`` checkpoints written tensor by tensor, in one process and in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron.dmc.checkpoint.direct import DirectFile
+from megatron.dmc.checkpoint.tensors import Behind, Buffers, Lazy
+
+CHUNK_BYTES = 64 << 20
+"""No chunk is larger: it is held in memory when it is written."""
+SHARDS = 8
+"""Tensors are cut as tensor parallelism of this size cuts them, so that no rank reads what it does not need."""
+FILE_BYTES = 4 << 30
+_SMALL = 1 << 20
+
+
+class DistWriter:
+    """Writes a ``torch_dist`` checkpoint that any tensor- and pipeline-parallel layout loads.
+
+    A context: what is left of it after an error is not a checkpoint. Memory: a few chunks (``CHUNK_BYTES``) of each
+    size.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._entries: dict[str, TensorStorageMetadata] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._files = 0
+        self._file: Optional[DirectFile] = None
+        self._behind, self._blocks, self._pieces = Behind(), Buffers(), Buffers()
+
+    def __enter__(self) -> DistWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._behind.finish()
+            if kind is None:
+                self._finish()
+        finally:
+            if self._file is not None:
+                self._file.close(complete=False)
+
+    def write(
+        self,
+        name: str,
+        tensor: Lazy,
+        *,
+        layer: Optional[tuple[int, int]] = None,
+        split: Optional[int] = None,
+        parts: int = 1,
+    ) -> Iterator[Tensor]:
+        """Write one tensor, or one layer of a stacked one. Yields every block after it was read, for checks and
+        progress.
+
+        Args:
+            layer: (number, how many).
+            split: the dimension that tensor parallelism cuts.
+            parts: fused matrices below each other (gate and up: 2), each of which is cut.
+        """
+        shape = tensor.shape if layer is None else (layer[1], *tensor.shape)
+        if name not in self._entries:
+            properties = TensorProperties(dtype=tensor.dtype)
+            self._entries[name] = TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
+        entry = self._entries[name]
+        if tuple(entry.size) != shape or entry.properties.dtype != tensor.dtype:
+            raise ValueError(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}; the layers before it have "
+                f"{entry.properties.dtype} {list(entry.size[1:])}"
+            )
+        for row, block in self._row_blocks(tensor, split, parts):
+            yield block
+            for column, piece in self._column_pieces(block, split):
+                offsets = (row,) if column is None else (row, column)
+                if layer is not None:
+                    offsets, piece = (layer[0], *offsets), piece[None]
+                self._behind(self._append, name, entry, offsets, piece)
+
+    def _row_blocks(self, tensor: Lazy, split: Optional[int], parts: int) -> Iterator[tuple[int, Tensor]]:
+        rows = tensor.shape[0]
+        count = parts * SHARDS if split == 0 and rows % (parts * SHARDS) == 0 and tensor.nbytes > _SMALL else parts
+        edges = [rows * i // count for i in range(count + 1)]
+        step = max(1, CHUNK_BYTES // max(tensor.row_bytes, 1))
+        for a, b in zip(edges, edges[1:], strict=False):
+            for start in range(a, b, step):
+                yield start, tensor.read(start, min(start + step, b), self._blocks)
+
+    def _column_pieces(self, block: Tensor, split: Optional[int]) -> Iterator[tuple[Optional[int], Tensor]]:
+        n = SHARDS if split == 1 and block.shape[-1] % SHARDS == 0 and block.nbytes > _SMALL else 1
+        if n == 1:
+            yield None if block.dim() == 1 else 0, block
+            return
+        width = block.shape[1] // n
+        for i in range(n):
+            piece = self._pieces.get((block.shape[0], width), block.dtype)
+            yield i * width, piece.copy_(block[:, i * width : (i + 1) * width])
+
+    def _append(self, name: str, entry: TensorStorageMetadata, offsets: tuple[int, ...], piece: Tensor) -> None:
+        if self._file is None or self._file.tell() >= FILE_BYTES:
+            self._close_file()
+            self._file = DirectFile(self.directory / f"__0_{self._files}.distcp")
+            self._files += 1
+        start = self._file.tell()
+        try:
+            torch.save(piece, self._file)
+        except RuntimeError as error:
+            # What torch says when it closes the file that could not be written hides why.
+            if isinstance(error.__context__, OSError):
+                raise OSError(error.__context__.errno, error.__context__.strerror, self._file.name) from error
+            raise
+        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(piece.shape)))
+        index = MetadataIndex(name, torch.Size(offsets), len(entry.chunks) - 1)
+        self._storage[index] = _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _finish(self) -> None:
+        """Write what says where everything is. A directory without it is not a checkpoint."""
+        self._close_file()
+        content = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        # What Megatron saves beside the tensors; no optimizer here.
+        torch.save(
+            {"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}, self.directory / "common.pt"
+        )
+        (self.directory / "metadata.json").write_text(json.dumps(content))
+        metadata = Metadata(state_dict_metadata=dict(self._entries), storage_data=self._storage)
+        with open(self.directory / ".metadata", "wb") as file:
+            pickle.dump(metadata, file)
+            file.flush()
+            os.fsync(file.fileno())

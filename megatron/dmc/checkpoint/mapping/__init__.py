@@ -1,0 +1,48 @@
+"""What a model family is called in Hugging Face and in Megatron: tensor names, shapes and configuration keys, as data.
+
+A family is an entry of :data:`FAMILIES` (docs/extending.md). A key of ``config.json`` that no table knows is refused by
+name: an option that is dropped silently gives a model that talks nonsense. No torch is imported but by :mod:`views`.
+"""
+
+from megatron.dmc.checkpoint.mapping.families import FAMILIES, LLAMA_TENSORS, Family, hf_shapes, in_order, rules
+from megatron.dmc.checkpoint.mapping.hf_config import (
+    COMPRESSED_STAGES,
+    DMC_ARCHITECTURE,
+    DMC_FORMAT_VERSION,
+    DMC_MODEL_TYPE,
+    base_config,
+    changed_config,
+    dmc_config,
+    dmc_from_hf_config,
+    family_of,
+    from_hf_config,
+    to_hf_config,
+)
+from megatron.dmc.checkpoint.mapping.rules import TensorRule
+from megatron.dmc.checkpoint.mapping.transforms import QKV, Direct, GatedMLP, Transform, Vocabulary
+
+__all__ = [
+    "COMPRESSED_STAGES",
+    "DMC_ARCHITECTURE",
+    "DMC_FORMAT_VERSION",
+    "DMC_MODEL_TYPE",
+    "Direct",
+    "FAMILIES",
+    "Family",
+    "GatedMLP",
+    "LLAMA_TENSORS",
+    "QKV",
+    "TensorRule",
+    "Transform",
+    "Vocabulary",
+    "base_config",
+    "changed_config",
+    "dmc_config",
+    "dmc_from_hf_config",
+    "family_of",
+    "from_hf_config",
+    "hf_shapes",
+    "in_order",
+    "rules",
+    "to_hf_config",
+]

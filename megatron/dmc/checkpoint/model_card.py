@@ -1,0 +1,112 @@
+"""Small files of an exported directory: tokenizer, README.md, modelling code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+from megatron.dmc import __version__
+from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats.base import Source
+from megatron.dmc.checkpoint.manifest import SHARDS_FILE
+
+REMOTE_CODE = Path(__file__).parent / "remote_code"
+"""Directory of the modelling files that a DMC model is exported with."""
+
+
+def tokenizer_files(source: Source, tokenizer: Optional[str | Path], say: Callable[[str], None]) -> dict[str, bytes]:
+    """Tokenizer and generation configuration of an exported directory, name -> content.
+
+    Args:
+        tokenizer: see :func:`convert.export`.
+    """
+    files = {k: v for k, v in source.files.items() if k not in ("config.json", SHARDS_FILE)}
+    if tokenizer is None and any(name in files for name in hf.TOKENIZER_FILES):
+        return files
+    path = Path(tokenizer or source.run.data.tokenizer or "")
+    if tokenizer is not None and not path.exists():
+        raise ValueError(f"tokenizer {tokenizer} does not exist; name a sentencepiece model or a tokenizer directory")
+    if path.is_dir() and (tokenizer or source.run.data.tokenizer):
+        files |= {name: (path / name).read_bytes() for name in hf.TOKENIZER_FILES if (path / name).is_file()}
+    elif path.is_file():
+        files |= _sentencepiece_files(path)
+    if not any(name in files for name in hf.TOKENIZER_FILES):
+        say("warning: no tokenizer was found; give --tokenizer, or copy its files into the directory")
+    return files
+
+
+def _sentencepiece_files(path: Path) -> dict[str, bytes]:
+    """Files for transformers from a sentencepiece model: the model, and which special tokens it has."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
+    ids = {name: number for name, number in ids.items() if number >= 0}
+    tokens = {f"{name}_token": model.id_to_piece(number) for name, number in ids.items()}
+    # As the data was prepared: documents end with EOS and begin with nothing, not even a space that the model does not
+    # add.
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "legacy": False,
+        "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581"),
+        **tokens,
+    }
+    generation = {f"{name}_token_id": number for name, number in ids.items() if name != "unk"}
+    return {
+        "tokenizer.model": path.read_bytes(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        "generation_config.json": json.dumps(generation, indent=2).encode(),
+    }
+
+
+def model_card(source: Source) -> str:
+    """README.md of an exported directory."""
+    manifest, model = source.manifest, source.run.model
+    lineage = " -> ".join([*manifest.lineage, manifest.stage])
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        *(["- dmc", "- kv-cache-compression"] if source.is_dmc else []),
+        f"- {source.family.model_type}",
+        "---",
+        "",
+        f"# {source.path.parent.name or 'model'}",
+        "",
+    ]
+    lines += [
+        f"{source.family.model_type}, {model.num_layers} layers, hidden size {model.hidden_size}, "
+        f"{model.num_attention_heads} "
+        f"query and {model.kv_heads} KV heads. Exported by megatron.dmc {__version__} "
+        f"from stage {manifest.stage}, step {manifest.iteration} (lineage: {lineage})."
+    ]
+    if manifest.stage in mapping.COMPRESSED_STAGES:
+        measured = f"{manifest.measured_cr:.2f}" if manifest.measured_cr else "not measured"
+        lines += [
+            "",
+            f"Retrofitted with Dynamic Memory Compression (arXiv 2403.09636) to {manifest.target_cr:g}x: every KV head "
+            f"decides token by token to append to its cache or to merge into its last slot. Measured compression "
+            f"ratio at the end of training: {measured}. Decision bias {source.run.dmc.decision_bias:g}, window "
+            f"{source.run.dmc.window or 'unbounded'}.",
+        ]
+    if source.is_dmc:
+        lines += [
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+            "```",
+            "",
+            "The weights are not those of a plain model: a loader that ignores the `dmc` block gives nonsense.",
+        ]
+    return "\n".join(lines) + "\n"
