@@ -1,5 +1,4 @@
-"""The CUDA kernels: the same functions as ``reference.py``, on torch's current stream. Built on first use, see
-``build.py``.
+"""CUDA kernels, on torch's current stream, built on first use: see ``build.py``.
 
 Nothing here waits for the GPU, looks at the values of a tensor or allocates by them, so that a CUDA graph can capture
 every call.
@@ -9,124 +8,51 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.dmc.kernels import build, reference
+from megatron.dmc.kernels.compiled import CompiledKernels
+from megatron.dmc.kernels.params import AppendParams
 from megatron.dmc.kernels.state import CacheState
 
 
-class CudaKernels:
-    """The ops of one library of kernels."""
+class CudaKernels(CompiledKernels):
+    """Ops of a library for GPUs."""
 
     name = "cuda"
 
     def __init__(self, library: Any) -> None:
-        names = ("append", "decode_attention", "prefill_attention", "fork_rows", "free_rows")
-        self._append, self._decode, self._prefill, self._fork, self._free = (library[name] for name in names)
-        self._norm, self._silu = library["add_rms_norm"], library["silu_and_mul"]
+        super().__init__(library)
         self._append_bytes = library["append_bytes"]
         self._decode_bytes = lru_cache(maxsize=1024)(library["decode_bytes"])
 
-    def append(
-        self,
-        state: CacheState,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        inv_freq: Tensor,
-        bias: float,
-        epsilon: float,
-        window: Optional[int],
-        compress: bool,
-        partial: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See :func:`megatron.dmc.kernels.append`."""
-        q_rot = _like(q)
-        shape = k.shape if partial else (0,)
-        k_part, v_part = (torch.empty(shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        slot_index = torch.empty(shape[:2], dtype=torch.int32, device=k.device)
-        scratch = _scratch(self._append_bytes(slots.numel(), q.size(0), k.size(1)), q.device)
-        tensors = (q, k, v, cu_seqlens, slots, positions, inv_freq)
-        outputs = (q_rot, k_part, v_part, slot_index)
-        self._append(*state.tensors(), layer, *tensors, bias, epsilon, window or 0, compress, *outputs, scratch)
-        return outputs
+    def append_scratch(self, params: AppendParams) -> Tensor:
+        size = self._append_bytes(params.rows.numel(), params.q.size(0), params.k.size(1))
+        return params.q.new_empty(size, dtype=torch.uint8)
 
-    def decode_attention(self, state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
-        """See :func:`megatron.dmc.kernels.decode_attention`."""
-        out, heads = _like(q_rot), state.lengths.size(2)
-        size = self._decode_bytes(
-            slots.numel(), heads, -(-q_rot.size(1) // heads), q_rot.size(2), q_rot.device.index or 0
-        )
-        self._decode(*state.tensors(), layer, q_rot, slots, scale, out, _scratch(size, q_rot.device))
-        return out
+    def decode_scratch(self, state: CacheState, q_rot: Tensor) -> Tensor:
+        n, query_heads, head_dim = q_rot.shape
+        heads = state.lengths.size(2)
+        size = self._decode_bytes(n, heads, -(-query_heads // heads), head_dim, q_rot.device.index or 0)
+        return q_rot.new_empty(size, dtype=torch.uint8)
 
-    def prefill_attention(
-        self,
-        state: CacheState,
-        layer: int,
-        q_rot: Tensor,
-        k_part: Tensor,
-        v_part: Tensor,
-        slot_index: Tensor,
-        cu_seqlens: Tensor,
-        slots: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """See :func:`megatron.dmc.kernels.prefill_attention`."""
-        out = _like(q_rot)
-        self._prefill(*state.tensors(), layer, q_rot, k_part, v_part, slot_index, cu_seqlens, slots, scale, out)
-        return out
-
-    def fork(self, state: CacheState, source: Tensor, target: Tensor) -> None:
-        """See :func:`megatron.dmc.kernels.fork`."""
-        self._fork(*state.tensors(), source, target)
-
-    def free(self, state: CacheState, slots: Tensor) -> None:
-        """See :func:`megatron.dmc.kernels.free`."""
-        self._free(*state.tensors(), slots)
+    # The kernels read 16 bytes at a time, so rows must be multiples of 8 elements.
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """See :func:`megatron.dmc.kernels.rms_norm`."""
-        if x.size(1) % 8:
-            return reference.rms_norm(x, weight, epsilon)
-        out, none = _like(x), x[:0]
-        self._norm(x, none, weight, epsilon, none, out)
-        return out
+        return (reference if x.size(1) % 8 else super()).rms_norm(x, weight, epsilon)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """See :func:`megatron.dmc.kernels.add_rms_norm`."""
-        if x.size(1) % 8:
-            return reference.add_rms_norm(x, delta, weight, epsilon)
-        total, out = _like(x), _like(x)
-        self._norm(x, delta, weight, epsilon, total, out)
-        return total, out
+        return (reference if x.size(1) % 8 else super()).add_rms_norm(x, delta, weight, epsilon)
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        """See :func:`megatron.dmc.kernels.silu_and_mul`."""
-        if x.size(1) % 16:
-            return reference.silu_and_mul(x)
-        out = torch.empty((x.size(0), x.size(1) // 2), dtype=x.dtype, device=x.device)
-        self._silu(x, out)
-        return out
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _scratch(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)
+        return (reference if x.size(1) % 16 else super()).silu_and_mul(x)
 
 
 def load() -> CudaKernels:
-    """The kernels for the GPU that is current, built if need be.
+    """Load the kernels for the GPU that is current, and build them if need be.
 
     Raises:
         build.BuildError: there is no code for this GPU, no compiler, or it failed.

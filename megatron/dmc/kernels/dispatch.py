@@ -1,4 +1,4 @@
-"""Which implementation of the kernels runs: by device, unless one is forced."""
+"""Choice of the backend that runs the kernels: by device, unless one is forced."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 
 from torch._C._profiler import _RecordFunctionFast
 
-from megatron.dmc.kernels import reference
-
 BACKENDS = ("reference", "cpp", "cuda")
 VARIABLE = "MEGATRON_DMC_KERNELS"
 COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # by device
@@ -23,16 +21,14 @@ _forced: Any = None
 
 @cache
 def _load(name: str) -> Any:
-    """What has the ops of a backend."""
-    # Here, for `python -m megatron.dmc.kernels.build` wants to be the first to import what these import.
-    if name == "cuda":
-        return importlib.import_module("megatron.dmc.kernels.cuda").load()
-    return importlib.import_module("megatron.dmc.kernels.cpp") if name == "cpp" else reference
+    """The ops of a backend: the module of the reference, or a :class:`CompiledKernels`."""
+    # Imported here, for `python -m megatron.dmc.kernels.build` must be the first to import what these import.
+    module = importlib.import_module(f"megatron.dmc.kernels.{name}")
+    return module if name == "reference" else module.load()
 
 
-@cache
-def _of_device(device_type: str) -> str:
-    """The best that works here. Says so, once, when it is not a compiled one."""
+def _best(device_type: str) -> str:
+    """Name of the best backend that works for a device. A banner says why when it is not a compiled one."""
     name = COMPILED.get(device_type)
     if name:
         from megatron.dmc.kernels.build import BuildError
@@ -52,32 +48,37 @@ def _of_device(device_type: str) -> str:
     return "reference"
 
 
-def _choice(device_type: str) -> Any:
-    forced = _forced or os.environ.get(VARIABLE)
-    if not forced:
-        return _of_device(device_type)
-    if isinstance(forced, str) and forced not in BACKENDS:
-        raise ValueError(f"{VARIABLE} is {forced!r}; use one of {', '.join(BACKENDS)}")
-    return forced
+@cache
+def _default(device_type: str) -> Any:
+    """The ops that run on a device when :func:`use_backend` forces none."""
+    name = os.environ.get(VARIABLE) or _best(device_type)
+    if name not in BACKENDS:
+        raise ValueError(f"{VARIABLE} is {name!r}; use one of {', '.join(BACKENDS)}")
+    return _load(name)
 
 
 def active_backend(device_type: str) -> str:
-    """``reference``, ``cpp`` or ``cuda``: what the ops run on a device of this type. Builds the kernels if need be.
+    """Name of the backend that runs on a device ("cpu", "cuda"): reference, cpp or cuda. Builds it if need be.
 
     Raises:
         ValueError: MEGATRON_DMC_KERNELS names no backend.
     """
-    choice = _choice(device_type)
-    return choice if isinstance(choice, str) else choice.name
+    return (_forced or _default(device_type)).name
 
 
 @contextmanager
 def use_backend(backend: Any) -> Iterator[None]:
-    """Force an implementation for the duration of a block, by its name or as an object that has the ops; for tests and
-    measurements."""
+    """Force a backend for the duration of a block, by its name or as an object that has the ops; for tests and
+    measurements.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
     global _forced
-    if isinstance(backend, str) and backend not in BACKENDS:
-        raise ValueError(f"there is no backend {backend!r}; use one of {', '.join(BACKENDS)}")
+    if isinstance(backend, str):
+        if backend not in BACKENDS:
+            raise ValueError(f"there is no backend {backend!r}; use one of {', '.join(BACKENDS)}")
+        backend = _load(backend)
     before, _forced = _forced, backend
     try:
         yield
@@ -87,7 +88,6 @@ def use_backend(backend: Any) -> Iterator[None]:
 
 def call(op: str, device_type: str, *arguments: Any) -> Any:
     """Run ``op`` on the backend of a device."""
-    choice = _choice(device_type)
-    backend = _load(choice) if isinstance(choice, str) else choice
+    backend = _forced or _default(device_type)
     with _RecordFunctionFast(f"dmc::{op}"):  # the compiled kernels are no torch ops: so that torch.profiler shows them
         return getattr(backend, op)(*arguments)

@@ -1,5 +1,5 @@
-"""The kernels in plain PyTorch: the truth that the C++ and CUDA ones are tested against, and what runs without a
-compiler.
+"""The kernels in plain PyTorch: they define the results that C++ and CUDA are tested against, and run where there is
+no compiler.
 
 Vectorised over tokens, heads and sequences; it reads counts on the host, so it waits for a GPU. Attention is in fp32
 throughout, whatever the dtype of the cache.
@@ -14,39 +14,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.dmc.kernels.params import AppendParams, Appended
 from megatron.dmc.kernels.state import RETURNED, TAKEN, CacheState
 from megatron.dmc.ops.decisions import decision_logits, importance
 from megatron.dmc.ops.pooling import pool
 
+name = "reference"  # as a backend
+
 _QUERY_ROWS = 256  # queries of a chunk that attend at a time: bounds the scores
 
 
-class _Plan(NamedTuple):
-    """Which token goes where. N sequences have tokens and a row; T is all tokens, dropped ones too."""
+class _Layout(NamedTuple):
+    """Places of a step's tokens. N sequences have tokens and a row; T' tokens are theirs, of T with the ignored ones."""
 
-    sequence: Tensor  # int64 [T'], 0..N-1, of the tokens that take part
-    token: Tensor  # int64 [T'], their place among all T
-    first: Tensor  # int64 [N], place of each sequence's first token among the T'
-    count: Tensor  # int64 [N], its tokens, at least 1
-    rows: Tensor  # int64 [N], its row of the cache
+    sequence: Tensor
+    """int64 [T'], 0..N-1."""
+    token: Tensor
+    """int64 [T'], place among all T."""
+    first: Tensor
+    """int64 [N], place of each sequence's first token among the T'."""
+    count: Tensor
+    """int64 [N], tokens of each sequence, at least 1."""
+    rows: Tensor
+    """int64 [N], row of the cache."""
 
 
-def _plan(cu_seqlens: Tensor, slots: Tensor) -> _Plan:
-    """Drops sequences without tokens and padding (a row below 0)."""
-    starts, counts, rows = cu_seqlens[:-1].long(), cu_seqlens.diff().long(), slots.long()
+def _layout(cu_seqlens: Tensor, rows: Tensor) -> _Layout:
+    """Layout without padding (a row below 0) and sequences without tokens."""
+    starts, counts, rows = cu_seqlens[:-1].long(), cu_seqlens.diff().long(), rows.long()
     keep = (counts > 0) & (rows >= 0)
     starts, counts, rows = starts[keep], counts[keep], rows[keep]
     sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts)
     first = counts.cumsum(0) - counts
     token = torch.arange(sequence.numel(), device=rows.device) - (first - starts)[sequence]
-    return _Plan(sequence, token, first, counts, rows)
+    return _Layout(sequence, token, first, counts, rows)
 
 
-def _same_length(plan: _Plan) -> Iterator[tuple[Tensor, Tensor]]:
+def _same_length(layout: _Layout) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of sequences with equally many tokens: (sequences [m], their tokens among the T' [m, s])."""
-    for s in plan.count.unique().tolist():
-        members = (plan.count == s).nonzero().flatten()
-        yield members, plan.first[members, None] + torch.arange(s, device=members.device)
+    for s in layout.count.unique().tolist():
+        members = (layout.count == s).nonzero().flatten()
+        yield members, layout.first[members, None] + torch.arange(s, device=members.device)
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, compress: bool) -> Tensor:
@@ -143,7 +151,7 @@ def _remember(
 def _pool_chunks(
     state: CacheState,
     layer: int,
-    plan: _Plan,
+    layout: _Layout,
     k: Tensor,
     v: Tensor,
     omega: Tensor,
@@ -152,8 +160,8 @@ def _pool_chunks(
 ) -> tuple[Tensor, Tensor]:
     """State of each token's slot right after it, before the rotation: fp32 [T', H, D]; ring and segment move on."""
     k_out, v_out = torch.empty_like(k), torch.empty_like(v)
-    for members, tokens in _same_length(plan):
-        rows = plan.rows[members]
+    for members, tokens in _same_length(layout):
+        rows = layout.rows[members]
         old_k, old_v, old_w, valid = _history(state, layer, rows, window)
         # [m, s, H, D] -> [m, H, s, D], behind the history
         kc, vc = (torch.cat((old, x[tokens].transpose(1, 2)), dim=2) for old, x in ((old_k, k), (old_v, v)))
@@ -168,43 +176,29 @@ def _pool_chunks(
     return k_out, v_out
 
 
-def append(
-    state: CacheState,
-    layer: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    bias: float,
-    epsilon: float,
-    window: Optional[int],
-    compress: bool,
-    partial: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
     """See :func:`megatron.dmc.kernels.append`."""
-    plan, heads = _plan(cu_seqlens, slots), k.size(1)
-    where = positions[plan.token]
-    raw_k, raw_v = k[plan.token].float(), v[plan.token].float()
-    before = state.lengths[plan.rows, layer].long()  # [N, H]
+    q, k, v, inv_freq, compress = params.q, params.k, params.v, params.inv_freq, params.compress
+    layout, heads = _layout(params.cu_seqlens, params.rows), k.size(1)
+    where = params.positions[layout.token]
+    raw_k, raw_v = k[layout.token].float(), v[layout.token].float()
+    before = state.lengths[layout.rows, layer].long()  # [N, H]
     if compress:
-        merge = decision_logits(k[plan.token, :, -1], bias) > 0
-        merge[plan.first] &= before > 0  # the first token of a sequence has nothing to merge with
-        omega = importance(q[plan.token, :, -1][..., None], heads, bias, epsilon)[..., 0]
+        merge = decision_logits(k[layout.token, :, -1], params.bias) > 0
+        merge[layout.first] &= before > 0  # the first token of a sequence has nothing to merge with
+        omega = importance(q[layout.token, :, -1][..., None], heads, params.bias, params.epsilon)[..., 0]
     else:
         merge = torch.zeros(raw_k.shape[:2], dtype=torch.bool, device=k.device)
     # Appends so far, within the sequence: [T', H]
     opens = (~merge).long().cumsum(0)
-    opens = opens - F.pad(opens, (0, 0, 1, 0))[plan.first][plan.sequence]
-    slot = before[plan.sequence] - 1 + opens
-    last = plan.first + plan.count - 1
+    opens = opens - F.pad(opens, (0, 0, 1, 0))[layout.first][layout.sequence]
+    slot = before[layout.sequence] - 1 + opens
+    last = layout.first + layout.count - 1
     after = slot[last] + 1
-    _take_pages(state, layer, plan.rows, before, after)
-    state.lengths[plan.rows, layer] = after.to(state.lengths.dtype)
+    _take_pages(state, layer, layout.rows, before, after)
+    state.lengths[layout.rows, layer] = after.to(state.lengths.dtype)
     if compress:
-        raw_k, raw_v = _pool_chunks(state, layer, plan, raw_k, raw_v, omega, merge, window)
+        raw_k, raw_v = _pool_chunks(state, layer, layout, raw_k, raw_v, omega, merge, params.window)
     k_part = rotate(raw_k, where, inv_freq, compress).to(k.dtype)
     v_part = raw_v.to(v.dtype)
     # A slot keeps the state after its newest token: one that is its sequence's last, or that an append follows.
@@ -213,17 +207,17 @@ def append(
     newest[last] = True
     t, h = newest.nonzero(as_tuple=True)
     at = slot[t, h]
-    page = state.page_table[plan.rows[plan.sequence[t]], layer, h, at // state.page_size].long()
+    page = state.page_table[layout.rows[layout.sequence[t]], layer, h, at // state.page_size].long()
     state.k_pages[page, at % state.page_size] = k_part[t, h].to(state.k_pages.dtype)
     state.v_pages[page, at % state.page_size] = v_part[t, h].to(state.v_pages.dtype)
     q_rot = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    q_rot[plan.token] = rotate(q[plan.token], where, inv_freq, compress).to(q.dtype)
-    if not partial:
-        return q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0)
+    q_rot[layout.token] = rotate(q[layout.token], where, inv_freq, compress).to(q.dtype)
+    if not params.partial:
+        return Appended(q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0))
     k_all, v_all = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     index = state.lengths.new_zeros(k.shape[:2])
-    k_all[plan.token], v_all[plan.token], index[plan.token] = k_part, v_part, slot.to(index.dtype)
-    return q_rot, k_all, v_all, index
+    k_all[layout.token], v_all[layout.token], index[layout.token] = k_part, v_part, slot.to(index.dtype)
+    return Appended(q_rot, k_all, v_all, index)
 
 
 def _gather(state: CacheState, layer: int, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,16 +234,16 @@ def _gather(state: CacheState, layer: int, rows: Tensor, limit: Tensor) -> tuple
     )
 
 
-def decode_attention(state: CacheState, layer: int, q_rot: Tensor, slots: Tensor, scale: float) -> Tensor:
+def decode_attention(state: CacheState, layer: int, q_rot: Tensor, rows: Tensor, scale: float) -> Tensor:
     """See :func:`megatron.dmc.kernels.decode_attention`."""
     heads, d = state.lengths.size(2), q_rot.size(-1)
     out = torch.zeros_like(q_rot, memory_format=torch.contiguous_format)
-    limit = state.lengths[slots.clamp_min(0).long(), layer].long()
-    keep = ((slots >= 0) & (limit.amax(-1) > 0)).nonzero().flatten()
+    limit = state.lengths[rows.clamp_min(0).long(), layer].long()
+    keep = ((rows >= 0) & (limit.amax(-1) > 0)).nonzero().flatten()
     if not keep.numel():
         return out
     limit = limit[keep]
-    k, v = _gather(state, layer, slots[keep].long(), limit)
+    k, v = _gather(state, layer, rows[keep].long(), limit)
     # [N, Hq, D] -> [N, H, g, D]
     q = q_rot[keep].float().view(keep.numel(), heads, -1, d)
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
@@ -261,28 +255,21 @@ def decode_attention(state: CacheState, layer: int, q_rot: Tensor, slots: Tensor
 
 
 def prefill_attention(
-    state: CacheState,
-    layer: int,
-    q_rot: Tensor,
-    k_part: Tensor,
-    v_part: Tensor,
-    slot_index: Tensor,
-    cu_seqlens: Tensor,
-    slots: Tensor,
-    scale: float,
+    state: CacheState, layer: int, appended: Appended, cu_seqlens: Tensor, rows: Tensor, scale: float
 ) -> Tensor:
     """See :func:`megatron.dmc.kernels.prefill_attention`."""
-    plan, heads, d = _plan(cu_seqlens, slots), k_part.size(1), q_rot.size(-1)
+    q_rot, k_part, v_part, slot_index = appended
+    layout, heads, d = _layout(cu_seqlens, rows), k_part.size(1), q_rot.size(-1)
     out = torch.zeros_like(q_rot, memory_format=torch.contiguous_format)
-    for members, tokens in _same_length(plan):
+    for members, tokens in _same_length(layout):
         for start in range(0, tokens.size(1), _QUERY_ROWS):
-            at = plan.token[tokens[:, start : start + _QUERY_ROWS]]  # [m, s]
+            at = layout.token[tokens[:, start : start + _QUERY_ROWS]]  # [m, s]
             m, s = at.shape
             # [m, s, Hq, D] -> [m, H, g, s, D]; the others [m, s, H, D] -> [m, H, 1, s, D]
             q = q_rot[at].float().view(m, s, heads, -1, d).permute(0, 2, 3, 1, 4)
             own_k, own_v = (x[at].float().transpose(1, 2)[:, :, None] for x in (k_part, v_part))
             index = slot_index[at].long().transpose(1, 2)  # [m, H, s]
-            k, v = _gather(state, layer, plan.rows[members], index.amax(-1))
+            k, v = _gather(state, layer, layout.rows[members], index.amax(-1))
             scores = torch.matmul(q, k[:, :, None].transpose(-1, -2)) * scale
             outside = torch.arange(k.size(2), device=k.device) >= index[..., None]
             scores = scores.masked_fill(outside[:, :, None], float("-inf"))
@@ -330,9 +317,9 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
         x[target] = x[source]
 
 
-def free(state: CacheState, slots: Tensor) -> None:
+def free(state: CacheState, rows: Tensor) -> None:
     """See :func:`megatron.dmc.kernels.free`."""
-    rows = slots[slots >= 0].long()
+    rows = rows[rows >= 0].long()
     pages = -(-state.lengths[rows].long() // state.page_size)
     used = torch.arange(state.page_table.size(3), device=rows.device) < pages[..., None]
     ids = state.page_table[rows][used].long()  # in the order (row, layer, head, page)

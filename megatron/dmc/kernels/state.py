@@ -1,4 +1,4 @@
-"""The compressed cache of one engine and rank, as plain tensors that every kernel reads and writes in place.
+"""The compressed cache as plain tensors that every kernel reads and writes in place.
 
 L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer,
 head) has its own number of slots, kept in pages; a page holds slots of one head. Rows that share a prefix share its
@@ -22,9 +22,9 @@ PAGE_SIZES = (16, 32, 64)
 TAKEN, RETURNED, REFUSED = range(3)  # what ``counters`` counts
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class CacheState:
-    """All fields but the counts are device tensors; no kernel waits for the device to read one."""
+    """Cache of one engine and rank. All fields are device tensors; no kernel waits for the device to read one."""
 
     k_pages: Tensor
     v_pages: Tensor
@@ -53,8 +53,15 @@ class CacheState:
     start, never reset; the last one is the CUDA kernels' own, 0 between them.
     """
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", {})  # by compiled library: this state as the library takes it
+
+    def __reduce__(self) -> tuple:
+        """Copies and pickles are made of the tensors alone: what libraries know of this state are addresses."""
+        return CacheState, self.tensors()
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order in which the kernels take them."""
+        """All tensors, in the order in which the kernels take them."""
         return tuple([getattr(self, name) for name in _FIELDS])
 
     @property

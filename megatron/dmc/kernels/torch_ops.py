@@ -1,99 +1,94 @@
-"""The kernels as operators of PyTorch, ``torch.ops.megatron_dmc.*``, so that torch.compile and torch.export take them
-as they are.
+"""The kernels as operators of PyTorch, ``torch.ops.megatron_dmc.*``, which torch.compile and torch.export take as they
+are.
 
-Each has the arguments of the function of its name in this package, with the tensors of the state, in the order of
-``CacheState.tensors()``, in place of the state if it has one. What it writes is marked in its schema; CPU and CUDA go
-through ``dispatch.py``. The functions of this package use the operators where torch.compile traces, and else call the
-backend without them: a call through PyTorch's dispatcher with all these tensors costs as much as the call itself.
+Each has the parameters of the function of its name in ``reference.py``, records replaced by their fields in order: its
+schema is made of that function's annotations. What an op writes is marked in its schema; CPU and CUDA go through
+``dispatch.py``. The functions of this package use the operators where torch.compile traces, and else call the backend
+without them: a call through PyTorch's dispatcher with all these tensors costs as much as the call itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+from itertools import islice
+from typing import Any, Optional, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from megatron.dmc.kernels import dispatch
+from megatron.dmc.kernels import dispatch, reference
+from megatron.dmc.kernels.params import AppendParams, Appended
 from megatron.dmc.kernels.state import CacheState
 
 NAMESPACE = "megatron_dmc"
+TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", Optional[int]: "int?"}
+FIELDS = {record: get_type_hints(record) for record in (CacheState, AppendParams, Appended)}
 
-_STATE = tuple(field.name for field in dataclasses.fields(CacheState))
-_NEW_SLOTS = frozenset(_STATE) - {"free_pages"}
-# What each op writes of the state, and its other arguments.
-_SCHEMAS = {
-    "append": (
-        _NEW_SLOTS,
-        "int layer, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor slots, Tensor positions, Tensor inv_freq, "
-        "float bias, float epsilon, int? window, bool compress, bool partial) -> (Tensor, Tensor, Tensor, Tensor)",
-    ),
-    "decode_attention": (frozenset(), "int layer, Tensor q_rot, Tensor slots, float scale) -> Tensor"),
-    "prefill_attention": (
-        frozenset(),
-        "int layer, Tensor q_rot, Tensor k_part, Tensor v_part, Tensor slot_index, Tensor cu_seqlens, Tensor slots, "
-        "float scale) -> Tensor",
-    ),
-    "fork": (_NEW_SLOTS, "Tensor source, Tensor target) -> ()"),
-    "free": (frozenset({"lengths", "segment", "free_pages", "refcounts", "counters"}), "Tensor slots) -> ()"),
-}
-# Those without a state.
-_ROWWISE = {
-    "rms_norm": "Tensor x, Tensor weight, float epsilon) -> Tensor",
-    "add_rms_norm": "Tensor x, Tensor delta, Tensor weight, float epsilon) -> (Tensor, Tensor)",
-    "silu_and_mul": "Tensor x) -> Tensor",
+_NEW_SLOTS = frozenset(FIELDS[CacheState]) - {"free_pages"}
+# The tensors of the state that each op writes.
+WRITES: dict[str, frozenset[str]] = {
+    "append": _NEW_SLOTS,
+    "decode_attention": frozenset(),
+    "prefill_attention": frozenset(),
+    "fork": _NEW_SLOTS,
+    "free": frozenset({"lengths", "segment", "free_pages", "refcounts", "counters"}),
+    "rms_norm": frozenset(),
+    "add_rms_norm": frozenset(),
+    "silu_and_mul": frozenset(),
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+def _schema(op: str, hints: dict[str, Any], returned: Any) -> str:
+    """Schema of ``op``, of the annotations of its function: ``hints`` by parameter, and ``returned``."""
+    arguments = []
+    for name, kind in hints.items():
+        for field, of in FIELDS.get(kind, {name: kind}).items():
+            written = kind is CacheState and field in WRITES[op]
+            arguments.append(f"{f'Tensor({field}!)' if written else TYPES[of]} {field}")
+    results = FIELDS[returned].values() if returned in FIELDS else get_args(returned) or [returned]
+    results = [TYPES[kind] for kind in results if kind is not type(None)]
+    return f"{op}({', '.join(arguments)}) -> ({', '.join(results)})"
+
+
 def _define(op: str) -> None:
-    writes, arguments = _SCHEMAS[op]
-    state = [f"Tensor(s{i}!) {name}" if name in writes else f"Tensor {name}" for i, name in enumerate(_STATE)]
-    _library.define(f"{op}({', '.join(state)}, {arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+    hints = get_type_hints(getattr(reference, op))
+    returned, kinds = hints.pop("return"), list(hints.values())
 
-    def run(*arguments: Any) -> Any:
-        state = CacheState(*arguments[: len(_STATE)])
-        return dispatch.call(op, state.k_pages.device.type, state, *arguments[len(_STATE) :])
+    def run(*flat: Any) -> Any:
+        left = iter(flat)
+        arguments = [kind(*islice(left, len(FIELDS[kind]))) if kind in FIELDS else next(left) for kind in kinds]
+        return dispatch.call(op, flat[0].device.type, *arguments)
 
-    _implement(op, run)
-
-
-def _define_rowwise(op: str) -> None:
-    _library.define(f"{op}({_ROWWISE[op]}", tags=(torch.Tag.pt2_compliant_tag,))
-    _implement(op, lambda x, *arguments: dispatch.call(op, x.device.type, x, *arguments))
-
-
-def _implement(op: str, run: Callable[..., Any]) -> None:
+    _library.define(_schema(op, hints, returned), tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(op, run, key)
 
 
-for _op in _SCHEMAS:
+for _op in WRITES:
     _define(_op)
-for _op in _ROWWISE:
-    _define_rowwise(_op)
+
+_STATE = len(FIELDS[CacheState])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::append", lib=_library)
-def _append(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, *_, partial = arguments[len(_STATE) + 1 :]
-    shape = k.shape if partial else (0,)
+def _append(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    params = AppendParams(*flat[_STATE + 1 :])
+    q, k, v = params[:3]
+    shape = k.shape if params.partial else (0,)
     return q.new_empty(q.shape), k.new_empty(shape), v.new_empty(shape), k.new_empty(shape[:2], dtype=torch.int32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode_attention", lib=_library)
 @torch.library.register_fake(f"{NAMESPACE}::prefill_attention", lib=_library)
-def _attention(*arguments: Any) -> Tensor:
-    q_rot = arguments[len(_STATE) + 1]
+def _attention(*flat: Any) -> Tensor:
+    q_rot = flat[_STATE + 1]
     return q_rot.new_empty(q_rot.shape)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::fork", lib=_library)
 @torch.library.register_fake(f"{NAMESPACE}::free", lib=_library)
-def _nothing(*arguments: Any) -> None:
+def _nothing(*flat: Any) -> None:
     return None
 
 
@@ -112,15 +107,11 @@ def _silu_and_mul(x: Tensor) -> Tensor:
     return x.new_empty(x.size(0), x.size(1) // 2)
 
 
-def call(op: str, state: CacheState, *arguments: Any) -> Any:
-    """Run ``op`` on the backend of the state's device."""
-    if torch.compiler.is_compiling():
-        return getattr(getattr(torch.ops, NAMESPACE), op)(*state.tensors(), *arguments)
-    return dispatch.call(op, state.k_pages.device.type, state, *arguments)
-
-
-def call_rowwise(op: str, x: Tensor, *arguments: Any) -> Any:
-    """Run an op without a state on the backend of x's device."""
-    if torch.compiler.is_compiling():
-        return getattr(getattr(torch.ops, NAMESPACE), op)(x, *arguments)
-    return dispatch.call(op, x.device.type, x, *arguments)
+def call(op: str, device: torch.device, *arguments: Any) -> Any:
+    """Run ``op`` on the backend of a device."""
+    if not torch.compiler.is_compiling():
+        return dispatch.call(op, device.type, *arguments)
+    flat: list[Any] = []
+    for x in arguments:
+        flat += x.tensors() if isinstance(x, CacheState) else x if isinstance(x, tuple) else [x]
+    return getattr(getattr(torch.ops, NAMESPACE), op)(*flat)

@@ -12,12 +12,12 @@ struct Item {  // one (sequence, head)
   int64_t i, h, begin, count, row, index;
 };
 
-INLINE int64_t count_of(const AppendParams& p, int64_t i) { return p.slots[i] < 0 ? 0 : p.cu_seqlens[i + 1] - p.cu_seqlens[i]; }
+INLINE int64_t count_of(const AppendParams& p, int64_t i) { return p.rows[i] < 0 ? 0 : p.cu_seqlens[i + 1] - p.cu_seqlens[i]; }
 
 INLINE Item item_of(const AppendParams& p, int64_t at) {
   Item x;
   x.i = at / p.cache.heads, x.h = at % p.cache.heads;
-  x.begin = p.cu_seqlens[x.i], x.count = count_of(p, x.i), x.row = p.slots[x.i];
+  x.begin = p.cu_seqlens[x.i], x.count = count_of(p, x.i), x.row = p.rows[x.i];
   x.index = x.count ? head_index(p.cache, x.row, p.layer, x.h) : 0;
   return x;
 }
@@ -49,7 +49,7 @@ template <class T> void decide(const AppendParams& p) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < p.n; i++) {
       int64_t count = count_of(p, i), begin = p.cu_seqlens[i];
-      for (int64_t h = 0; h < heads; h++) p.before[i * heads + h] = count ? c.lengths[head_index(c, p.slots[i], p.layer, h)] : 0;
+      for (int64_t h = 0; h < heads; h++) p.before[i * heads + h] = count ? c.lengths[head_index(c, p.rows[i], p.layer, h)] : 0;
       const int32_t* slot = p.before + i * heads;
       for (int64_t at = begin * heads; at < (begin + count) * heads; slot = p.slot_index + at, at += heads)
         for (int64_t h = 0; h < heads; h++) {
@@ -327,7 +327,7 @@ template <class T> void write(const AppendParams& p) {
     for (int64_t t = 0; t < p.tokens; t++) rotate_queries<T>(p, t, halves);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < p.n; i++)
-      for (int64_t t = p.cu_seqlens[i]; p.slots[i] < 0 && t < p.cu_seqlens[i + 1]; t++) clear<T>(p, t);
+      for (int64_t t = p.cu_seqlens[i]; p.rows[i] < 0 && t < p.cu_seqlens[i + 1]; t++) clear<T>(p, t);
     if (p.compress && !p.window) {
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t at = 0; at < items; at++) pool_segment<T>(p, item_of(p, at));

@@ -20,7 +20,7 @@ template <class T> int decode(const DecodeParams& p) {
   int64_t tasks = 0, partials = 0, slots = 0;
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads; h++) {
-      int64_t length = p.slots[i] < 0 ? 0 : c.lengths[head_index(c, p.slots[i], p.layer, h)];
+      int64_t length = p.rows[i] < 0 ? 0 : c.lengths[head_index(c, p.rows[i], p.layer, h)];
       int64_t splits = length ? (length + kSplit - 1) / kSplit : 1;
       tasks += splits, slots += length;
       if (splits > 1) partials += splits;
@@ -33,7 +33,7 @@ template <class T> int decode(const DecodeParams& p) {
   float* next = memory;
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads; h++) {
-      int64_t length = p.slots[i] < 0 ? 0 : c.lengths[head_index(c, p.slots[i], p.layer, h)];
+      int64_t length = p.rows[i] < 0 ? 0 : c.lengths[head_index(c, p.rows[i], p.layer, h)];
       int64_t splits = length ? (length + kSplit - 1) / kSplit : 1;
       for (int64_t s = 0; s < splits; s++) {
         int64_t end = (s + 1) * kSplit;
@@ -62,7 +62,7 @@ template <class T> int decode(const DecodeParams& p) {
       const T* from = (const T*)q.data + task.sequence * q.token + task.head * g * q.head;
       float* acc = task.partial ? task.partial : own + g * dp;
       float *top = acc + g * dp, *total = top + g;
-      Slots s = slots_of(c, p.slots[task.sequence], p.layer, task.head);
+      Slots s = slots_of(c, p.rows[task.sequence], p.layer, task.head);
       attend_range<T>(s, task.begin, task.end, from, q.head, g, d, p.scale, own, acc, top, total);
       if (!task.partial)
         for (int j = 0; j < g; j++) write_row(to + j * out.head, acc + j * dp, d, 1.0f / total[j]);

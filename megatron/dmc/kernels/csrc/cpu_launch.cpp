@@ -1,4 +1,4 @@
-// The launcher of the CPU kernels: looks at the values of the index tensors too, and takes the pages of a step.
+// Launcher of the CPU kernels. It checks the values of the index tensors too, and takes the pages of a step.
 #include <stdlib.h>
 #include <string.h>
 
@@ -6,7 +6,7 @@
 #include <vector>
 
 #define DMC_DEVICE kDLCPU
-#include "checks.h"
+#include "launch.h"
 #include "cpu.h"
 
 #define DMC_TABLE(isa)                                                                          \
@@ -70,19 +70,19 @@ const Kernels& kernels() {
   return *best;
 }
 
-const int32_t* check_rows(const Cache& c, const TensorView& slots, const char* name = "slots") {
-  const int32_t* rows = rows_of(slots, name);
-  for (int64_t i = 0; i < slots.numel(); i++)
+void check_cache(const Cache&) {}
+
+void check_rows(const Cache& c, const int32_t* rows, int64_t n, const char* name = "rows") {
+  for (int64_t i = 0; i < n; i++)
     if (rows[i] >= c.rows) TVM_FFI_THROW(ValueError) << name << "[" << i << "] is " << rows[i] << ", and the cache has " << c.rows << " rows";
-  return rows;
 }
 
-void check_offsets(const TensorView& cu_seqlens, int64_t tokens) {
-  const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  int64_t n = cu_seqlens.numel() - 1;
-  bool ok = cu[0] == 0 && cu[n] == tokens;
-  for (int64_t i = 0; i < n; i++) ok = ok && cu[i] <= cu[i + 1];
-  check(ok, "cu_seqlens", cu_seqlens, "0, not falling, and end with the number of tokens");
+void check_offsets(const int32_t* cu_seqlens, int64_t n, int64_t tokens) {
+  bool ok = cu_seqlens[0] == 0 && cu_seqlens[n] == tokens;
+  for (int64_t i = 0; i < n; i++) ok = ok && cu_seqlens[i] <= cu_seqlens[i + 1];
+  if (!ok)
+    TVM_FFI_THROW(ValueError) << "cu_seqlens goes from " << cu_seqlens[0] << " to " << cu_seqlens[n] << " for " << tokens
+                              << " tokens; it must begin with 0, never fall, and end with their number";
 }
 
 void done(int failed) {
@@ -91,10 +91,10 @@ void done(int failed) {
 
 int64_t pages_of(const Cache& c, int64_t slots) { return (slots + c.page_size - 1) / c.page_size; }
 
-int64_t available(const Cache& c) { return c.num_pages - (c.counters[0] - c.counters[1]); }
+int64_t available(const Cache& c) { return c.num_pages - (c.counters[kTaken] - c.counters[kReturned]); }
 
 int32_t take_page(const Cache& c) {
-  int32_t page = c.free_pages[c.counters[0]++ % c.num_pages];
+  int32_t page = c.free_pages[c.counters[kTaken]++ % c.num_pages];
   c.refcounts[page] = 1;
   return page;
 }
@@ -105,7 +105,7 @@ void take_pages(const AppendParams& p) {
   auto after = [&](int64_t i, int64_t h) { return (int64_t)p.slot_index[(p.cu_seqlens[i + 1] - 1) * c.heads + h] + 1; };
   int64_t total = 0, longest = 0;
   for (int64_t i = 0; i < p.n; i++)
-    for (int64_t h = 0; h < c.heads && p.slots[i] >= 0 && p.cu_seqlens[i] < p.cu_seqlens[i + 1]; h++) {
+    for (int64_t h = 0; h < c.heads && p.rows[i] >= 0 && p.cu_seqlens[i] < p.cu_seqlens[i + 1]; h++) {
       longest = std::max(longest, after(i, h));
       total += pages_of(c, after(i, h)) - pages_of(c, p.before[i * c.heads + h]);
     }
@@ -114,24 +114,18 @@ void take_pages(const AppendParams& p) {
   if (total > available(c))
     TVM_FFI_THROW(RuntimeError) << "the step needs " << total << " pages and " << available(c) << " are free; nothing was written";
   for (int64_t i = 0; i < p.n; i++)
-    for (int64_t h = 0; h < c.heads && p.slots[i] >= 0 && p.cu_seqlens[i] < p.cu_seqlens[i + 1]; h++) {
-      int64_t index = (p.slots[i] * c.layers + p.layer) * c.heads + h;
+    for (int64_t h = 0; h < c.heads && p.rows[i] >= 0 && p.cu_seqlens[i] < p.cu_seqlens[i + 1]; h++) {
+      int64_t index = (p.rows[i] * c.layers + p.layer) * c.heads + h;
       for (int64_t page = pages_of(c, p.before[i * c.heads + h]); page < pages_of(c, after(i, h)); page++)
         c.page_table[index * c.max_pages + page] = take_page(c);
       c.lengths[index] = (int32_t)after(i, h);
     }
 }
 
-void append(STATE_ARGS, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView cu_seqlens, TensorView slots,
-            TensorView positions, TensorView inv_freq, double bias, double epsilon, int64_t window, bool compress, TensorView q_rot,
-            TensorView k_part, TensorView v_part, TensorView slot_index, int64_t threads) {
-  AppendParams p;
-  fill_append(p, STATE, layer, q, k, v, cu_seqlens, slots, positions, inv_freq, bias, epsilon, window, compress, q_rot, k_part,
-              v_part, slot_index);
+void run(AppendParams& p, const Optional<TensorView>&) {
   const Cache& c = p.cache;
-  check_rows(c, slots);
-  check_offsets(cu_seqlens, p.tokens);
-  p.threads = (int)threads;
+  check_rows(c, p.rows, p.n);
+  check_offsets(p.cu_seqlens, p.n, p.tokens);
   if (!p.tokens) return;
   // Kept from call to call; every call writes what it reads.
   static thread_local std::vector<uint8_t> merge;
@@ -149,35 +143,29 @@ void append(STATE_ARGS, int64_t layer, TensorView q, TensorView k, TensorView v,
   kernels().write(p);
 }
 
-void decode_attention(STATE_ARGS, int64_t layer, TensorView q, TensorView slots, double scale, TensorView out, int64_t threads) {
-  DecodeParams p;
-  fill_decode(p, STATE, layer, q, slots, scale, out);
-  check_rows(p.cache, slots);
-  p.threads = (int)threads;
+void run(DecodeParams& p, const Optional<TensorView>&) {
+  check_rows(p.cache, p.rows, p.n);
   done(kernels().decode(p));
 }
 
-void prefill_attention(STATE_ARGS, int64_t layer, TensorView q, TensorView k_part, TensorView v_part, TensorView slot_index,
-                       TensorView cu_seqlens, TensorView slots, double scale, TensorView out, int64_t threads) {
-  PrefillParams p;
-  fill_prefill(p, STATE, layer, q, k_part, v_part, slot_index, cu_seqlens, slots, scale, out);
-  check_rows(p.cache, slots);
-  check_offsets(cu_seqlens, p.tokens);
-  p.threads = (int)threads;
+void run(PrefillParams& p) {
+  check_rows(p.cache, p.rows, p.n);
+  check_offsets(p.cu_seqlens, p.n, p.tokens);
   done(kernels().prefill(p));
 }
 
-void fork_rows(STATE_ARGS, TensorView source, TensorView target) {
-  Cache c = STATE.cache();
-  const int32_t *from = check_rows(c, source, "source"), *to = check_rows(c, target, "target");
-  check(target.numel() == source.numel(), "target", target, "as long as source");
+void run(const ForkParams& p) {
+  const Cache& c = p.cache;
+  const int32_t *from = p.source, *to = p.target;
+  check_rows(c, from, p.n, "source");
+  check_rows(c, to, p.n, "target");
   int64_t all = c.layers * c.heads, total = 0;
   // A compressing model may write its last slot again, any model the slot after it: pages before that are shared.
   auto shared = [&](int64_t length) { return (c.ring && length ? length - 1 : length) / c.page_size; };
   std::vector<bool> taken(c.rows);
-  for (int64_t i = 0; i < source.numel(); i++)
+  for (int64_t i = 0; i < p.n; i++)
     if (from[i] >= 0 && to[i] >= 0) taken[from[i]] = true;
-  for (int64_t i = 0; i < source.numel(); i++) {
+  for (int64_t i = 0; i < p.n; i++) {
     if (from[i] < 0 || to[i] < 0) continue;
     bool empty = !taken[to[i]];
     taken[to[i]] = true;
@@ -186,7 +174,7 @@ void fork_rows(STATE_ARGS, TensorView source, TensorView target) {
       empty = empty && !c.lengths[to[i] * all + e];
       total += pages_of(c, length) - shared(length);
     }
-    check(empty, "target", target, "distinct empty rows that are no sources");
+    if (!empty) TVM_FFI_THROW(ValueError) << "target[" << i << "] is row " << to[i] << "; targets must be distinct empty rows that are no sources";
   }
   if (total > available(c))
     TVM_FFI_THROW(RuntimeError) << "the copies need " << total << " pages and " << available(c) << " are free; nothing was written";
@@ -194,8 +182,8 @@ void fork_rows(STATE_ARGS, TensorView source, TensorView target) {
     memcpy((char*)base + b * bytes, (char*)base + a * bytes, bytes);
   };
   int64_t width = c.dtype == kF32 ? 4 : 2, page_bytes = c.page_size * c.head_dim * width;
-  int64_t ring_bytes = c.ring * c.head_dim * (ring_k.dtype().bits / 8);
-  for (int64_t i = 0; i < source.numel(); i++)
+  int64_t ring_bytes = c.ring * c.head_dim * (c.ring_dtype == kF32 ? 4 : 2);
+  for (int64_t i = 0; i < p.n; i++)
     for (int64_t e = 0; from[i] >= 0 && to[i] >= 0 && e < all; e++) {
       int64_t a = from[i] * all + e, b = to[i] * all + e, column = 0;
       const int32_t* old = c.page_table + a * c.max_pages;
@@ -213,45 +201,28 @@ void fork_rows(STATE_ARGS, TensorView source, TensorView target) {
     }
 }
 
-void free_rows(STATE_ARGS, TensorView slots) {
-  Cache c = STATE.cache();
-  const int32_t* rows = check_rows(c, slots);
-  int64_t next = c.counters[1];
-  for (int64_t i = 0; i < slots.numel(); i++)
-    for (int64_t e = 0; rows[i] >= 0 && e < c.layers * c.heads; e++) {
-      int64_t index = rows[i] * c.layers * c.heads + e, pages = pages_of(c, c.lengths[index]);
+void run(const FreeParams& p) {
+  const Cache& c = p.cache;
+  check_rows(c, p.rows, p.n);
+  int64_t next = c.counters[kReturned];
+  for (int64_t i = 0; i < p.n; i++)
+    for (int64_t e = 0; p.rows[i] >= 0 && e < c.layers * c.heads; e++) {
+      int64_t index = p.rows[i] * c.layers * c.heads + e, pages = pages_of(c, c.lengths[index]);
       for (int64_t page = 0; page < pages; page++) {
         int32_t id = c.page_table[index * c.max_pages + page];
         if (--c.refcounts[id] == 0) c.free_pages[next++ % c.num_pages] = id;
       }
       c.lengths[index] = c.segment[index] = 0;
     }
-  c.counters[1] = next;
+  c.counters[kReturned] = next;
 }
 
-void add_rms_norm(TensorView x, TensorView delta, TensorView weight, double epsilon, TensorView sum, TensorView out, int64_t threads) {
-  NormParams p;
-  fill_norm(p, x, delta, weight, epsilon, sum, out);
-  p.threads = (int)threads;
-  kernels().norm(p);
-}
+void run(const NormParams& p) { kernels().norm(p); }
 
-void silu_and_mul(TensorView x, TensorView out, int64_t threads) {
-  SiluParams p;
-  fill_silu(p, x, out);
-  p.threads = (int)threads;
-  kernels().silu(p);
-}
+void run(const SiluParams& p) { kernels().silu(p); }
 
 tvm::ffi::String isa() { return kernels().name; }
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, append);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_attention, decode_attention);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefill_attention, prefill_attention);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(fork_rows, fork_rows);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(free_rows, free_rows);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, add_rms_norm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, silu_and_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, isa);

@@ -298,7 +298,7 @@ template <class T> int prefill(const PrefillParams& p) {
   int64_t tasks = 0;
   for (int64_t i = 0; i < p.n; i++) {
     int64_t begin = p.cu_seqlens[i], count = p.cu_seqlens[i + 1] - begin;
-    if (p.slots[i] < 0) {
+    if (p.rows[i] < 0) {
       for (int64_t t = begin; t < begin + count; t++)
         for (int64_t h = 0; h < c.heads * g; h++) memset((T*)p.out.data + t * p.out.token + h * p.out.head, 0, d * sizeof(T));
       continue;
@@ -306,7 +306,7 @@ template <class T> int prefill(const PrefillParams& p) {
     // The last blocks see the most slots: they start first.
     for (int64_t at = (count - 1) / each * each; count > 0 && at >= 0; at -= each)
       for (int64_t h = 0; h < c.heads; h++)
-        list[tasks++] = {p.slots[i], (int32_t)h, (int32_t)(count - at < each ? count - at : each), begin + at, at + 1 == count};
+        list[tasks++] = {p.rows[i], (int32_t)h, (int32_t)(count - at < each ? count - at : each), begin + at, at + 1 == count};
   }
   int64_t single = (int64_t)g * (2 * padded<T>(d) + 2), floats = Block::floats(d);
   if (single > floats) floats = single;

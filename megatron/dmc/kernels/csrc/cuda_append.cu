@@ -12,7 +12,7 @@ using namespace dmc;
 
 constexpr int kDecideThreads = 512, kWriteThreads = 128;
 constexpr int kEach = 4;      // what a thread has at once: heads of the scan, rounds of tokens
-constexpr int kRefused = -1;  // in `before`: this head got no page, and nothing of it may change
+constexpr int kNoPage = -1;  // in `before`: this head got no page, and nothing of it may change
 
 // --------------------------------------------------------------------------------------------------- decide, take pages
 
@@ -22,8 +22,8 @@ __device__ void take_pages(const CudaAppend& p) {
   __shared__ unsigned most;
   const Cache& c = p.cache;
   int items = (int)(p.n * c.heads), refused = 0;
-  int64_t taken = c.counters[0];
-  unsigned available = (unsigned)(c.num_pages - (taken - c.counters[1])), pages = (unsigned)c.num_pages;
+  int64_t taken = c.counters[kTaken];
+  unsigned available = (unsigned)(c.num_pages - (taken - c.counters[kReturned])), pages = (unsigned)c.num_pages;
   unsigned start = (unsigned)(taken % c.num_pages), base = 0, granted = 0;
   for (int from = 0; from < items; from += kEach * blockDim.x) {
     int at = from + kEach * threadIdx.x, before[kEach], after[kEach], demand[kEach], sum = 0, all;
@@ -43,7 +43,7 @@ __device__ void take_pages(const CudaAppend& p) {
       int i = (at + e) / (int)c.heads, h = (at + e) % (int)c.heads, wanted = demand[e] < 0 ? 0 : demand[e];
       bool enough = demand[e] == 0 || (demand[e] > 0 && place + wanted <= available);
       if (enough) {
-        int64_t index = head_index(c, p.slots[i], p.layer, h);
+        int64_t index = head_index(c, p.rows[i], p.layer, h);
         int32_t* row = c.page_table + index * c.max_pages + pages_of(c, before[e]);
         for (int n = 0; n < wanted; n++) {
           unsigned entry = start + place + n;
@@ -54,7 +54,7 @@ __device__ void take_pages(const CudaAppend& p) {
         c.lengths[index] = after[e];
         if (wanted) granted = place + wanted;
       } else {
-        p.before[at + e] = kRefused;
+        p.before[at + e] = kNoPage;
         refused++;
       }
       place += wanted;
@@ -66,8 +66,8 @@ __device__ void take_pages(const CudaAppend& p) {
   atomicMax(&most, granted);
   __syncthreads();
   if (threadIdx.x == 0) {
-    c.counters[0] = taken + most;  // who comes after one that got none gets none either: no gap
-    c.counters[2] += refused;
+    c.counters[kTaken] = taken + most;  // who comes after one that got none gets none either: no gap
+    c.counters[kRefused] += refused;
   }
 }
 
@@ -77,7 +77,7 @@ template <class T> __global__ void __launch_bounds__(kDecideThreads, 2) decide(c
   int heads = (int)c.heads, lane = threadIdx.x % 32, end_channel = c.head_dim - 1;
   int at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (at < p.n * heads) {
-    int i = at / heads, h = at % heads, row = p.slots[i], begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1];
+    int i = at / heads, h = at % heads, row = p.rows[i], begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1];
     int before = row >= 0 && begin < end ? c.lengths[head_index(c, row, p.layer, h)] : 0, slot = before - 1;
     bool decides = row >= 0 && p.compress;
     for (int from = begin; from < end; from += 32 * kEach) {
@@ -114,10 +114,10 @@ template <class T> __global__ void __launch_bounds__(kDecideThreads, 2) decide(c
   }
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd((unsigned long long*)c.counters + 3, 1ull) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = atomicAdd((unsigned long long*)c.counters + kArrived, 1ull) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
-  if (threadIdx.x == 0) c.counters[3] = 0;
+  if (threadIdx.x == 0) c.counters[kArrived] = 0;
   __threadfence();
   take_pages(p);
 }
@@ -170,7 +170,7 @@ struct Item {  // one (sequence, head)
 };
 
 DMC_INLINE Item item_of(const CudaAppend& p, int i, int h) {
-  int row = p.slots[i];
+  int row = p.rows[i];
   return {i, h, p.cu_seqlens[i], p.cu_seqlens[i + 1], row, head_index(p.cache, row < 0 ? 0 : row, p.layer, h)};
 }
 
@@ -299,7 +299,7 @@ template <class T, int N> DMC_INLINE void pool_segment(const CudaAppend& p, cons
 
 template <class T> DMC_INLINE void write_query(const CudaAppend& p, int t, int head, float* stage) {
   int d = p.cache.head_dim, channel = threadIdx.x % 32 * 8;
-  bool aligned = is_aligned<T>(p.q), out_aligned = is_aligned<T>(p.q_rot), padding = p.slots[p.owner[t]] < 0;
+  bool aligned = is_aligned<T>(p.q), out_aligned = is_aligned<T>(p.q_rot), padding = p.rows[p.owner[t]] < 0;
   float x[8] = {};
   if (channel < d) {
     if (!padding) load8(x, (const T*)row_of<T>(p.q, t, head) + channel, aligned);
@@ -328,7 +328,7 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 
   Item x = item_of(p, i, (int)(at % heads));
   int from = in_turn ? x.begin : (int)(at / heads), to = in_turn ? x.end : from + 1;
   if (from >= to) return;
-  bool refused = p.before[(int64_t)i * heads + x.h] == kRefused;
+  bool refused = p.before[(int64_t)i * heads + x.h] == kNoPage;
   Units<N> state = {};
   if (x.row < 0) {
     if (p.k_part.data)
@@ -359,7 +359,7 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 
 
 template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 4) remember(const CudaAppend p) {
   int64_t at = (int64_t)blockIdx.x * (kWriteThreads / 32) + threadIdx.x / 32;
-  if (at >= p.n * p.cache.heads || p.before[at] == kRefused) return;
+  if (at >= p.n * p.cache.heads || p.before[at] == kNoPage) return;
   Item x = item_of(p, (int)(at / p.cache.heads), (int)(at % p.cache.heads));
   if (x.row >= 0 && x.begin < x.end) remember_item<T, N>(p, x);
 }
@@ -380,8 +380,8 @@ template <class T> const char* append(const CudaAppend& p, void* stream) {
 
 }  // namespace
 
-extern "C" const char* dmc_cuda_append(const dmc::CudaAppend& p, int device, void* stream) {
-  dmc::OnDevice on(device);
+extern "C" const char* dmc_cuda_append(const dmc::CudaAppend& p, void* stream) {
+  dmc::OnDevice on(p.cache.device);
   switch (p.cache.dtype) {
     case dmc::kF32: return append<float>(p, stream);
     case dmc::kBF16: return append<dmc::bf16>(p, stream);

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan(const Work w) {
   const Cache& c = w.decode.cache;
   int heads = (int)c.heads, items = (int)w.decode.n * heads;
   auto length_of = [&](int item, int* row) {
-    *row = w.decode.slots[item / heads];
+    *row = w.decode.rows[item / heads];
     return *row < 0 ? 0 : c.lengths[head_index(c, *row, w.decode.layer, item % heads)];
   };
   long long total = 0;
@@ -173,7 +173,7 @@ int64_t blocks_of(int device) { return (int64_t)multiprocessors(device) * 4; }
 
 template <class Core> const char* decode(Work w, void* stream) {
   w.passes = (int)((w.decode.groups + Core::kQueries - 1) / Core::kQueries);
-  w.blocks = multiprocessors(w.decode.device) * Core::kBlocks;
+  w.blocks = multiprocessors(w.decode.cache.device) * Core::kBlocks;
   const char* error = launch(plan, 1, kPlanThreads, 0, stream, w);
   return error ? error : launch(attend<Core>, w.blocks, 32 * kWarps, 0, stream, w);
 }
@@ -201,8 +201,8 @@ extern "C" int64_t dmc_cuda_decode_bytes(int64_t n, int64_t heads, int64_t group
 
 extern "C" const char* dmc_cuda_decode(const dmc::CudaDecode& p, void* stream) {
   if (!p.n) return nullptr;
-  dmc::OnDevice on(p.device);
-  Work w = {p, plan_of(p.workspace, p.n, p.cache.heads, p.groups, p.cache.head_dim, blocks_of(p.device)), 0, 0};
+  dmc::OnDevice on(p.cache.device);
+  Work w = {p, plan_of(p.workspace, p.n, p.cache.heads, p.groups, p.cache.head_dim, blocks_of(p.cache.device)), 0, 0};
   switch (p.cache.dtype) {
     case dmc::kF32: return any<float>(w, stream);
     case dmc::kBF16: return tensor<dmc::bf16>(w, stream);

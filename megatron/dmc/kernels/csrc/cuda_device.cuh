@@ -186,10 +186,6 @@ template <class T> DMC_INLINE void store8(T* p, const float (&x)[8], bool aligne
   }
 }
 
-// One element, for outputs that are not a multiple of anything.
-DMC_INLINE void store1(float* p, float x) { *p = x; }
-template <class T> DMC_INLINE void store1(T* p, float x) { p->bits = (uint16_t)pack(x, 0.0f, T{}); }
-
 // Where [T, h, D] of a caller has its rows: the last axis is contiguous, and no more is known.
 template <class T> DMC_INLINE T* row_of(const Heads& x, int64_t t, int64_t h) { return (T*)x.data + t * x.token + h * x.head; }
 template <class T> DMC_INLINE bool is_aligned(const Heads& x) {

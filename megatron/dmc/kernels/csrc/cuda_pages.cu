@@ -9,14 +9,14 @@ using namespace dmc;
 constexpr int kThreads = 1024, kCopyThreads = 128;
 
 // The pages of a row's heads are all different, so its heads do not meet in a count.
-__global__ void __launch_bounds__(kThreads, 1) free_rows(const CudaFree p) {
+__global__ void __launch_bounds__(kThreads, 1) free_rows(const FreeParams p) {
   __shared__ int shared[32];
   const Cache& c = p.cache;
   int all = (int)(c.layers * c.heads), given = 0, num_pages = (int)c.num_pages;
-  int64_t returned = c.counters[1];
+  int64_t returned = c.counters[kReturned];
   int start = (int)(returned % num_pages);
   for (int i = 0; i < p.n; i++) {
-    int row = p.slots[i];
+    int row = p.rows[i];
     if (row < 0) continue;
     for (int from = 0; from < all; from += blockDim.x) {
       int e = from + threadIdx.x, pages = 0, free = 0, total;
@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(kThreads, 1) free_rows(const CudaFree p) {
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) c.counters[1] = returned + given;
+  if (threadIdx.x == 0) c.counters[kReturned] = returned + given;
 }
 
 // A compressing model may write its last slot again, any model the slot after it: pages before that are shared.
 DMC_INLINE int shared_pages(const Cache& c, int length) { return (c.ring && length ? length - 1 : length) / c.page_size; }
 
-__global__ void __launch_bounds__(kThreads, 1) fork_tables(const CudaFork p) {
+__global__ void __launch_bounds__(kThreads, 1) fork_tables(const ForkParams p) {
   __shared__ int shared[32];
   const Cache& c = p.cache;
   int all = (int)(c.layers * c.heads), wanted = 0, filled = 0;
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kThreads, 1) fork_tables(const CudaFork p) {
       filled += c.lengths[(int64_t)p.target[i] * all + e] != 0;
     }
   wanted = block_sum(wanted, shared), filled = block_sum(filled, shared);
-  int64_t taken = c.counters[0];
-  if (filled || wanted > c.num_pages - (taken - c.counters[1])) {
+  int64_t taken = c.counters[kTaken];
+  if (filled || wanted > c.num_pages - (taken - c.counters[kReturned])) {
     __syncthreads();  // everyone has read the counters
-    if (threadIdx.x == 0) c.counters[2] += 1;
+    if (threadIdx.x == 0) c.counters[kRefused] += 1;
     return;
   }
   unsigned start = (unsigned)(taken % c.num_pages), num_pages = (unsigned)c.num_pages;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 1) fork_tables(const CudaFork p) {
     }
   }
   __syncthreads();
-  if (threadIdx.x == 0) c.counters[0] = taken + given;
+  if (threadIdx.x == 0) c.counters[kTaken] = taken + given;
 }
 
 DMC_INLINE void copy(void* base, int64_t from, int64_t to, int64_t bytes) {
@@ -92,7 +92,7 @@ DMC_INLINE void copy(void* base, int64_t from, int64_t to, int64_t bytes) {
 }
 
 // A block per pair and head: the open page, and the ring.
-__global__ void __launch_bounds__(kCopyThreads) fork_copies(const CudaFork p) {
+__global__ void __launch_bounds__(kCopyThreads) fork_copies(const ForkParams p) {
   const Cache& c = p.cache;
   int all = (int)(c.layers * c.heads), i = blockIdx.x / all, e = blockIdx.x % all;
   if (p.source[i] < 0 || p.target[i] < 0) return;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kCopyThreads) fork_copies(const CudaFork p) {
     copy(c.k_pages, old, id, bytes);
     copy(c.v_pages, old, id, bytes);
   }
-  int64_t bytes = c.ring * c.head_dim * p.ring_width;
+  int64_t bytes = c.ring * c.head_dim * (c.ring_dtype == kF32 ? 4 : 2);
   copy(c.ring_k, a, b, bytes);
   copy(c.ring_v, a, b, bytes);
   for (int n = threadIdx.x; n < c.ring; n += blockDim.x) c.ring_w[b * c.ring + n] = c.ring_w[a * c.ring + n];
@@ -113,13 +113,13 @@ __global__ void __launch_bounds__(kCopyThreads) fork_copies(const CudaFork p) {
 
 }  // namespace
 
-extern "C" const char* dmc_cuda_free(const dmc::CudaFree& p, int device, void* stream) {
-  dmc::OnDevice on(device);
+extern "C" const char* dmc_cuda_free(const dmc::FreeParams& p, void* stream) {
+  dmc::OnDevice on(p.cache.device);
   return launch(free_rows, p.n ? 1 : 0, kThreads, 0, stream, p);
 }
 
-extern "C" const char* dmc_cuda_fork(const dmc::CudaFork& p, int device, void* stream) {
-  dmc::OnDevice on(device);
+extern "C" const char* dmc_cuda_fork(const dmc::ForkParams& p, void* stream) {
+  dmc::OnDevice on(p.cache.device);
   const char* error = launch(fork_tables, p.n ? 1 : 0, kThreads, 0, stream, p);
   return error ? error : launch(fork_copies, p.n * p.cache.layers * p.cache.heads, kCopyThreads, 0, stream, p);
 }

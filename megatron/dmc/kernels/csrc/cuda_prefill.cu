@@ -27,7 +27,7 @@ template <int M> DMC_INLINE Tile find_tile(const PrefillParams& p, int* shared, 
     int first = before + block_scan(count, shared, &all);
     if (wanted >= first && wanted < first + count) {
       int at = (wanted - first) * M;
-      *found = {i, p.slots[i], begin, (int)(blockIdx.x % heads), at, min(M, rows - at)};
+      *found = {i, p.rows[i], begin, (int)(blockIdx.x % heads), at, min(M, rows - at)};
     }
     before += all;
   }
@@ -296,8 +296,8 @@ template <class T> const char* tensor(const PrefillParams& p, void* stream) {
 
 }  // namespace
 
-extern "C" const char* dmc_cuda_prefill(const dmc::PrefillParams& p, int device, void* stream) {
-  dmc::OnDevice on(device);
+extern "C" const char* dmc_cuda_prefill(const dmc::PrefillParams& p, void* stream) {
+  dmc::OnDevice on(p.cache.device);
   switch (p.cache.dtype) {
     case dmc::kF32: return any<float>(p, stream);
     case dmc::kBF16: return tensor<dmc::bf16>(p, stream);

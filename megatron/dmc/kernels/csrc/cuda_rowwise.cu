@@ -63,14 +63,14 @@ template <class T> __global__ void __launch_bounds__(kThreads) silu_rows(const S
 
 }  // namespace
 
-extern "C" const char* dmc_cuda_norm(const dmc::NormParams& p, int device, void* stream) {
-  dmc::OnDevice on(device);
+extern "C" const char* dmc_cuda_norm(const dmc::NormParams& p, void* stream) {
+  dmc::OnDevice on(p.device);
   void (*kernel)(const NormParams) = p.dtype == kF32 ? norm_rows<float> : p.dtype == kBF16 ? norm_rows<bf16> : norm_rows<f16>;
   return launch(kernel, p.rows, kThreads, 0, stream, p);
 }
 
-extern "C" const char* dmc_cuda_silu(const dmc::SiluParams& p, int device, void* stream) {
-  dmc::OnDevice on(device);
+extern "C" const char* dmc_cuda_silu(const dmc::SiluParams& p, void* stream) {
+  dmc::OnDevice on(p.device);
   void (*kernel)(const SiluParams) = p.dtype == kF32 ? silu_rows<float> : p.dtype == kBF16 ? silu_rows<bf16> : silu_rows<f16>;
   return launch(kernel, (p.rows * (p.width / 8) + kThreads - 1) / kThreads, kThreads, 0, stream, p);
 }

@@ -1,4 +1,5 @@
-// What kernels and launchers share: parameters as structs of raw pointers.
+// Parameters of the kernels, as structs of raw pointers: what launchers fill and kernels read. N sequences, T tokens, Hq query heads,
+// D head dimension, F width of the MLP; see CacheState in state.py for the tensors of the cache and params.py for AppendParams.
 #pragma once
 #include <stdint.h>
 
@@ -6,13 +7,15 @@ namespace dmc {
 
 enum Dtype { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-// See CacheState in state.py. S rows, L layers, H KV heads.
+enum Counter { kTaken = 0, kReturned = 1, kRefused = 2, kArrived = 3 };  // of Cache::counters
+
+// A CacheState. S rows, L layers, H KV heads, R places in a ring.
 struct Cache {
   void* k_pages;        // [num_pages, page_size, D] of `dtype`
   void* v_pages;
   int32_t* page_table;  // [S, L, H, max_pages]
   int32_t* lengths;     // [S, L, H]
-  void* ring_k;         // [S, L, H, R, D] of `dtype`, fp32 without a window
+  void* ring_k;         // [S, L, H, R, D] of `ring_dtype`
   void* ring_v;
   float* ring_w;        // [S, L, H, R]
   int32_t* segment;     // [S, L, H]
@@ -21,7 +24,8 @@ struct Cache {
   int64_t* counters;    // [4]
   int64_t num_pages, rows, layers, heads, max_pages, ring;
   int page_size, head_dim;
-  Dtype dtype;
+  Dtype dtype, ring_dtype;
+  int device;
 };
 
 // [T, h, D], the last axis contiguous; strides in elements.
@@ -33,9 +37,9 @@ struct Heads {
 struct DecodeParams {
   Cache cache;
   int64_t layer;
-  Heads q, out;          // [N, Hq, D]
-  const int32_t* slots;  // [N]
-  int64_t n, groups;     // groups: query heads per KV head
+  Heads q, out;         // [N, Hq, D]
+  const int32_t* rows;  // [N]
+  int64_t n, groups;    // groups: query heads per KV head
   float scale;
   int threads;
 };
@@ -43,11 +47,11 @@ struct DecodeParams {
 struct PrefillParams {
   Cache cache;
   int64_t layer;
-  Heads q, out;                // [T, Hq, D]
-  Heads k_part, v_part;        // [T, H, D]
-  const int32_t* slot_index;   // [T, H]
-  const int32_t* cu_seqlens;   // [N + 1]
-  const int32_t* slots;        // [N]
+  Heads q, out;               // [T, Hq, D]
+  Heads k_part, v_part;       // [T, H, D]
+  const int32_t* slot_index;  // [T, H]
+  const int32_t* cu_seqlens;  // [N + 1]
+  const int32_t* rows;        // [N]
   int64_t n, tokens, groups;
   float scale;
   int threads;
@@ -56,7 +60,7 @@ struct PrefillParams {
 struct AppendParams {
   Cache cache;
   int64_t layer;
-  Heads q, k, v;                // raw
+  Heads q, k, v;                // before the rotation
   Heads q_rot, k_part, v_part;  // k_part.data null: not wanted
   int32_t* slot_index;          // [T, H], always written
   uint8_t* merge;               // scratch [T, H]
@@ -64,7 +68,7 @@ struct AppendParams {
   float* cos_sin;               // scratch [T, D]: D/2 cosines, D/2 sines
   int32_t* before;              // scratch [N, H], slots before the step
   const int32_t* cu_seqlens;    // [N + 1]
-  const int32_t* slots;         // [N]
+  const int32_t* rows;          // [N]
   const int32_t* positions;     // [T]
   const float* inv_freq;        // [D / 2]
   int64_t n, tokens, groups;
@@ -74,23 +78,35 @@ struct AppendParams {
   int threads;
 };
 
-// Rows of `width` elements, all contiguous.
+struct ForkParams {
+  Cache cache;
+  const int32_t *source, *target;  // [n]
+  int64_t n;
+};
+
+struct FreeParams {
+  Cache cache;
+  const int32_t* rows;  // [n]
+  int64_t n;
+};
+
+// [T, h], contiguous.
 struct NormParams {
-  const void *x, *delta;  // [rows, width]; delta null: none
-  const void* weight;     // [width]
-  void *sum, *out;        // [rows, width]; sum: x + delta, where there is a delta
-  int64_t rows, width;
+  const void *x, *delta;  // delta null: none
+  const void* weight;     // [h]
+  void *sum, *out;        // sum: x + delta, where there is a delta
+  int64_t rows, width;    // T, h
   float epsilon;
   Dtype dtype;
-  int threads;
+  int device, threads;
 };
 
 struct SiluParams {
-  const void* x;  // [rows, 2 width]: gates, then what they open
-  void* out;      // [rows, width]
-  int64_t rows, width;
+  const void* x;        // [T, 2 F]: gates, then the values that they scale
+  void* out;            // [T, F]
+  int64_t rows, width;  // T, F
   Dtype dtype;
-  int threads;
+  int device, threads;
 };
 
 }  // namespace dmc
