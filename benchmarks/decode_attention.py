@@ -32,7 +32,15 @@ import _flashinfer
 import torch
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
-from megatron.dmc.kernels import CacheState, active_backend, append, decode_attention, make_state, use_backend
+from megatron.dmc.kernels import (
+    AppendParams,
+    CacheState,
+    active_backend,
+    append,
+    decode_attention,
+    make_state,
+    use_backend,
+)
 from megatron.dmc.kernels.state import REFUSED
 from megatron.dmc.ops import rotary_frequencies
 
@@ -110,7 +118,8 @@ def appending(state: CacheState, query_heads: int) -> Callable[[], object]:
     ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
     positions, inv_freq = torch.full_like(ends[1:], 4000), rotary_frequencies(d, 1e4, device=device)
     options = {"bias": 5.0, "epsilon": 2.0**-7, "window": 12, "partial": False}
-    return lambda: append(state, 0, q, k, v, ends, ends[:-1], positions, inv_freq, **options)
+    params = AppendParams(q, k, v, ends, ends[:-1], positions, inv_freq, **options)
+    return lambda: append(state, 0, params)
 
 
 def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:

@@ -139,22 +139,12 @@ class StandIn:
         for layer in range(len(self.model.layers)):
             # Above the bias: merge.
             self.k[..., -1] = (torch.rand(self.k.shape[:2], device=self.k.device) < 0.75).to(self.k.dtype) * 2 - 1
-            kernels.append(
-                state,
-                layer,
-                self.q[:count],
-                self.k[:count],
-                self.v[:count],
-                batch.cu_seqlens,
-                batch.rows,
-                batch.positions,
-                self.model.inv_freq,
-                bias=info.decision_bias,
-                epsilon=info.dmc.importance_epsilon if info.dmc else 0.0,
-                window=info.window,
-                compress=info.compresses,
-                partial=False,
-            )
+            raw = (self.q[:count], self.k[:count], self.v[:count])
+            places = (batch.cu_seqlens, batch.rows, batch.positions)
+            epsilon = info.dmc.importance_epsilon if info.dmc else 0.0
+            rule = (info.decision_bias, epsilon, info.window, info.compresses)
+            params = kernels.AppendParams(*raw, *places, self.model.inv_freq, *rule, partial=False)
+            kernels.append(state, layer, params)
         return torch.zeros(batch.logits_at.numel(), info.model.vocab_size, device=self.k.device)
 
 

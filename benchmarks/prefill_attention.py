@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
-from megatron.dmc.kernels import CacheState, active_backend, append, free, make_state, prefill_attention, use_backend
+from megatron.dmc.kernels import (
+    AppendParams,
+    CacheState,
+    active_backend,
+    append,
+    free,
+    make_state,
+    prefill_attention,
+    use_backend,
+)
 from megatron.dmc.ops import rotary_frequencies
 
 SHAPES = ((8, 2, 128), (8, 8, 64))  # query heads, KV heads, head dimension
@@ -63,8 +72,9 @@ class Prompt:
             ends = torch.tensor([0, stop - start], dtype=torch.int32, device=self.q.device)
             positions = torch.arange(start, stop, dtype=torch.int32, device=self.q.device)
             q, k, v = (x[start:stop] for x in (self.q, self.k, self.v))
-            done = append(self.state, 0, q, k, v, ends, self.row, positions, self.inv_freq, **self.options)
-            prefill_attention(self.state, 0, *done, ends, self.row, q.size(-1) ** -0.5)
+            params = AppendParams(q, k, v, ends, self.row, positions, self.inv_freq, **self.options)
+            done = append(self.state, 0, params)
+            prefill_attention(self.state, 0, done, ends, self.row, q.size(-1) ** -0.5)
 
     def dense(self) -> tuple[torch.Tensor, ...]:
         """[1, heads, tokens, D], contiguous, keys and values repeated for their queries."""

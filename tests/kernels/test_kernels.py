@@ -14,7 +14,16 @@ import torch
 from helpers import emulated
 from torch import Tensor
 
-from megatron.dmc.kernels import CacheState, append, decode_attention, free, make_state, prefill_attention, use_backend
+from megatron.dmc.kernels import (
+    AppendParams,
+    CacheState,
+    append,
+    decode_attention,
+    free,
+    make_state,
+    prefill_attention,
+    use_backend,
+)
 from megatron.dmc.ops import OracleCache, compress, rotary_frequencies, rotate
 from megatron.dmc.ops import prefill_attention as prefill_in_torch
 from megatron.dmc.ops.rotary import cos_sin
@@ -109,25 +118,14 @@ class Run:
         cu = ints([0, *torch.tensor(counts).cumsum(0).tolist()], self.device)
         rows = ints(self.rows, self.device)
         q, k, v = (x[sequence, at] for x in (self.q, self.k, self.v))
-        done = append(
-            self.state,
-            self.layer,
-            q,
-            k,
-            v,
-            cu,
-            rows,
-            ints(at, self.device),
-            self.inv_freq,
-            partial=not decode,
-            **self.options,
-        )
+        tokens = (q, k, v, cu, rows, ints(at, self.device), self.inv_freq)
+        done = append(self.state, self.layer, AppendParams(*tokens, partial=not decode, **self.options))
         scale = q.size(-1) ** -0.5
         if decode:
             assert set(counts) == {1} and done.k_part.numel() == 0
             out = decode_attention(self.state, self.layer, done.q_rot, rows, scale)
         else:
-            out = prefill_attention(self.state, self.layer, *done, cu, rows, scale)
+            out = prefill_attention(self.state, self.layer, done, cu, rows, scale)
         assert out.dtype == q.dtype and out.shape == q.shape
         self.out[sequence, at] = out
         self.position = [p + n for p, n in zip(self.position, counts)]
@@ -397,10 +395,9 @@ def test_padding_and_sequences_without_tokens_are_left_alone(backend, device) ->
     ):
         state, at = poisoned(device, **options), ints(range(7), device)[list(keep)]
         args = (ints(cu, device), ints(rows, device))
-        a = append(
-            state, 1, *(x[list(keep)] for x in (q, k, v)), *args, at, inv_freq, bias=BIAS, epsilon=EPSILON, window=12
-        )
-        results.append((state, prefill_attention(state, 1, *a, *args, 32**-0.5), a))
+        raw = [x[list(keep)] for x in (q, k, v)]
+        a = append(state, 1, AppendParams(*raw, *args, at, inv_freq, bias=BIAS, epsilon=EPSILON, window=12))
+        results.append((state, prefill_attention(state, 1, a, *args, 32**-0.5), a))
     (one, out, a), (two, want, _) = results
     assert torch.equal(out[[0, 1, 2, 3, 4, 6]], want)
     assert not out[5].any() and not a.q_rot[5].any()

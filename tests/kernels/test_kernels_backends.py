@@ -22,7 +22,7 @@ from test_kernels import (
     tokens,
 )
 
-from megatron.dmc.kernels import append, build, decode_attention, fork, free, use_backend
+from megatron.dmc.kernels import AppendParams, append, build, decode_attention, fork, free, use_backend
 
 
 @on_compiled_backends
@@ -112,7 +112,7 @@ def test_wrong_arguments_are_named(backend, op) -> None:
     names = {
         "layer": "layer 2",
         "q": "q",
-        "rows": r"slots(\[0\])? is",
+        "rows": r"rows(\[0\])? is",
         "k": "k is",
         "cu": "cu_seqlens",
         "inv_freq": "inv_freq",
@@ -122,15 +122,14 @@ def test_wrong_arguments_are_named(backend, op) -> None:
         if op == "decode":
             decode_attention(state, layer, q[:1], rows, 1.0)
         else:
-            append(state, layer, q, k, v, cu, rows, ints([0, 1, 2]), inv_freq, bias=0.0, epsilon=0.1, window=12)
+            append(state, layer, AppendParams(q, k, v, cu, rows, ints([0, 1, 2]), inv_freq, 0.0, 0.1, window=12))
 
     for name, value in bad.items():
         with pytest.raises(ValueError, match=names[name]):
             call(**{**good, name: value})
+    wrong = AppendParams(q, k, v, ints([0, 3]), ints([0]), ints([0, 1, 2]), torch.ones(16), 0.0, 0.1, window=5)
     with pytest.raises(ValueError, match="window is 5"):
-        append(
-            state, 1, q, k, v, ints([0, 3]), ints([0]), ints([0, 1, 2]), torch.ones(16), bias=0.0, epsilon=0.1, window=5
-        )
+        append(state, 1, wrong)
 
 
 @pytest.mark.skipif(build.PACKAGED.exists(), reason="kernels were built into the package: no compiler is needed")

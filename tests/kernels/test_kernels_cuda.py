@@ -27,7 +27,18 @@ from test_kernels import (
     tokens,
 )
 
-from megatron.dmc.kernels import append, build, decode_attention, dispatch, fork, free, prefill_attention, use_backend
+from megatron.dmc.kernels import (
+    Appended,
+    AppendParams,
+    append,
+    build,
+    decode_attention,
+    dispatch,
+    fork,
+    free,
+    prefill_attention,
+    use_backend,
+)
 from megatron.dmc.kernels.state import REFUSED, TAKEN
 from megatron.dmc.ops import rotary_frequencies
 
@@ -133,14 +144,9 @@ def test_more_heads_than_threads(backend, device) -> None:
         arguments = (ints(range(rows + 1), device), ints(range(rows), device), ints(range(rows), device))
         options = {"bias": BIAS, "epsilon": EPSILON, "window": 3, "partial": False}
         with backend_named(name):
-            done = append(
-                state,
-                0,
-                *(x[:, 0].to(device) for x in (q, k, v)),
-                *arguments,
-                rotary_frequencies(8, 1e4, device=device),
-                **options,
-            )
+            raw = [x[:, 0].to(device) for x in (q, k, v)]
+            inv_freq = rotary_frequencies(8, 1e4, device=device)
+            done = append(state, 0, AppendParams(*raw, *arguments, inv_freq, **options))
             outs.append(decode_attention(state, 0, done.q_rot, arguments[1], 1.0))
             state.check_integrity()
             free(state, ints([5, 3], device))
@@ -190,7 +196,8 @@ def test_prefill_of_several_blocks_of_rows(backend, device, d, g, dtype) -> None
     cu = ints([0, *torch.tensor(counts).cumsum(0).tolist()], device)
     limit = torch.cat((torch.linspace(3, 150, 140).int(), ints([38, 39, 40]), ints([0, 0]), ints([0])))
     index = limit[:, None].contiguous().to(device)
-    out = prefill_attention(state, 1, *(x.to(device) for x in (q, k, v)), index, cu, ints(rows, device), d**-0.5).cpu()
+    appended = Appended(*(x.to(device) for x in (q, k, v)), index)
+    out = prefill_attention(state, 1, appended, cu, ints(rows, device), d**-0.5).cpu()
     exact, plain = [], []
     for i in range(t):
         row = 0 if i < 140 else 1
@@ -217,8 +224,8 @@ def test_no_order_of_threads_changes_a_bit(monkeypatch, dtype) -> None:
                 num_pages=40, max_seqs=1, num_layers=1, num_kv_heads=3, head_dim=64, max_slots=90, dtype=dtype
             )
             where, turn = (ints([0, 90]), ints([0])), (ints(range(90)), rotary_frequencies(64, 1e4))
-            done = append(fresh, 0, *chunk, *where, *turn, bias=BIAS, epsilon=EPSILON, window=12)
-            outs = decode_attention(state, 1, q, ints([0]), 0.125), prefill_attention(fresh, 0, *done, *where, 0.125)
+            done = append(fresh, 0, AppendParams(*chunk, *where, *turn, bias=BIAS, epsilon=EPSILON, window=12))
+            outs = decode_attention(state, 1, q, ints([0]), 0.125), prefill_attention(fresh, 0, done, *where, 0.125)
             results.append((*outs, *done, *fresh.tensors()))
     assert all(same(results[0], other) for other in results[1:])
 
@@ -238,7 +245,8 @@ def test_a_cuda_graph_replays_a_step(dtype) -> None:
     now = [x[:, 0].contiguous() for x in (q, k, v)]
 
     def step(state):
-        done = append(state, 0, *now, cu, rows, at, inv_freq, bias=BIAS, epsilon=EPSILON, window=12, partial=False)
+        rule = {"bias": BIAS, "epsilon": EPSILON, "window": 12, "partial": False}
+        done = append(state, 0, AppendParams(*now, cu, rows, at, inv_freq, **rule))
         return decode_attention(state, 0, done.q_rot, rows, 0.125)
 
     with use_backend("cuda"):
@@ -333,7 +341,7 @@ def test_a_gpu_that_is_too_old_gets_the_reference(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     monkeypatch.setattr(dispatch, "_load", dispatch._load.__wrapped__)
-    assert dispatch._of_device.__wrapped__("cuda") == "reference"
+    assert dispatch._best("cuda") == "reference"
     said = capsys.readouterr().err
     assert "Tesla T4 is of sm_75" in said and "PyTorch kernels run instead" in said
 

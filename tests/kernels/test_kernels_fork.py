@@ -26,7 +26,7 @@ from test_kernels import (
     tokens,
 )
 
-from megatron.dmc.kernels import append, decode_attention, fork, free, use_backend
+from megatron.dmc.kernels import AppendParams, append, decode_attention, fork, free, use_backend
 from megatron.dmc.ops import rotary_frequencies
 
 ACTIONS = st.lists(
@@ -60,13 +60,13 @@ def test_any_history_of_copies(actions: list, window: Optional[int | str], num_p
     states = {name: poisoned(num_pages=num_pages, window=window, **options) for name in ("reference", "cpp")}
     read: dict[tuple[int, int], list[int]] = {(row, layer): [] for row in range(4) for layer in range(2)}
 
-    def run(op, *args, **options) -> bool:
+    def run(op, *args) -> bool:
         """Whether it was done; the backends agree, and refuse before they write."""
         done, before = [], {name: copy.deepcopy(state) for name, state in states.items()}
         for name, state in states.items():
             with use_backend(name):
                 try:
-                    op(state, *args, **options)
+                    op(state, *args)
                     done.append(True)
                 except RuntimeError:
                     done.append(False)
@@ -92,7 +92,8 @@ def test_any_history_of_copies(actions: list, window: Optional[int | str], num_p
                 ints(range(start, start + count)),
                 inv_freq,
             )
-            if run(append, layer, *args, bias=BIAS, epsilon=EPSILON, window=window, compress=not plain):
+            params = AppendParams(*args, bias=BIAS, epsilon=EPSILON, window=window, compress=not plain)
+            if run(append, layer, params):
                 read[row, layer] += ids
         elif kind == "fork":
             which, copies, gap = what

@@ -12,7 +12,7 @@ from test_kernels import BIAS, EPSILON, SHIFTS, ints, tokens
 from torch import Tensor
 
 from megatron.dmc import kernels
-from megatron.dmc.kernels import CacheState, make_state
+from megatron.dmc.kernels import AppendParams, CacheState, make_state
 from megatron.dmc.kernels.torch_ops import NAMESPACE
 
 OPS = getattr(torch.ops, NAMESPACE)
@@ -35,16 +35,17 @@ def start(device: str) -> tuple[CacheState, tuple[Tensor, ...]]:
         steps.append(
             (q[begin:end], k[begin:end], v[begin:end], cu, ints([1, 0], device), ints(at[begin:end], device), inv_freq)
         )
-    kernels.append(state, 1, *steps[0], **OPTIONS)
+    kernels.append(state, 1, AppendParams(*steps[0], **OPTIONS))
     return state, steps[1]
 
 
-def step(state: CacheState, q, k, v, cu_seqlens, slots, positions, inv_freq) -> Tensor:
-    done = kernels.append(state, 1, q, k, v, cu_seqlens, slots, positions, inv_freq, **OPTIONS)
-    out = kernels.prefill_attention(state, 1, *done, cu_seqlens, slots, 0.2)
-    kernels.fork(state, slots[:1], slots[:1] + 1)
-    decoded = kernels.decode_attention(state, 1, done.q_rot[:2] * 2, slots + 1, 0.2)
-    kernels.free(state, slots[:1])
+def step(state: CacheState, q, k, v, cu_seqlens, rows, positions, inv_freq) -> Tensor:
+    params = AppendParams(q, k, v, cu_seqlens, rows, positions, inv_freq, **OPTIONS)
+    done = kernels.append(state, 1, params)
+    out = kernels.prefill_attention(state, 1, done, cu_seqlens, rows, 0.2)
+    kernels.fork(state, rows[:1], rows[:1] + 1)
+    decoded = kernels.decode_attention(state, 1, done.q_rot[:2] * 2, rows + 1, 0.2)
+    kernels.free(state, rows[:1])
     x, weight = torch.cat((out, decoded)).flatten(1), torch.ones(out[0].numel(), device=out.device)
     total, normed = kernels.add_rms_norm(x, kernels.rms_norm(x, weight, 1e-5), weight, 1e-5)
     return kernels.silu_and_mul(total + normed)
@@ -59,7 +60,7 @@ def test_schemas_and_fakes_are_true(device, op) -> None:
     included.
     """
     state, arguments = start(device)
-    done = kernels.append(copy.deepcopy(state), 1, *arguments, **OPTIONS)
+    done = kernels.append(copy.deepcopy(state), 1, AppendParams(*arguments, **OPTIONS))
     _, _, _, cu, rows, *_ = arguments
     others = {
         "append": (1, *arguments, *OPTIONS.values(), True, True),

@@ -178,33 +178,18 @@ class Model:
         """[T, h] -> [T, h], this rank's share of the sum."""
         q, k, v = self._project(layer, x)
         dmc, chunks = self.info.dmc, batch.decoding < batch.rows.numel()
-        q, k_part, v_part, slot = kernels.append(
-            state,
-            n,
-            q,
-            k,
-            v,
-            batch.cu_seqlens,
-            batch.rows,
-            batch.positions,
-            self.inv_freq,
-            bias=self.info.decision_bias,
-            epsilon=dmc.importance_epsilon if dmc else 0.0,
-            window=self.info.window,
-            compress=self.info.compresses,
-            partial=chunks,
-        )
+        tokens = (q, k, v, batch.cu_seqlens, batch.rows, batch.positions, self.inv_freq)
+        epsilon = dmc.importance_epsilon if dmc else 0.0
+        rule = (self.info.decision_bias, epsilon, self.info.window, self.info.compresses)
+        done = kernels.append(state, n, kernels.AppendParams(*tokens, *rule, partial=chunks))
         scale, d = 1 / math.sqrt(self.head_dim), batch.decoding
         parts = []
         if d:
-            parts.append(kernels.decode_attention(state, n, q[:d], batch.rows[:d], scale))
+            parts.append(kernels.decode_attention(state, n, done.q_rot[:d], batch.rows[:d], scale))
         if chunks:
+            done = kernels.Appended(*(x[d:] for x in done))
             bounds = batch.cu_seqlens[d:] - d  # a decoding sequence has one token
-            parts.append(
-                kernels.prefill_attention(
-                    state, n, q[d:], k_part[d:], v_part[d:], slot[d:], bounds, batch.rows[d:], scale
-                )
-            )
+            parts.append(kernels.prefill_attention(state, n, done, bounds, batch.rows[d:], scale))
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         # [T, Hq, D] -> [T, Hq D]
         return linear(mixed.flatten(1), layer.out)

@@ -17,8 +17,8 @@ raise for them: rows that the cache does not have, and offsets that do not fit, 
 refuse with RuntimeError, they refuse on the device: a head that finds no free page, or no room in its row of the page
 table, keeps its state (slots, ring, length), its tokens see only themselves, and ``counters[REFUSED]`` grows, for the
 host to read together with the lengths. Heads before it in the order (sequence, head), and heads that need no page, go
-on. A :func:`fork` that does not fit, or whose target is not empty, writes nothing and counts once. An engine that admits
-requests against the worst case never sees any of it.
+on. A :func:`fork` that does not fit, or whose target is not empty, writes nothing and counts once. An engine that
+admits requests against the worst case never sees any of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron.dmc.kernels.dispatch import active_backend, use_backend
-from megatron.dmc.kernels.params import AppendParams, Appended
+from megatron.dmc.kernels.params import Appended, AppendParams
 from megatron.dmc.kernels.state import CacheState, make_state
 from megatron.dmc.kernels.torch_ops import call
 

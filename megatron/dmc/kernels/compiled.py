@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron.dmc.kernels.params import AppendParams, Appended
+from megatron.dmc.kernels.params import Appended, AppendParams
 from megatron.dmc.kernels.state import CacheState
 
 

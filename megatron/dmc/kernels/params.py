@@ -1,7 +1,7 @@
 """Arguments and results of the ops over the cache that are more than a few tensors, as records.
 
-T tokens of N sequences, Hq query heads, H KV heads, D head dimension. Tensors may have any strides as long as their last
-axis is contiguous; index tensors are contiguous.
+T tokens of N sequences, Hq query heads, H KV heads, D head dimension. Tensors of heads may have any strides as long as
+their last axis is contiguous; index tensors are contiguous.
 """
 
 from __future__ import annotations

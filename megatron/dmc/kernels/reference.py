@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.kernels.params import AppendParams, Appended
+from megatron.dmc.kernels.params import Appended, AppendParams
 from megatron.dmc.kernels.state import RETURNED, TAKEN, CacheState
 from megatron.dmc.ops.decisions import decision_logits, importance
 from megatron.dmc.ops.pooling import pool
@@ -25,7 +25,7 @@ _QUERY_ROWS = 256  # queries of a chunk that attend at a time: bounds the scores
 
 
 class _Layout(NamedTuple):
-    """Places of a step's tokens. N sequences have tokens and a row; T' tokens are theirs, of T with the ignored ones."""
+    """Places of a step's tokens: T' tokens of N sequences that have tokens and a row, of T with the ignored ones."""
 
     sequence: Tensor
     """int64 [T'], 0..N-1."""

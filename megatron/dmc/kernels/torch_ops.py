@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.kernels import dispatch, reference
-from megatron.dmc.kernels.params import AppendParams, Appended
+from megatron.dmc.kernels.params import Appended, AppendParams
 from megatron.dmc.kernels.state import CacheState
 
 NAMESPACE = "megatron_dmc"
