@@ -222,8 +222,8 @@ def test_the_same_budget_holds_more_sequences_with_compression() -> None:
         while state.free_count() >= needed:
             row = held.get(cr, 0)
             for layer in range(layers):
-                tokens = (k, k, k, bounds, rows[row : row + 1], positions, torch.ones(d // 2))
-                kernels.append(state, layer, kernels.AppendParams(*tokens, 0.0, 2.0**-7, 12, cr > 1, partial=False))
+                step = (k, k, k, bounds, rows[row : row + 1], positions, torch.ones(d // 2))
+                kernels.append(state, layer, kernels.AppendParams(*step, 0.0, 2.0**-7, 12, cr > 1, partial=False))
             held[cr] = row + 1
         state.check_integrity()
     assert held[4] >= 3.6 * held[1], held
