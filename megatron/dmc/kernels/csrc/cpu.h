@@ -1,4 +1,4 @@
-// What the CPU kernels and their launcher share besides the parameters: the table of one build of the kernels.
+// Table of one build of the CPU kernels, for their launcher.
 //
 // The kernels are compiled once per instruction set, from the same sources; the launcher picks a table at run time. They use no
 // library templates, so that no function compiled for a newer CPU can replace the launcher's.

@@ -22,7 +22,7 @@ INLINE Item item_of(const AppendParams& p, int64_t at) {
   return x;
 }
 
-// What each token wants, and its weight.
+// Decision and weight of each token.
 template <class T> INLINE void decide_token(const AppendParams& p, int64_t t) {
   int64_t heads = p.cache.heads, last = p.cache.head_dim - 1;
   const T* k = (const T*)p.k.data + t * p.k.token + last;
@@ -63,7 +63,7 @@ template <class T> void decide(const AppendParams& p) {
   }
 }
 
-// Branch-free, so that the compiler makes vectors of it. The fp32 angle is reduced in fp64; polynomials of Cephes' sinf and cosf.
+// Branch-free, so that the compiler vectorizes it. The fp32 angle is reduced in fp64; polynomials of Cephes' sinf and cosf.
 INLINE void sine_cosine(float angle, float* sine, float* cosine) {
   const double magic = 0x1.8p52;
   double n = angle * 0.63661977236758134308 + magic;  // the nearest multiple of pi / 2
@@ -96,7 +96,7 @@ template <class T> INLINE void add_row(float* sum, const T* x, int d, float weig
   if (c < d) store(sum + c, load(sum + c) + load_some(x + c, d - c) * splat(weight));
 }
 
-// Where a token's raw key and value, its ring entry, and its slot lie.
+// Head of a token, before the rotation.
 template <class T> INLINE const T* raw(const Heads& x, int64_t t, int64_t h) { return (const T*)x.data + t * x.token + h * x.head; }
 
 template <class T> void finish(const AppendParams& p, const Item& x, int64_t t, float* k, float* v) {
@@ -115,7 +115,7 @@ template <class T> void finish(const AppendParams& p, const Item& x, int64_t t, 
   write_row((T*)s.value<T>(p.slot_index[at]), v, d, 1.0f);
 }
 
-// Tokens [from, to) of one head, with a window (or none of the pooling: plain models).
+// Tokens [from, to) of one head, with a window, or of a plain model, without pooling.
 template <class T> void pool_window(const AppendParams& p, const Item& x, int64_t from, int64_t to) {
   const Cache& c = p.cache;
   int d = c.head_dim;
@@ -173,12 +173,12 @@ template <class T> INLINE void store_halves(T* to, int c, int half, vf low, vf h
 
 constexpr int kListed = 64;
 
-// Can a window be pooled in registers, half a row at a time?
+// True where a window can be pooled in registers, half a row at a time.
 INLINE bool in_halves(const AppendParams& p) {
   return p.cache.head_dim / 2 % VW == 0 && (!p.compress || (p.window && p.window <= kListed));
 }
 
-// As pool_window for one token, without a buffer in between.
+// pool_window for one token, in registers instead of a buffer.
 template <class T> INLINE void pool_token(const AppendParams& p, const Item& x, int64_t t) {
   const Cache& c = p.cache;
   int d = c.head_dim, half = d / 2;
@@ -297,7 +297,7 @@ template <class T> void remember(const AppendParams& p, const Item& x) {
   c.segment[x.index] = (int32_t)segment;
 }
 
-// The outputs of a token of padding.
+// Zero outputs of a token of padding.
 template <class T> void clear(const AppendParams& p, int64_t t) {
   int d = p.cache.head_dim;
   for (int64_t h = 0; h < p.cache.heads * p.groups; h++)
@@ -343,7 +343,7 @@ template <class T> void write(const AppendParams& p) {
           pool_block<T>(p, i, begin + from, begin + (from + kBlock < count ? from + kBlock : count), halves);
       }
     }
-#pragma omp barrier  // what is remembered takes the place of what was pooled
+#pragma omp barrier  // the ring was read above
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < items; at++) {
       Item x = item_of(p, at);

@@ -84,8 +84,8 @@ template <class T> INLINE void read_row(float* out, const T* x, int d, float fac
   if (c < d) store(out + c, load_some(x + c, d - c) * splat(factor));
 }
 
-// What is asked for while a slot is worked on: the slot a tile further on, and again the one half a tile further on, because the
-// CPU drops such requests while its queue of misses is full. Lines are asked for in their order, evenly between the arithmetic: in
+// Prefetches while a slot is worked on: the slot a tile further on, and again the one half a tile further on, because the CPU
+// drops such requests while its queue of misses is full. Lines are requested in their order, evenly between the arithmetic: in
 // another order, or in bursts, memory takes up to twice as long.
 // Intel's CPUs, which run the build of AVX-512 without bf16, do not drop any; there the first brings a line to L2.
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
@@ -230,7 +230,7 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
         for (int j = 0; j < R::kTogether; j++) {
           int64_t at = (int64_t)(r + j) * d + e * R::kChannels;
           if (e * bytes % 64 == 0) ahead.ask(share + ((r + j) * V + e) * bytes);
-          // Behind the last slot lies what may be no number.
+          // NaN may lie behind the last slot.
           if (j == 0 || r + j < m) row[j] = Tail ? R::row(v + at, d - c) : R::row(v + at);
         }
         R::split(row, parts);

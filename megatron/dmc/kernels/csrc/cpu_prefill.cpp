@@ -9,10 +9,10 @@
 namespace {
 
 constexpr int kRows = 64;      // queries of a task
-constexpr int kBroadcast = 4;  // numbers of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
+constexpr int kBroadcast = 4;  // elements of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
 constexpr int kPiece = 16;     // slots that lie in one piece, whatever the page size
 
-// What lies in 32 bits: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of values and weights.
+// Content of 32 bits: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of values and weights.
 template <class T> struct Panel {
   static constexpr int kTogether = 1;
   INLINE vf all(const float* x) { return splat(*x); }

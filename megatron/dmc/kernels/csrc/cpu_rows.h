@@ -1,4 +1,4 @@
-// How rows of keys and values are multiplied, by dtype: with a query that lies as they do, and with weights.
+// Products of rows of keys and values, by dtype: with a query in the same layout, and with weights.
 //
 // bf16 is never widened: its pairs go into the CPU's dot product where it has one (AVX512_BF16: pairs of fp32 products, sums in
 // fp32 to nearest, denormals are zero), and else the even and the odd channels are cut out of the pairs, which takes half as many

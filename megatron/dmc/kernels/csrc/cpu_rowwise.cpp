@@ -1,13 +1,13 @@
-// What lies between the linear layers, in one pass over the rows each: the sum and its norm, and the gates of the MLP.
+// Steps between the linear layers, in one pass over the rows each: residual sum and norm, and the gates of the MLP.
 //
 // Rounded where PyTorch rounds: the sum, the normalised row, its product with the weight; the gate and its product.
 #include "cpu_vec.h"
 
 namespace {
 
-constexpr int64_t kElements = 1 << 14;  // fewer are not worth waking another thread
+constexpr int64_t kElements = 1 << 14;  // below, another thread costs more than it saves
 
-// As a T would hold it.
+// Rounded to T.
 INLINE vf rounded(vf x, float) { return x; }
 template <class T> INLINE vf rounded(vf x, T) {
   T buffer[VW];

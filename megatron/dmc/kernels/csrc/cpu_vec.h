@@ -116,7 +116,7 @@ INLINE float load1(const bf16* p) { return load_some(p, 1)[0]; }
 INLINE float load1(const f16* p) { return load_some(p, 1)[0]; }
 
 INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-// a where it is greater, else b; so b where either is no number.
+// a where it is greater, else b; so b where either is NaN.
 INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -165,7 +165,7 @@ INLINE vf shifted(vf x, int w) {
 #endif
 }
 
-// Is any lane of a comparison true?
+// True where any lane of a comparison is.
 INLINE bool any(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;

@@ -31,7 +31,7 @@ __device__ void take_pages(const CudaAppend& p) {
     for (int e = 0; e < kEach; e++) {
       before[e] = after[e] = demand[e] = 0;
       if (at + e >= items) continue;
-      before[e] = __ldcg(p.before + at + e), after[e] = __ldcg(p.after + at + e);  // of other blocks: not in this L1
+      before[e] = __ldcg(p.before + at + e), after[e] = __ldcg(p.after + at + e);  // written by other blocks: not in this L1
       bool fits = after[e] <= c.max_pages * c.page_size;
       demand[e] = fits ? pages_of(c, after[e]) - pages_of(c, before[e]) : -1;
       sum += fits ? demand[e] : 0;
@@ -66,7 +66,7 @@ __device__ void take_pages(const CudaAppend& p) {
   atomicMax(&most, granted);
   __syncthreads();
   if (threadIdx.x == 0) {
-    c.counters[kTaken] = taken + most;  // who comes after one that got none gets none either: no gap
+    c.counters[kTaken] = taken + most;  // heads that need pages after a refused one are refused too: no gap
     c.counters[kRefused] += refused;
   }
 }

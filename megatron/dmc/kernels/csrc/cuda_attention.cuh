@@ -1,4 +1,4 @@
-// Attention of a few queries over a range of one head's slots, by the warps of a block; what decode and prefill share of it.
+// Attention of a few queries over a range of one head's slots, by the warps of a block: the part that decode and prefill share.
 //
 // A core keeps, for each of its queries, the highest score so far, the total of the weights and the weighted sum of the values.
 // Scores are in units of log2: weights are powers of 2.
@@ -23,14 +23,14 @@ template <class T> struct Slots {
   DMC_INLINE int64_t offset(int id, int slot) const { return ((int64_t)id * page_size + (slot & (page_size - 1))) * d; }
 };
 
-// What a block adds up: the results of its warps, and where these come from. Lies in shared memory.
+// Results of a block's warps, in shared memory: weighted sums, highest scores and total weights.
 template <int Q, int D> struct Sums {
   float sum[kWarps][Q][D], top[kWarps][Q], total[kWarps][Q];
 };
 
 DMC_INLINE float rescale(float from, float to) { return from == to ? 1.0f : exp2_fast(from - to); }
 
-// 8 channels of a query's result, from those of parts of its slots.
+// 8 channels of a query's result, added up from results over parts of its slots.
 struct Mixed {
   float x[8] = {}, top = -INFINITY, total = 0;
   DMC_INLINE void add(const float (&y)[8], float other_top, float other_total) {

@@ -28,7 +28,7 @@ struct Chunk {
   int unused;
 };
 
-// What lies in the workspace. A chunk's size is such that `limit` chunks hold all slots, and each item may begin one more. A head
+// Layout of the workspace. A chunk's size is such that `limit` chunks hold all slots, and each item may begin one more. A head
 // of several chunks is longer than that size, so all of these heads together have at most 2 * limit chunks.
 struct Plan {
   int* count;      // [4]: chunks, chunks given out

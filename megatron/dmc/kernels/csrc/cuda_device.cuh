@@ -1,4 +1,4 @@
-// What the CUDA kernels are made of: elements of 16 bits, the few PTX instructions that CUDA C++ has no name for, and sums over
+// Building blocks of the CUDA kernels: elements of 16 bits, the few PTX instructions that CUDA C++ has no name for, and sums over
 // a warp and a block. tests/cuda_emulator compiles the same kernels for a CPU; it replaces the instructions below.
 #pragma once
 #include "params.h"
@@ -109,7 +109,7 @@ inline int device_count(int device, cudaDeviceAttr what) {
 }
 inline int multiprocessors(int device) { return device_count(device, cudaDevAttrMultiProcessorCount); }
 
-// Returns what is wrong, null if nothing. Does not wait for the kernel.
+// Returns an error message, or null. Does not wait for the kernel.
 template <class P> const char* launch(void (*kernel)(P), int64_t blocks, int threads, size_t shared, void* stream, const P& p) {
   if (!blocks) return nullptr;
   if (blocks > INT32_MAX) return "too many tokens for one launch";

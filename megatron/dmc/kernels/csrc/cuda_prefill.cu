@@ -11,7 +11,8 @@ namespace {
 
 using namespace dmc;
 
-// Rows [first, first + rows) of the head, a row being (token, query head of the group). rows is 0 for a block without work.
+// Rows [first, first + rows) of a KV head's queries, a row being (token, query head of the group); `row` is the sequence's row of the
+// cache. rows is 0 for a block without work.
 struct Tile {
   int sequence, row, begin, head, first, rows;
 };
@@ -35,7 +36,7 @@ template <int M> DMC_INLINE Tile find_tile(const PrefillParams& p, int* shared, 
   return *found;
 }
 
-// Outputs of padding.
+// Zero outputs of padding.
 template <class T> DMC_INLINE void clear(const PrefillParams& p, const Tile& tile) {
   int units = p.cache.head_dim / 8, groups = (int)p.groups;
   bool aligned = is_aligned<T>(p.out);

@@ -1,4 +1,4 @@
-// What lies between the linear layers, in one kernel each: the sum and its norm, and the gates of the MLP.
+// Steps between the linear layers, in one kernel each: residual sum and norm, and the gates of the MLP.
 //
 // Rounded where PyTorch rounds: the sum, the normalised row, its product with the weight; the gate and its product. Rows are
 // multiples of 8 elements, so that they are read 16 bytes at a time.
@@ -11,7 +11,7 @@ using namespace dmc;
 
 constexpr int kThreads = 256;
 
-// As a T would hold it.
+// Rounded to T.
 DMC_INLINE float rounded(float x, float) { return x; }
 template <class T> DMC_INLINE float rounded(float x, T) { return widen((uint16_t)pack(x, 0.0f, T{}), T{}); }
 
