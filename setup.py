@@ -74,6 +74,6 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["dmc = megatron.dmc.serving.cli:main"]},
+    entry_points={"console_scripts": ["dmc = megatron.dmc.cli:main"]},
     zip_safe=False,
 )

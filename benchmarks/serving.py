@@ -66,7 +66,7 @@ def served(path: Path, threads: int, *options: object):
     command = [
         sys.executable,
         "-m",
-        "megatron.dmc.serving.cli",
+        "megatron.dmc.cli",
         "serve",
         str(path),
         "--port",

@@ -38,7 +38,7 @@ from _common import ROOT, add_device, arguments, finish, interleave, resolve_dev
 sys.path.insert(0, str(ROOT))
 from megatron.dmc.config import DMCConfig  # noqa: E402
 from megatron.dmc.inference import Engine, EngineConfig, StepOutput, dummy  # noqa: E402
-from megatron.dmc.inference.bench import Iteration, Work, iterate, random_prompts  # noqa: E402
+from megatron.dmc.inference.bench import Iteration, Workload, iterate, random_prompts  # noqa: E402
 from megatron.dmc.inference.cache import page_bytes, row_bytes  # noqa: E402
 from megatron.dmc.kernels import active_backend  # noqa: E402
 
@@ -139,7 +139,7 @@ def run(engine: Engine, input_len: int, output_len: int, count: int) -> tuple[It
     """All requests at once, to their end."""
     prompts = random_prompts([input_len] * count, engine.info.model.vocab_size, np.random.default_rng(0))
     steps = Steps(count)
-    return iterate(engine, Work(prompts, [output_len] * count, temperature=0), steps), steps
+    return iterate(engine, Workload(prompts, [output_len] * count, temperature=0), steps), steps
 
 
 def throughput(

@@ -48,7 +48,7 @@ PACKAGES = {
     "kernels": (9.15, 2.0, 4.2, "paged cache: PyTorch, C++, CUDA", SERVING),
     "checkpoint": (4.5, 2.0, 4.35, "formats, mapping, conversion", SHARED),
     "ops": (0.25, 1.05, 13.1, "the mathematics in plain PyTorch, and the slow oracle", SHARED),
-    "config, environment, schedule": (0.25, 0.1, 13.1, "dataclasses, versions, pure functions: for all", SHARED),
+    "config, environment, flags, planning, schedule": (0.25, 0.1, 13.1, "dataclasses, pure functions: for all", SHARED),
 }
 IMPORTS = [
     ("cli", "evaluation"),

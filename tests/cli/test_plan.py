@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from helpers import tiny  # puts tools/ on the path
 from helpers.in_process import megatron_in_process, run_config
 
+from megatron.dmc.cli import plan
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
+from megatron.dmc.planning import estimates
+from megatron.dmc.planning.layouts import with_layout
 from megatron.dmc.training.metrics import flops_per_token
 from megatron.dmc.training.model import transformer_config
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
-import _estimates as estimates  # noqa: E402
-import plan  # noqa: E402
 from _common import peak_bytes  # noqa: E402
 
 GPUS = {"llama2-7b": 8, "llama2-13b": 8, "llama2-70b": 64, "llama3.1-8b": 8, "llama3.1-70b": 64}
@@ -68,7 +69,7 @@ def small_run(
 
 
 def shipped_run(name: str, **layout) -> RunConfig:
-    return plan.with_layout(plan.load_model(name), **layout)
+    return with_layout(plan.load_model(name), **layout)
 
 
 def memory(run: RunConfig, gpus: int, rank: int = 0, **more) -> dict[str, float]:
@@ -249,7 +250,7 @@ def test_model_state_by_hand():
     n = PARAMETERS["llama2-7b"]
     parts = memory(run, 8)
     assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (2 * n, 4 * n, 12 * n / 8)
-    assert memory(plan.with_layout(run, use_distributed_optimizer=False), 8)["optimizer"] == 12 * n
+    assert memory(with_layout(run, use_distributed_optimizer=False), 8)["optimizer"] == 12 * n
 
 
 @pytest.mark.parametrize(("pp", "v"), [(4, 1), (4, 2), (8, 2), (8, 5)])
@@ -321,7 +322,7 @@ def test_serving_by_hand():
 def test_refused_with_layouts_that_work(arguments, why, capsys):
     assert plan.main(arguments.split()) == 2
     first, *rest = capsys.readouterr().err.splitlines()
-    assert first.startswith("plan.py: error: ") and why in first
+    assert first.startswith("error: ") and why in first
     assert rest and all(line.startswith("  works: --gpus") for line in rest)
     memory = (
         arguments.split()[arguments.split().index("--gpu-memory-gb") :][:2] if "--gpu-memory-gb" in arguments else []
@@ -366,7 +367,7 @@ def test_bad_input_is_one_message(arguments, says, tmp_path, capsys):
     (tmp_path / "gpt2.json").write_text('{"model_type": "gpt2", "n_embd": 768}')
     assert plan.main(arguments.format(tmp=tmp_path).split()) == 2
     message = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("  works: ")]
-    assert len(message) == 1 and message[0].startswith("plan.py: error: ") and says in message[0]
+    assert len(message) == 1 and message[0].startswith("error: ") and says in message[0]
 
 
 # Models from elsewhere, the script as a script

@@ -17,7 +17,7 @@ import torch
 import yaml
 from helpers.processes import ROOT
 
-from megatron.dmc.evaluation.compare import __main__ as command
+from megatron.dmc.cli import compare as command
 from megatron.dmc.evaluation.compare import summary
 from megatron.dmc.evaluation.compare.config import CompareConfig
 from megatron.dmc.evaluation.compare.plan import Job, Plan, Planner

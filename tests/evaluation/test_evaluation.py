@@ -12,7 +12,8 @@ import torch
 from helpers import tiny
 from helpers.processes import run_command
 
-from megatron.dmc.evaluation import generate, quality, report
+from megatron.dmc.cli.eval import main
+from megatron.dmc.evaluation import quality
 from megatron.dmc.evaluation.load import load_checkpoint
 from megatron.dmc.evaluation.reference import ReferenceDecoder
 from megatron.dmc.training import cpu, initialize
@@ -64,8 +65,9 @@ def _one_process():
 def test_report_writes_table_json_and_plots(trained: Path, capsys) -> None:
     rows = ["original=original", "control=control", "DMC=retrofit:control"]
     args = [x for row in rows for x in ("--row", row.replace("=", f"={trained}/"))]
-    status = report.main(
+    status = main(
         [
+            "report",
             "--tokenizer",
             str(trained / "tokenizer.model"),
             "--data",
@@ -124,12 +126,12 @@ def test_generation_prints_text_and_slots(trained: Path, capsys) -> None:
         "--prompt",
         "def main(",
     ]
-    assert generate.main([*argv, "--max-tokens", "6"]) == 0
+    assert main(["generate", *argv, "--max-tokens", "6"]) == 0
     greedy = capsys.readouterr().out
     assert greedy.startswith("def main(") and "CR " in greedy.splitlines()[-1]
-    assert generate.main([*argv, "--max-tokens", "6"]) == 0
+    assert main(["generate", *argv, "--max-tokens", "6"]) == 0
     assert capsys.readouterr().out == greedy
-    assert generate.main([*argv, "--max-tokens", "6", "--temperature", "1", "--top-p", "0.9", "--seed", "3"]) == 0
+    assert main(["generate", *argv, "--max-tokens", "6", "--temperature", "1", "--top-p", "0.9", "--seed", "3"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -149,14 +151,14 @@ def test_report_refuses_wrong_rows(trained: Path, capsys, change, message) -> No
         "--output",
         str(trained / "not-written"),
     ]
-    assert report.main([*base, *change]) == 2
+    assert main(["report", *base, *change]) == 2
     assert message in capsys.readouterr().err
     assert not (trained / "not-written").exists()
 
 
 def test_generation_refuses_a_model_that_does_not_compress(trained: Path, capsys) -> None:
     argv = ["--tokenizer", str(trained / "tokenizer.model"), "--prompt", "x"]
-    assert generate.main(["--load", str(trained / "original"), *argv]) == 2
+    assert main(["generate", "--load", str(trained / "original"), *argv]) == 2
     assert "does not compress" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from megatron.dmc.cli.eval import main
 from megatron.dmc.config import ModelConfig
 from megatron.dmc.evaluation import induction
 from megatron.dmc.evaluation.policies import Budget, StreamingLLM
@@ -69,8 +70,8 @@ def test_its_command(tmp_path, capsys) -> None:
         "model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 2, vocab_size: 64, "
         "rotary_base: 1.0e+7, max_position_embeddings: 64}\n"
     )
-    assert induction.main(["--config", str(config), "--save", str(tmp_path / "hf")]) == 0
+    assert main(["induction", "--config", str(config), "--save", str(tmp_path / "hf")]) == 0
     assert TeacherForced.load(tmp_path / "hf").info.model.hidden_size == 64
     config.write_text("model: {num_layers: 1}\n")
-    assert induction.main(["--config", str(config), "--save", str(tmp_path / "no")]) == 2
+    assert main(["induction", "--config", str(config), "--save", str(tmp_path / "no")]) == 2
     assert "error: no room" in capsys.readouterr().err

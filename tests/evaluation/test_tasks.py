@@ -14,6 +14,7 @@ import torch
 from helpers import families, lm_eval_tasks
 from torch import Tensor
 
+from megatron.dmc.cli.eval import main
 from megatron.dmc.evaluation import recall as suite
 from megatron.dmc.evaluation import recall_data
 from megatron.dmc.evaluation.policies import H2O, Budget, FullCache, StreamingLLM
@@ -275,12 +276,12 @@ def test_recall_data_is_a_dataset_that_training_takes(tmp_path, text_material, c
     tokenizer = text_material.tokenizer
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": Path(random.__file__).read_text()}) + "\n")
     arguments = ["--tokenizer", str(tokenizer.path), "--corpus", str(tmp_path / "text.jsonl"), "--tokens", "3000"]
-    assert recall_data.main([*arguments, "--longest", "128", "--output-prefix", str(tmp_path / "a")]) == 0
+    assert main(["recall-data", *arguments, "--longest", "128", "--output-prefix", str(tmp_path / "a")]) == 0
     sidecar = Sidecar.read(tmp_path / "a")
     documents = [numpy.array(document) for document in IndexedDataset(str(tmp_path / "a"))]
     assert sidecar.tokens == sum(map(len, documents)) >= 3000 and sidecar.tokenizer_fingerprint == tokenizer.fingerprint
     assert all(document[-1] == tokenizer.eod_id and document.max() < tokenizer.vocab_size for document in documents)
-    assert recall_data.main([*arguments, "--longest", "64", "--output-prefix", str(tmp_path / "b")]) == 2
+    assert main(["recall-data", *arguments, "--longest", "64", "--output-prefix", str(tmp_path / "b")]) == 2
     assert "error: documents of at most 64" in capsys.readouterr().err and not list(tmp_path.glob("b*"))
 
 

@@ -44,7 +44,8 @@ RUN = dict(seq_length=SEQ, micro_batch_size=2, global_batch_size=4, lr=1e-3, log
 def make_data(directory: Path) -> Path:
     """``train`` and ``valid`` datasets with ``tokenizer.model``, and ``other.model``, a tokenizer that made neither."""
     import build_corpus
-    import preprocess_data
+
+    from megatron.dmc import cli
 
     texts = [text for _, text in build_corpus.source_files(Path(os.__file__).parent / "json")]
     build_corpus.train_tokenizer(texts, VOCABULARY, directory / "tokenizer.model")
@@ -53,8 +54,10 @@ def make_data(directory: Path) -> Path:
         source = directory / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
         assert (
-            preprocess_data.main(
+            cli.main(
                 [
+                    "data",
+                    "preprocess",
                     "--input",
                     str(source),
                     "--tokenizer",

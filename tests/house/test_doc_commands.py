@@ -21,19 +21,24 @@ from pathlib import Path
 import pytest
 from helpers.processes import ROOT, run_command
 
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint
-import plan
-import preprocess_data
-
-from megatron.dmc.inference import cli as inference_cli
-from megatron.dmc.serving import cli
+from megatron.dmc import cli
 from megatron.dmc.training import arguments
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "dmc" / "README.md"]
 SLURM = ROOT / "examples" / "dmc" / "slurm"
 OUTPUTS = ("11980 lines answered, ", "iteration 20/140 | ")  # how blocks begin that show what a program prints
 FOREIGN = {"curl", "lm_eval", "cd", "export", "grep", "mv", "docker"}
+TOOLS = {"convert_checkpoint.py": ["convert"], "plan.py": ["plan"], "preprocess_data.py": ["data", "preprocess"]}
+MODULES = {
+    "megatron.dmc.cli": [],
+    "megatron.dmc.kernels.build": ["build"],
+    "megatron.dmc.evaluation.compare": ["compare"],
+    "megatron.dmc.evaluation.report": ["eval", "report"],
+    "megatron.dmc.evaluation.generate": ["eval", "generate"],
+    "megatron.dmc.evaluation.recall_data": ["eval", "recall-data"],
+    "megatron.dmc.evaluation.induction": ["eval", "induction"],
+}
+"""Older entries, by the ``dmc`` command that they run."""
 NUMBERS = dict.fromkeys(("N", "T", "P", "D", "V", "S", "B"), "1") | {
     "KIND": "none",
     "I/N": "0/1",
@@ -117,7 +122,7 @@ def check(words: list[str]) -> None:
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
             assert re.search(rf'"{extra}":', (ROOT / "setup.py").read_text()), words
     elif name == "dmc":
-        parse(inference_cli.build_parser(cli.COMMANDS), rest)
+        check_dmc(rest)
     elif name in ("run", "..."):
         parse(arguments.build_parser(), rest)
     elif name == "torchrun" or rest[:2] == ["-m", "torch.distributed.run"]:
@@ -133,13 +138,18 @@ def check(words: list[str]) -> None:
 
 
 def parse(parser, words: list[str]) -> None:
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-        try:
-            parser.parse_args(words)
-        except SystemExit as end:
-            assert end.code == 0, f"{shlex.join(words)}: {said.getvalue()}"  # 0: --help
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):  # of --help; errors are ValueError
+        parser.parse_args(words)
     for flag, value in zip(words, words[1:]):
         assert flag != "--config" or value == "FILE" or (ROOT / value).is_file(), value
+
+
+def check_dmc(words: list[str]) -> None:
+    if not words or words[0].startswith("-"):
+        assert set(words) <= {"--help", "--version"}, words
+        return
+    assert words[0] in cli.COMMANDS, words
+    parse(cli.build_parser(words[0]), words[1:])
 
 
 def check_launch(words: list[str], shortened: bool) -> None:
@@ -149,7 +159,11 @@ def check_launch(words: list[str], shortened: bool) -> None:
         parse(arguments.build_parser(), words)
         return
     launch = get_args_parser().parse_args(words)
-    if launch.module:
+    if launch.no_python:
+        check([launch.training_script, *launch.training_script_args])
+    elif launch.training_script == "megatron.dmc.cli":
+        check_dmc(launch.training_script_args)
+    elif launch.module:
         assert launch.training_script == "megatron.dmc.training.retrofit", words
         parse(arguments.build_parser(), launch.training_script_args)
 
@@ -159,6 +173,8 @@ def check_python(words: list[str]) -> None:
         assert all((ROOT / word).exists() for word in words[2:]), words
     elif words[:2] == ["-m", "megatron.dmc.training.retrofit"]:
         parse(arguments.build_parser(), words[2:])
+    elif words[0] == "-m" and words[1] in MODULES:
+        check_dmc([*MODULES[words[1]], *words[2:]])
     elif words[0] == "-m":
         place = ROOT / words[1].replace(".", "/")
         file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
@@ -171,9 +187,8 @@ def check_python(words: list[str]) -> None:
 def check_script(name: str, words: list[str]) -> None:
     file = ROOT / (name if "/" in name else f"tools/{name}")
     assert file.is_file(), name
-    parsers = {"convert_checkpoint.py": convert_checkpoint, "plan.py": plan, "preprocess_data.py": preprocess_data}
-    if file.name in parsers and words:
-        parse(parsers[file.name].build_parser(), words)
+    if file.name in TOOLS and words:
+        check_dmc([*TOOLS[file.name], *words])
     else:
         flags_are_known(file.read_text() + (ROOT / "benchmarks" / "_common.py").read_text(), words)
 
@@ -245,7 +260,7 @@ def test_sessions_print_what_the_page_says() -> None:
     for text in sessions:
         typed, _, expected = text.partition("\n")
         words = shlex.split(typed[2:])
-        result = run_command([sys.executable, *words[1:]], check=False)
+        result = run_command([sys.executable, "-m", "megatron.dmc.cli", *words[1:]], check=False)
         printed = [line for line in (result.stdout + result.stderr).splitlines() if line]
         assert [line for line in expected.splitlines() if line] == printed, typed
 

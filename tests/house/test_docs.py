@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from megatron.dmc.training import arguments
+from helpers import commands
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = [*(ROOT / "megatron").rglob("*.py"), *(ROOT / "examples" / "dmc" / "slurm").iterdir()]
@@ -56,7 +55,7 @@ def test_messages_are_those_of_the_programs(page):
 @pytest.mark.parametrize("page", ["training.md", "cluster.md", "troubleshooting.md"])
 def test_flags_and_files_exist(page):
     text = (ROOT / "docs" / page).read_text()
-    known = set(arguments.build_parser()._option_string_actions)
+    known = {flag for _, parser in commands.parsers() for flag in parser._option_string_actions}
     programs = [*SOURCES, *(ROOT / "tools").iterdir(), *(ROOT / "benchmarks").glob("*.py")]
     scripts = " ".join(path.read_text() for path in programs if path.is_file())
     words = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", text))

@@ -85,31 +85,43 @@ RULES = {
     "": Rule(never=("*",)),  # megatron/dmc/__init__.py
     "config": Rule(never=("torch", *MEGATRON)),
     "environment": Rule(never=MEGATRON),
+    "flags": Rule(never=("torch", *MEGATRON)),
     "schedule": Rule(("config",), ("torch", *MEGATRON)),
+    "planning": Rule(("config", "schedule"), ("torch", *MEGATRON)),
     "ops": Rule(("config", "schedule"), MEGATRON),
     "kernels": Rule(("config", "schedule", "ops"), MEGATRON),
     "checkpoint": Rule(("config", "environment"), MEGATRON),
     # Copied into exported directories, where this package is not.
     "checkpoint.remote_code": Rule(never=MEGATRON, only=("torch", "transformers")),
     "model": Rule(("config", "schedule", "ops")),
-    "training": Rule(("config", "environment", "schedule", "ops", "checkpoint", "model")),
-    "inference": Rule(("config", "environment", "schedule", "ops", "kernels", "checkpoint"), MEGATRON),
-    "serving": Rule(("config", "environment", "checkpoint", "inference"), MEGATRON),
+    "training": Rule(("config", "environment", "flags", "schedule", "ops", "checkpoint", "model")),
+    "inference": Rule(("config", "environment", "flags", "schedule", "ops", "kernels", "checkpoint"), MEGATRON),
+    "serving": Rule(("config", "environment", "flags", "checkpoint", "inference"), MEGATRON),
 }
 RULES["evaluation"] = Rule(tuple(area for area in RULES if area))
 RULES["cli"] = Rule(tuple(area for area in RULES if area))
+# Commands that work where Megatron is not installed.
+for command in ("options", "generate", "serve", "batch", "bench", "build"):
+    RULES[f"cli.{command}"] = Rule(("cli.options", "flags", "kernels", "inference", "serving"), MEGATRON)
 
 
 def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
+def is_entry(node: ast.stmt) -> bool:
+    """``if __name__ == "__main__":``, a program on top of the module, which no import runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
 def imported_modules(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of everything that ``source`` imports, wherever in the file, by whatever form.
+    """Line and absolute dotted name of everything that ``source`` imports, wherever in the file, by whatever form; what
+    a file imports only when it is run as a program is left out.
 
     ``from a import b`` yields ``a.b``: whether b is a module or a name in one, its prefix tells the area.
     """
-    for node in ast.walk(ast.parse(source)):
+    module_code = [statement for statement in ast.parse(source).body if not is_entry(statement)]
+    for node in (node for statement in module_code for node in ast.walk(statement)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -196,6 +208,8 @@ def test_dependencies_point_one_way() -> None:
         ("inference.engine", "from megatron.core import tensor_parallel"),
         ("serving.server", "from megatron.dmc.training import loop"),
         ("evaluation.quality", "from megatron.dmc.cli import main"),
+        ("cli.serve", "from megatron.dmc.training import loop"),
+        ("cli.batch", "import megatron.core"),
         ("helpers", ""),
     ],
 )
@@ -219,6 +233,8 @@ def test_a_wrong_import_is_caught(module: str, source: str) -> None:
         ("serving.server", "from ..inference.engine import LLM"),
         ("evaluation.quality", "from megatron.dmc import inference, training\nimport megatron.core"),
         ("cli.main", "from megatron.dmc.serving import server"),
+        ("evaluation.report", "if __name__ == '__main__':\n    from megatron.dmc.cli.eval import main"),
+        ("cli.serve", "from megatron.dmc.cli import options\nfrom megatron.dmc.serving import server"),
     ],
 )
 def test_a_right_import_is_not_caught(module: str, source: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from helpers.engines import GREEDY, Model, all_back, drain, ids_of
 from helpers.exported import VOCABULARY
 from helpers.processes import ROOT, run_command
 
+from megatron.dmc import cli
+from megatron.dmc.cli import main
 from megatron.dmc.inference import LLM, SamplingParams
-from megatron.dmc.inference.cli import COMMANDS, Command, main
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.text import Detokenizer, load_tokenizer
 
@@ -300,7 +302,7 @@ def test_dmc_generate(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "error: there is no prompt"),
         (["--prompt", "+", "--top-p", "2"], "error: top_p is 2.0; it must be a number above 0 and at most 1"),
-        (["--prompt", "+", "--prompt", "-", "--stream"], "error: --stream shows one answer"),
+        (["--prompt", "+", "--prompt", "-", "--stream"], "error: --stream shows one completion"),
         (["--prompt-ids", "1,99"], "error: token 1 of the prompt is 99"),
         (["--prompt-ids", "1", "--max-model-len", "10000"], "error: max_model_len is 10000"),
     ],
@@ -311,19 +313,21 @@ def test_dmc_generate_says_what_is_wrong(options: list[str], message: str, model
     assert err.startswith(message) and err.count("\n") == 1
 
 
-def test_more_commands_can_be_handed_in(capsys: pytest.CaptureFixture[str]) -> None:
-    extra = Command(
-        "hello", "says hello", lambda parser: parser.add_argument("name"), lambda args: print("hello", args.name) or 0
-    )
-    assert main(["hello", "you"], [*COMMANDS, extra]) == 0
+def test_a_command_is_a_module_and_an_entry(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hello = types.ModuleType("megatron.dmc.cli.hello")
+    hello.main = lambda argv: print("hello", *argv) or 0
+    monkeypatch.setitem(sys.modules, hello.__name__, hello)
+    monkeypatch.setitem(cli.COMMANDS, "hello", "says hello")
+    assert main(["hello", "you"]) == 0
     assert capsys.readouterr().out == "hello you\n"
-    with pytest.raises(SystemExit, match="2"):
-        main(["unknown"])
+    assert main(["unknown"]) == 2
 
 
 def test_the_command_needs_no_megatron_core(model: Model) -> None:
     code = (
-        "import sys; from megatron.dmc.inference.cli import main; "
+        "import sys; from megatron.dmc.cli import main; "
         f"status = main(['generate', {model.path!r}, '--prompt-ids', '1,2', '--max-tokens', '2']); "
         "assert not [m for m in sys.modules if m.startswith('megatron.core')]; sys.exit(status)"
     )

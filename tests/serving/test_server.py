@@ -22,11 +22,10 @@ from helpers.serving import Running, make_model, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron.dmc import __version__
+from megatron.dmc.cli import build_parser
 from megatron.dmc.inference import LLM, SamplingParams
-from megatron.dmc.inference.cli import build_parser
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.async_engine import Limits
-from megatron.dmc.serving.cli import COMMANDS
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 IGNORE = {"ignore_eos": True}
@@ -150,7 +149,7 @@ def test_the_examples_of_the_guide(server: Running, capsys: pytest.CaptureFixtur
 
 
 def test_the_guide_names_what_is_there(server: Running) -> None:
-    help_text = build_parser(COMMANDS)._subparsers._group_actions[0].choices["serve"].format_help()
+    help_text = build_parser("serve").format_help()
     operation = GUIDE[: GUIDE.index("## What it costs")]
     flags = set(re.findall(r"--[a-z][a-z-]+(?![\w_])", operation)) - {"--model", "--tasks", "--help"}  # lm-eval's
     server.json(COMPLETIONS, {}, 400)

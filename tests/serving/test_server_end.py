@@ -21,7 +21,7 @@ from helpers.processes import ROOT, subprocess_env
 from helpers.serving import Running, make_model, until
 from test_server import COMPLETIONS, GREEDY, IGNORE, samples
 
-from megatron.dmc.serving.cli import main
+from megatron.dmc.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_logits_that_are_no_numbers(model: Model, monkeypatch: pytest.MonkeyPatc
 
 def start(model: Model, *options: str, **env: str) -> tuple[subprocess.Popen, str]:
     """``dmc serve`` in a process of its own; (process, URL)."""
-    command = [sys.executable, "-m", "megatron.dmc.serving.cli", "serve", model.path, "--port", "0", *options]
+    command = [sys.executable, "-m", "megatron.dmc.cli", "serve", model.path, "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=subprocess_env(env), cwd=ROOT)
     assert process.stderr is not None
     for line in process.stderr:

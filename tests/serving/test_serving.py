@@ -452,7 +452,7 @@ def test_the_commands_need_nothing_of_the_server(tmp_path) -> None:
     """``dmc generate`` and ``--help`` work without the extra ``serve``."""
     code = (
         "import sys\nfor name in ('fastapi', 'uvicorn', 'prometheus_client', 'pydantic'): sys.modules[name] = None\n"
-        "from megatron.dmc.serving.cli import main\nmain(['--help'])"
+        "from megatron.dmc.cli import main\nmain(['--help'])"
     )
     shown = run_command([sys.executable, "-c", code]).stdout
     assert "generate" in shown

@@ -238,7 +238,7 @@ def batch(cluster: Cluster, work: Path) -> None:
     (directory / "bin").mkdir(parents=True)
     make_model(directory / "model")
     shim = directory / "bin" / "dmc"  # the package is not installed here
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron.dmc.serving.cli "$@"\n')
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron.dmc.cli "$@"\n')
     shim.chmod(0o755)
     body = {"prompt": "abc", "max_tokens": 20, "temperature": 1.0, "ignore_eos": True}
     requests = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(lines)]

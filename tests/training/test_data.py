@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples" / "dmc")]  # spawned workers look there too
 
 import build_corpus  # noqa: E402
-import preprocess_data  # noqa: E402
 
+from megatron.dmc import cli  # noqa: E402
 from megatron.dmc.config import RunConfig  # noqa: E402
+from megatron.dmc.training import preprocess as preprocessing  # noqa: E402
 from megatron.dmc.training.data import Sidecar, batch_iterator, build_datasets, check_datasets, parse_blend  # noqa: E402
 from megatron.dmc.training.tokenizer import load_tokenizer  # noqa: E402
 
@@ -76,8 +77,10 @@ def write_jsonl(path, texts, key="text"):
 
 def preprocess(directory, source, prefix, *options):
     sources = [source] if isinstance(source, str) else source
-    return preprocess_data.main(
+    return cli.main(
         [
+            "data",
+            "preprocess",
             "--input",
             *(str(directory / s) for s in sources),
             "--tokenizer",
@@ -175,7 +178,7 @@ def test_bad_tokenizer_paths(tmp_path):
 
 
 def test_output_is_the_same_for_any_number_of_workers_and_for_gzip(corpus, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(preprocessing, "_CHUNK_BYTES", 2000)
     with gzip.open(corpus / "a.jsonl.gz", "wb") as stream:
         stream.write((corpus / "a.jsonl").read_bytes())
     for prefix, source, workers in (("w2", "a.jsonl", "2"), ("gz", "a.jsonl.gz", "1")):

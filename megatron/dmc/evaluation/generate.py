@@ -1,45 +1,50 @@
-"""Generate text from a training checkpoint with the compressed cache, and show what the cache did.
-
-python -m megatron.dmc.evaluation.generate --load CHECKPOINT --tokenizer MODEL --prompt "def main("
-"""
+"""Generation from a training checkpoint, with the compressed cache's figures. ``dmc eval generate`` runs it."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-import warnings
-from typing import Optional
+from dataclasses import dataclass, field
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--load", required=True, metavar="DIR", help="checkpoint of stage retrofit or finetune")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Checkpoint, prompt and sampling parameters."""
+
+    load: str = field(metadata={"metavar": "DIR"})
+    """Checkpoint of stage retrofit or finetune."""
+    tokenizer: str = field(metadata={"metavar": "PATH"})
+    """Sentencepiece model or Hugging Face directory that made the data."""
+    prompt: str = field()
+    """Text to complete."""
+    max_tokens: int = 128
+    """Largest number of tokens to sample."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 means greedy decoding."""
+    top_p: float = 1.0
+    """Probability of the most likely tokens that are sampled from."""
+    seed: int = 0
+    """Seed of sampling."""
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Print the prompt, the text as it is generated, and a table of tokens, slots and CR by layer and head."""
-    args = build_parser().parse_args(argv)
-    warnings.filterwarnings("ignore")
+def generate(config: GenerateConfig) -> int:
+    """Print the prompt, the tokens as they are sampled, and tokens, slots and CR by layer and head.
+
+    Returns:
+        The exit status.
+    """
     from megatron.dmc.evaluation.load import load_checkpoint
     from megatron.dmc.evaluation.reference import ReferenceDecoder
     from megatron.dmc.training import initialize
     from megatron.dmc.training.tokenizer import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(args.tokenizer)
-        decoder = ReferenceDecoder(load_checkpoint(args.load))
-        prompt = tokenizer.encode(args.prompt)
-        ids, shown = list(prompt), args.prompt
+        tokenizer = load_tokenizer(config.tokenizer)
+        decoder = ReferenceDecoder(load_checkpoint(config.load))
+        prompt = tokenizer.encode(config.prompt)
+        ids, shown = list(prompt), config.prompt
         print(shown, end="", flush=True)
         for token in decoder.generate(
-            prompt, args.max_tokens, args.temperature, args.top_p, args.seed, tokenizer.eod_id
+            prompt, config.max_tokens, config.temperature, config.top_p, config.seed, tokenizer.eod_id
         ):
             if token == tokenizer.eod_id:
                 break
@@ -49,9 +54,6 @@ def main(argv: Optional[list[str]] = None) -> int:
             if text.startswith(shown) and not text.endswith("\ufffd"):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         initialize.shutdown()
     lengths = decoder.lengths()
@@ -66,4 +68,6 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["generate", *sys.argv[1:]]))

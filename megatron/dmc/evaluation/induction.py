@@ -17,19 +17,17 @@ code of where it looks, which the output layer reads.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
-from typing import Optional
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
-from megatron.dmc.config import ModelConfig, RunConfig, load_file
+from megatron.dmc.config import ModelConfig
 from megatron.dmc.ops import rotary_frequencies
 
 STILL = 0.6
@@ -116,20 +114,7 @@ def write(directory: str | Path, model: ModelConfig, seed: int) -> None:
     (path / "config.json").write_text(json.dumps(mapping.to_hf_config(model, "float32"), indent=2) + "\n")
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Exit status 2 on wrong input."""
-    parser = argparse.ArgumentParser(prog="megatron.dmc.evaluation.induction", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML or JSON with a section model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", required=True, metavar="DIR", help="Hugging Face directory to write")
-    args = parser.parse_args(argv)
-    try:
-        write(args.save, RunConfig.from_dict({"model": load_file(args.config).get("model", {})}).model, args.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["induction", *sys.argv[1:]]))

@@ -11,14 +11,12 @@ They share its form, and none of its samples: names, values, haystack and places
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from megatron.dmc.evaluation.recall import SUITE, Ids, Material, TextMaterial
 
@@ -106,47 +104,7 @@ def write(
     return writer.tokens
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Exit status 2 on wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="megatron.dmc.evaluation.recall_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="sentencepiece model or Hugging Face directory"
-    )
-    parser.add_argument("--corpus", required=True, metavar="FILE", help="JSONL, for the haystack")
-    parser.add_argument("--output-prefix", required=True, metavar="P")
-    parser.add_argument("--tokens", type=int, default=2_000_000, metavar="N", help="at least (default: %(default)s)")
-    parser.add_argument(
-        "--longest", type=int, default=512, metavar="N", help="document, in tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeated",
-        type=float,
-        default=0.5,
-        metavar="X",
-        help="share of documents that are blocks of random ids which come again (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        tokens = write(
-            args.output_prefix,
-            args.tokenizer,
-            args.corpus,
-            args.tokens,
-            longest=args.longest,
-            repeated=args.repeated,
-            seed=args.seed,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{tokens:,} tokens\n--data-path {args.output_prefix}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["recall-data", *sys.argv[1:]]))

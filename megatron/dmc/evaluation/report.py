@@ -1,32 +1,31 @@
-"""Compare checkpoints: a table of perplexity and compression, and two plots.
-
-    python -m megatron.dmc.evaluation.report --tokenizer MODEL --data PREFIX --output DIR
-        --row "original=DIR" --row "control=DIR" --row "DMC 4x=DIR:control" [--curves TENSORBOARD_DIR ...]
-
-A row is NAME=CHECKPOINT or NAME=CHECKPOINT:BASELINE; the ratio of perplexities is against the row named BASELINE.
-"""
+"""Report on trained checkpoints: a table of perplexity and compression, and two plots. ``dmc eval report`` runs it."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--tokenizer", required=True, metavar="PATH")
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="validation dataset")
-    parser.add_argument("--output", required=True, metavar="DIR", help="gets report.md, report.json, *.png")
-    parser.add_argument("--row", action="append", required=True, metavar="NAME=CHECKPOINT[:BASELINE]")
-    parser.add_argument(
-        "--curves", nargs="*", default=[], metavar="DIR", help="TensorBoard directories, in stage order"
-    )
-    parser.add_argument("--sequences", type=int, default=200)
-    return parser
+@dataclass(frozen=True)
+class ReportConfig:
+    """Checkpoints, data and output of a report."""
+
+    tokenizer: str = field(metadata={"metavar": "PATH"})
+    """Sentencepiece model or Hugging Face directory that made the data."""
+    data: str = field(metadata={"metavar": "PREFIX"})
+    """Prefix of the validation dataset."""
+    output: str = field(metadata={"metavar": "DIR"})
+    """Directory for report.md, report.json and the plots."""
+    row: list[str] = field(metadata={"action": "append", "metavar": "NAME=CHECKPOINT[:BASELINE]"})
+    """Checkpoint to measure, with its name in the table; may be given several times. The ratio of perplexities is
+    against the row that BASELINE names."""
+    curves: list[str] = field(default_factory=list, metadata={"metavar": "DIR"})
+    """TensorBoard directories of the stages, in their order, to plot compression and losses over training."""
+    sequences: int = 200
+    """Number of validation sequences to measure on."""
 
 
 def _parse_rows(rows: list[str]) -> list[tuple[str, str, Optional[str]]]:
@@ -42,16 +41,16 @@ def _parse_rows(rows: list[str]) -> list[tuple[str, str, Optional[str]]]:
     return parsed
 
 
-def evaluate_rows(args: argparse.Namespace) -> list[dict]:
-    """One dict per row, JSON-ready."""
+def evaluate_rows(config: ReportConfig) -> list[dict]:
+    """Measure every row. Returns one dict per row, JSON-ready."""
     from megatron.dmc.evaluation.load import load_checkpoint
     from megatron.dmc.evaluation.quality import kv_bytes_per_token, measure
     from megatron.dmc.training.tokenizer import load_tokenizer
 
-    tokenizer, results = load_tokenizer(args.tokenizer), []
-    for name, path, baseline in _parse_rows(args.row):
+    tokenizer, results = load_tokenizer(config.tokenizer), []
+    for name, path, baseline in _parse_rows(config.row):
         loaded = load_checkpoint(path)
-        quality = measure(loaded, tokenizer, args.data, args.sequences)
+        quality = measure(loaded, tokenizer, config.data, config.sequences)
         manifest = loaded.manifest
         reference = next((r["perplexity"] for r in results if r["name"] == baseline), None)
         results.append(
@@ -169,31 +168,28 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Exit status 2 on wrong input."""
-    args = build_parser().parse_args(argv)
-    warnings.filterwarnings("ignore")
+def report(config: ReportConfig) -> int:
+    """Measure, write and print a report. Returns the exit status."""
     from megatron.dmc.training import initialize
 
     try:
-        results = evaluate_rows(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        results = evaluate_rows(config)
     finally:
         initialize.shutdown()
-    output = Path(args.output)
+    output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     text = table(results)
     (output / "report.md").write_text(text + "\n")
     (output / "report.json").write_text(json.dumps(results, indent=2) + "\n")
     plot_heads(results, output / "cr_by_head.png")
-    if args.curves:
-        plot_curves(read_curves(args.curves), output / "curves.png")
+    if config.curves:
+        plot_curves(read_curves(config.curves), output / "curves.png")
     print(text)
     print(f"\nwritten to {output}: " + ", ".join(sorted(p.name for p in output.iterdir())))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["report", *sys.argv[1:]]))

@@ -39,7 +39,7 @@ KERNELS = {
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What one iteration asks for."""
 
     prompts: list[list[int]]
@@ -53,7 +53,7 @@ class Work:
         return max(len(prompt) + new for prompt, new in zip(self.prompts, self.output_lens))
 
     @property
-    def answers(self) -> int:
+    def completions(self) -> int:
         return len(self.prompts) * self.n
 
 
@@ -136,7 +136,7 @@ def _prompt(line: str, where: str) -> str | list[int]:
 # iteration
 
 
-def iterate(engine: Engine, work: Work, watch: Optional[Watch] = None) -> Iteration:
+def iterate(engine: Engine, work: Workload, profiler: Optional[StepProfiler] = None) -> Iteration:
     """Run the work once; all requests are there from the beginning.
     Raises ``ValueError`` when one cannot be answered.
     """
@@ -147,7 +147,7 @@ def iterate(engine: Engine, work: Work, watch: Optional[Watch] = None) -> Iterat
         engine.add_request(str(i), prompt, params)
     try:
         while engine.has_unfinished():
-            outputs = engine.step() if watch is None else watch.step(engine)
+            outputs = engine.step() if profiler is None else profiler.step(engine)
             now = time.perf_counter()
             ended = [output for output in outputs if output.finished]
             found.step_seconds.append(now - last)
@@ -170,12 +170,12 @@ def iterate(engine: Engine, work: Work, watch: Optional[Watch] = None) -> Iterat
 # step
 
 
-class Watch:
+class StepProfiler:
     """Looks at the cache after every step of an iteration, and at ``steps`` steps of its second half with torch's
     profiler.
     """
 
-    def __init__(self, work: Work, steps: int = 24) -> None:
+    def __init__(self, work: Workload, steps: int = 24) -> None:
         self.half = sum(work.output_lens) * work.n // 2
         self.steps, self.peak_pages = steps, 0
         self.parts: Optional[dict[str, float]] = None
@@ -333,13 +333,13 @@ def cache_bytes(engine: Engine) -> int:
     return sizes.num_pages * (sizes.page_bytes + 4) + sizes.max_num_seqs * sizes.row_bytes
 
 
-def cache_figures(engine: Engine, work: Work, iterations: Sequence[Iteration]) -> dict[str, Any]:
+def cache_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration]) -> dict[str, Any]:
     """What the cache held: measured at the end of every answer, over all iterations."""
     uses = [use for iteration in iterations for use in iteration.uses]
     slots, pages = sum(use.total_slots for use in uses), sum(use.pages for use in uses)
     peak = max(max(iteration.batch) for iteration in iterations)
     rows, ranks = engine.sizes.max_num_seqs, engine.parallel.size
-    limit = "num_prompts" if peak >= work.answers else "max_num_seqs" if peak >= rows else "memory"
+    limit = "num_prompts" if peak >= work.completions else "max_num_seqs" if peak >= rows else "memory"
     return {
         "compression_ratio": sum(use.tokens * use.heads for use in uses) / max(1, slots),
         "page_waste": 1 - slots / max(1, pages * engine.cache.page_size),
@@ -355,7 +355,7 @@ def cache_figures(engine: Engine, work: Work, iterations: Sequence[Iteration]) -
     }
 
 
-def throughput_figures(engine: Engine, work: Work, iterations: Sequence[Iteration]) -> dict[str, Any]:
+def throughput_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration]) -> dict[str, Any]:
     """Keys of ``vllm bench throughput --output-json`` (medians of the iterations), and what is special here."""
     elapsed = spread([iteration.elapsed for iteration in iterations])
     prompt, output = iterations[0].prompt_tokens, iterations[0].output_tokens
@@ -377,7 +377,7 @@ def throughput_figures(engine: Engine, work: Work, iterations: Sequence[Iteratio
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
 
 
-def latency_figures(engine: Engine, work: Work, iterations: Sequence[Iteration]) -> dict[str, Any]:
+def latency_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration]) -> dict[str, Any]:
     """Keys of ``vllm bench latency --output-json``, and what is special here."""
     latencies = np.array([iteration.elapsed for iteration in iterations])
     return {
@@ -385,7 +385,7 @@ def latency_figures(engine: Engine, work: Work, iterations: Sequence[Iteration])
         "std_latency": latencies.std().item(),
         "latencies": latencies.tolist(),
         "percentiles": dict(zip(map(str, PERCENTAGES), np.percentile(latencies, PERCENTAGES).tolist())),
-        "batch_size": work.answers,
+        "batch_size": work.completions,
         "first_token": spread([iteration.first_token for iteration in iterations]),
         **cache_figures(engine, work, iterations),
     }

@@ -16,69 +16,65 @@ from megatron.dmc.inference.weights import ModelInfo
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine may use. ``None``: chosen from the model and the machine."""
+    """Settings of an engine. ``None`` is chosen from the model and the machine."""
 
     dtype: str | torch.dtype = "auto"
-    """auto (that of the files), float32, bfloat16, float16."""
+    """Data type of weights, activations and cache: auto (that of the files), float32, bfloat16 or float16."""
     load_format: str = "auto"
-    """auto: the directory's weights. dummy: random ones, of a directory that needs no more than ``config.json``."""
+    """Source of the weights. auto: the model's directory; dummy: random weights, for which config.json is enough."""
     device: str = "auto"
-    """auto: a GPU where there is one."""
+    """Device to run on: auto (a GPU where there is one), cpu or cuda."""
     tensor_parallel_size: int = 1
+    """Tensor parallel size: ranks that share every layer, by KV heads."""
     max_model_len: Optional[int] = None
-    """Longest sequence, prompt and answer, in tokens. None: the model's."""
+    """Context length, prompt and completion together, in tokens. Default: the model's."""
     max_num_seqs: Optional[int] = None
-    """Sequences that are in the cache at a time. None: 256 on a GPU, 32 on a CPU, fewer for a short memory."""
+    """Largest number of sequences that run at a time. Default: 256 on a GPU, 32 on a CPU, fewer where memory is
+    short."""
     max_num_batched_tokens: Optional[int] = None
-    """Tokens of one step. None: 2048 on a GPU, 512 on a CPU."""
+    """Largest number of tokens in one step. Default: 2048 on a GPU, 512 on a CPU."""
     block_size: int = 16
-    """Slots of a page."""
+    """Slots per page of the KV cache: 16, 32 or 64."""
     num_pages: Optional[int] = None
-    """Single-head pages of the pool, on each rank; instead of bytes."""
+    """Pages in the pool of each rank; a page belongs to one KV head. Default: as many as fit kv_cache_memory_bytes."""
     kv_cache_memory_bytes: Optional[int] = None
-    """Of the cache on each rank, tables and all. None: on a GPU what ``gpu_memory_utilization`` leaves, on a CPU at
-    most 4 GiB and half of what is free; never more than ``max_num_seqs`` of the longest sequences need.
-    """
+    """Bytes of the KV cache on each rank, with its tables. Default: on a GPU what gpu_memory_utilization leaves, on a
+    CPU at most 4 GiB and half of what is free; never more than max_num_seqs of the longest sequences need."""
     gpu_memory_utilization: float = 0.9
+    """Fraction of a GPU's memory that the engine may use."""
     enforce_eager: bool = False
-    """On a GPU: no CUDA graphs. They take seconds at the start, some memory, and make every decode step faster."""
+    """Run without CUDA graphs, which take seconds at the start and some memory, and make every decode step faster."""
     enable_prefix_caching: bool = True
-    """Keep the states of prompts and answers, for requests that begin like them; answers of one request share its
-    prompt.
-    """
+    """Keep the cache of prompts and completions, for requests that begin like them; completions of one request share
+    its prompt."""
     max_prefix_snapshots: Optional[int] = None
-    """Rows for such states besides those of ``max_num_seqs``, which serve too while they are idle. None: as many as
-    ``max_num_seqs``, but at least 32, in at most a thirty-second of the memory."""
+    """Rows of the prefix cache besides those of max_num_seqs, which serve it too while they are idle. Default: as many
+    as max_num_seqs, but at least 32, in at most a thirty-second of the memory."""
     prefix_cache_min_tokens: int = 32
-    """Shortest prefix that is kept."""
+    """Tokens of the shortest prefix that is kept."""
     seed: int = 0
-    """Of requests that have none."""
+    """Seed of sampling, for requests that have none."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "tensor_parallel_size",
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "num_pages",
-            "kv_cache_memory_bytes",
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be an integer, at least 1")
+        for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages"):
+            self._check_integer(name, 1)
+        self._check_integer("kv_cache_memory_bytes", 1)
+        self._check_integer("max_prefix_snapshots", 0)
+        self._check_integer("prefix_cache_min_tokens", 1)
         if self.load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(LOAD_FORMATS)}")
-        for name, low in (("max_prefix_snapshots", 0), ("prefix_cache_min_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ValueError(f"{name} is {value!r}; it must be an integer, at least {low}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
             )
 
+    def _check_integer(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ValueError(f"{name} is {value!r}; it must be an integer, at least {low}")
+
     def torch_device(self) -> torch.device:
-        """Raises ``ValueError`` when it is not there."""
+        """Device of this rank. Raises ``ValueError`` when there is none of the kind."""
         if self.device == "auto":
             return self._of_this_rank(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
@@ -90,7 +86,7 @@ class EngineConfig:
         return self._of_this_rank(device)
 
     def _of_this_rank(self, device: torch.device) -> torch.device:
-        """torchrun's processes have a GPU each."""
+        """The GPU of this process among those that torchrun has started."""
         if device.type == "cuda" and device.index is None and self.tensor_parallel_size > 1:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return device
@@ -98,7 +94,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What ``None`` came to."""
+    """Sizes of a running engine, chosen where its settings were None."""
 
     max_model_len: int
     max_num_seqs: int
@@ -120,7 +116,7 @@ def _available_bytes(config: EngineConfig, device: torch.device) -> int:
 
 
 def _rows(config: EngineConfig, device: torch.device, each: int, available: int, tokens: int) -> int:
-    """Rows whose tables and rings take at most an eighth of the memory, when the number is left to us."""
+    """Rows of the cache: ``max_num_seqs``, or as many as have tables and rings in an eighth of the memory."""
     if config.max_num_seqs is not None:
         return config.max_num_seqs
     most = 256 if device.type == "cuda" else 32
@@ -128,7 +124,7 @@ def _rows(config: EngineConfig, device: torch.device, each: int, available: int,
 
 
 def _snapshots(config: EngineConfig, rows: int, each: int, available: int) -> int:
-    """Rows of the prefix cache alone."""
+    """Rows of the cache for the prefix cache alone."""
     if not config.enable_prefix_caching:
         return 0
     if config.max_prefix_snapshots is not None:
@@ -138,10 +134,10 @@ def _snapshots(config: EngineConfig, rows: int, each: int, available: int) -> in
 
 
 def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Sizes:
-    """Sizes for this model on this machine.
+    """Choose sizes for a model on this machine.
 
     Raises:
-        ValueError: a longer sequence than the model has positions for, or a memory without room for one page per head.
+        ValueError: a context longer than the model's, or a memory without room for one page per head.
     """
     model: ModelConfig = info.model
     longest = config.max_model_len or model.max_position_embeddings

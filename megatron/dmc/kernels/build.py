@@ -1,17 +1,12 @@
-"""Builds the compiled kernels: on first use for the machine at hand, and ahead of time for any.
+"""Builds of the compiled kernels: on first use for the machine at hand, and ahead of time by ``dmc build``.
 
-    python -m megatron.dmc.kernels.build [--device cpu|cuda] [--in-package | --output DIR] [--for-this-machine]
-    [--resources]
-
-Without options a portable library for CPUs goes to the user's cache ($XDG_CACHE_HOME or ~/.cache,
-megatron-dmc/kernels), and one for GPUs where nvcc is; with --in-package they go beside the sources, which is what an
-image for many users and machines wants. A library's name holds a hash of the sources, the flags and the version of
+A library goes to the user's cache ($XDG_CACHE_HOME or ~/.cache, megatron-dmc/kernels), or beside the sources, which is
+what an image for many users and machines wants. Its name holds a hash of the sources, the flags and the version of
 apache-tvm-ffi: one that is out of date is never loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import importlib.metadata
@@ -22,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -299,45 +293,8 @@ def _demangled(name: str) -> str:
     return text[: text.rindex("(")].replace(" >", ">")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m megatron.dmc.kernels.build``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--in-package", action="store_true", help="put the library beside the sources, for images")
-    place.add_argument("--output", type=Path, metavar="DIR", help="put the library there")
-    parser.add_argument(
-        "--for-this-machine", action="store_true", help="only the instruction set of this CPU: builds faster"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="only these kernels; default: cpu, and cuda where nvcc is"
-    )
-    parser.add_argument(
-        "--resources", action="store_true", help="only print what each CUDA kernel needs (registers, spills)"
-    )
-    args = parser.parse_args(argv)
-    sets = [best_instruction_set()] if args.for_this_machine else list(instruction_sets())
-    place = PACKAGED if args.in_package else args.output or cache_directory()
-    try:
-        if args.resources:
-            print(f"{'registers':>9} {'shared':>7} {'stack':>6} {'spilled':>8}  architecture and kernel")
-            for r in cuda_resources():
-                print(f"{r.registers:9} {r.shared:7} {r.stack:6} {r.spilled:8}  sm_{r.architecture} {r.kernel}")
-            return
-        if args.device != "cuda":
-            start = time.perf_counter()
-            path = build_cpu(sets, place)
-            print(f"{path}: CPU kernels for {', '.join(sets)}, {time.perf_counter() - start:.0f} s")
-        if args.device == "cuda" or args.device is None and _has_nvcc():
-            start = time.perf_counter()
-            path = build_cuda(place)
-            names = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHITECTURES)
-            print(f"{path}: CUDA kernels for {names}, {time.perf_counter() - start:.0f} s")
-    except (BuildError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _has_nvcc() -> bool:
+def has_nvcc() -> bool:
+    """Presence of a usable CUDA compiler."""
     try:
         return bool(cuda_compiler())
     except BuildError:
@@ -345,4 +302,6 @@ def _has_nvcc() -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    from megatron.dmc.cli.build import main
+
+    sys.exit(main())

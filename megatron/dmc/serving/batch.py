@@ -1,4 +1,4 @@
-"""Answers a file of requests, each line once: what ``dmc batch`` runs. ``batch_cli.py`` is the command.
+"""Answers a file of requests, each line once: what ``dmc batch`` runs. ``batch_run.py`` starts it.
 
 Lines are OpenAI's batch lines (``custom_id``, ``method``, ``url``, ``body``), or just the body (``{"prompt": ...}`` or
 ``{"messages": ...}``, with a ``custom_id`` or without). A line that is wrong gets a line with its error; nothing stops

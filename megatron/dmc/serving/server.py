@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import copy
@@ -18,10 +17,10 @@ from typing import Any, Optional
 import uvicorn
 
 from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
-from megatron.dmc.inference.cli import ENGINE_OPTIONS, take_options
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.app import Service, create_app
 from megatron.dmc.serving.async_engine import AsyncEngine, Limits
+from megatron.dmc.serving.config import ServerConfig
 from megatron.dmc.serving.errors import shutting_down
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, Keys
@@ -113,32 +112,28 @@ def make_service(
 
 
 async def serve(
-    engine: Engine,
-    args: argparse.Namespace,
-    keys: Sequence[str],
-    sock: socket.socket,
-    followers: Optional[Followers] = None,
+    engine: Engine, settings: ServerConfig, sock: socket.socket, followers: Optional[Followers] = None
 ) -> int:
     """Until a signal comes. Exit status: 0; 1 when the engine has failed."""
-    limits = Limits(args.max_num_queued_requests, args.max_num_queued_tokens)
+    keys = settings.keys()
     service = make_service(
         engine,
-        model_name=args.served_model_name or args.model,
+        model_name=settings.served_model_name or settings.model,
         keys=keys,
-        limits=limits,
-        max_body_bytes=args.max_body_bytes,
-        metrics_prefix=args.metrics_prefix,
+        limits=Limits(settings.max_num_queued_requests, settings.max_num_queued_tokens),
+        max_body_bytes=settings.max_body_bytes,
+        metrics_prefix=settings.metrics_prefix,
     )
     config = uvicorn.Config(
         create_app(service),
         log_config=None,
-        access_log=not args.disable_access_log,
+        access_log=not settings.disable_access_log,
         lifespan="off",
         timeout_graceful_shutdown=CLOSE,
         backlog=2048,
         server_header=False,
     )
-    server = Server(config, service, args.shutdown_timeout)
+    server = Server(config, service, settings.shutdown_timeout)
     log.info("%d keys, %s", len(keys), _pool(engine))
     watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
     try:
@@ -177,36 +172,29 @@ def _pool(engine: Engine) -> str:
     )
 
 
-def run(args: argparse.Namespace, keys: Sequence[str]) -> int:
-    """Exit status. Raises ``ValueError`` for what is wrong with the options or the model."""
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config, source = EngineConfig(**take_options(args, ENGINE_OPTIONS)), args.tokenizer or args.model
+def run(settings: ServerConfig, config: EngineConfig) -> int:
+    """Exit status. Raises ``ValueError`` for what is wrong with the settings or the model."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    source = settings.tokenizer or settings.model
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's
-        follow(args.model, config, source)
+        follow(settings.model, config, source)
         return 0
-    with contextlib.closing(bind(args.host, args.port)) as sock:
+    with contextlib.closing(bind(settings.host, settings.port)) as sock:
         tokenizer = load_tokenizer(source)
         if config.tensor_parallel_size == 1:
-            engine = Engine(args.model, config, tokenizer)
+            engine = Engine(settings.model, config, tokenizer)
             warm_up(engine)
-            return asyncio.run(serve(engine, args, keys, sock))
-        return _run_ranks(args, keys, sock, config, tokenizer, source)
+            return asyncio.run(serve(engine, settings, sock))
+        return _run_ranks(settings, sock, config, tokenizer)
 
 
-def _run_ranks(
-    args: argparse.Namespace,
-    keys: Sequence[str],
-    sock: socket.socket,
-    config: EngineConfig,
-    tokenizer: Any,
-    source: str,
-) -> int:
-    check_size(args.model, config)  # before others wait for this rank
-    followers = Followers(args.model, config, source)
+def _run_ranks(settings: ServerConfig, sock: socket.socket, config: EngineConfig, tokenizer: Any) -> int:
+    check_size(settings.model, config)  # before others wait for this rank
+    followers = Followers(settings.model, config, settings.tokenizer or settings.model)
     try:
-        engine = LeadingEngine(args.model, config, tokenizer)
+        engine = LeadingEngine(settings.model, config, tokenizer)
         warm_up(engine)
-        status = asyncio.run(serve(engine, args, keys, sock, followers))
+        status = asyncio.run(serve(engine, settings, sock, followers))
         if status == 0:
             engine.release()
         return status

@@ -1,6 +1,6 @@
-"""The command line, generated from the dataclasses, and how a run's configuration is put together.
+"""Command line of a training run, and how the run's configuration is put together.
 
-Later wins: the defaults, what the checkpoint says of its model (``--init-from``, or the one under ``--save``), the
+Later wins: the defaults, the model that the checkpoint records (``--init-from``, or the one under ``--save``), the
 ``--config`` file, the flags.
 """
 
@@ -8,76 +8,41 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import typing
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Optional
 
 import yaml
 
+from megatron.dmc import flags
 from megatron.dmc.config import RunConfig, load_file
 
 _MODEL_SECTIONS = ("model", "dmc")
+_SECTIONS = typing.get_type_hints(RunConfig)
+_SECTION_OF = {field.name: name for name, section in _SECTIONS.items() for field in dataclasses.fields(section)}
+"""Section of every field. Field names are unique over the sections, so that each makes a flag."""
 
 
-def _flags() -> dict[str, tuple[str, Any, Any]]:
-    """field name -> (section, annotation, default). Names are unique over sections."""
-    flags: dict[str, tuple[str, Any, Any]] = {}
-    for section in dataclasses.fields(RunConfig):
-        hints = typing.get_type_hints(typing.get_type_hints(RunConfig)[section.name])
-        for name, hint in hints.items():
-            assert name not in flags, f"{name} stands in two sections"
-            default = section.default_factory()  # type: ignore[misc]
-            flags[name] = (section.name, hint, getattr(default, name))
-    return flags
-
-
-def _plain(hint: Any) -> Any:
-    args = [a for a in typing.get_args(hint) if a is not type(None)]
-    return args[0] if typing.get_origin(hint) is typing.Union else hint
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage of a hundred flags: the caller says it in one line, on one rank."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message}; --help lists all flags")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """One flag for every field of every section, and ``--config``."""
-    parser = _Parser(
-        prog="megatron.dmc.training.retrofit",
-        description="Pre-train, or retrofit a checkpoint with Dynamic Memory Compression, one stage at a time.",
+def build_parser() -> flags.Parser:
+    """Parser with one flag for every field of every section, and ``--config``."""
+    parser = flags.Parser(
+        prog="dmc train",
+        description="Pre-train, or retrofit a checkpoint with Dynamic Memory Compression, one stage at a time.\n\n"
+        "--init-from starts a stage from another checkpoint's weights. --save is where it writes and, when it holds\n"
+        "a complete checkpoint, where it resumes. Later wins: defaults, the checkpoint's model, --config, flags.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        examples="""
+            dmc train --config FILE --stage zero_out --init-from llama2-7b --save zero_out
+            dmc train --config FILE --stage retrofit --target-cr 4 --init-from zero_out --save retrofit-4x
+            torchrun --nproc-per-node 8 --no-python dmc train --config FILE --stage finetune --init-from retrofit-4x
+            """,
     )
-    parser.add_argument("--config", default=None, metavar="FILE", help="YAML or JSON file with the sections below")
-    groups: dict[str, Any] = {}
-    for name, (section, hint, default) in _flags().items():
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        flag, kind = "--" + name.replace("_", "-"), _plain(hint)
-        optional = kind is not hint
-        text = f"default: {'none' if default is None else default}"
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif typing.get_origin(kind) is list:
-            group.add_argument(flag, nargs="*", type=typing.get_args(kind)[0], help=text)
-        elif typing.get_origin(kind) is Literal:
-            choices = list(typing.get_args(kind)) + (["none"] if optional else [])
-            group.add_argument(flag, type=str, choices=choices, help=text)
-        else:
-            parse = json.loads if kind is dict else kind
-            group.add_argument(flag, type=_or_none(parse) if optional else parse, metavar=name.upper(), help=text)
+    parser.add_argument(
+        "--config", default=None, metavar="FILE", help="YAML or JSON file with the sections below; flags win over it."
+    )
+    for name, section in _SECTIONS.items():
+        flags.add_fields(parser.add_argument_group(name), section)
     return parser
-
-
-def _or_none(parse: Any) -> Any:
-    def take(text: str) -> Any:
-        return None if text.lower() in ("none", "null") else parse(text)
-
-    take.__name__ = getattr(parse, "__name__", "value")  # argparse names it in its messages
-    return take
 
 
 def _merge(base: dict, extra: dict) -> dict:
@@ -116,9 +81,9 @@ def resolve(argv: Optional[list[str]], saved_config: typing.Callable[[dict], Opt
     given = vars(build_parser().parse_args(argv))
     path = given.pop("config")
     file = load_file(path) if path else {}
-    flags, asked = _flags(), {}
+    asked: dict[str, dict] = {}
     for name, value in given.items():
-        asked.setdefault(flags[name][0], {})[name] = None if value == "none" else value
+        asked.setdefault(_SECTION_OF[name], {})[name] = None if value == "none" else value
     RunConfig.from_dict(file)  # unknown keys are named before anything else is looked at
     asked = _merge(_merge({}, file), asked)
     plain = RunConfig.from_dict(asked).to_dict()  # 1e-5 in YAML is a string: compare what it means

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron.dmc.config import RunConfig, _build, _positive, _require, load_file
+from megatron.dmc.config import RunConfig, build, load_file
+from megatron.dmc.config.checks import positive, require
 
 EVICTION = ("H2O", "TOVA", "StreamingLLM")
 """Policies that need no training: they are measured on the control."""
@@ -33,13 +34,13 @@ class CorpusConfig:
 
     def check(self) -> None:
         files = (self.train, self.valid, self.tokenizer)
-        _require(
+        require(
             all(files) or not any(files),
             f"corpus has train {self.train}, valid {self.valid}, tokenizer {self.tokenizer}; "
             "give all three, or none for the standard library's sources",
         )
-        _require(0 <= self.recall_share < 1, f"recall_share is {self.recall_share}; it must be in [0, 1)")
-        _positive(self, "vocab_size", "recall_tokens")
+        require(0 <= self.recall_share < 1, f"recall_share is {self.recall_share}; it must be in [0, 1)")
+        positive(self, "vocab_size", "recall_tokens")
 
 
 @dataclass
@@ -60,7 +61,7 @@ class OriginalConfig:
     warmup_iters: int = 40
 
     def check(self) -> None:
-        _positive(self, "iters", "global_batch_size", "lr")
+        positive(self, "iters", "global_batch_size", "lr")
 
 
 @dataclass
@@ -83,7 +84,7 @@ class RecipeConfig:
     """Tokens from a mark to the eviction."""
 
     def check(self) -> None:
-        _positive(self, "zero_out_iters", "iters_per_cr", "finetune_iters", "lr", "dms_window")
+        positive(self, "zero_out_iters", "iters_per_cr", "finetune_iters", "lr", "dms_window")
 
 
 @dataclass
@@ -121,7 +122,7 @@ class MeasureConfig:
     """Folder with YAML files of further tasks."""
 
     def check(self) -> None:
-        _positive(self, "windows", "recall_samples", "batch")
+        positive(self, "windows", "recall_samples", "batch")
 
 
 @dataclass
@@ -150,17 +151,17 @@ class CompareConfig:
         """Raise ``ValueError`` for a wrong value or combination, before anything is trained."""
         for part in (self.corpus, self.original, self.recipe, self.measure):
             part.check()
-        _positive(self, "jobs")
-        _require(
+        positive(self, "jobs")
+        require(
             bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
             f"seeds {self.seeds} must be different, and one at least",
         )
-        _require(
+        require(
             self.ratios == sorted(set(self.ratios)) and all(r > 1 for r in self.ratios) and bool(self.ratios),
             f"ratios {self.ratios} must ascend and be above 1",
         )
         for name in [*self.methods, *(self.economy.methods if self.economy else ())]:
-            _require(
+            require(
                 name in (*TRAINED, *EVICTION),
                 f"method {name!r} is unknown; there are {', '.join((*TRAINED, *EVICTION))}",
             )
@@ -171,24 +172,22 @@ class CompareConfig:
         }
         for what, ratios in wanted.items():
             for ratio in ratios:
-                _require(
+                require(
                     heads % ratio == 0,
                     f"{what}: {heads} KV heads cannot be merged {ratio:g} to one; use ratios that divide them",
                 )
-        _require(
+        require(
             self.compound is None or "GQA" in self.methods and self.compound.gqa_ratio in self.ratios,
             "compound needs GQA among the methods, at a ratio that is among the ratios",
         )
         if self.economy is not None:
             economy = self.economy
-            _require(
+            require(
                 set(economy.methods) <= set(self.methods) and economy.ratio in self.ratios,
                 f"economy: {economy.methods} at {economy.ratio:g}x must be among the methods and ratios",
             )
-            _require(
-                all(0 < s < 1 for s in economy.shares), f"economy.shares {economy.shares} must lie between 0 and 1"
-            )
-        _require(
+            require(all(0 < s < 1 for s in economy.shares), f"economy.shares {economy.shares} must lie between 0 and 1")
+        require(
             max(self.measure.recall_lengths, default=0) <= self.run.model.max_position_embeddings,
             f"recall_lengths {self.measure.recall_lengths} exceed max_position_embeddings",
         )
@@ -196,18 +195,9 @@ class CompareConfig:
     @classmethod
     def load(cls, path: str | Path) -> CompareConfig:
         """From a YAML or JSON file. Raises ``ValueError`` naming what is wrong."""
-        config = _build(cls, _with_optional_sections(load_file(path)), "")
+        config = build(cls, load_file(path))
         config.check()
         return config
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def _with_optional_sections(data: dict) -> dict:
-    """Sections that may be null are built here: the rest of the file goes through the common checks."""
-    found = dict(data)
-    for name, kind in (("compound", CompoundConfig), ("economy", EconomyConfig)):
-        if found.get(name) is not None:
-            found[name] = _build(kind, found[name], f"{name}.")
-    return found

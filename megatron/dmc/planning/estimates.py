@@ -1,4 +1,4 @@
-"""What training and serving a model with DMC take, by formulas: parameters, FLOPs, memory, time. Imports no torch.
+"""Estimates of what training and serving a model with DMC take: parameters, FLOPs, memory, time, by formula.
 
 Nothing here was measured on a GPU at the sizes in question: memory figures are estimates. ``tests/cli/test_plan.py``
 holds the parameters to a built model's, and what a layer keeps for its backward pass to what autograd saves. Sources:
@@ -15,15 +15,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
-
-try:
-    import megatron.dmc  # noqa: F401
-except ImportError:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.dmc import schedule
 from megatron.dmc.config import ModelConfig, RunConfig, StageConfig

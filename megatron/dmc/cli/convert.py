@@ -1,0 +1,153 @@
+"""``dmc convert``: weights in and out, between Hugging Face, Megatron ``torch_dist`` and older ``mp_rank_*`` files.
+
+Conversions stream: memory does not grow with the model. Wrong input ends with one message and status 2, and leaves
+nothing half-written behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Optional
+
+from megatron.dmc import flags
+
+EXAMPLES = """
+    dmc convert import --hf Llama-2-7b-hf --save llama2-7b            # for dmc train --init-from, any TP x PP
+    dmc convert import --legacy megatron-dmc-release --save llama2-7b-dmc
+    dmc convert verify --hf Llama-2-7b-hf --load llama2-7b --logits
+    dmc convert export --load dmc-4x --save Llama-2-7b-DMC-4x         # loads with trust_remote_code=True
+    dmc convert merge-heads --hf Llama-2-7b-hf --kv-heads 8 --save Llama-2-7b-GQA
+    dmc convert inspect Llama-2-7b-DMC-4x
+"""
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="dmc convert",
+        description="Convert checkpoints between Hugging Face and Megatron, in bounded memory for any model size.",
+        examples=EXAMPLES,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> flags.Parser:
+        added = flags.subcommand(commands, name, text, EXAMPLES)
+        added.set_defaults(run=run)
+        return added
+
+    load = command("import", "Write a torch_dist checkpoint from another format", _import)
+    source = load.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", metavar="DIR", help="Hugging Face directory to import.")
+    source.add_argument(
+        "--legacy", metavar="DIR", help="Megatron directory with mp_rank_*/model_optim_rng.pt files to import."
+    )
+    load.add_argument(
+        "--vocab-size",
+        type=int,
+        help="Tokens in the vocabulary without padding, for a --legacy checkpoint that does not record it.",
+    )
+    load.add_argument(
+        "--target-cr",
+        type=float,
+        help="Compression ratio (tokens / slots) of a DMC model, for a --legacy checkpoint that does not record it.",
+    )
+    save = command("export", "Write a Hugging Face directory from a checkpoint", _export)
+    save.add_argument(
+        "--load",
+        metavar="DIR",
+        required=True,
+        help="Checkpoint, or a --save directory whose newest checkpoint is used.",
+    )
+    save.add_argument(
+        "--tokenizer", metavar="PATH", help="Tokenizer to export with a model that did not come from Hugging Face."
+    )
+    merge = command("merge-heads", "Mean-pool KV heads into fewer ones", _merge_heads)
+    merge.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory of the model to change.")
+    merge.add_argument(
+        "--kv-heads", metavar="N", type=int, required=True, help="KV heads of the result; must divide the model's."
+    )
+    for writing in (load, save, merge):
+        writing.add_argument("--save", metavar="DIR", required=True, help="Directory to write.")
+        writing.add_argument("--overwrite", action="store_true", help="Replace the --save directory when it exists.")
+    verify = command("verify", "Check that a checkpoint and a Hugging Face directory hold the same model", _verify)
+    verify.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory to compare.")
+    verify.add_argument("--load", metavar="DIR", required=True, help="Checkpoint to compare.")
+    verify.add_argument(
+        "--logits", action="store_true", help="Compare logits with transformers' implementation too, in fp32."
+    )
+    inspect = command("inspect", "Describe what a directory holds", _inspect)
+    inspect.add_argument("directory", metavar="DIR", help="Directory of any format that dmc convert knows.")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    signal.signal(signal.SIGTERM, _stop)  # so that half-written files are removed
+    return flags.run(build_parser(), argv)
+
+
+def _stop(*_: object) -> NoReturn:
+    sys.exit(143)
+
+
+def _with_progress(convert: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Call a conversion with a progress bar on a terminal, and with none where the output goes to a file."""
+    from tqdm import tqdm
+
+    from megatron.dmc.checkpoint.convert import Progress
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, mininterval=1.0, leave=False, disable=None) as bar:
+
+        def begin(total: int) -> None:
+            if not bar.disable:
+                bar.reset(total)
+
+        say = Progress(say=lambda text: bar.write(text, file=sys.stdout), begin=begin, advance=bar.update)
+        return convert(*args, **settings, progress=say)
+
+
+def _wrote(path: object) -> int:
+    print(f"wrote {path}", flush=True)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    if args.hf:
+        from megatron.dmc.checkpoint.convert import import_hf
+
+        return _wrote(_with_progress(import_hf, args.hf, args.save, overwrite=args.overwrite))
+    from megatron.dmc.checkpoint.convert import import_legacy
+
+    said = {"vocab_size": args.vocab_size, "target_cr": args.target_cr}
+    return _wrote(_with_progress(import_legacy, args.legacy, args.save, overwrite=args.overwrite, **said))
+
+
+def _export(args: argparse.Namespace) -> int:
+    from megatron.dmc.checkpoint.convert import export
+
+    return _wrote(_with_progress(export, args.load, args.save, overwrite=args.overwrite, tokenizer=args.tokenizer))
+
+
+def _merge_heads(args: argparse.Namespace) -> int:
+    from megatron.dmc.checkpoint.merge_heads import merge_heads
+
+    return _wrote(_with_progress(merge_heads, args.hf, args.save, args.kv_heads, overwrite=args.overwrite))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron.dmc.checkpoint.verify import verify
+
+    print(_with_progress(verify, args.hf, args.load), flush=True)
+    if args.logits:
+        from megatron.dmc.evaluation.logits import compare_logits
+
+        print(compare_logits(args.hf, args.load))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from megatron.dmc.checkpoint.formats.registry import describe
+
+    print(describe(args.directory))
+    return 0

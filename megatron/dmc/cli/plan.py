@@ -1,0 +1,328 @@
+"""``dmc plan``: does a retrofit fit, how long does it take, what does it serve, and which other layouts would do?
+
+Everything is arithmetic: memory figures are estimates; formulas and sources are in docs/plan.md. GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.dmc import flags
+from megatron.dmc.config import RunConfig, load_file
+from megatron.dmc.planning.estimates import GB, PARTS, Fit, bubble, plan, serving, training_memory
+from megatron.dmc.planning.layouts import as_flags, problem, recomputation, suggest, with_layout
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="dmc plan",
+        description="Estimate whether a retrofit fits its GPUs, how long it takes, and what the result serves.\n\n"
+        "What is not given comes from the model's configuration. Exit status: 0 the plan fits; 2 it cannot work or\n"
+        "does not fit, and the nearest layouts that do are listed.",
+        examples="""
+            dmc plan llama2-70b --gpus 64 --tp 8 --pp 4
+            dmc plan path/to/hf_model --gpus 8 --tp 4 --sequence-length 4096 --recompute selective
+            """,
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"Shipped configuration ({', '.join(sorted(shipped()))}), configuration file, or Hugging Face config.json "
+        "or its directory.",
+    )
+    _add_layout(parser.add_argument_group("layout"))
+    _add_training(parser.add_argument_group("training"))
+    _add_serving(parser.add_argument_group("serving"))
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="File to write all figures to, in bytes and fractions."
+    )
+    return parser
+
+
+def _add_layout(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gpus",
+        type=int,
+        help="Number of GPUs. Default: TP x PP x DP when --dp is given, else one node or what TP x PP needs.",
+    )
+    group.add_argument("--tp", type=int, help="Tensor parallel size. Default: the configuration's.")
+    group.add_argument("--pp", type=int, help="Pipeline parallel size. Default: the configuration's.")
+    group.add_argument("--dp", type=int, help="Data parallel size. Default: what --gpus leaves.")
+    group.add_argument(
+        "--vp", type=int, help="Model chunks per pipeline stage. Default: 1 with --pp, else the configuration's."
+    )
+    group.add_argument(
+        "--sequence-length", type=int, metavar="TOKENS", help="Tokens per sequence. Default: the configuration's."
+    )
+    group.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="SEQUENCES",
+        help="Sequences per forward pass and data-parallel rank. Default: the configuration's.",
+    )
+    group.add_argument(
+        "--global-batch",
+        type=int,
+        metavar="SEQUENCES",
+        help="Sequences per optimizer step, over all ranks. Default: the configuration's.",
+    )
+    group.add_argument(
+        "--recompute",
+        metavar="KIND",
+        help="Recomputation of activations: none, selective[:core_attn,mlp] or full. Default: the configuration's.",
+    )
+    group.add_argument(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="Split the residual stream over the tensor-parallel ranks. Default: on when --tp is above 1.",
+    )
+    group.add_argument(
+        "--distributed-optimizer",
+        action=argparse.BooleanOptionalAction,
+        help="Shard optimizer state over the data-parallel ranks. Default: the configuration's.",
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    for flag, kind, default, text in (
+        ("--target-cr", float, 4.0, "Compression ratio (tokens / slots) that the retrofit ends at"),
+        ("--mfu", float, 0.40, "Model FLOPs over peak FLOPs, end to end, as a fraction"),
+        ("--peak-tflops", float, 989.0, "Peak of one GPU in dense bf16 TFLOP/s; the default is an H100 SXM's"),
+        ("--gpu-memory-gb", float, 80.0, "Memory of one GPU in GB of 1e9 bytes"),
+        ("--overhead-gb", float, 4.0, "Memory per GPU, in GB, for the CUDA context, NCCL and fragmentation"),
+        ("--gpus-per-node", int, 8, "GPUs of a node, which suggested tensor parallel sizes stay within"),
+    ):
+        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s).")
+
+
+def _add_serving(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--serving-tp",
+        type=int,
+        help="Tensor parallel size of the server. Default: the least that leaves half of the memory to the cache.",
+    )
+    group.add_argument(
+        "--context", type=int, metavar="TOKENS", help="Tokens of every served sequence. Default: --sequence-length."
+    )
+    group.add_argument(
+        "--page-size",
+        type=int,
+        nargs="+",
+        default=[16, 64],
+        metavar="SLOTS",
+        help="Slots per page of the KV cache, one table row for each size (default: 16 64).",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="Fraction of a GPU's memory for weights and cache (default: %(default)s).",
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """Shipped configurations by name: those beside the package in a wheel, or the examples of a checkout."""
+    here = Path(__file__).resolve()
+    folders = here.parents[1] / "configs", here.parents[3] / "examples" / "dmc" / "configs"
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_model(name: str) -> RunConfig:
+    """Run of a shipped configuration, a configuration file, or a Hugging Face config.json or its directory.
+
+    Raises:
+        ValueError: no such model, or a file that cannot be read.
+    """
+    path = Path(name)
+    if name in shipped():
+        return RunConfig.from_dict(load_file(shipped()[name]))
+    if not path.exists():
+        raise ValueError(f"model {name} is no file and none of the shipped ones: {', '.join(sorted(shipped()))}")
+    path = path / "config.json" if path.is_dir() else path
+    data = load_file(path)
+    if path.suffix != ".json" or not isinstance(data, dict) or isinstance(data.get("model"), dict):
+        return RunConfig.from_dict(data)
+    from megatron.dmc.checkpoint.mapping import from_hf_config
+
+    run = RunConfig(model=from_hf_config(data))
+    run.parallel.use_distributed_optimizer = run.training.bf16 = True
+    run.data.seq_length = min(run.data.seq_length, run.model.max_position_embeddings)
+    return run
+
+
+def resolve(args: argparse.Namespace) -> tuple[RunConfig, int]:
+    """The run and its number of GPUs. Raises ``ValueError`` for values that make no sense in any layout."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                zero = name == "overhead_gb"
+                if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+                    raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be positive")
+    for name in ("mfu", "gpu_memory_utilization"):
+        if getattr(args, name) > 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is a fraction, at most 1")
+    if args.target_cr <= 1:
+        raise ValueError(f"--target-cr is {args.target_cr:g}; a retrofit compresses, so use more than 1")
+    run = load_model(args.model)
+    layout: dict[str, Any] = {"micro_batch": args.micro_batch}
+    if args.recompute is not None:
+        kind, colon, modules = args.recompute.partition(":")
+        if kind not in ("none", "selective", "full") or (colon and (kind != "selective" or not modules)):
+            raise ValueError(
+                f"--recompute {args.recompute!r} is unknown; use none, selective, selective:core_attn,mlp or full"
+            )
+        layout["recompute"] = args.recompute
+    if args.tp is not None:
+        layout.update(tensor_model_parallel_size=args.tp, sequence_parallel=args.tp > 1)
+    if args.pp is not None:
+        layout.update(pipeline_model_parallel_size=args.pp, virtual_pipeline_model_parallel_size=None)
+    if args.vp is not None:
+        layout["virtual_pipeline_model_parallel_size"] = args.vp if args.vp > 1 else None
+    if args.sequence_parallel is not None:
+        layout["sequence_parallel"] = args.sequence_parallel
+    if args.distributed_optimizer is not None:
+        layout["use_distributed_optimizer"] = args.distributed_optimizer
+        layout["overlap_param_gather"] = run.parallel.overlap_param_gather and args.distributed_optimizer
+    run = with_layout(run, **layout)
+    run.stage = dataclasses.replace(
+        run.stage, stage="retrofit", target_cr=args.target_cr, train_iters=None, start_cr=None
+    )
+    run.data = dataclasses.replace(run.data, seq_length=args.sequence_length or run.data.seq_length)
+    # Checkpoints are not planned, and an interval without a directory would be refused.
+    run.training = dataclasses.replace(
+        run.training, save_interval=None, global_batch_size=args.global_batch or run.training.global_batch_size
+    )
+    group = run.parallel.tensor_model_parallel_size * run.parallel.pipeline_model_parallel_size
+    gpus = args.gpus or (group * args.dp if args.dp else max(group, args.gpus_per_node))
+    if args.dp and gpus != group * args.dp:
+        raise ValueError(
+            f"--gpus {gpus} is not TP x PP x DP = {group} x {args.dp} = {group * args.dp}; leave one of them out"
+        )
+    return run, gpus
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns, the first to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in cells
+    ]
+    return "\n".join("  " + line.rstrip() for line in lines)
+
+
+def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]) -> str:
+    p, memory = run.parallel, figures["memory"]
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    v = p.virtual_pipeline_model_parallel_size or 1
+    worst, stages = memory["worst_stage"], memory["stages"]
+    shown = sorted({0, 1, worst, pp - 2, pp - 1} & set(range(pp))) if pp > 8 else range(pp)
+    rows = [
+        [
+            f"{rank}{' <- worst' if rank == worst and pp > 1 else ''}",
+            *(f"{stages[rank][part] / GB:.1f}" for part in PARTS),
+            f"{memory['totals'][rank] / GB:.1f}",
+        ]
+        for rank in shown
+    ]
+    times = dict(figures["stages"])
+    times["all"] = {key: sum(f[key] for f in times.values()) for key in ("steps", "tokens", "days")}
+    stage_rows = [
+        [name, f"{f['steps']:,}", f"{f['tokens'] / 1e9:.1f}", f"{f['days']:.1f}"] for name, f in times.items()
+    ]
+    batch = run.training.global_batch_size
+    sharing = "optimizer sharded over DP" if p.use_distributed_optimizer else "optimizer whole on every rank"
+    return "\n".join(
+        [
+            f"model       {figures['parameters']['total'] / 1e9:.2f}B parameters: "
+            + ", ".join(
+                f"{name} {n / 1e9:.2f}B" for name, n in figures["parameters"].items() if name != "total" and n > 5e6
+            ),
+            f"layout      {gpus} GPUs = TP {tp}{' with SP' if p.sequence_parallel else ''} x PP {pp}"
+            + (f" ({v} chunks each)" if v > 1 else "")
+            + f" x DP {figures['dp']}; {sharing}; recomputation {recomputation(run)}",
+            f"batch       {batch} sequences x {run.data.seq_length} = {figures['tokens_per_step']:,} tokens/step"
+            f"; {figures['micro_batches']} micro-batches of {run.training.micro_batch_size} per rank",
+            f"bubble      {figures['bubble']:.3f} of the pipeline's ideal time",
+            "\nEstimated memory per GPU, GB, by pipeline stage, in retrofit and finetune "
+            f"(zero_out: at most {memory['zero_out'] / GB:.1f})",
+            table(["stage", *PARTS, "total"], rows),
+            f"  the worst GPU needs {memory['needed'] / GB:.1f} of {fit.gpu_memory / GB:.1f} GB",
+            f"\nTime at {figures['mfu']:.0%} MFU of {figures['peak_flops'] / 1e12:g} TFLOP/s per GPU "
+            f"({figures['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU; "
+            f"hardware FLOPs {figures['hardware_to_model_flops']:.2f} x the model's)",
+            table(["stage", "steps", "B tokens", "days"], stage_rows),
+        ]
+    )
+
+
+def serving_report(s: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{r['cr']}x",
+            r["page_size"],
+            f"{r['kv_bytes_per_token'] / 1024:.0f}",
+            f"{r['waste']:.1%}",
+            f"{r['table_bytes'] / 2**20:.2f}",
+            r["sequences"],
+        ]
+        for r in s["rows"]
+    ]
+    return (
+        f"\nServing on {s['tp']} GPU{'s' * (s['tp'] > 1)} in bf16: {s['weights'] / GB:.1f} GB of weights and "
+        f"{s['cache'] / GB:.1f} GB for the cache on each; sequences of {s['context']} tokens\n"
+        + table(["CR", "page", "KV KiB/token", "page waste", "page table MiB/seq", "sequences"], rows)
+    )
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return flags.run(build_parser(), argv, refused=(ValueError, OSError))
+
+
+def _run(args: argparse.Namespace) -> int:
+    run, gpus = resolve(args)
+    fit = Fit(args.gpu_memory_gb * GB, args.overhead_gb * GB, args.gpus_per_node)
+    wrong, figures = problem(run, gpus, fit), {}
+    try:
+        run.check(gpus)
+    except ValueError:
+        pass
+    else:
+        figures = plan(run, gpus, fit, args.target_cr, args.peak_tflops * 1e12, args.mfu)
+        print(training_report(run, gpus, fit, figures))
+        tp = run.parallel.tensor_model_parallel_size
+        if tp > fit.gpus_per_node:
+            print(f"  note: TP {tp} spans nodes of {fit.gpus_per_node} GPUs, which is slow")
+    nearest = suggest(run, gpus, fit) if wrong else []
+    if not wrong:
+        figures["serving"] = serving(
+            run,
+            fit,
+            tp=args.serving_tp,
+            context=args.context or run.data.seq_length,
+            pages=args.page_size,
+            utilization=args.gpu_memory_utilization,
+        )
+        print(serving_report(figures["serving"]))
+    if args.json and figures:
+        figures |= {"fits": not wrong, "nearest": [as_flags(*other) for other in nearest]}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if wrong:
+        _refuse(wrong, nearest, fit)
+    return 2 if wrong else 0
+
+
+def _refuse(wrong: str, nearest: Sequence[tuple[RunConfig, int]], fit: Fit) -> None:
+    print(f"error: {wrong}", file=sys.stderr)
+    for other, number in nearest:
+        need, idle = training_memory(other, number, fit)["needed"] / GB, bubble(other, number)
+        print(f"  works: {as_flags(other, number)}   ({need:.1f} GB, bubble {idle:.2f})", file=sys.stderr)

@@ -1,0 +1,39 @@
+"""``dmc serve``: a model over HTTP, with OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Optional
+
+from megatron.dmc import flags
+from megatron.dmc.cli import options
+from megatron.dmc.serving.config import ServerConfig
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(
+        prog="dmc serve",
+        description="Serve a model over HTTP, with OpenAI's API, vLLM's parameters and Prometheus metrics.",
+        examples="""
+            dmc serve Llama-2-7B-DMC-4x --port 8000
+            dmc serve Llama-2-7B-DMC-4x --host 0.0.0.0 --api-key-file keys.txt --max-num-seqs 128
+            dmc serve Llama-2-70B-DMC-4x --tensor-parallel-size 4
+            """,
+    )
+    flags.add_fields(parser.add_argument_group("server"), ServerConfig)
+    options.add_engine(parser)
+    parser.set_defaults(run=_run)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return flags.run(build_parser(), argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = flags.read(ServerConfig, args)
+    config.keys()  # wrong keys are refused before anything slow is imported
+    from megatron.dmc.serving import server
+
+    return server.run(config, options.engine_config(args))

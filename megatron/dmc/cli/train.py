@@ -1,0 +1,22 @@
+"""``dmc train``: one stage of a retrofit, or pre-training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from megatron.dmc import flags
+
+
+def build_parser() -> flags.Parser:
+    from megatron.dmc.training import arguments
+
+    return arguments.build_parser()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one stage. Its entry point parses the command line itself, so that one rank alone reports what is wrong."""
+    from megatron.dmc.training import retrofit
+
+    return retrofit.main(sys.argv[1:] if argv is None else list(argv))

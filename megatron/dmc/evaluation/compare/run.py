@@ -1,0 +1,110 @@
+"""A comparison from its configuration: train what is missing, evaluate everything, write one report.
+
+Trainings, conversions and measurements are jobs; what is done stays done as long as its settings do. The report is
+output/report: report.md, report.json and the plots.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from megatron.dmc.environment import machine
+from megatron.dmc.evaluation.compare.config import CompareConfig
+from megatron.dmc.evaluation.compare.plan import ROOT, Plan, Planner
+from megatron.dmc.evaluation.compare.pool import Pool
+
+
+def write_run_configs(config: CompareConfig) -> None:
+    """What the trainings name with --config; kept as it is where it says the same, so that nothing looks changed."""
+    run = config.run.to_dict()
+    sections = {name: run[name] for name in ("parallel", "optimizer", "data", "training")}
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("run.yaml", sections),
+        ("original.yaml", {"model": run["model"], "dmc": run["dmc"], **sections}),
+    ):
+        (output / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    (output / "compare.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def report(config: CompareConfig, plan: Plan) -> Path:
+    """Write the report from the measurements. Returns its directory."""
+    import json
+
+    from megatron.dmc.evaluation.compare import plots, summary
+
+    output = Path(config.output)
+    measured, directory = summary.read(plan, output), output / "report"
+    if not any(m.row.method == "control" for m in measured):
+        raise ValueError(f"no control has been measured yet under {output}; what is reported is given over it")
+    directory.mkdir(parents=True, exist_ok=True)
+    m, seeds = config.run.model, len(config.seeds)
+    parts = [
+        "# DMC against the alternatives",
+        f"{m.num_layers} layers of {m.hidden_size}, {m.num_attention_heads} query and {m.kv_heads} KV heads of "
+        f"{m.head_dim}; "
+        f"means over {seeds} seed{'s' * (seeds > 1)} ± half of their range. Recall: share of the answers' tokens.",
+        summary.table(config, measured, "main"),
+    ]
+    if len(measured) < len(plan.rows):
+        parts.insert(2, f"**Unfinished:** {len(measured)} of {len(plan.rows)} rows have been measured.")
+    pictures = [
+        ("quality.png", "quality against compression"),
+        ("cr_by_head.png", "CR by layer and head"),
+        ("cr_by_position.png", "CR by position"),
+        ("curves.png", "learning curves"),
+    ]
+    plots.quality(config, measured, directory / "quality.png")
+    plots.by_head(measured, directory / "cr_by_head.png")
+    plots.by_position(measured, directory / "cr_by_position.png")
+    plots.curves(config, plan, measured, directory / "curves.png")
+    if config.compound is not None:
+        parts += ["## DMC on top of GQA", summary.table(config, measured, "compound")]
+    if config.economy is not None:
+        parts += ["## Training", summary.table(config, measured, "economy")]
+        plots.economy(config, measured, directory / "economy.png")
+        pictures.append(("economy.png", "quality by training"))
+    parts += [f"![{title}]({name})" for name, title in pictures if (directory / name).is_file()]
+    (directory / "report.md").write_text("\n\n".join(parts) + "\n")
+    (directory / "report.json").write_text(json.dumps(summary.to_json(config, measured, machine()), indent=1) + "\n")
+    return directory
+
+
+def compare(config: CompareConfig, *, dry_run: bool = False, report_only: bool = False) -> int:
+    """Run a comparison. Returns the exit status: 1 when a job fails, 130 when interrupted.
+
+    Args:
+        dry_run: print the jobs and whether they are done, and run none.
+        report_only: write the report of what has been measured so far, and run no job.
+
+    Raises:
+        ValueError: a wrong configuration, or results of other settings in its output.
+    """
+    config.check()
+    if not (ROOT / "tools/convert_checkpoint.py").is_file():
+        raise ValueError(
+            f"{ROOT} is not a checkout of the repository, whose tools the comparison runs; run it from one"
+        )
+    plan = Planner(config).build()
+    pool = Pool(plan, Path(config.output), config.jobs)
+    if dry_run:
+        for name, job in plan.jobs.items():
+            print(f"{'done' if pool.is_done(name) else '    '} {name}" + (f", {job.iters} steps" if job.iters else ""))
+        return 0
+    if not report_only:
+        pool.check()
+        write_run_configs(config)
+        try:
+            pool.run()
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+    print(f"written to {report(config, plan)}")
+    return 0

@@ -1,0 +1,200 @@
+"""Command-line flags: one parser for every command, and flags made from the fields of dataclasses.
+
+The docstring of a field (the string under it) is the help of its flag, and the annotation gives type and choices. The
+``metadata`` of a field may hold keywords of ``add_argument`` that replace these, ``flags`` (names of the flag) and
+``group`` (title of a group that begins with this field). Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import sys
+import textwrap
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Optional
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser that takes no abbreviated flags, ends its ``--help`` with examples, and raises ``ValueError`` for a wrong
+    command line instead of printing a usage of a hundred flags."""
+
+    def __init__(self, *, examples: str = "", **settings: Any) -> None:
+        layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**{**layout, **settings})
+        self.set_examples(inspect.cleandoc(examples).splitlines())
+
+    def set_examples(self, lines: Sequence[str]) -> None:
+        """Set the commands that ``--help`` shows at its end."""
+        self.epilog = "\n  ".join(["examples:", *lines]) if lines else None
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists all flags")
+
+
+EXTRAS = dict.fromkeys(
+    ("fastapi", "uvicorn", "pydantic", "prometheus_client", "transformers", "jinja2", "httpx2"), "[serve]"
+) | {"lm_eval": "[eval]"}
+"""Extra of the megatron-dmc distribution that installs a package. All other packages come without an extra."""
+
+
+def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Exception], ...] = (ValueError,)) -> int:
+    """Parse a command line and call the ``run`` that the parser sets. Returns the exit status.
+
+    Args:
+        argv: arguments, or None for those of the process.
+        refused: exceptions that become one line on stderr and status 2.
+    """
+    try:
+        args = parser.parse_args(argv)
+        warnings.filterwarnings("ignore")
+        return args.run(args)
+    except refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if (error.name or "").startswith("megatron.dmc"):
+            raise
+        print(
+            f"error: {parser.prog} needs the package {error.name}: pip install 'megatron-dmc{EXTRAS.get(package, '')}'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def subcommand(commands: Any, name: str, text: str, examples: str) -> Parser:
+    """Add a command below another one.
+
+    Args:
+        commands: what ``add_subparsers`` has returned.
+        text: help, without a full stop.
+        examples: commands, of which ``--help`` shows those that call this one.
+    """
+    parser = commands.add_parser(name, help=text, description=f"{text}.")
+    parser.set_examples(
+        [line for line in inspect.cleandoc(examples).splitlines() if line.startswith(parser.prog + " ")]
+    )
+    return parser
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Docstrings of a dataclass's fields, inherited ones too, each on one line, by field name."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        docs |= field_docs(base) if dataclasses.is_dataclass(base) else {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    for node, after in zip(body, body[1:]):
+        text = after.value if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) else None
+        if isinstance(text, ast.Constant) and isinstance(text.value, str):
+            docs[node.target.id] = " ".join(text.value.replace("``", "").split())
+    return docs
+
+
+def add_fields(
+    parser: Any,
+    cls: type,
+    names: Optional[Iterable[str]] = None,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Add one flag for each field of a dataclass.
+
+    Args:
+        parser: parser or argument group. Where its ``argument_default`` is ``SUPPRESS``, a flag that is not given is
+            not in the namespace.
+        names: fields that get a flag; None: all.
+        defaults: defaults of flags that differ from those of the fields.
+    """
+    hints, docs, group = typing.get_type_hints(cls), field_docs(cls), parser
+    for field in dataclasses.fields(cls):
+        if names is not None and field.name not in names:
+            continue
+        default = defaults[field.name] if field.name in defaults else _default(field)
+        keywords = {**({} if "action" in field.metadata else _keywords(hints[field.name])), **field.metadata}
+        group = parser.add_argument_group(keywords.pop("group")) if "group" in keywords else group
+        flags = keywords.pop("flags", ("--" + field.name.replace("_", "-"),))
+        if default is dataclasses.MISSING:
+            keywords |= {"required": True} if flags[0].startswith("-") else {}
+        elif parser.argument_default is not argparse.SUPPRESS:
+            keywords["default"] = default
+        # Set afterwards: BooleanOptionalAction of older Pythons adds the default on its own.
+        group.add_argument(*flags, **keywords).help = _help(docs[field.name], default, keywords)
+
+
+def _help(text: str, default: Any, keywords: Mapping[str, Any]) -> str:
+    """Help of a flag, with its default where there is one to show and the text does not say it."""
+    switch = keywords.get("action") == "store_true"
+    told = switch or default is None or default is dataclasses.MISSING or default == [] or "efault" in text
+    return (text if told else f"{text} (default: {default})").replace("%", "%%")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _keywords(hint: Any) -> dict[str, Any]:
+    """Keywords of ``add_argument`` for an annotation."""
+    plain = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    optional = type(None) in typing.get_args(hint)
+    kind = plain[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is list:
+        return {"nargs": "*", "type": typing.get_args(kind)[0]}
+    if typing.get_origin(kind) is Literal:
+        return {"choices": [*typing.get_args(kind), *(["none"] if optional else [])]}
+    parse = json.loads if kind is dict else kind
+    return {"type": _or_none(parse) if optional else parse}
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def take(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else parse(text)
+
+    take.__name__ = getattr(parse, "__name__", "value")  # argparse names it in its messages
+    return take
+
+
+def read(cls: type, args: argparse.Namespace, names: Optional[Iterable[str]] = None, **more: Any) -> Any:
+    """Dataclass from a namespace: its fields in ``names`` (None: all), and ``more``."""
+    wanted = [field.name for field in dataclasses.fields(cls) if names is None or field.name in names]
+    return cls(**{name: getattr(args, name) for name in wanted}, **more)
+
+
+def number(kind: type, least: float, *, above: bool = False, finite: bool = False) -> Callable[[str], Any]:
+    """Parser of a number of at least ``least``, or above it; with ``finite``, of no infinite one."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (value > least if above else value >= least) or (finite and value == math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not a number {'above' if above else 'of at least'} {least:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def numbers(kind: type, least: float) -> Callable[[str], list]:
+    """Parser of numbers with commas between them, each at least ``least``."""
+
+    def parse(text: str) -> list:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,4") from None
+        if any(value < least for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r} has a number below {least:g}")
+        return values
+
+    return parse
