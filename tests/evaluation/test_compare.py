@@ -1,6 +1,4 @@
-"""The comparison: what it plans, that jobs run once and in order, what the report says;
-and all of it on a tiny model.
-"""
+"""The comparison: its jobs, that they run once and in order, what the report says; and all of it on a tiny model."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ from helpers.processes import ROOT
 from megatron.dmc.cli import compare as command
 from megatron.dmc.evaluation.compare import summary
 from megatron.dmc.evaluation.compare.config import CompareConfig
-from megatron.dmc.evaluation.compare.plan import Job, Plan, Planner
-from megatron.dmc.evaluation.compare.pool import Pool
+from megatron.dmc.evaluation.compare.jobs import Job, JobGraph
+from megatron.dmc.evaluation.compare.methods import build_graph
+from megatron.dmc.evaluation.compare.runner import JobRunner
 from megatron.dmc.evaluation.teacher_forced import Compression
 
 TINY = {
@@ -66,12 +65,12 @@ def everything(tmp_path: Path) -> CompareConfig:
     )
 
 
-# The plan
+# The job graph
 
 
 def test_every_method_gets_as_many_steps_as_the_control(tmp_path) -> None:
-    plan = Planner(everything(tmp_path)).build()
-    rows = {(row.method, row.ratio): row for row in plan.rows if row.seed == 1 and row.table == "main"}
+    graph = build_graph(everything(tmp_path))
+    rows = {(row.method, row.ratio): row for row in graph.rows if row.seed == 1 and row.table == "main"}
     methods = {
         "full cache",
         "control",
@@ -85,26 +84,26 @@ def test_every_method_gets_as_many_steps_as_the_control(tmp_path) -> None:
     }
     assert {method for method, _ in rows} == methods
     for (method, ratio), row in rows.items():
-        assert plan.steps(row.run) == {1: 0, 2: 2 + 2 + 2, 4: 2 + 6 + 2}[ratio], row
+        assert graph.steps(row.run) == {1: 0, 2: 2 + 2 + 2, 4: 2 + 6 + 2}[ratio], row
         assert method in ("full cache", "control") or row.baseline == rows["control", ratio].run
-    shares = [plan.steps(row.run) for row in plan.rows if row.table == "economy" and row.seed == 1]
+    shares = [graph.steps(row.run) for row in graph.rows if row.table == "economy" and row.seed == 1]
     assert shares == 2 * [2 + 2 + 1, 2 + 3 + 1]  # a quarter and a half of 6 and 2 steps
-    on_top = {row.ratio: row for row in plan.rows if row.table == "compound" and row.seed == 1}
-    assert {ratio: plan.steps(row.run) for ratio, row in on_top.items()} == {4: 6 + 6, 8: 6 + 10}
+    on_top = {row.ratio: row for row in graph.rows if row.table == "compound" and row.seed == 1}
+    assert {ratio: graph.steps(row.run) for ratio, row in on_top.items()} == {4: 6 + 6, 8: 6 + 10}
     # The seeds share the text alone.
-    assert all("seed2" not in run for row in plan.rows if row.seed == 1 for run in plan.lineage(row.run))
+    assert all("seed2" not in run for row in graph.rows if row.seed == 1 for run in graph.lineage(row.run))
 
 
 def test_jobs_wait_for_what_they_read(tmp_path) -> None:
     """Every path under the output that a command names, but its own results, was made by a job before it."""
     config = everything(tmp_path)
-    plan, output = Planner(config).build(), str(tmp_path / "out")
+    graph, output = build_graph(config), str(tmp_path / "out")
     made: dict[str, str] = {f"{output}/run.yaml": "", f"{output}/original.yaml": ""}
-    for job in plan.jobs.values():
+    for job in graph.jobs.values():
         before, todo = {job.name}, list(job.after)
         while todo:
             before.add(todo[-1])
-            todo += plan.jobs[todo.pop()].after
+            todo += graph.jobs[todo.pop()].after
         for words in job.commands:
             texts = [word for word in words if word.startswith(output)]
             if "compare.measure" in " ".join(words):
@@ -112,11 +111,11 @@ def test_jobs_wait_for_what_they_read(tmp_path) -> None:
             for text in texts:
                 maker = made.setdefault(text, job.name)
                 assert maker == "" or maker in before, f"{job.name} reads {text} of {maker}"
-    assert len({job.commands for job in plan.jobs.values()}) == len(plan.jobs)  # nothing is done twice
+    assert len({job.commands for job in graph.jobs.values()}) == len(graph.jobs)  # nothing is done twice
 
 
 def test_a_changed_setting_changes_what_depends_on_it(tmp_path) -> None:
-    one, two = (Planner(load(tmp_path, recipe={"finetune_iters": n})).build() for n in (2, 3))
+    one, two = (build_graph(load(tmp_path, recipe={"finetune_iters": n})) for n in (2, 3))
     changed = {name for name in one.jobs if one.digest(name) != two.digest(name)}
     assert changed == {
         name
@@ -156,15 +155,15 @@ def test_wrong_configurations_are_refused(message, changes, tmp_path, capsys) ->
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-# The pool
+# The runner
 
 
 def shell(text: str) -> tuple[str, ...]:
     return ("/bin/sh", "-c", text)
 
 
-def pool(tmp_path: Path, *jobs: Job) -> Pool:
-    return Pool(Plan({job.name: job for job in jobs}), tmp_path, 2)
+def runner(tmp_path: Path, *jobs: Job) -> JobRunner:
+    return JobRunner(JobGraph({job.name: job for job in jobs}), tmp_path, 2)
 
 
 def test_jobs_run_once_in_order_and_go_on_after_a_failure(tmp_path) -> None:
@@ -174,14 +173,14 @@ def test_jobs_run_once_in_order_and_go_on_after_a_failure(tmp_path) -> None:
     fails = Job("x/fails", (shell(f"test -e {tmp_path}/ready || {{ echo why; exit 3; }}"),), ("first",))
     last = Job("x/last", (say("c"),), ("x/fails",))
     with pytest.raises(RuntimeError, match=r"x/fails ended with status 3.*\nwhy"):
-        pool(tmp_path, first, fails, last).run()
+        runner(tmp_path, first, fails, last).run()
     assert log.read_text() == "a\nb\n"
     (tmp_path / "ready").touch()
-    pool(tmp_path, first, fails, last).run()
-    pool(tmp_path, first, fails, last).run()
+    runner(tmp_path, first, fails, last).run()
+    runner(tmp_path, first, fails, last).run()
     assert log.read_text() == "a\nb\nc\n"
     # Another command: it and what waits for it.
-    pool(tmp_path, first, Job("x/fails", (say("d"),), ("first",)), last).run()
+    runner(tmp_path, first, Job("x/fails", (say("d"),), ("first",)), last).run()
     assert log.read_text() == "a\nb\nc\nd\nc\n"
 
 
@@ -190,21 +189,21 @@ def test_a_training_that_leaves_early_is_not_done_and_its_directory_is_not_taken
         "run", (shell(f"mkdir -p {tmp_path}/run; echo ' iteration   {at}/ {n} '"),), (), 100.0, n
     )
     with pytest.raises(RuntimeError, match="before it was done"):
-        pool(tmp_path, training(4, 3)).run()
-    short = pool(tmp_path, training(4, 3))
+        runner(tmp_path, training(4, 3)).run()
+    short = runner(tmp_path, training(4, 3))
     short.check()
-    assert short._left(training(4, 3)) == 25  # of 100 tokens
+    assert short._tokens_left(training(4, 3)) == 25  # of 100 tokens
     with pytest.raises(ValueError, match="run was trained with other settings"):
-        pool(tmp_path, training(5, 5)).check()
+        runner(tmp_path, training(5, 5)).check()
 
 
 # The report
 
 
-def fake(output: Path, plan: Plan) -> None:
+def fake(output: Path, graph: JobGraph) -> None:
     """Measurements with which every number of the table is known."""
     slots = torch.ones(2, 1, 4, 192)
-    for i, row in enumerate(plan.rows):
+    for i, row in enumerate(graph.rows):
         path = output / f"{row.key}/measured.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         c = Compression.of(
@@ -236,9 +235,9 @@ def fake(output: Path, plan: Plan) -> None:
 
 def test_tables_are_means_over_seeds_beside_the_control_of_the_same_seed(tmp_path) -> None:
     config = everything(tmp_path)
-    plan = Planner(config).build()
-    fake(tmp_path, plan)
-    measured = summary.read(plan, tmp_path)
+    graph = build_graph(config)
+    fake(tmp_path, graph)
+    measured = summary.read(graph, tmp_path)
     text = summary.table(config, measured, "main").splitlines()
     row = next(line for line in text if line.startswith("| DMC | 1/4")).split(" | ")
     mine = [m for m in measured if (m.row.method, m.row.ratio, m.row.table) == ("DMC", 4, "main")]
@@ -258,19 +257,19 @@ def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
     """Of what has been measured: here all of the first seed's rows but one, and nothing of the second's."""
     config = everything(tmp_path)
     output = Path(config.output)
-    plan = Planner(config).build()
+    graph = build_graph(config)
     run = [str(tmp_path / "compare.yaml"), "--report"]
     assert command.main(run) == 2 and "no control has been measured" in capsys.readouterr().err
-    fake(output, plan)
-    for row in plan.rows:
+    fake(output, graph)
+    for row in graph.rows:
         if row.seed == 2 or row.method == "TOVA":
             (output / f"{row.key}/measured.json").unlink(missing_ok=True)
-    for job in plan.jobs.values():
+    for job in graph.jobs.values():
         (output / job.name / "tensorboard").mkdir(parents=True, exist_ok=True)
     assert command.main(run) == 0
     text = (output / "report/report.md").read_text()
-    left = sum(row.seed == 1 and row.method != "TOVA" for row in plan.rows)
-    assert f"{left} of {len(plan.rows)} rows" in text and "TOVA" not in text and "| H2O | 1/4 |" in text
+    left = sum(row.seed == 1 and row.method != "TOVA" for row in graph.rows)
+    assert f"{left} of {len(graph.rows)} rows" in text and "TOVA" not in text and "| H2O | 1/4 |" in text
     assert {path.name for path in (output / "report").iterdir()} == {
         "report.md",
         "report.json",
@@ -280,7 +279,7 @@ def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
         "curves.png",
         "economy.png",
     }
-    for row in plan.rows:  # the controls come first
+    for row in graph.rows:  # the controls come first
         if row.method != "control":
             (output / f"{row.key}/measured.json").unlink(missing_ok=True)
     assert command.main(run) == 0

@@ -1,3 +1,1 @@
-"""Quality and compression: of checkpoints, and of models under several cache policies; tables, plots, tasks, generated
-text.
-"""
+"""Measure quality and compression, of checkpoints and of models under several cache policies: tasks, tables, plots."""

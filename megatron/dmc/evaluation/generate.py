@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Checkpoint, prompt and sampling parameters."""
+    """Settings of a generation from a checkpoint."""
 
     load: str = field(metadata={"metavar": "DIR"})
     """Checkpoint of stage retrofit or finetune."""

@@ -1,8 +1,7 @@
-"""lm-eval's tasks under any cache policy, eviction too: a model of its own kind for lm-eval
-(https://github.com/EleutherAI/lm-evaluation-harness).
+"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) under any cache policy, eviction included.
 
-What scores given text (multiple choice, perplexity) is computed teacher-forced. Tasks that generate text go through the
-engine: ``dmc serve`` and lm-eval's ``local-completions``, for what the engine serves.
+Tasks that score given text (multiple choice, perplexity) are computed teacher-forced. Tasks that generate text need the
+engine: serve the model with ``dmc serve`` and use lm-eval's ``local-completions``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatron.dmc.training.tokenizer import Tokenizer
 
 
 class PolicyLM(TemplateLM):
-    """``TeacherForced`` under a policy as lm-eval's model. ``batch``: sequences at once, of one length."""
+    """Model for lm-eval: :class:`TeacherForced` under a policy. ``batch``: sequences at once, of one length."""
 
     def __init__(self, model: TeacherForced, policy: Optional[CachePolicy], text: Tokenizer, batch: int = 8) -> None:
         super().__init__()
@@ -41,10 +40,12 @@ class PolicyLM(TemplateLM):
         return self.text.encode(string)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        """(_, context, continuation) each -> (log-likelihood of the continuation in nats, whether greedy decoding gives
-        it).
+        """Log-likelihood of each request's continuation in nats, and whether greedy decoding gives it.
 
-        What is longer than the model's window loses its beginning, as elsewhere in lm-eval.
+        A request longer than the model's context length loses its beginning, as elsewhere in lm-eval.
+
+        Args:
+            requests: (unused, context ids, continuation ids) each.
         """
         # By length, so that nothing is padded: a policy's budget may depend on the length.
         lengths: dict[int, list[int]] = {}
@@ -63,7 +64,7 @@ class PolicyLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         found = []
         for (text,) in (request.args for request in requests):
-            # One token of the window is the one before the first.
+            # One position is taken by the token before the first.
             pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.longest - 1, 1)
             parts = [(None, *make_disjoint_window(pair)) for pair in pairs]
             found.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
@@ -76,7 +77,7 @@ class PolicyLM(TemplateLM):
 
 
 def evaluate(model: PolicyLM, tasks: list[str], include: Optional[str] = None) -> list[Figure]:
-    """Run tasks of lm-eval, and those in the folder ``include``; every metric becomes a figure named by its task.
+    """Run tasks of lm-eval, its own or from the folder ``include``; every metric becomes a figure named by its task.
 
     Raises:
         ValueError: an unknown task, or one that generates.

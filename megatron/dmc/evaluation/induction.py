@@ -1,12 +1,10 @@
 """Initial weights that can look back: an induction circuit in the first two layers, random weights everywhere else.
 
 A transformer learns to look things up when a head that finds the token before (layer 1) meets one that finds where the
-same token
-stood (layer 2): an induction circuit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson
-    et al. 2022,
-arXiv 2209.11895). In a small model on two CPU cores that takes longer than there is time, and a model that does not
-look back tells no cache policy from another (docs/experiments.md). Here it begins with the circuit; training goes on
-from there, nothing is frozen.
+same token stood (layer 2): an induction circuit (Elhage et al. 2021, "A Mathematical Framework for Transformer
+Circuits"; Olsson et al. 2022, arXiv 2209.11895). A small model on two CPU cores has no time to learn that, and a model
+that does not look back cannot tell one cache policy from another (docs/experiments.md). So training starts from weights
+that have the circuit; nothing is frozen.
 
 The residual stream is divided: a code of random signs for the token, a constant, and places that the two heads write
 to. Head 0 of layer 1 scores by distance alone: queries and keys read the constant, the query turned by one position, so
@@ -37,8 +35,9 @@ NEAR, SAME, SURE = 6.0, 1.0, 0.35
 
 
 def _split(model: ModelConfig) -> tuple[int, int, list[int]]:
-    """(channels of a copy, channels of the code, channel pairs that hardly turn). The last pair has the decision
-    neuron.
+    """Channels of a copy, channels of the code, and the channel pairs that hardly turn.
+
+    The last pair is left out: it has the decision neuron.
     """
     d = model.head_dim
     copy = min(d, model.hidden_size // 4)
@@ -47,16 +46,17 @@ def _split(model: ModelConfig) -> tuple[int, int, list[int]]:
     if model.num_layers < 2 or len(still) < 5 or model.add_qkv_bias or model.qk_layernorm:
         raise ValueError(
             f"no room for an induction circuit: {model.num_layers} layers, {len(still)} of {d // 2 - 1} channel pairs "
-            "that turn "
-            f"by less than {STILL} over {model.max_position_embeddings} tokens; it takes 2 layers, 5 such pairs (raise "
-            "rotary_base), no biases and no norms of q and k"
+            f"that turn by less than {STILL} over {model.max_position_embeddings} tokens; it takes 2 layers, 5 such "
+            "pairs (raise rotary_base), no biases and no norms of q and k"
         )
     return copy, model.hidden_size - 2 * copy - 1, still
 
 
 def weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """fp32 tensors by Hugging Face's names, for a Llama of these sizes. Raises ``ValueError`` when the circuit does not
-    fit.
+    """Tensors of a Llama of these sizes: fp32, by Hugging Face's names.
+
+    Raises:
+        ValueError: the circuit does not fit into the model.
     """
     copy, coded, still = _split(model)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     embedding[:, :coded], embedding[:, constant] = sign * code, level
 
     def head(layer: int, squares: float) -> tuple[list[Tensor], float]:
-        """Head 0's parts of the four projections, emptied, and what the norm makes of 1."""
+        """Head 0's parts of the four projections, set to zero, and the factor by which the norm scales its input."""
         names = [f"model.layers.{layer}.self_attn.{x}_proj.weight" for x in "qkvo"]
         parts = [found[name][:d] for name in names[:3]] + [found[names[3]][:, :d]]
         for part in parts:
@@ -101,7 +101,7 @@ def weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def write(directory: str | Path, model: ModelConfig, seed: int) -> None:
-    """A Hugging Face directory with :func:`weights`; import it, then train it on.
+    """Write a Hugging Face directory with :func:`weights`: import it, then train it on.
 
     Raises:
         ValueError: the circuit does not fit into the model (see the message), or its embeddings are tied.

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as one model on this process' device."""
+"""Load a checkpoint of any layout as one model on this process' device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.dmc.training import arguments, initialize
 
 @dataclasses.dataclass
 class Loaded:
-    """One checkpoint, ready to evaluate."""
+    """A checkpoint that is ready to evaluate."""
 
     model: DMCGPTModel
     config: RunConfig
@@ -28,14 +28,16 @@ class Loaded:
         return schedule.compresses(self.config.stage)
 
     def step(self) -> DMCStep:
-        """State for a forward pass as inference would run it: hard decisions, or plain attention before retrofit."""
+        """Step state of a forward pass as inference runs it: hard decisions, or plain attention before retrofit."""
         scale = 0.0 if self.manifest.stage == "zero_out" and self.manifest.finished else 1.0
         return DMCStep(compress=self.compresses, neuron_scale=scale)
 
 
 def load_checkpoint(path: str | Path, bf16: bool = False) -> Loaded:
     """Load weights in fp32 (or bf16), in eval mode.
-    Raises ``ValueError`` when ``path`` holds no complete checkpoint.
+
+    Raises:
+        ValueError: ``path`` holds no complete checkpoint.
     """
     directory = resolve_checkpoint(path)
     manifest = read_manifest(directory)

@@ -1,4 +1,4 @@
-"""Does a checkpoint compute what transformers computes from the Hugging Face directory?"""
+"""Compare a checkpoint's logits with those that transformers computes from a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Difference:
 
     @classmethod
     def of(cls, reference: Tensor, found: Tensor) -> Difference:
-        """From logits [tokens, vocab]."""
+        """Difference of two models' logits, [tokens, vocab] each."""
         p, q = F.log_softmax(reference.double(), -1), F.log_softmax(found.double(), -1)
         return cls(
             len(p),
@@ -68,7 +68,7 @@ def prompts(directory: Path, vocab_size: int, longest: int) -> list[Tensor]:
 
 @torch.no_grad()
 def compare_logits(source: str | Path, load: str | Path) -> str:
-    """Run both models in fp32 over fixed prompts. Both must fit into memory.
+    """Run both models in fp32 over fixed prompts and describe the difference. Both must fit into memory.
 
     Raises:
         ValueError: the difference is more than rounding (``TOLERANCE``), or transformers cannot load ``source``.

@@ -1,11 +1,11 @@
-"""Cache policies behind one interface: what a query may attend to, and how many slots are held after each token.
+"""Cache policies behind one interface: the slots that a query attends to, and how many are held after each token.
 
 A policy is a pure function of one layer's projections of whole sequences. Where the next decision needs the last one's
 outcome (H2O, TOVA) it goes token by token, all heads and sequences at once; the others have a closed form. Either way
 the result is that of decoding one token at a time (``tests/evaluation/test_policies.py`` compares with exactly that).
 
-One convention for all: token t attends to what was held after token t - 1 and to itself; then the policy drops what is
-too much. ``slots`` counts what is held between steps, which is what a budget limits.
+One convention for all: token t attends to the slots that were held after token t - 1 and to itself; then the policy
+drops what exceeds its budget. ``slots`` counts the slots that are held between two tokens: a budget limits these.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS = 64  # queries of a block: scores of so many at once
 
 @dataclass(frozen=True)
 class Projections:
-    """One layer's projections of whole sequences, before the rotation."""
+    """Queries, keys and values of one layer for whole sequences, before the rotation."""
 
     q: Tensor
     """[b, np, s, D]"""
@@ -48,7 +48,7 @@ class Projections:
     """The model has a decision neuron: channel D-1 of q and k takes no part in attention."""
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [b, h, s, D] at integer ``positions`` [s]."""
+        """Rotate x [b, h, s, D] to integer ``positions`` [s]."""
         tables = cos_sin(self.inv_freq, positions)
         return rotate_and_split_neuron(x, *tables, 0.0)[0] if self.neuron_out else rotate(x, *tables)
 
@@ -69,16 +69,15 @@ class Attended(NamedTuple):
 class Budget:
     """Slots that a head may hold, from a compression ratio.
 
-    fixed: a share of the whole sequence's length, from the first token on, as the public code of H2O (shares of the
-        prompt) and
-    TOVA (a cache size) has it. Nothing is dropped until it is full, so the ratio holds at the end only.
-    growing: a share of the tokens seen so far, so that the ratio holds after every token, as it does for DMC.
+    - fixed: a share of the whole sequence's length, from the first token on, as in the public code of H2O (a share of
+      the prompt) and TOVA (a cache size). Nothing is dropped until it is full, so the ratio holds at the end only.
+    - growing: a share of the tokens seen so far, so that the ratio holds after every token, as it does for DMC.
     """
 
     ratio: float
     kind: Literal["fixed", "growing"] = "fixed"
     minimum: int = 8
-    """Slots in any case: room for the sinks or heavy hitters of short sequences."""
+    """Least budget in slots: room for the sinks or heavy hitters of short sequences."""
 
     def __post_init__(self) -> None:
         if not self.ratio >= 1:
@@ -89,20 +88,22 @@ class Budget:
             raise ValueError(f"the minimum is {self.minimum} slots; use at least 1")
 
     def slots(self, length: int) -> list[int]:
-        """Entry n: the budget after n tokens of a sequence of ``length``. It grows by at most one slot per token."""
+        """Budget after 0, 1, ... ``length`` tokens of a sequence. It grows by at most one slot per token."""
         counts = range(length + 1) if self.kind == "growing" else [length] * (length + 1)
         return [max(self.minimum, math.ceil(count / self.ratio)) for count in counts]
 
 
 class CachePolicy(ABC):
-    """``attend`` is all there is to a policy. It keeps no state between calls."""
+    """Rule that decides which slots of a cache are kept. It has no state between calls of :meth:`attend`."""
 
     name: str
 
     @abstractmethod
     def attend(self, x: Projections) -> Attended:
-        """Attention of every token over what the policy has kept. Raises ``ValueError`` for a model that it does not
-        fit.
+        """Attention of every token over the slots that the policy has kept.
+
+        Raises:
+            ValueError: the policy does not fit the model.
         """
 
     def __str__(self) -> str:
@@ -120,7 +121,7 @@ def _by_group(q: Tensor, groups: int) -> Tensor:
 
 
 class FullCache(CachePolicy):
-    """Every token has a slot."""
+    """The ordinary cache: every token has a slot."""
 
     name = "full"
 
@@ -167,7 +168,7 @@ def _require_neuron(policy: CachePolicy, x: Projections) -> None:
 
 
 class _Masked(CachePolicy):
-    """Policies whose pattern is known without the attention weights."""
+    """A policy whose pattern is known without the attention weights."""
 
     def _attend(self, x: Projections, slots: Tensor) -> Attended:
         at = x.positions()
@@ -190,7 +191,11 @@ class _Masked(CachePolicy):
 
     @abstractmethod
     def _visible(self, x: Projections, age: Tensor, start: int, stop: int) -> Tensor:
-        """bool, broadcast to [b, ng, g, rows, stop]; ``age`` [rows, stop]: tokens from the key to the query."""
+        """Keys that each query sees: bool, broadcast to [b, ng, g, rows, stop].
+
+        Args:
+            age: int64 [rows, stop], tokens from the key to the query.
+        """
 
 
 class StreamingLLM(_Masked):
@@ -268,7 +273,7 @@ class DMS(_Masked):
 
 
 class _Scored(CachePolicy):
-    """Policies that drop the held token of the lowest score, one when a new one is too much."""
+    """A policy that drops the held token with the lowest score whenever the budget is exceeded."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
@@ -279,7 +284,7 @@ class _Scored(CachePolicy):
 
     @abstractmethod
     def _protected(self, budget: int) -> int:
-        """How many of the latest tokens are not dropped, whatever their score."""
+        """Number of latest tokens that are never dropped."""
 
     def attend(self, x: Projections) -> Attended:
         (b, ng, s, d), at, scale = x.k.shape, x.positions(), 1 / math.sqrt(x.k.size(-1))

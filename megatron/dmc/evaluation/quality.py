@@ -1,4 +1,4 @@
-"""Perplexity with hard decisions, and how much each head compresses while it is measured."""
+"""Perplexity of a checkpoint with hard decisions, and the compression of each head on the same text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron.dmc.training.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Quality:
-    """Of one checkpoint on one validation set."""
+    """Loss and compression of one checkpoint on one validation set."""
 
     tokens: int
     lm_loss: float
     cr: float
     """Tokens / slots over all layers, heads and sequences."""
     cr_by_head: Tensor
-    """fp64 [layers, KV heads]"""
+    """Tokens / slots of each head: fp64 [layers, KV heads]."""
 
     @property
     def perplexity(self) -> float:
@@ -33,7 +33,7 @@ class Quality:
 
 
 def kv_bytes_per_token(model: ModelConfig, cr: float, element_bytes: int = 2) -> float:
-    """Bytes of keys and values per token of context (bf16 by default), all layers, at a compression ratio."""
+    """Bytes of keys and values per token of context, all layers together, at a compression ratio (bf16 by default)."""
     return 2 * model.num_layers * model.kv_heads * model.head_dim * element_bytes / cr
 
 
@@ -55,7 +55,7 @@ def _batches(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, 
 
 @torch.no_grad()
 def measure(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, batch: int = 8) -> Quality:
-    """Mean loss over ``sequences`` (rounded down to whole batches) of the dataset ``prefix``, always the same ones."""
+    """Mean loss over the first ``sequences`` (rounded down to whole batches) of the dataset ``prefix``."""
     config, loss, tokens = loaded.config, 0.0, 0
     m = config.model
     kept = torch.zeros(m.num_layers, m.kv_heads, dtype=torch.float64)

@@ -1,10 +1,9 @@
-"""Synthetic recall in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654): needle, multi-key, variable tracking,
-copying.
+"""Synthetic recall tasks like RULER's (Hsieh et al. 2024, arXiv 2404.06654).
 
-Written as assignments, which a model continues without having been told to: ``name = value`` somewhere in a haystack,
-and at the end ``name =``. The material is the model's own tokenizer and text (:class:`TextMaterial`), or bare token ids
-for a model without one (:class:`IdMaterial`). All samples of a length have as many tokens, so they are scored as one
-batch.
+The tasks are needle, multi-key, variable tracking and copying. They are written as assignments, which a model continues
+without an instruction: ``name = value`` stands somewhere in a haystack, and ``name =`` at the end. Samples are made of
+text with the model's tokenizer (:class:`TextMaterial`), or of bare token ids for a model without one
+(:class:`IdMaterial`). All samples of a length have the same number of tokens, so they are scored as one batch.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ Ids = list[int]
 
 
 class Material(ABC):
-    """What samples are made of. Names and values have a fixed number of tokens, so that lengths come out even."""
+    """Source of haystack, names and values. All names have the same number of tokens, and so have all values."""
 
     @abstractmethod
     def filler(self, tokens: int, rng: random.Random) -> Ids:
-        """So many tokens of haystack."""
+        """Haystack of ``tokens`` tokens."""
 
     @abstractmethod
     def names(self, count: int, rng: random.Random) -> list[Ids]:
@@ -42,21 +41,21 @@ class Material(ABC):
         """Different values, all of one number of tokens."""
 
     begin: Ids
-    """Before a name that is assigned to."""
+    """Tokens before a name that is assigned to."""
     equals: Ids
-    """Between name and value; what follows is recalled."""
+    """Tokens between name and value; what follows is recalled."""
     end: Ids
-    """After a value."""
+    """Tokens after a value."""
 
     def assignment(self, name: Ids, value: Ids) -> Ids:
         return [*self.begin, *name, *self.equals, *value, *self.end]
 
 
 class IdMaterial(Material):
-    """Bare ids: three separators, and everything else drawn from the vocabulary, names and values of two ids each."""
+    """Material of bare ids: three separators, names and values of two ids each, and a haystack of random ids."""
 
     def __init__(self, vocabulary: Sequence[int]) -> None:
-        """``vocabulary``: ids that may be drawn; 64 at least. The first three become separators."""
+        """Material from the ids of ``vocabulary``, at least 64; the first three become separators."""
         if len(set(vocabulary)) < 64:
             raise ValueError(f"{len(set(vocabulary))} different ids are too few for names and values; give at least 64")
         (begin, equals, end), ids = vocabulary[:3], list(vocabulary[3:])
@@ -81,10 +80,10 @@ class IdMaterial(Material):
 
 
 class TextMaterial(Material):
-    """Lines of ``name = value`` in the corpus' own text: five random letters, and five random digits."""
+    """Material of text: lines ``name = value`` of five random letters and five random digits, in a corpus' text."""
 
     def __init__(self, tokenizer: Tokenizer, corpus: Sequence[Sequence[int]]) -> None:
-        """``corpus``: documents as ids, for the haystack. Raises ``ValueError`` when there is no text."""
+        """Material with a haystack from ``corpus``, documents as ids. Raises ``ValueError`` when there is no text."""
         self.tokenizer, self.corpus = tokenizer, [list(ids) for ids in corpus if len(ids)]
         if not self.corpus:
             raise ValueError("the corpus has no text; the haystack is made of it")
@@ -100,14 +99,14 @@ class TextMaterial(Material):
         return out
 
     def _texts(self, letters: str, count: int, rng: random.Random) -> list[Ids]:
-        """Texts of five letters that all have the commonest number of tokens."""
-        draw = lambda source: self.tokenizer.encode("".join(source.choices(letters, k=5)))
+        """Different texts of five letters, all with the commonest number of tokens."""
+        sample = lambda source: self.tokenizer.encode("".join(source.choices(letters, k=5)))
         if letters not in self._sizes:
-            sizes = [len(draw(random.Random(i))) for i in range(200)]
+            sizes = [len(sample(random.Random(i))) for i in range(200)]
             self._sizes[letters] = max(set(sizes), key=sizes.count)
         found: dict[tuple[int, ...], None] = {}
         while len(found) < count:
-            ids = draw(rng)
+            ids = sample(rng)
             if len(ids) == self._sizes[letters]:
                 found[tuple(ids)] = None
         return [list(ids) for ids in found]
@@ -121,36 +120,35 @@ class TextMaterial(Material):
 
 @dataclass(frozen=True)
 class Sample:
-    """Pieces that are placed in a haystack, and the question after it."""
+    """A recall sample: pieces that are placed in a haystack, and the question after it."""
 
     pieces: list[Ids]
-    """In their order; the first stands at the depth asked for, the others anywhere (after it, where ``ordered``)."""
+    """Token ids of each piece. The first one stands at the requested depth, the others anywhere."""
     ordered: bool
+    """Keep the order of the pieces, all of them after the first."""
     question: Ids
     answer: Ids
     graded: Optional[list[bool]] = None
-    """Which tokens of the answer count; None: all."""
+    """True for the tokens of the answer that count; None: all count."""
 
 
 def needle(material: Material, rng: random.Random) -> Sample:
-    """One assignment; its value is asked for. RULER's single needle."""
+    """One assignment whose value is asked for: RULER's single needle."""
     return multi_key(material, rng, keys=1)
 
 
 def multi_key(material: Material, rng: random.Random, keys: int = 8) -> Sample:
-    """``keys`` assignments to different names; one value is asked for, the others distract.
-    RULER's multi-key needle.
-    """
+    """Assignments to ``keys`` different names, of which one value is asked for: RULER's multi-key needle."""
     names, values = material.names(keys, rng), material.values(keys, rng)
     pieces = [material.assignment(*pair) for pair in zip(names, values)]
     return Sample(pieces, False, [*material.begin, *names[0], *material.equals], values[0])
 
 
 def variable_tracking(material: Material, rng: random.Random, hops: int = 2) -> Sample:
-    """A chain of assignments in its order, x1 = value, x2 = x1, x3 = x2; asked for backwards, x3 = x2 = x1 = value.
+    """A chain of assignments, x1 = value, x2 = x1, x3 = x2, that is asked for backwards: x3 = x2 = x1 = value.
 
     RULER asks for all names that have the value, which takes an instruction; a chained assignment asks a plain model
-    for as much. The equals signs in it are given, not asked for.
+    for as much. Its equals signs are given, not asked for.
     """
     names, (value,) = material.names(hops + 1, rng), material.values(1, rng)
     pieces = [material.assignment(name, source) for name, source in zip(names, [value, *names])]
@@ -164,7 +162,7 @@ def variable_tracking(material: Material, rng: random.Random, hops: int = 2) -> 
 
 
 def copying(material: Material, rng: random.Random, lines: int = 4) -> Sample:
-    """``lines`` assignments in a row come again: all after the first are to be repeated word by word."""
+    """A block of ``lines`` assignments that comes again: all but its first line are to be repeated word by word."""
     names, values = material.names(lines, rng), material.values(lines, rng)
     block = [material.assignment(*pair) for pair in zip(names, values)]
     return Sample([sum(block, [])], True, block[0], sum(block[1:], []))
@@ -179,10 +177,10 @@ SUITE: dict[str, Callable[[Material, random.Random], Sample]] = {
 
 
 def place(sample: Sample, material: Material, length: int, depth: float, rng: random.Random) -> Ids:
-    """Haystack, pieces, question and answer: exactly ``length`` ids.
+    """Put a sample's pieces into a haystack, question and answer after it: exactly ``length`` ids.
 
     Args:
-        depth: of the first piece, in [0, 1]: 0 is the beginning of the haystack, 1 its end.
+        depth: place of the first piece, from 0, the beginning of the haystack, to 1, its end.
 
     Raises:
         ValueError: the pieces alone are longer than ``length``.
@@ -192,14 +190,13 @@ def place(sample: Sample, material: Material, length: int, depth: float, rng: ra
         raise ValueError(
             f"a sample of {length} tokens is too short: its pieces, question and answer take {length - room}"
         )
-    # Where each piece stands, as tokens of haystack before it.
+    # Tokens of haystack before each piece.
     first = round(depth * room)
     places = [rng.randint(first if sample.ordered else 0, room) for _ in sample.pieces[1:]]
     places = [first, *(sorted(places) if sample.ordered else places)]
     filler, out, used = material.filler(room, rng), [], 0
-    for at, piece in sorted(
-        zip(places, sample.pieces), key=lambda pair: pair[0]
-    ):  # stable: the order of pieces at one place stays
+    # Sorting is stable: pieces at one place keep their order.
+    for at, piece in sorted(zip(places, sample.pieces), key=lambda pair: pair[0]):
         out += filler[used:at] + piece
         used = at
     return [*out, *filler[used:], *sample.question, *sample.answer]
@@ -208,9 +205,10 @@ def place(sample: Sample, material: Material, length: int, depth: float, rng: ra
 def samples_of(
     task: str, material: Material, length: int, depth: float, samples: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Samples int64 [samples, length], and bool [a]: which of the last a tokens, the answer, count.
+    """Make samples of a task; the same arguments give the same samples.
 
-    The same arguments give the same samples.
+    Returns:
+        The samples, int64 [samples, length], and bool [a], True for those of the last a tokens, the answer, that count.
     """
     rng = random.Random(f"{task} {length} {depth} {seed}")
     rows, graded = [], set()
@@ -234,12 +232,12 @@ def recall(
     seed: int = 0,
     batch: int = 8,
 ) -> dict[str, Result]:
-    """Every task at every length and depth. ``batch``: sequences at once.
+    """Run every task at every length and depth, ``batch`` sequences at once.
 
     Returns:
-        task -> figures over samples: for each length and depth, and over all depths of a length ("512 tokens"), the
-        share of answers that are right in full (exact), the share of their tokens, and their loss in nats. The
-        compression is that of the longest sequences.
+        Results by task, with figures over samples: for each length and depth, and over all depths of a length ("512
+        tokens"), the share of answers that are right in full (exact), the share of their tokens, and their loss in
+        nats. The compression is that of the longest sequences.
 
     Raises:
         ValueError: an unknown task, a depth outside [0, 1], or a length that is too short for the task or too long for

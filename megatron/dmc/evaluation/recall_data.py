@@ -1,9 +1,9 @@
-"""Training text that makes looking back worth learning: the recall suite's assignments and questions, many to a
-document.
+"""Write a training dataset that teaches a small model to look things up in its context.
 
-A small model that has seen a few million tokens of text never learns to look things up, and then no cache policy can
-spoil it: the full cache and a window give the same. Mixed into pre-training, these documents teach what the suite asks.
-They share its form, and none of its samples: names, values, haystack and places are drawn anew.
+A small model that has seen a few million tokens of text never learns to look back, and then a sliding window is as good
+as the full cache, so that no cache policy can be told from another. Mixed into pre-training, these documents teach what
+the recall tasks ask: each has many of their assignments and questions. They share the form of the tasks, but none of
+their samples: names, values, haystack and places are random.
 
     python -m megatron.dmc.evaluation.recall_data --tokenizer tokenizer.model --corpus train.jsonl --tokens 2000000 \\
         --output-prefix data/recall
@@ -22,8 +22,10 @@ from megatron.dmc.evaluation.recall import SUITE, Ids, Material, TextMaterial
 
 
 def document(material: Material, length: int, rng: random.Random) -> Ids:
-    """About ``length`` ids (never more by more than one sample): samples whose pieces stand in any order, each one's
-    question and answer somewhere after its pieces, haystack between them.
+    """A document of about ``length`` ids, at most one sample longer.
+
+    It holds the pieces of several samples in any order, with haystack between them. The question and answer of each
+    sample stand somewhere after its pieces.
     """
     full = length * rng.uniform(0.3, 0.9)
     events: list[tuple[float, Ids]] = []
@@ -46,9 +48,10 @@ def document(material: Material, length: int, rng: random.Random) -> Ids:
 
 
 def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
-    """``length`` tokens of blocks of random ids, each either new or one that stood before. All of a repeated block but
-    its first token can be told by looking back: this is what the mechanism is learned from, for the suite's own form is
-    too sparse.
+    """A document of ``length`` tokens: blocks of random ids, each either new or one that stood before.
+
+    All of a repeated block but its first token can be predicted by looking back. The mechanism is learned from this;
+    the recall tasks' own form is too sparse for it.
     """
     blocks: list[Ids] = []
     out: Ids = []
@@ -70,13 +73,13 @@ def write(
     repeated: float = 0.5,
     seed: int = 0,
 ) -> int:
-    """Write an indexed dataset of documents of ``longest`` / 4...``longest`` tokens. Returns its number of tokens.
+    """Write an indexed dataset of documents of ``longest`` / 4 to ``longest`` tokens; returns its number of tokens.
 
     Args:
         prefix: writes ``prefix.bin``, ``.idx`` and ``.json``.
         corpus: JSONL, ``{"text": ...}`` a line, for the haystack.
-        tokens: at least so many.
-        repeated: share of documents that are :func:`repeats`; 1 for documents too short for the suite's form.
+        tokens: least number of tokens.
+        repeated: share of documents that are :func:`repeats`; 1 where ``longest`` is too short for the recall tasks.
 
     Raises:
         ValueError: no text, or documents that are too short.

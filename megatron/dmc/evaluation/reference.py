@@ -1,6 +1,7 @@
-"""Token-by-token decoding with the step-by-step oracle: what the compressed cache does, in the plainest way.
+"""Token-by-token decoding of a training checkpoint with the step-by-step oracle of the compressed cache.
 
-Slow (Python loops over heads) and exact; the tests judge teacher forcing by it. Serving is ``megatron.dmc.inference``.
+Slow (Python loops over heads) and exact: tests compare teacher forcing with it. To serve a model, use
+:mod:`megatron.dmc.inference`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron.dmc.ops import OracleCache
 
 
 class ReferenceDecoder:
-    """One sequence, fed token by token through a local-spec model, one :class:`OracleCache` per layer."""
+    """Decodes one sequence, token by token, through a local-spec model with one :class:`OracleCache` per layer."""
 
     def __init__(self, loaded: Loaded) -> None:
         if not loaded.compresses:
@@ -47,7 +48,7 @@ class ReferenceDecoder:
 
     @torch.no_grad()
     def step(self, token: int) -> Tensor:
-        """Feed one token; logits of the next, fp32 [vocab]."""
+        """Feed one token; returns the logits of the next one, fp32 [vocab]."""
         m, model = self.config.model, self.model
         g, d = m.num_attention_heads // m.kv_heads, m.head_dim
         x = model.embedding.word_embeddings.weight[token][None]  # [1, h]
@@ -79,7 +80,12 @@ class ReferenceDecoder:
         seed: Optional[int] = None,
         stop: Optional[int] = None,
     ):
-        """Yield up to ``max_tokens`` token ids after ``prompt``; ``temperature`` 0 is greedy; ``stop`` ends early."""
+        """Yield up to ``max_tokens`` token ids after ``prompt``.
+
+        Args:
+            temperature: 0 means greedy decoding; ``top_p`` and ``seed`` are ignored.
+            stop: token id after which generation ends.
+        """
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
         generator = torch.Generator().manual_seed(seed or 0)

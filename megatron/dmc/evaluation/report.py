@@ -11,7 +11,7 @@ from typing import Optional
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Checkpoints, data and output of a report."""
+    """Settings of a report on checkpoints."""
 
     tokenizer: str = field(metadata={"metavar": "PATH"})
     """Sentencepiece model or Hugging Face directory that made the data."""
@@ -74,7 +74,7 @@ def evaluate_rows(config: ReportConfig) -> list[dict]:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown."""
+    """Rows as a Markdown table."""
     lines = [
         "| model | perplexity | vs | ratio | CR measured (target) | KV bytes/token (bf16) |",
         "|---|---|---|---|---|---|",
@@ -90,7 +90,7 @@ def table(results: list[dict]) -> str:
 
 
 def read_curves(directories: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """Scalars of consecutive stages on one axis of iterations."""
+    """Read the TensorBoard scalars of consecutive stages, on one axis of iterations."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -109,7 +109,7 @@ def read_curves(directories: list[str]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot_heads(results: list[dict], path: Path) -> None:
-    """Heat map of CR by layer and KV head, one panel for each compressed row."""
+    """Plot a heat map of CR by layer and KV head for each compressed row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +143,7 @@ def plot_heads(results: list[dict], path: Path) -> None:
 
 
 def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Compression ratio against its target, and the losses, over all stages."""
+    """Plot the compression ratio beside its target, and the losses, over all stages."""
     import matplotlib
 
     matplotlib.use("Agg")

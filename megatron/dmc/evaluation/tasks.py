@@ -1,8 +1,8 @@
-"""Tasks from local data, for a model under a cache policy: perplexity by position, and identifiers that came before.
+"""Tasks on text of your own, for a model under a cache policy: loss by position, and identifiers that came before.
 
-Synthetic recall is in :mod:`megatron.dmc.evaluation.recall`. Everything is teacher-forced; "correct" says that greedy
-decoding would have given the token. Every task is a function (model, policy, data) -> figures, each with its n and
-standard error.
+Every task is a function (model, policy, data) -> figures, each with its number of observations and standard error.
+Everything is teacher-forced; "correct" means that greedy decoding would have given the token. Synthetic recall is in
+:mod:`megatron.dmc.evaluation.recall`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron.dmc.training.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured mean."""
+    """A measured mean with its standard error."""
 
     task: str
     where: str
-    """Which positions, gap, length or depth; "all" for the whole."""
+    """Part of the data, by positions, gap, length or depth; "all" for the whole."""
     value: float
     n: int
     """Independent observations that the mean is over (see the task)."""
@@ -52,15 +52,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task gave, and what the cache held meanwhile."""
+    """Figures of a task, and the compression of the cache on the same sequences."""
 
     figures: list[Figure]
     compression: Compression
 
 
 def windows(documents: Sequence[Sequence[int]], length: int, most: Optional[int] = None) -> Tensor:
-    """Cut documents into sequences of ``length`` tokens: int64 [n, length]. A window never spans two documents; what is
-    left at the end of one is dropped.
+    """Cut documents into sequences of ``length`` tokens: int64 [n, length].
+
+    A sequence never spans two documents; the rest of each document is dropped.
+
+    Args:
+        most: greatest number of sequences; None: all.
 
     Raises:
         ValueError: no document is as long.
@@ -78,7 +82,7 @@ def perplexity_by_position(
     edges: Optional[Sequence[int]] = None,
     batch: int = 8,
 ) -> Result:
-    """Mean loss (nats per token) of positions [edges[i], edges[i + 1]), and of all.
+    """Mean loss, in nats per token, of positions [edges[i], edges[i + 1]) and of all.
 
     Args:
         tokens: int64 [n, s].
@@ -106,11 +110,11 @@ def perplexity_by_position(
 
 @dataclass(frozen=True)
 class Occurrence:
-    """An identifier that has been seen earlier in the same window."""
+    """An identifier that has been seen earlier in the same sequence."""
 
     sequence: int
     first: int
-    """Its tokens are first...last of the window."""
+    """First of its tokens in the sequence; ``last`` is its last one, included."""
     last: int
     gap: int
     """Tokens between the end of the occurrence before and this one."""
@@ -120,7 +124,7 @@ _NAME = re.compile(r"[^\W\d]\w{2,}")  # three characters at least: i and x are e
 
 
 def _offsets(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """The text of ``ids``, and where in it each token begins (with the text's length at the end)."""
+    """Text of ``ids``, and the offset at which each token begins in it (with the text's length at the end)."""
     ends = [0]
     for n in range(1, len(ids) + 1):
         # A character that is not complete yet decodes to U+FFFD.
@@ -129,7 +133,7 @@ def _offsets(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int]]:
 
 
 def repeated_identifiers(tokens: Tensor, tokenizer: Tokenizer) -> list[Occurrence]:
-    """Identifiers (Python's, no keywords) of each window that stood there before, with the gap since the last time."""
+    """Identifiers (Python's, without keywords) that stood in the same sequence before, with the gap since then."""
     found = []
     for i, ids in enumerate(tokens.tolist()):
         text, ends = _offsets(ids, tokenizer)
@@ -161,16 +165,16 @@ def identifiers(
     """Share of repeated identifiers that greedy decoding would have given in full, by how long ago they were last seen.
 
     Args:
-        tokens: int64 [n, s], windows of the corpus.
-        tokenizer: that made them.
+        tokens: int64 [n, s], sequences of the corpus.
+        tokenizer: the one that made ``tokens``.
         gaps: lower edges, ascending; a gap belongs to the highest edge that it reaches.
         batch: sequences at once.
 
     Returns:
-        Figures over windows (each counts by the share of its occurrences), named by their least gap.
+        Figures over sequences (each counts by the share of its occurrences), named by their least gap.
 
     Raises:
-        ValueError: no identifier comes twice in any window.
+        ValueError: no identifier comes twice in any sequence.
     """
     occurrences = repeated_identifiers(tokens, tokenizer)
     if not occurrences:
@@ -191,10 +195,10 @@ def identifiers(
 
 
 def answer_figures(task: str, where: str, scored: Scored, graded: Tensor) -> list[Figure]:
-    """Of sequences that end with an answer: exact match, share of its tokens, and their loss.
+    """Exact match, share of correct tokens, and loss of the answers at the ends of sequences.
 
     Args:
-        graded: bool [a], which tokens of the answer count; the others are given.
+        graded: bool [a], True for the tokens of the answer that count; the others are given.
     """
     correct, loss = (
         scored.correct[:, -len(graded) :][:, graded],

@@ -1,7 +1,7 @@
 """Teacher-forced evaluation of a Hugging Face directory under any cache policy.
 
-Layer by layer instead of token by token: what a policy does in a layer depends on that layer alone, so all matrix
-products run over whole sequences, and the result is still that of decoding.
+Evaluation goes layer by layer instead of token by token: a policy's choices in a layer depend on that layer alone. So
+all matrix products run over whole sequences, and the result is still that of decoding.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ LOGITS = 1024  # tokens whose logits are in memory at once
 
 @dataclass
 class Compression:
-    """What a policy's cache held, as tokens / slots over all layers, heads and sequences."""
+    """Compression ratio of a policy's cache, as tokens / slots over all layers, heads and sequences."""
 
     at_end: float
-    """After the last token: the memory that the sequence ends with."""
+    """Ratio after the last token: the memory that a sequence ends with."""
     mean: float
-    """1 / mean over positions of slots / tokens: every position counts alike."""
+    """Ratio in which every position counts alike: 1 / mean over positions of (slots / tokens)."""
     reads: float
-    """Tokens / slots, both summed over positions: the traffic of decoding the whole sequence."""
+    """Ratio of the tokens and slots summed over positions: the memory traffic of decoding the whole sequence."""
     by_head: Tensor
-    """fp64 [layers, KV heads], at the end."""
+    """Ratio of each head after the last token: fp64 [layers, KV heads]."""
     by_position: Tensor
-    """fp64 [s], after each token."""
+    """Ratio after each token: fp64 [s]."""
 
     @classmethod
     def of(cls, slots: Tensor) -> Compression:
-        """slots: [layers, b, ng, s]."""
+        """Ratios of ``slots`` [layers, b, ng, s], held after each token."""
         held = slots.double()
         tokens = torch.arange(1, slots.size(-1) + 1, dtype=torch.float64, device=slots.device)
         return cls(
@@ -56,11 +56,11 @@ class Scored:
     """Predictions of tokens 1...s-1 of each sequence."""
 
     log_prob: Tensor
-    """fp32 [b, s - 1], of the token that came, nats."""
+    """Log-probability of the token that came, in nats: fp32 [b, s - 1]."""
     correct: Tensor
-    """bool [b, s - 1]: it was the most likely one, so greedy decoding would have given it."""
+    """True where that token was the most likely one, which greedy decoding would have given: bool [b, s - 1]."""
     slots: Tensor
-    """int32 [layers, b, ng, s], held after each token."""
+    """Slots held after each token: int32 [layers, b, ng, s]."""
 
     def compression(self) -> Compression:
         return Compression.of(self.slots)
@@ -70,7 +70,7 @@ class Scored:
 
     @classmethod
     def cat(cls, parts: list[Scored]) -> Scored:
-        """Batches of sequences of one length."""
+        """Concatenate batches of sequences of one length."""
         names = (("log_prob", 0), ("correct", 0), ("slots", 1))
         return cls(**{name: torch.cat([getattr(part, name) for part in parts], dim=dim) for name, dim in names})
 
@@ -82,13 +82,13 @@ class TeacherForced(Model):
     def load(
         cls, path: str | Path, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> TeacherForced:
-        """Raises ``ValueError`` for a directory that is wrong, naming key, tensor and fix."""
+        """Load a Hugging Face directory. Raises ``ValueError`` for a wrong one, naming key or tensor and the fix."""
         directory, where = hf.open_directory(Path(path)), torch.device(device)
         info = read_info(directory)
         return cls(directory, info, TensorParallel(), dtype_of(dtype, info, where), where)
 
     def own_policy(self) -> CachePolicy:
-        """What the model was trained for: DMC or DMS after their retrofit, else the full cache."""
+        """The policy that the model was trained for: DMC or DMS after their retrofit, else the full cache."""
         if (
             self.info.compresses
             and self.info.dmc is not None
@@ -100,16 +100,16 @@ class TeacherForced(Model):
 
     @torch.inference_mode()
     def score(self, tokens: Tensor, policy: CachePolicy | None = None, batch: int = 8) -> Scored:
-        """Feed sequences, token by token as far as the caches are concerned.
+        """Score every token of the sequences by the ones before it, over caches that the policy has compressed.
 
         Args:
             tokens: int64 [n, s], s at least 2; no padding.
-            policy: None: :meth:`own_policy`.
+            policy: the cache policy; None: :meth:`own_policy`.
             batch: sequences at once.
 
         Raises:
-            ValueError: ids beyond the vocabulary, sequences beyond the model's window, or a policy that the model does
-                not fit.
+            ValueError: ids beyond the vocabulary, sequences beyond the model's context length, or a policy that does
+                not fit the model.
         """
         vocabulary, longest = self.info.model.vocab_size, self.info.model.max_position_embeddings
         if tokens.dim() != 2 or tokens.size(1) < 2:

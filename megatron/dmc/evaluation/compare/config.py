@@ -1,4 +1,4 @@
-"""What a comparison is made of: the model and its text, how each method is trained, and what is measured."""
+"""Configuration of a comparison: the model and its text, how each method is trained, and the tasks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from megatron.dmc.config import RunConfig, build, load_file
 from megatron.dmc.config.checks import positive, require
 
 EVICTION = ("H2O", "TOVA", "StreamingLLM")
-"""Policies that need no training: they are measured on the control."""
+"""Eviction policies, which need no training: they are measured on the control."""
 TRAINED = ("DMC", "DMC + distillation", "DMS", "DMS + distillation", "GQA")
+"""Methods that train the original on."""
 
 
 @dataclass
 class CorpusConfig:
-    """Text. Without files of your own it is the Python standard library's sources."""
+    """Training and validation text; without files of your own, the Python standard library's sources."""
 
     train: Optional[str] = None
-    """JSONL, ``{"text": ...}`` a line; with ``valid`` and ``tokenizer``."""
+    """Training text: JSONL, ``{"text": ...}`` a line. Give ``valid`` and ``tokenizer`` too."""
     valid: Optional[str] = None
+    """Validation text, in the same form as ``train``."""
     tokenizer: Optional[str] = None
     """Sentencepiece model file or Hugging Face directory."""
     vocab_size: int = 2048
-    """Of the tokenizer that is made for the standard library's sources."""
+    """Size of the tokenizer that is trained when the text is the standard library's sources."""
     recall_share: float = 0.5
-    """Of training tokens: documents that teach looking back (``megatron.dmc.evaluation.recall_data``), which a small
-    model does not learn from a few million tokens of text. 0: none.
+    """Share of training tokens that are documents which teach looking back (``megatron.dmc.evaluation.recall_data``); 0
+    for none. A small model does not learn it from a few million tokens of text.
     """
     recall_tokens: int = 4_000_000
+    """Size of the dataset of such documents, in tokens."""
 
     def check(self) -> None:
         files = (self.train, self.valid, self.tokenizer)
@@ -48,17 +51,21 @@ class OriginalConfig:
     """The model that is compressed: a Hugging Face directory, or trained here from random weights."""
 
     hf: Optional[str] = None
-    """A plain directory with as many KV heads as query heads, where GQA is compared. None: it is trained."""
+    """Plain Hugging Face directory; with as many KV heads as query heads, if GQA is compared. None: train a model."""
     induction: bool = True
-    """Begin with a circuit that looks back (``megatron.dmc.evaluation.induction``), which takes a small model more
-    tokens to learn than two CPU cores go through in hours. False: random weights.
+    """Start from weights with a circuit that looks back (``megatron.dmc.evaluation.induction``), which a small model
+    does not learn in hours on two CPU cores. False: random weights.
     """
     iters: int = 600
+    """Optimizer steps of pre-training."""
     global_batch_size: int = 8
+    """Sequences of an optimizer step of pre-training."""
     lr: float = 2e-3
+    """Learning rate at the start of the cosine decay."""
     min_lr: float = 3e-4
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine decay."""
     warmup_iters: int = 40
+    """Optimizer steps in which the learning rate rises from 0."""
 
     def check(self) -> None:
         positive(self, "iters", "global_batch_size", "lr")
@@ -66,22 +73,24 @@ class OriginalConfig:
 
 @dataclass
 class RecipeConfig:
-    """Training after the original, the same for every method: as many tokens and the same learning rates at equal
-    compression.
-    """
+    """Training after the original. At equal compression every method has as many tokens and the same learning rates."""
 
     zero_out_iters: int = 40
+    """Optimizer steps of ``zero_out``."""
     iters_per_cr: int = 200
-    """Optimizer steps per unit of compression ratio; GQA and the control take as many."""
+    """Optimizer steps of ``retrofit`` per unit of compression ratio; GQA and the control take as many."""
     finetune_iters: int = 200
+    """Optimizer steps of ``finetune``."""
     lr: float = 5e-4
+    """Learning rate, constant up to ``finetune``."""
     min_lr: float = 5e-5
-    """Where the finetune's cosine ends."""
+    """Learning rate at the end of the cosine decay of ``finetune``."""
     loss_weight: float = 1.0
-    """Of the compression loss while the target rises."""
+    """Weight of the compression loss in ``retrofit``, while the target rises."""
     finetune_loss_weight: float = 0.5
+    """Weight of the compression loss in ``finetune``."""
     dms_window: int = 16
-    """Tokens from a mark to the eviction."""
+    """Tokens from the mark of a token to its eviction by DMS."""
 
     def check(self) -> None:
         positive(self, "zero_out_iters", "iters_per_cr", "finetune_iters", "lr", "dms_window")
@@ -92,34 +101,41 @@ class CompoundConfig:
     """DMC on top of an up-trained GQA model."""
 
     gqa_ratio: int = 2
+    """KV heads of the original that are merged to one."""
     ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
+    """Compression ratios of DMC on top of the merged heads, ascending."""
 
 
 @dataclass
 class EconomyConfig:
-    """Quality at one ratio as a function of training: shares of the full schedule, each a run straight to the ratio."""
+    """Quality at one ratio by the length of training, each length in a run straight to the ratio."""
 
     ratio: float = 4.0
+    """Compression ratio of all runs."""
     shares: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
+    """Lengths of the schedule, as shares of the full one."""
     methods: list[str] = field(default_factory=lambda: ["DMC", "DMC + distillation"])
+    """Methods that are trained for these lengths."""
 
 
 @dataclass
 class MeasureConfig:
-    """Tasks, on text that was not trained on."""
+    """Tasks that every model is measured on, with text that was not trained on."""
 
     windows: int = 64
-    """Windows of validation text of ``data.seq_length`` tokens."""
+    """Sequences of validation text, of ``data.seq_length`` tokens each."""
     recall_lengths: list[int] = field(default_factory=lambda: [128, 256, 512])
+    """Lengths of the recall samples, in tokens."""
     recall_depths: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.9])
+    """Places in a recall sample of what is asked for: 0 is the beginning of the haystack, 1 its end."""
     recall_samples: int = 16
-    """Of each task at each length and depth."""
+    """Samples of each recall task at each length and depth."""
     batch: int = 32
-    """Sequences at once."""
+    """Sequences that are evaluated at once."""
     lm_eval_tasks: list[str] = field(default_factory=list)
-    """Tasks of lm-eval that score given text, under every policy; their data must be at hand."""
+    """Tasks of lm-eval that score given text, run under every policy. Their data must be at hand."""
     lm_eval_include: Optional[str] = None
-    """Folder with YAML files of further tasks."""
+    """Folder with YAML files of further lm-eval tasks."""
 
     def check(self) -> None:
         positive(self, "windows", "recall_samples", "batch")
@@ -127,14 +143,16 @@ class MeasureConfig:
 
 @dataclass
 class CompareConfig:
-    """One comparison. The resolved one is written beside its results."""
+    """Configuration of one comparison. The resolved one is written beside the results."""
 
     output: str = "build/evidence"
+    """Directory for all results."""
     seeds: list[int] = field(default_factory=lambda: [1, 2])
-    """Each is a model of its own: initial weights, order of the data, noise, recall samples."""
+    """Seeds of initial weights, order of the data, noise and recall samples. Each gives a model of its own."""
     jobs: int = 2
-    """Processes at once, with an equal share of the cores each. On one GPU: 1."""
+    """Jobs at once, with an equal share of the cores each. On one GPU: 1."""
     ratios: list[float] = field(default_factory=lambda: [2.0, 4.0])
+    """Compression ratios, ascending."""
     methods: list[str] = field(
         default_factory=lambda: ["DMC", "DMC + distillation", "DMS + distillation", "GQA", *EVICTION]
     )
@@ -145,7 +163,7 @@ class CompareConfig:
     economy: Optional[EconomyConfig] = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    """Model, batch, precision of every training run (docs/training.md); stage and paths are filled in."""
+    """Model, batch and precision of every training (docs/training.md); the comparison fills in stages and paths."""
 
     def check(self) -> None:
         """Raise ``ValueError`` for a wrong value or combination, before anything is trained."""
@@ -194,7 +212,7 @@ class CompareConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> CompareConfig:
-        """From a YAML or JSON file. Raises ``ValueError`` naming what is wrong."""
+        """Read a YAML or JSON file. Raises ``ValueError`` naming a wrong key or value."""
         config = build(cls, load_file(path))
         config.check()
         return config

@@ -1,7 +1,9 @@
-"""One row's figures: a Hugging Face directory under one cache policy, on all tasks. In a process of its own: rows run
-side by side.
+"""Measure one row of a comparison: a Hugging Face directory under one cache policy, on all tasks.
 
-python -m megatron.dmc.evaluation.compare.measure SPEC OUTPUT.json     # SPEC: JSON, as compare/plan.py writes it
+    python -m megatron.dmc.evaluation.compare.measure SPEC OUTPUT.json
+
+SPEC is JSON, as :mod:`megatron.dmc.evaluation.compare.methods` writes it. Each row has a process of its own, so that
+rows are measured side by side.
 """
 
 from __future__ import annotations
@@ -24,19 +26,20 @@ from megatron.dmc.training.tokenizer import load_tokenizer
 
 
 def policy_of(name: Optional[str], ratio: float) -> Optional[CachePolicy]:
-    """An eviction policy whose budget grows with the text, so that it holds at every position as a trained model's
-    ratio does.
+    """Eviction policy by its name, or None for no name.
+
+    Its budget grows with the text, so that the ratio holds at every position, as a trained model's does.
     """
     return None if name is None else getattr(policies, name)(Budget(ratio, "growing"))
 
 
 def edges(length: int) -> list[int]:
-    """Of the ranges of positions in the loss: the last one is the second half."""
+    """Edges of the ranges of positions whose loss is reported; the last range is the second half."""
     return [1, *(length >> n for n in (3, 2, 1)), length]
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Figures and compression, JSON-ready.
+    """Measure a model under a policy; returns figures and compression, ready for JSON.
 
     Args:
         spec: model, policy, ratio, valid (JSONL), tokenizer, length, seed, tasks (:class:`MeasureConfig`).

@@ -1,4 +1,4 @@
-"""The pictures of a comparison."""
+"""Plots of a comparison."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from megatron.dmc.evaluation.compare.config import CompareConfig
-from megatron.dmc.evaluation.compare.plan import Plan
+from megatron.dmc.evaluation.compare.jobs import JobGraph
 from megatron.dmc.evaluation.compare.summary import Column, Measured, columns, groups, relative
 from megatron.dmc.evaluation.report import plot_heads, read_curves
 
-# One look for a method in every picture: trained ones filled, eviction hollow.
+# Every method looks the same in all plots: solid lines for trained ones, dashed lines for eviction.
 STYLES: dict[str, tuple[str, str]] = {
     "control": ("black", "-"),
     "DMC": ("tab:blue", "o-"),
@@ -36,7 +36,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _bars(axis: Any, points: list[tuple[float, list[float]]], style: tuple[str, str], label: str) -> None:
-    """Means over seeds, bars from the least to the greatest."""
+    """Draw means over seeds, with bars from the least to the greatest value."""
     points = sorted((x, values) for x, values in points if values)
     if not points:
         return
@@ -48,7 +48,7 @@ def _bars(axis: Any, points: list[tuple[float, list[float]]], style: tuple[str, 
 
 
 def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None:
-    """Every task against the measured compression, one line per method; the control as the line at 1."""
+    """Plot every task against the measured compression: one line per method, and the control's level."""
     shown = [
         Column("perplexity / control's", lambda m: relative(measured, m) or 1.0, 3),
         *columns(config, measured)[1:7],
@@ -77,7 +77,7 @@ def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None
 
 
 def by_head(measured: list[Measured], path: Path) -> None:
-    """CR by layer and head of the trained methods, the first seed."""
+    """Plot CR by layer and head for the trained methods of the first seed."""
     first = measured[0].row.seed
     shown = [
         dict(
@@ -94,7 +94,7 @@ def by_head(measured: list[Measured], path: Path) -> None:
 
 
 def by_position(measured: list[Measured], path: Path) -> None:
-    """CR after every token of a window, the first seed; the greatest ratio that is there."""
+    """Plot CR after every token of a sequence, for the first seed and the greatest ratio."""
     first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for m in measured:
@@ -111,10 +111,8 @@ def by_position(measured: list[Measured], path: Path) -> None:
     _save(figure, path)
 
 
-def curves(config: CompareConfig, plan: Plan, measured: list[Measured], path: Path) -> None:
-    """Training loss and CR over the steps after the original: the run to the greatest ratio of every method, the first
-    seed.
-    """
+def curves(config: CompareConfig, graph: JobGraph, measured: list[Measured], path: Path) -> None:
+    """Plot training loss and CR over the steps after the original, for the first seed and the greatest ratio."""
     first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
     controls = [m for m in measured if m.row.method == "control" and m.row.seed == first][-1:]
@@ -128,7 +126,7 @@ def curves(config: CompareConfig, plan: Plan, measured: list[Measured], path: Pa
         and m.row.policy is None
     ]
     for m in [*controls, *trained]:
-        runs = [run for run in plan.after_original(m.row.run) if plan.jobs[run].iters]
+        runs = [run for run in graph.after_original(m.row.run) if graph.jobs[run].iters]
         found = read_curves([str(Path(config.output) / run / "tensorboard") for run in runs])
         color, window = STYLES[m.row.method][0], 10
         loss = found.get("lm-loss", [])
@@ -148,7 +146,7 @@ def curves(config: CompareConfig, plan: Plan, measured: list[Measured], path: Pa
 
 
 def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None:
-    """Quality at one ratio against the steps of the retrofit, with and without distillation."""
+    """Plot quality at one ratio against the steps of the retrofit, one line per method."""
     assert config.economy is not None
     ratio = config.economy.ratio
     rows = [

@@ -1,7 +1,7 @@
-"""A comparison from its configuration: train what is missing, evaluate everything, write one report.
+"""Run a comparison: train what is missing, measure every model, write one report.
 
-Trainings, conversions and measurements are jobs; what is done stays done as long as its settings do. The report is
-output/report: report.md, report.json and the plots.
+Trainings, conversions and measurements are jobs. A job that is done is not run again as long as its settings stay the
+same. The report is written to report/ under the output: report.md, report.json and the plots.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import yaml
 
 from megatron.dmc.environment import machine
 from megatron.dmc.evaluation.compare.config import CompareConfig
-from megatron.dmc.evaluation.compare.plan import ROOT, Plan, Planner
-from megatron.dmc.evaluation.compare.pool import Pool
+from megatron.dmc.evaluation.compare.jobs import ROOT, JobGraph
+from megatron.dmc.evaluation.compare.methods import build_graph
+from megatron.dmc.evaluation.compare.runner import JobRunner
 
 
 def write_run_configs(config: CompareConfig) -> None:
-    """What the trainings name with --config; kept as it is where it says the same, so that nothing looks changed."""
+    """Write the files that the trainings name with --config, and the resolved configuration beside them."""
     run = config.run.to_dict()
     sections = {name: run[name] for name in ("parallel", "optimizer", "data", "training")}
     output = Path(config.output)
@@ -31,27 +32,31 @@ def write_run_configs(config: CompareConfig) -> None:
     (output / "compare.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def report(config: CompareConfig, plan: Plan) -> Path:
-    """Write the report from the measurements. Returns its directory."""
+def report(config: CompareConfig, graph: JobGraph) -> Path:
+    """Write the report of what has been measured; returns its directory.
+
+    Raises:
+        ValueError: no control has been measured yet.
+    """
     import json
 
     from megatron.dmc.evaluation.compare import plots, summary
 
     output = Path(config.output)
-    measured, directory = summary.read(plan, output), output / "report"
+    measured, directory = summary.read(graph, output), output / "report"
     if not any(m.row.method == "control" for m in measured):
-        raise ValueError(f"no control has been measured yet under {output}; what is reported is given over it")
+        raise ValueError(f"no control has been measured yet under {output}; figures are reported relative to it")
     directory.mkdir(parents=True, exist_ok=True)
     m, seeds = config.run.model, len(config.seeds)
     parts = [
         "# DMC against the alternatives",
         f"{m.num_layers} layers of {m.hidden_size}, {m.num_attention_heads} query and {m.kv_heads} KV heads of "
-        f"{m.head_dim}; "
-        f"means over {seeds} seed{'s' * (seeds > 1)} ± half of their range. Recall: share of the answers' tokens.",
+        f"{m.head_dim}; means over {seeds} seed{'s' * (seeds > 1)} ± half of their range. "
+        "Recall: share of the answers' tokens.",
         summary.table(config, measured, "main"),
     ]
-    if len(measured) < len(plan.rows):
-        parts.insert(2, f"**Unfinished:** {len(measured)} of {len(plan.rows)} rows have been measured.")
+    if len(measured) < len(graph.rows):
+        parts.insert(2, f"**Unfinished:** {len(measured)} of {len(graph.rows)} rows have been measured.")
     pictures = [
         ("quality.png", "quality against compression"),
         ("cr_by_head.png", "CR by layer and head"),
@@ -61,7 +66,7 @@ def report(config: CompareConfig, plan: Plan) -> Path:
     plots.quality(config, measured, directory / "quality.png")
     plots.by_head(measured, directory / "cr_by_head.png")
     plots.by_position(measured, directory / "cr_by_position.png")
-    plots.curves(config, plan, measured, directory / "curves.png")
+    plots.curves(config, graph, measured, directory / "curves.png")
     if config.compound is not None:
         parts += ["## DMC on top of GQA", summary.table(config, measured, "compound")]
     if config.economy is not None:
@@ -89,22 +94,23 @@ def compare(config: CompareConfig, *, dry_run: bool = False, report_only: bool =
         raise ValueError(
             f"{ROOT} is not a checkout of the repository, whose tools the comparison runs; run it from one"
         )
-    plan = Planner(config).build()
-    pool = Pool(plan, Path(config.output), config.jobs)
+    graph = build_graph(config)
+    runner = JobRunner(graph, Path(config.output), config.jobs)
     if dry_run:
-        for name, job in plan.jobs.items():
-            print(f"{'done' if pool.is_done(name) else '    '} {name}" + (f", {job.iters} steps" if job.iters else ""))
+        for name, job in graph.jobs.items():
+            state = "done" if runner.is_done(name) else "    "
+            print(f"{state} {name}" + (f", {job.iters} steps" if job.iters else ""))
         return 0
     if not report_only:
-        pool.check()
+        runner.check()
         write_run_configs(config)
         try:
-            pool.run()
+            runner.run()
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             return 130
-    print(f"written to {report(config, plan)}")
+    print(f"written to {report(config, graph)}")
     return 0

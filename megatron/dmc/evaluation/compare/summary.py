@@ -1,4 +1,4 @@
-"""From the rows' figures to the report: tables in the paper's form, and the data of the plots."""
+"""Tables of a comparison in the paper's form, and the data of its plots, from the measured rows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron.dmc.evaluation.compare.config import CompareConfig
-from megatron.dmc.evaluation.compare.plan import Plan, Row
+from megatron.dmc.evaluation.compare.jobs import JobGraph, Row
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row and what was measured of it."""
+    """A row with its measurements."""
 
     row: Row
     steps: int
     """Optimizer steps after the original."""
     figures: dict[tuple[str, str], float]
-    """(task, where) -> value."""
+    """Measured values by (task, where)."""
     compression: dict[str, Any]
 
     def figure(self, task: str, where: str) -> float:
@@ -34,31 +34,31 @@ class Measured:
 
     @property
     def reads(self) -> float:
-        """How many times fewer slots decoding the whole sequence reads."""
+        """Factor by which decoding the whole sequence reads fewer slots than with the original's cache."""
         return self.row.heads_ratio * self.compression["reads"]
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than the original's the cache is at a sequence's end."""
+        """Factor by which the cache is smaller than the original's at the end of a sequence."""
         return self.row.heads_ratio * self.compression["at_end"]
 
 
-def read(plan: Plan, output: Path) -> list[Measured]:
-    """What the rows gave that have been measured."""
+def read(graph: JobGraph, output: Path) -> list[Measured]:
+    """Rows that have been measured, with their measurements."""
     found = []
-    for row in plan.rows:
+    for row in graph.rows:
         path = output / f"{row.key}/measured.json"
         if not path.is_file():
             continue
         content = json.loads(path.read_text())
         figures = {(f["task"], f["where"]): f["value"] for f in content["figures"]}
-        found.append(Measured(row, plan.steps(row.run), figures, content["compression"]))
+        found.append(Measured(row, graph.steps(row.run), figures, content["compression"]))
     return found
 
 
 @dataclass(frozen=True)
 class Column:
-    """A task of the table."""
+    """Column of a table: a task."""
 
     title: str
     value: Callable[[Measured], float]
@@ -66,7 +66,7 @@ class Column:
 
 
 def columns(config: CompareConfig, measured: Iterable[Measured]) -> list[Column]:
-    """Perplexity, the loss of the second half, identifiers from afar, recall at the greatest length, and lm-eval's."""
+    """Columns of the tables: perplexity, loss of the second half, identifiers, longest recall tasks, tasks of lm-eval."""
     s, longest = config.run.data.seq_length, max(config.measure.recall_lengths)
 
     def of(title: str, task: str, where: str, digits: int = 2) -> Column:
@@ -84,7 +84,7 @@ def columns(config: CompareConfig, measured: Iterable[Measured]) -> list[Column]
 
 
 def groups(measured: list[Measured], table: str) -> dict[tuple[str, float, int], list[Measured]]:
-    """(method, ratio, steps) -> its seeds, in the plan's order."""
+    """Rows of a table by (method, ratio, steps), the seeds together, in the order of the jobs."""
     found: dict[tuple[str, float, int], list[Measured]] = {}
     for m in measured:
         if m.row.table == table:
@@ -93,13 +93,13 @@ def groups(measured: list[Measured], table: str) -> dict[tuple[str, float, int],
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean over seeds, and half of the range where there are several."""
+    """Mean over seeds as text, with half of the range where there are several."""
     text = f"{statistics.fmean(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def relative(measured: list[Measured], m: Measured) -> Optional[float]:
-    """Perplexity over that of the control with as many steps, of the same seed."""
+    """Perplexity divided by that of the row's control, of the same seed; None for a control."""
     for other in measured:
         if m.row.baseline is not None and other.row.key == m.row.baseline:
             return m.perplexity / other.perplexity
@@ -107,7 +107,7 @@ def relative(measured: list[Measured], m: Measured) -> Optional[float]:
 
 
 def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
-    """Markdown: a row for every method and ratio, means over seeds."""
+    """Markdown table with a row for every method and ratio, means over seeds."""
     shown = columns(config, measured)
     head = [
         "method",
@@ -133,7 +133,7 @@ def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
 
 
 def to_json(config: CompareConfig, measured: list[Measured], machine: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, for other tools."""
+    """All measurements, ready for JSON."""
     return {
         "machine": machine,
         "config": {
