@@ -66,7 +66,7 @@ class Column:
 
 
 def columns(config: CompareConfig, measured: Iterable[Measured]) -> list[Column]:
-    """Columns of the tables: perplexity, loss of the second half, identifiers, longest recall tasks, tasks of lm-eval."""
+    """Columns of the tables: perplexity, loss of the second half, identifiers, longest recall tasks, lm-eval."""
     s, longest = config.run.data.seq_length, max(config.measure.recall_lengths)
 
     def of(title: str, task: str, where: str, digits: int = 2) -> Column:
