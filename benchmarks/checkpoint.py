@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: written at once, and in the background.
+"""Cost of a checkpoint to training: written at once, and in the background.
 
 The product's own Trainer in one process; each round writes the same state twice, in turn: ``save`` at once (training
 waits for all of it), and with async_save, where it waits for two parts: the start (metadata, and the copy of the state:

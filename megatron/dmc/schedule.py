@@ -1,6 +1,7 @@
-"""What changes from step to step, as pure functions of the stage and the step. No state, so resuming needs none.
+"""Schedules of the target CR, the decision neuron and the learning rate, as pure functions of the stage and the step.
 
-``step`` counts finished optimizer steps of the stage: the first step runs at ``step = 0``.
+There is no state, so resuming needs none. ``step`` counts finished optimizer steps of the stage: the first step runs
+at ``step = 0``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from megatron.dmc.config import OptimizerConfig, StageConfig
 
 
 def train_iters(stage: StageConfig) -> int:
-    """Optimizer steps of the stage (the authors' lengths where ``train_iters`` is not given)."""
+    """Number of optimizer steps of the stage (the authors' lengths where ``train_iters`` is not given)."""
     if stage.train_iters is not None:
         return stage.train_iters
     if stage.stage == "retrofit":
@@ -21,7 +22,7 @@ def train_iters(stage: StageConfig) -> int:
 
 
 def compresses(stage: StageConfig) -> bool:
-    """Whether tokens are merged in this stage at all."""
+    """True for the stages in which tokens are merged."""
     return stage.stage in ("retrofit", "finetune")
 
 
@@ -53,7 +54,7 @@ def neuron_scale(stage: StageConfig, step: int) -> float:
 
 
 def learning_rate(stage: StageConfig, optimizer: OptimizerConfig, step: int) -> float:
-    """Linear warm-up, then constant, cosine or linear down to ``min_lr`` at the end of the stage."""
+    """Learning rate at ``step``: linear warm-up, then constant, cosine or linear down to ``min_lr`` at the end."""
     o, total = optimizer, train_iters(stage)
     if step < o.lr_warmup_iters:
         return o.lr * (step + 1) / o.lr_warmup_iters

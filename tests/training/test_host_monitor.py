@@ -39,8 +39,10 @@ class Ranks:
                 self.processes.append(
                     subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=subprocess_env())
                 )
-        end = time.monotonic() + 60
-        while not all((directory / f"ready-{rank}").exists() for rank in range(len(hows))):
+
+    def wait_until_ready(self, seconds=60.0):
+        end = time.monotonic() + seconds
+        while not all((self.directory / f"ready-{rank}").exists() for rank in range(len(self.processes))):
             assert time.monotonic() < end, self.said()
             time.sleep(0.02)
 
@@ -66,7 +68,8 @@ def start(tmp_path):
     started = []
 
     def begin(*hows):
-        started.append(Ranks(tmp_path, *hows))
+        started.append(Ranks(tmp_path, *hows))  # closed below even when it does not become ready
+        started[-1].wait_until_ready()
         return started[-1]
 
     yield begin

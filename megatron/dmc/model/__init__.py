@@ -1,4 +1,4 @@
-"""The Megatron side of DMC: self-attention as a layer spec, the model that carries the compression count, the loss."""
+"""DMC for Megatron: self-attention as a layer spec, the model that counts kept slots, the compression loss."""
 
 from megatron.dmc.model.attention import DMCSelfAttention, DMCStep
 from megatron.dmc.model.gpt_model import DMCGPTModel

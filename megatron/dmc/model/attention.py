@@ -32,25 +32,24 @@ from megatron.dmc.ops.attention import mask_channel, mask_unit
 
 @dataclass(frozen=True)
 class DMCStep:
-    """What the attention layers must know of the step and the micro-batch that they are in.
+    """State of the step and the micro-batch that an attention layer runs in.
 
-    It is handed to every layer as the decoder's ``attention_bias`` argument (DMC *is* an additive attention bias), so
+    It reaches every layer as the decoder's ``attention_bias`` argument (DMC *is* an additive attention bias), so
     the forward pass, its recomputation and the backward pass of a micro-batch see the same one however the pipeline
     schedule interleaves them. Nothing is global.
     """
 
     compress: bool = True
-    """Merge tokens. False: plain attention, with the decision neuron scaled by ``neuron_scale``."""
+    """True: merge tokens. False: plain attention, with the decision neuron scaled by ``neuron_scale``."""
     neuron_scale: float = 1.0
     """Factor on channel D-1 of q and k before and after RoPE, when not compressing: 1 plain, 0 neuron out."""
     sample_ids: Optional[Tensor] = None
-    """int64 [b], global index of each sequence, which keys the noise. None: hard decisions, no noise (evaluation)."""
+    """Global index of each sequence, int64 [b], a key of the noise. None: hard decisions, no noise (evaluation)."""
     seed: int = 0
     step: int = 0
-    """Optimizer step, keys the noise."""
+    """Optimizer step, a key of the noise."""
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """Filled by the layers, for logging only: layer number -> int64 [b, ng of this rank], slots kept by hard decisions.
-    """
+    """Slots kept by hard decisions, which the layers fill in: layer number -> int64 [b, KV heads of this rank]."""
 
 
 class DMCSelfAttention(SelfAttention):

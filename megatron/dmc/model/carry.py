@@ -1,4 +1,4 @@
-"""A number per sequence that travels through the decoder in one extra row of the hidden state.
+"""Count of kept slots per sequence, which travels through the decoder in one extra row of the hidden state.
 
 The compression loss needs the slots kept by the whole model, whose layers live on different pipeline stages. Each layer
 adds its own count to the row; point-to-point transfers, interleaving and recomputation treat the row like any other,
@@ -52,10 +52,10 @@ class _Write(torch.autograd.Function):
 
 
 def read_count(row: Tensor) -> Tensor:
-    """[1, b, h] -> fp64 [b], the count carried so far."""
+    """Read the count: row [1, b, h] -> fp64 [b]."""
     return _Read.apply(row)
 
 
 def write_count(count: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """fp64 [b] of integers below 2^32 -> [1, b, h] in the hidden state's dtype."""
+    """Write a count: fp64 [b] of integers below 2^32 -> row [1, b, h] in the hidden state's dtype."""
     return _Write.apply(count, hidden_size, dtype)

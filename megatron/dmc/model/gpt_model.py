@@ -1,4 +1,4 @@
-"""GPTModel with DMC attention, whose last stage also returns the slots that the whole model kept."""
+"""Megatron's GPTModel with DMC attention; its last stage also returns the slots that the whole model kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DMCGPTModel(GPTModel):
         config: Megatron's configuration, from :func:`megatron.dmc.training.model.transformer_config`.
         model: sizes and family switches.
         dmc: bias, window, temperature.
-        carry: count slots through the decoder. True for the compressing stages: the hidden state has one row more
+        carry: count kept slots through the decoder. True for the compressing stages: the hidden state has one row more
             than there are tokens (pass ``seq_length + tp`` to the schedule under sequence parallelism, else + 1), and
             the last stage returns (losses or logits, kept).
         transformer_impl: "auto", "local", "transformer_engine".
@@ -120,6 +120,6 @@ class DMCGPTModel(GPTModel):
         return [layer.self_attention for layer in self.decoder.layers]
 
     def zero_decision_neurons(self) -> None:
-        """Take the neuron's weights to exactly 0 in every layer: the end of zero_out."""
+        """Set the decision neuron's weights to exactly 0 in every layer: the end of zero_out."""
         for attention in self.attention_layers():
             attention.zero_decision_neurons()

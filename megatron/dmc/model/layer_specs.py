@@ -1,4 +1,4 @@
-"""Layer specs: how a Megatron model is told to use DMC attention."""
+"""Layer specs that make a Megatron model use DMC attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron.dmc.model.norm import RMSNorm, RMSNormBesideCarry
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine can be imported and a GPU is there to run it on."""
+    """True when Transformer Engine can be imported and there is a GPU to run it on."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
@@ -31,9 +31,7 @@ def have_transformer_engine() -> bool:
 
 
 def resolve_transformer_impl(transformer_impl: str) -> str:
-    """``"auto"`` -> "transformer_engine" or "local". Raises ``ValueError`` when Transformer Engine is asked for in
-    vain.
-    """
+    """Resolve "auto" to "transformer_engine" or "local". Raises ``ValueError`` where Transformer Engine cannot run."""
     if transformer_impl == "auto":
         return "transformer_engine" if have_transformer_engine() else "local"
     if transformer_impl == "transformer_engine" and not have_transformer_engine():
@@ -52,14 +50,14 @@ def get_dmc_layer_spec(
     """Spec of a transformer layer with DMC attention, for ``GPTModel(transformer_layer_spec=...)``.
 
     Args:
-        config: of the model; RMSNorm models only (the Llama family).
+        config: the model's configuration; RMSNorm models only (the Llama family).
         dmc: decision bias, window, temperature.
         transformer_impl: "local" (megatron-core's own modules), "transformer_engine", or "auto".
-        carry: the layer's input has one more row, see :mod:`megatron.dmc.model.carry`. ``DMCGPTModel`` sets it; with
-            a plain ``GPTModel`` leave it out and read ``DMCStep.kept``.
+        carry: the layer's input has one more row, see :mod:`megatron.dmc.model.carry`. ``DMCGPTModel`` sets it; for
+            a plain ``GPTModel`` leave it out and use ``DMCStep.kept``.
 
     Raises:
-        ValueError: Transformer Engine asked for and not there, or another normalization.
+        ValueError: Transformer Engine is asked for and cannot run, or the normalization is another one.
     """
     if config.normalization != "RMSNorm":
         raise ValueError(f"normalization is {config.normalization}; DMC layers are for RMSNorm models")

@@ -1,4 +1,4 @@
-"""The compression loss: a hinge on the slots that the whole model keeps, per sequence."""
+"""Compression loss: a hinge on the slots that the whole model keeps, per sequence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def compression_loss(kept: Tensor, total: int, target_cr: float) -> Tensor:
-    """``max(0, kept - total / CR) / total`` (arXiv 2403.09636, equation of the auxiliary loss; one-sided).
+    """Compute ``max(0, kept - total / CR) / total`` (arXiv 2403.09636, equation of the auxiliary loss; one-sided).
 
     Args:
         kept: [b], slots kept by all layers and KV heads of the model for each sequence.

@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm over the last axis; unlike megatron-core's wrapped torch norm it may be used with sequence
-    parallelism.
-    """
+    """RMSNorm over the last axis. Unlike megatron-core's wrapped torch norm it works with sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
         super().__init__()

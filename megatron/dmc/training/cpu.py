@@ -1,6 +1,6 @@
-"""megatron-core without a GPU: the smallest layer that makes it run on gloo. Does nothing where CUDA is available.
+"""Smallest layer that lets megatron-core run on gloo without a GPU. Does nothing where CUDA is available.
 
-megatron-core names "cuda" in places where it means "the device of this process". These are the places, for 0.16.1.
+megatron-core 0.16.1 names "cuda" in places where it means "the device of this process". These are the places.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """``device="cuda"`` becomes the CPU, ``.cuda()`` the identity, and ``Tensor.type()`` answers ``torch.cuda.*``."""
+    """Mode in which ``device="cuda"`` is the CPU, ``.cuda()`` the identity, and ``Tensor.type()`` ``torch.cuda.*``."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -31,7 +31,7 @@ _mode: _CudaMeansCpu | None = None
 
 
 def enable() -> None:
-    """Patch this process, once. The mode stays on for its whole life, as training does."""
+    """Patch this process, once; the mode stays on until it ends."""
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return

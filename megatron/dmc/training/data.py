@@ -1,12 +1,7 @@
-"""Training data: checks before a run, megatron-core datasets with a safe index cache, and batches for any layout.
-
-A dataset is three files: ``P.bin`` and ``P.idx`` (Megatron's indexed dataset) and ``P.json``, the :class:`Sidecar` that
-``tools/preprocess_data.py`` writes last and that says what the other two must be.
-"""
+"""Training data: checks before a run, megatron-core datasets with a safe index cache, and batches for any layout."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -16,9 +11,8 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import megatron.core
 import torch
@@ -28,59 +22,11 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.dmc.config import RunConfig
+from megatron.dmc.training.indexed_writer import Sidecar
 from megatron.dmc.training.mcore_compat import process_group_for_blends
 from megatron.dmc.training.tokenizer import Tokenizer
 
-_FORMAT = "megatron.dmc.indexed_dataset"
-_FORMAT_VERSION = 1
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """What ``P.json`` says about ``P.bin`` and ``P.idx``. It is written last: without it a dataset is incomplete."""
-
-    tokenizer: str
-    """Where the tokenizer lay; for messages only."""
-    tokenizer_fingerprint: str
-    vocab_size: int
-    eod_id: int
-    eod_appended: bool
-    bos_prepended: bool
-    dtype: str
-    """Numpy name of a token's type in ``.bin``."""
-    documents: int
-    tokens: int
-    """Tokens over all documents, the added EOD and BOS included."""
-    bin_bytes: int
-    idx_bytes: int
-    idx_sha256: str
-    """Of ``.idx``, the documents' lengths: what a cached sample index depends on, besides the run's settings."""
-
-    @classmethod
-    def read(cls, prefix: str | Path) -> Sidecar:
-        """Read ``prefix.json``. Raises ``ValueError`` when it is missing, damaged or of another version."""
-        path = Path(f"{prefix}.json")
-        if not path.is_file():
-            raise ValueError(
-                f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
-                "tools/preprocess_data.py; run that again"
-            )
-        try:
-            content = json.loads(path.read_text())
-            if (content.pop("format"), content.pop("format_version")) != (_FORMAT, _FORMAT_VERSION):
-                raise ValueError("another format or version")
-            return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
-                "run tools/preprocess_data.py again"
-            ) from error
-
-    def write(self, path: str | Path) -> None:
-        """Write as JSON to ``path``."""
-        content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def parse_blend(data_path: list[str], name: str = "data_path") -> tuple[list[str], Optional[list[float]]]:
@@ -115,7 +61,7 @@ def parse_blend(data_path: list[str], name: str = "data_path") -> tuple[list[str
 
 
 def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Refuse data that cannot be trained on, before anything is built. Reads a few small files; needs no process group.
+    """Refuse data that cannot be trained on. Reads a few small files, builds nothing and needs no process group.
 
     Raises:
         ValueError: no training data is named; a file is missing or truncated; a dataset was made with another
@@ -173,15 +119,15 @@ def build_datasets(
 ) -> tuple[Optional[Dataset], Optional[Dataset]]:
     """Build (or load from the cache) the training and the validation dataset. Call :func:`check_datasets` first.
 
-    Collective: with a process group every rank must call it, and every rank gets both datasets (memory-mapped, so an
-    unused one costs nothing). Works without a process group too. Samples are ``seq_length`` tokens with their labels,
-    drawn from the shuffled, concatenated documents; data that is too small is gone through several times.
+    Collective where there is a process group: every rank gets both datasets, memory-mapped, so an unused one costs
+    nothing. Samples are ``seq_length`` tokens with their labels, cut from the shuffled, concatenated documents; data
+    that is too small is gone through several times.
 
     The order of the samples depends on the data, ``seq_length``, the seed, **and** ``train_samples``: a run that is
     resumed must pass the same numbers.
 
-    The index cache: rank 0 builds under a name of its own and renames the finished directory, so that a killed build
-    or two runs that start together never leave a half cache for the next one to load. The directory's name is a hash of
+    Rank 0 builds the index cache under a name of its own and renames the finished directory, so that a killed build
+    or two runs that start together never leave half a cache for the next one to load. The directory's name is a hash of
     all that the content depends on, the documents' lengths included: data that is made anew gets a new index.
 
     Args:
@@ -201,47 +147,41 @@ def build_datasets(
     sizes = [samples if blend else 0 for blend, (_, samples) in zip(blends, wanted)]
 
     with process_group_for_blends(any(blend is not None and len(blend[0]) > 1 for blend in blends)):
-        several = distributed.is_initialized()
-        rank = distributed.get_rank() if several else 0
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
         # Rank 0 alone looks for the cache: looking is racy, and on NFS a failed look is remembered for a while.
         choice = [_choose_cache(config, tokenizer, blends, sizes)] if rank == 0 else [None]
-        if several:
+        if distributed.is_initialized():
             distributed.broadcast_object_list(choice, src=0)
-        directory, target, problem = choice[0]
-        if problem:
-            raise ValueError(problem)
-
-        builder = BlendedMegatronDatasetBuilder(
-            GPTDataset,
-            [*sizes, 0],
-            lambda: True,
-            GPTDatasetConfig(
-                random_seed=config.training.seed,
-                sequence_length=config.data.seq_length,
-                tokenizer=tokenizer,
-                blend_per_split=[*blends, None],
-                path_to_cache=directory,
-                reset_position_ids=False,
-                reset_attention_mask=False,
-                eod_mask_loss=False,
-                create_attention_mask=False,
-            ),
+        cache = choice[0]
+        if cache.problem:
+            raise ValueError(cache.problem)
+        builds = rank == 0 and cache.directory != cache.target
+        settings = GPTDatasetConfig(
+            random_seed=config.training.seed,
+            sequence_length=config.data.seq_length,
+            tokenizer=tokenizer,
+            blend_per_split=[*blends, None],
+            path_to_cache=cache.directory,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
         )
         try:
-            train, valid, _ = builder.build()
+            train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, settings).build()
         except BaseException as error:
             if rank != 0 and isinstance(error, FileNotFoundError):
                 raise ValueError(
                     f"rank {rank} cannot see {error.filename}, which rank 0 wrote; set data_cache_path to a "
                     "directory that all nodes share"
                 ) from error
-            if rank == 0 and directory != target:
-                shutil.rmtree(directory, ignore_errors=True)
+            if builds:
+                shutil.rmtree(cache.directory, ignore_errors=True)
             raise
-        if several:
+        if distributed.is_initialized():
             distributed.barrier()  # every rank has opened the files; an open file survives the renaming
-        if rank == 0 and directory != target:
-            _publish(directory, target)
+        if builds:
+            _publish(cache.directory, cache.target)
     return train, valid
 
 
@@ -256,8 +196,18 @@ def _weighted_blend(data_path: list[str], name: str) -> Optional[tuple[list[str]
     return prefixes, weights
 
 
-def _choose_cache(config: RunConfig, tokenizer: Tokenizer, blends: list, sizes: list[int]) -> tuple[str, str, str]:
-    """(directory to use now, directory to rename it to, error message). The two are equal when the cache exists."""
+class _Cache(NamedTuple):
+    """Index cache of a run's datasets, as rank 0 chooses it for all."""
+
+    directory: str
+    """Directory to use now."""
+    target: str
+    """Directory to rename it to when it is finished; the same one when the cache exists."""
+    problem: str = ""
+    """Error message when there can be no cache."""
+
+
+def _choose_cache(config: RunConfig, tokenizer: Tokenizer, blends: list, sizes: list[int]) -> _Cache:
     content = {
         "megatron_core": megatron.core.__version__,
         "tokenizer": tokenizer.fingerprint,
@@ -270,21 +220,16 @@ def _choose_cache(config: RunConfig, tokenizer: Tokenizer, blends: list, sizes: 
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
     first = next(blend for blend in blends if blend)[0][0]
     root = Path(config.data.data_cache_path or Path(first).parent / "cache").absolute()
-    if (root / key).is_dir():
-        return str(root / key), str(root / key), ""
+    target = root / key
+    if target.is_dir():
+        return _Cache(str(target), str(target))
     building = root / f".{key}.{uuid.uuid4().hex[:8]}"
     try:
         building.mkdir(parents=True)
     except OSError as error:
-        return (
-            "",
-            "",
-            (
-                f"the index cache {root} cannot be written ({error.strerror}); set data_cache_path to a directory "
-                "that can"
-            ),
-        )
-    return str(building), str(root / key), ""
+        problem = f"the index cache {root} cannot be written ({error.strerror}); set data_cache_path to one that can"
+        return _Cache("", "", problem)
+    return _Cache(str(building), str(target))
 
 
 def _publish(directory: str, target: str) -> None:
@@ -314,14 +259,14 @@ def batch_iterator(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Iterate over the micro-batches of one data-parallel rank, step after step.
 
-    Which samples: with ``b = micro_batch_size``, ``G = global_batch_size``, step ``i`` (counted from the iterator's
+    The samples: with ``b = micro_batch_size``, ``G = global_batch_size``, step ``i`` (counted from the iterator's
     start), micro-batch ``m`` and rank ``r``, row ``j`` is sample
 
         consumed_samples + i * G + m * b * dp_size + r * b + j
 
     of the dataset (Megatron's order). So step i takes the same set of G samples whatever the layout, and an iterator
     that starts at ``consumed_samples = k`` goes on exactly where another would be after k samples. Nothing is random
-    here, torch's global generator is not touched.
+    here; torch's global generator is not touched.
 
     Yields:
         ``G / (b * dp_size)`` dicts per step, on ``device``: tokens, labels, position_ids int64 [b, s]; loss_mask fp32
@@ -351,8 +296,8 @@ def batch_iterator(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_shield_worker,
-        generator=torch.Generator(),
-    )  # else the loader draws a seed from the global generator and shifts all later noise
+        generator=torch.Generator(),  # else the loader takes a seed from the global one and shifts all later noise
+    )
     return ({name: value.to(device, non_blocking=True) for name, value in batch.items()} for batch in loader)
 
 
@@ -366,7 +311,7 @@ def _micro_batches(
 
 
 class _Samples(Dataset):
-    """The fields that training uses, and the sample's index."""
+    """Samples with the fields that training uses, and their index."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

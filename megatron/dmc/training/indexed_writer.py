@@ -1,25 +1,79 @@
-"""Writes Megatron's indexed datasets with the sidecar that training checks, all at once or not at all."""
+"""Megatron's indexed datasets on disk: the sidecar that describes one, and the writer of all its files.
+
+A dataset is ``P.bin`` and ``P.idx``, as Megatron has them, and ``P.json``, the :class:`Sidecar` that training checks.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.dmc.training.data import Sidecar
 from megatron.dmc.training.tokenizer import Tokenizer
 
+_FORMAT = "megatron.dmc.indexed_dataset"
+_FORMAT_VERSION = 1
 SUFFIXES = (".bin", ".idx", ".json")
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Description of a dataset, ``P.json``. It is written last: without it ``P.bin`` and ``P.idx`` are incomplete."""
+
+    tokenizer: str
+    """Path of the tokenizer; for messages only."""
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eod_id: int
+    eod_appended: bool
+    bos_prepended: bool
+    dtype: str
+    """Numpy name of a token's type in ``.bin``."""
+    documents: int
+    tokens: int
+    """Tokens over all documents, the added EOD and BOS included."""
+    bin_bytes: int
+    idx_bytes: int
+    idx_sha256: str
+    """Hash of ``.idx``, the documents' lengths, which a cached sample index depends on besides the run's settings."""
+
+    @classmethod
+    def read(cls, prefix: str | Path) -> Sidecar:
+        """Read ``prefix.json``. Raises ``ValueError`` when it is missing, damaged or of another version."""
+        path = Path(f"{prefix}.json")
+        if not path.is_file():
+            raise ValueError(
+                f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
+                "tools/preprocess_data.py; run that again"
+            )
+        try:
+            content = json.loads(path.read_text())
+            if (content.pop("format"), content.pop("format_version")) != (_FORMAT, _FORMAT_VERSION):
+                raise ValueError("another format or version")
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
+                "run tools/preprocess_data.py again"
+            ) from error
+
+    def write(self, path: str | Path) -> None:
+        """Write as JSON to ``path``."""
+        content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **dataclasses.asdict(self)}
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
 class IndexedWriter:
     """``data.bin``, ``data.idx`` and ``data.json`` in a directory; :func:`publish` gives them their names.
 
     Args:
-        directory: an empty one, on the disk where the dataset is to lie.
-        tokenizer: that made the ids; what it is goes into the sidecar.
-        eod_appended, bos_prepended: what was done to every document; for the sidecar.
+        directory: empty directory on the disk of the dataset.
+        tokenizer: tokenizer that made the ids; the sidecar records it.
+        eod_appended, bos_prepended: policy for every document; the sidecar records it.
     """
 
     def __init__(
@@ -35,7 +89,7 @@ class IndexedWriter:
         self._builder = IndexedDatasetBuilder(str(self.paths[0]), dtype=self.dtype)
 
     def add(self, ids: Any) -> None:
-        """One document: a sequence or array of token ids."""
+        """Add one document, a sequence or array of token ids."""
         self._builder.add_document(ids, [len(ids)])
         self.documents, self.tokens = self.documents + 1, self.tokens + len(ids)
 

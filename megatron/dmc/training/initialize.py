@@ -1,4 +1,4 @@
-"""Processes, groups and devices."""
+"""Process groups and devices of a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from megatron.dmc.training import cpu
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun or SLURM's wrapper set it; 1 without either."""
+    """Number of processes of this run, as torchrun or SLURM's wrapper set it; 1 without either."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_rank_0() -> bool:
+    """True on rank 0, and without a launcher."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def device() -> torch.device:
-    """This process' device."""
+    """Device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -64,7 +65,7 @@ def initialize(config: RunConfig) -> None:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    # On the CPU all ranks share one generator, which only initial weights draw from.
+    # On the CPU all ranks share one generator, which only the initial weights use.
     tensor_parallel.model_parallel_cuda_manual_seed(
         config.training.seed, inference_rng_tracker=not cuda, force_reset_rng=True
     )
@@ -72,7 +73,7 @@ def initialize(config: RunConfig) -> None:
 
 
 def shutdown() -> None:
-    """Leave the groups. Safe to call twice."""
+    """Leave the process groups. Safe to call twice."""
     from megatron.core import parallel_state
 
     if parallel_state.is_initialized():

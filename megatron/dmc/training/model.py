@@ -1,4 +1,4 @@
-"""From a :class:`RunConfig` to Megatron's model, distributed wrapper and optimizer."""
+"""Megatron's model, distributed wrapper and optimizer, built from a :class:`RunConfig`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron.dmc.model import DMCGPTModel
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
-    """Megatron's configuration of the model and its layout."""
+    """Convert to Megatron's configuration of the model and its layout."""
     m, p, t = run.model, run.parallel, run.training
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if t.bf16 else torch.float32
@@ -60,7 +60,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
-        # Weights are drawn in full and then cut, so that every tensor-parallel size starts alike.
+        # Weights are initialised in full and then cut, so that every tensor-parallel size starts alike.
         use_cpu_initialization=not cuda,
         batch_p2p_comm=cuda,
         deallocate_pipeline_outputs=True,
@@ -69,7 +69,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
 
 
 def build_model(run: RunConfig) -> list[DistributedDataParallel]:
-    """This rank's model chunks (one per virtual pipeline stage), on its device, in Megatron's DDP."""
+    """Build this rank's model chunks (one per virtual pipeline stage), on its device, in Megatron's DDP."""
     config = transformer_config(run)
     p = run.parallel
     vp = p.virtual_pipeline_model_parallel_size
@@ -109,14 +109,14 @@ def build_model(run: RunConfig) -> list[DistributedDataParallel]:
 
 
 def unwrap(chunk: torch.nn.Module) -> DMCGPTModel:
-    """The model inside Megatron's wrappers."""
+    """Return the model inside Megatron's wrappers."""
     while not isinstance(chunk, DMCGPTModel):
         chunk = chunk.module
     return chunk
 
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Adam over all chunks, and the hooks by which Megatron's schedules reach gradients and scale."""
+    """Build Adam over all chunks, and set the hooks by which Megatron's schedules reach gradients and scale."""
     o = run.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -150,7 +150,7 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel]) -> Me
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
-    """Write the step's rate into every parameter group; norms and biases carry wd_mult 0."""
+    """Write the step's learning rate into every parameter group; norms and biases have wd_mult 0."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -30,13 +30,14 @@ _DEFINING_FILES = (
 class Tokenizer(ABC):
     """Text to token ids and back. Made by :func:`load_tokenizer`.
 
-    Also what ``GPTDatasetConfig.tokenizer`` of megatron-core asks for: ``vocab_size``, ``eod``, ``unique_identifiers``.
-    It has no ``pad`` on purpose: GPTDataset takes every label that equals ``pad`` out of the loss, and in most Llama
-    tokenizers ``pad`` is another name for EOS or ``<unk>``, which the text may well contain. Without one it uses -1.
+    It serves as ``GPTDatasetConfig.tokenizer`` of megatron-core, which asks for ``vocab_size``, ``eod`` and
+    ``unique_identifiers``. It has no ``pad`` on purpose: GPTDataset takes every label that equals ``pad`` out of the
+    loss, and in most Llama tokenizers ``pad`` is another name for EOS or ``<unk>``, which the text may well contain.
+    Without one GPTDataset uses -1.
     """
 
     path: str
-    """Where it was loaded from."""
+    """File or directory that it was loaded from."""
     vocab_size: int
     """Number of ids: every id is smaller than this."""
     bos_id: Optional[int]
@@ -61,7 +62,7 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What megatron-core puts into the key of its index cache: the content, not the path."""
+        """Part of the key of megatron-core's index cache: the content, not the path."""
         return OrderedDict([("class", "Tokenizer"), ("fingerprint", self.fingerprint)])
 
     def __repr__(self) -> str:
