@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A whole retrofit: three jobs of retrofit.sbatch, each of which starts when the one before is finished.
+# Submits a whole retrofit: three jobs of retrofit.sbatch, each of which starts when the one before is finished.
 #
 #   CONFIG=llama2-7b.yaml DATA=data/train TOKENIZER=tokenizer.model CHECKPOINT=llama2-7b OUT=runs/llama2-7b TARGET_CR=4 \
 #       SBATCH_ARGS='--nodes=4 --gpus-per-node=8 --time=4:00:00 --account=NAME' retrofit.sh [flags of all three stages]
@@ -36,7 +36,7 @@ stage() { # NAME FLAGS...: prints the job's number
         "$here/retrofit.sbatch" --stage "$@")
     job=${job%%;*} # of several clusters: number;name
     echo "$1: job $job, log $OUT/$1-$job.log"
-    # afterok: a stage that failed, or was cancelled, takes the rest with it. One that is queued again is waited for.
+    # afterok: a stage that failed or was cancelled cancels the rest. One that is queued again is waited for.
     after=(--dependency="afterok:$job" --kill-on-invalid-dep=yes)
     INIT_FROM=$SAVE
 }
