@@ -1,4 +1,4 @@
-"""Tokenizers and tools/preprocess_data.py. No network, no GPU, a few seconds."""
+"""Tokenizers and ``dmc data preprocess``. No network, no GPU, a few seconds."""
 
 import gzip
 import os
@@ -65,7 +65,7 @@ def test_bad_tokenizer_paths(tmp_path):
             load_tokenizer(tmp_path / path)
 
 
-# tools/preprocess_data.py
+# dmc data preprocess
 
 
 def test_output_is_the_same_for_any_number_of_workers_and_for_gzip(corpus, monkeypatch):
