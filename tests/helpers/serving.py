@@ -171,5 +171,5 @@ class Running:
             0,
         )
         assert (
-            not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._answers
+            not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._running
         )

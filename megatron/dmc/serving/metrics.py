@@ -1,95 +1,100 @@
-"""Prometheus metrics with vLLM's names, so that its dashboards read them, and those that only a compressed cache has.
+"""Prometheus metrics of the server: vLLM's, so that its dashboards can read them, and those of the compressed KV cache.
 
-The prefix is ``dmc:``, or ``vllm:`` with ``--metrics-prefix vllm``. All have the label ``model_name``.
+The prefix of every name is ``dmc:``, or ``vllm:`` with ``--metrics-prefix vllm``. Every metric has the label
+``model_name``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from megatron.dmc.inference import StepOutput
 from megatron.dmc.serving.async_engine import AsyncEngine, Stream
 
-# Bounds of vLLM's histograms, in seconds.
-FIRST_TOKEN = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10.0,
-    20.0,
-    40.0,
-    80.0,
-    160.0,
-)
-TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-REQUEST = (
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
-    960.0,
-    1920.0,
-)
+HELP = {
+    # Histograms of time.
+    "time_to_first_token_seconds": "Time from the arrival of a request to the first token of a completion, in seconds.",
+    "inter_token_latency_seconds": "Time between two tokens of a completion, in seconds.",
+    "time_per_output_token_seconds": "Time between two tokens of a completion, in seconds (older name).",
+    "request_time_per_output_token_seconds": "Mean time per token of a completion after its first, in seconds.",
+    "e2e_request_latency_seconds": "Time from the arrival of a request to the end of a completion, in seconds.",
+    "request_queue_time_seconds": "Time from the arrival of a request to its first scheduling, in seconds.",
+    "request_prefill_time_seconds": "Time from the first scheduling of a completion to its first token, in seconds.",
+    "request_decode_time_seconds": "Time from the first to the last token of a completion, in seconds.",
+    "request_inference_time_seconds": "Time from the first scheduling of a completion to its end, in seconds.",
+    # Histograms of length.
+    "request_prompt_tokens": "Number of prompt tokens per completion.",
+    "request_generation_tokens": "Number of generated tokens per completion.",
+    "request_max_num_generation_tokens": "Number of generated tokens per completion (older name).",
+    "request_params_n": "Parameter n of the request, in completions per prompt.",
+    "request_params_max_tokens": "Parameter max_tokens of the request, in tokens.",
+    # Counters of requests.
+    "prompt_tokens": "Number of prompt tokens prefilled.",
+    "generation_tokens": "Number of tokens generated.",
+    "request_success": "Number of completions that have ended, by finish reason.",
+    "requests_refused": "Number of requests answered with an error, by HTTP status.",
+    "cache_token_states": "Number of token states (tokens times KV heads) of ended completions, by layer.",
+    "cache_slots": "Number of KV slots taken by the token states of ended completions, by layer.",
+    # Gauges of the scheduler and the cache.
+    "num_requests_running": "Number of sequences that are running, which hold a row of the KV cache.",
+    "num_requests_waiting": "Number of sequences that wait to be scheduled.",
+    "num_requests_swapped": "Number of sequences swapped out; always 0, as preempted ones are recomputed.",
+    "kv_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1.",
+    "gpu_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1 (older name).",
+    "num_pages": "Number of pages of the KV cache; a page has slots of one KV head.",
+    "num_pages_free": "Number of KV cache pages that sequences can be given, including those of the prefix cache.",
+    "num_pages_cached": "Number of KV cache pages held by the prefix cache alone.",
+    "page_waste_perc": "Fraction of the KV slots in allocated pages that are empty, from 0 to 1.",
+    "cache_slots_used": "Number of KV slots held by running sequences; shared slots count once.",
+    "cache_tokens": "Number of tokens, prompt and generated, that running sequences have in the KV cache.",
+    "compression_ratio": "Compression ratio of running sequences, in token states per KV slot, by layer.",
+    "engine_up": "State of the engine: 1 while it runs, 0 after it has failed.",
+    # Counters of the engine.
+    "num_preemptions": "Number of times a sequence was preempted to free pages.",
+    "engine_steps": "Number of steps that the engine has run.",
+    "prefix_cache_queries": "Number of prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Number of prompt tokens found in the prefix cache.",
+}
+"""Help text of every metric by its name, without prefix and without the ``_total`` of counters."""
+
+# Bucket bounds of vLLM's histograms, in seconds.
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 TIMES = {
-    "time_to_first_token_seconds": (FIRST_TOKEN, "from the request's arrival to its first token"),
-    "inter_token_latency_seconds": (TOKEN, "between two tokens of an answer"),
-    "time_per_output_token_seconds": (TOKEN, "the same, by its older name"),
-    "request_time_per_output_token_seconds": (TOKEN, "mean time of an answer's tokens but the first"),
-    "e2e_request_latency_seconds": (REQUEST, "from the request's arrival to the end of its answer"),
-    "request_queue_time_seconds": (REQUEST, "until the answer was first given a place in the cache"),
-    "request_prefill_time_seconds": (REQUEST, "from there to the first token"),
-    "request_decode_time_seconds": (REQUEST, "from the first token to the last"),
-    "request_inference_time_seconds": (REQUEST, "prefill and decode"),
+    "time_to_first_token_seconds": FIRST_TOKEN,
+    "inter_token_latency_seconds": TOKEN,
+    "time_per_output_token_seconds": TOKEN,
+    "request_time_per_output_token_seconds": TOKEN,
+    "e2e_request_latency_seconds": REQUEST,
+    "request_queue_time_seconds": REQUEST,
+    "request_prefill_time_seconds": REQUEST,
+    "request_decode_time_seconds": REQUEST,
+    "request_inference_time_seconds": REQUEST,
 }
-LENGTHS = {
-    "request_prompt_tokens": "tokens of a request's prompt",
-    "request_generation_tokens": "tokens of an answer",
-    "request_max_num_generation_tokens": "tokens of an answer, by its older name",
-    "request_params_n": "answers that a prompt asked for",
-    "request_params_max_tokens": "max_tokens of a request",
-}
+LENGTHS = (
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+)
 
 
-def length_bounds(longest: int) -> list[int]:
-    """1, 2, 5, 10, ... up to the window."""
+def length_bounds(max_model_len: int) -> list[int]:
+    """Bucket bounds of the length histograms: 1, 2, 5, 10, ... up to the context length."""
     steps = [m * 10**e for e in range(12) for m in (1, 2, 5)]
-    return [step for step in steps if step < longest] + [longest]
+    return [step for step in steps if step < max_model_len] + [max_model_len]
 
 
 @dataclass
-class _Answer:
-    """What is kept of an answer while it runs."""
+class _Progress:
+    """Progress of a completion that has not ended; times of the monotonic clock."""
 
     arrived: float
     last: float
@@ -97,65 +102,63 @@ class _Answer:
 
 
 class Metrics:
-    """Follows the engine's outputs, on the event loop, and looks at its cache when it is scraped."""
+    """Registry that follows the engine's outputs on the event loop and reads the engine's state when it is scraped."""
 
     def __init__(self, prefix: str, model_name: str, max_model_len: int) -> None:
         self.prefix, self.model = f"{prefix}:", model_name
         self.registry = CollectorRegistry()
-        self._answers: dict[tuple[str, int], _Answer] = {}
-        self._times = {name: self._histogram(name, text, bounds) for name, (bounds, text) in TIMES.items()}
-        self._lengths = {
-            name: self._histogram(name, text, length_bounds(max_model_len)) for name, text in LENGTHS.items()
-        }
-        self._prompt_tokens = self._counter("prompt_tokens", "of prompts that were read").labels(self.model)
-        self._generated = self._counter("generation_tokens", "tokens of answers").labels(self.model)
-        ended = self._counter("request_success", "answers that have ended", "finished_reason")
+        self._running: dict[tuple[str, int], _Progress] = {}
+        bounds = length_bounds(max_model_len)
+        self._times = {name: self._histogram(name, seconds) for name, seconds in TIMES.items()}
+        self._lengths = {name: self._histogram(name, bounds) for name in LENGTHS}
+        self._prompt_tokens = self._counter("prompt_tokens").labels(self.model)
+        self._generation_tokens = self._counter("generation_tokens").labels(self.model)
+        ended = self._counter("request_success", "finished_reason")
         self._ended = {reason: ended.labels(self.model, reason) for reason in ("stop", "length", "abort", "error")}
-        self._states = self._counter("cache_token_states", "token states of answers that have ended, by layer", "layer")
-        self._slots = self._counter(
-            "cache_slots", "slots that they took; the quotient of both is the compression ratio", "layer"
-        )
-        self._refused = self._counter("requests_refused", "requests that got no answer, by HTTP status", "status")
-        self._refused.labels(self.model, "503")  # there from the start, so that its rate is right
+        self._states = self._counter("cache_token_states", "layer")
+        self._slots = self._counter("cache_slots", "layer")
+        self._refused = self._counter("requests_refused", "status")
+        self._refused.labels(self.model, "503")  # exported from the start, so that its first increase is a rate
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(self.prefix + name, text, ("model_name", *labels), registry=self.registry)
+    def _counter(self, name: str, *labels: str) -> Counter:
+        return Counter(self.prefix + name, HELP[name], ("model_name", *labels), registry=self.registry)
 
-    def _histogram(self, name: str, text: str, bounds: tuple[float, ...] | list[int]) -> Histogram:
-        made = Histogram(self.prefix + name, text, ("model_name",), buckets=bounds, registry=self.registry)
+    def _histogram(self, name: str, bounds: Sequence[float]) -> Histogram:
+        made = Histogram(self.prefix + name, HELP[name], ("model_name",), buckets=bounds, registry=self.registry)
         return made.labels(self.model)
 
     def watch(self, engine: AsyncEngine) -> None:
-        """From now on what is scraped includes the state of this engine."""
-        self.registry.register(_State(self.prefix, self.model, engine))
+        """Export the state of this engine from now on."""
+        self.registry.register(_EngineState(self.prefix, self.model, engine))
 
     def refused(self, status: int) -> None:
-        """A request that was answered with an error."""
+        """Count a request that was answered with an error."""
         self._refused.labels(self.model, str(status)).inc()
 
     def observe(self, stream: Stream, output: StepOutput) -> None:
-        """Every output of the engine, in order."""
+        """Count one output of the engine. Outputs of a completion must come in order."""
         now, key = time.monotonic(), (output.request_id, output.index)
-        answer = self._answers.get(key)
-        if answer is None:
-            answer = self._answers[key] = _Answer(stream.arrived, stream.arrived)
+        progress = self._running.get(key)
+        if progress is None:
+            progress = self._running[key] = _Progress(stream.arrived, stream.arrived)
+        first = progress.tokens == 0
         if output.tokens:
-            if answer.tokens == 0:
-                self._times["time_to_first_token_seconds"].observe(now - answer.arrived)
+            if first:
+                self._times["time_to_first_token_seconds"].observe(now - progress.arrived)
             else:
-                self._times["inter_token_latency_seconds"].observe(now - answer.last)
-                self._times["time_per_output_token_seconds"].observe(now - answer.last)
-            answer.tokens += len(output.tokens)
-            answer.last = now
-            self._generated.inc(len(output.tokens))
-        read = output.tokens or output.finish_reason == "length"  # or max_tokens is 0
-        if read and answer.tokens == len(output.tokens) and output.index == 0:
+                self._times["inter_token_latency_seconds"].observe(now - progress.last)
+                self._times["time_per_output_token_seconds"].observe(now - progress.last)
+            progress.tokens += len(output.tokens)
+            progress.last = now
+            self._generation_tokens.inc(len(output.tokens))
+        prefilled = output.tokens or output.finish_reason == "length"  # no token comes when max_tokens is 0
+        if first and prefilled and output.index == 0:
             self._prompt_tokens.inc(len(stream.request(output.request_id).prompt))
         if output.finish_reason is not None:
-            del self._answers[key]
-            self._finished(stream, output, answer, now)
+            del self._running[key]
+            self._finished(stream, output, progress, now)
 
-    def _finished(self, stream: Stream, output: StepOutput, answer: _Answer, now: float) -> None:
+    def _finished(self, stream: Stream, output: StepOutput, progress: _Progress, now: float) -> None:
         assert output.finish_reason is not None
         self._ended[output.finish_reason].inc()
         if output.cache is not None:
@@ -165,16 +168,13 @@ class Metrics:
         if output.finish_reason == "abort":
             return
         request = stream.request(output.request_id)
-        for name, value in (
-            ("request_prompt_tokens", len(request.prompt)),
-            ("request_generation_tokens", answer.tokens),
-            ("request_max_num_generation_tokens", answer.tokens),
-            ("request_params_n", request.params.n),
-            ("request_params_max_tokens", request.params.max_tokens),
-        ):
-            if value is not None:
-                self._lengths[name].observe(value)
-        self._times["e2e_request_latency_seconds"].observe(now - answer.arrived)
+        self._lengths["request_prompt_tokens"].observe(len(request.prompt))
+        self._lengths["request_generation_tokens"].observe(progress.tokens)
+        self._lengths["request_max_num_generation_tokens"].observe(progress.tokens)
+        self._lengths["request_params_n"].observe(request.params.n)
+        if request.params.max_tokens is not None:
+            self._lengths["request_params_max_tokens"].observe(request.params.max_tokens)
+        self._times["e2e_request_latency_seconds"].observe(now - progress.arrived)
         timing = output.timing
         if timing is None or timing.queued is None:
             return
@@ -183,70 +183,56 @@ class Metrics:
         if timing.first_token is not None:
             self._times["request_prefill_time_seconds"].observe(timing.first_token - timing.queued)
             self._times["request_decode_time_seconds"].observe(timing.total - timing.first_token)
-            if answer.tokens > 1:
-                mean = (timing.total - timing.first_token) / (answer.tokens - 1)
+            if progress.tokens > 1:
+                mean = (timing.total - timing.first_token) / (progress.tokens - 1)
                 self._times["request_time_per_output_token_seconds"].observe(mean)
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """Metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-class _State:
-    """Gauges that are read when somebody asks, from the engine's last look at its cache."""
+class _EngineState:
+    """Collector of the engine's latest statistics, which may be a tenth of a second old."""
 
     def __init__(self, prefix: str, model: str, engine: AsyncEngine) -> None:
         self.prefix, self.model, self.engine = prefix, model, engine
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         stats = self.engine.stats
-        used = stats.pages_used / stats.pages
-        for name, text, value in (
-            ("num_requests_running", "answers in the cache", stats.running),
-            (
-                "num_requests_waiting",
-                "answers that wait for a place in it",
-                max(stats.waiting, self.engine.queued_answers),
-            ),
-            ("num_requests_swapped", "always 0: what must make room is computed again", 0),
-            ("kv_cache_usage_perc", "share of the pages that is taken, 0 to 1", used),
-            ("gpu_cache_usage_perc", "the same, by its older name", used),
-            ("num_pages", "single-head pages of the pool", stats.pages),
-            (
-                "num_pages_free",
-                "pages that answers can have, those of the prefix cache too",
-                stats.pages - stats.pages_used,
-            ),
-            ("num_pages_cached", "pages that the prefix cache alone holds", stats.pages_cached),
-            ("page_waste_perc", "share of the taken pages' slots that is empty, 0 to 1", stats.waste),
-            ("cache_slots_used", "slots that are taken", stats.slots_used),
-            ("cache_tokens", "tokens of the answers in the cache, prompts and what came after", stats.tokens_held),
-            ("engine_up", "0 when the engine has failed", int(self.engine.failure is None)),
-        ):
-            yield self._gauge(name, text, value)
+        usage = stats.pages_used / stats.pages
+        gauges = {
+            "num_requests_running": stats.running,
+            "num_requests_waiting": max(stats.waiting, self.engine.queued_answers),
+            "num_requests_swapped": 0,
+            "kv_cache_usage_perc": usage,
+            "gpu_cache_usage_perc": usage,
+            "num_pages": stats.pages,
+            "num_pages_free": stats.pages - stats.pages_used,
+            "num_pages_cached": stats.pages_cached,
+            "page_waste_perc": stats.waste,
+            "cache_slots_used": stats.slots_used,
+            "cache_tokens": stats.tokens_held,
+            "engine_up": int(self.engine.failure is None),
+        }
+        for name, value in gauges.items():
+            yield self._family(GaugeMetricFamily, name, value)
         ratios = GaugeMetricFamily(
-            self.prefix + "compression_ratio",
-            "token states / slots of the answers in the cache, by layer",
-            labels=("model_name", "layer"),
+            self.prefix + "compression_ratio", HELP["compression_ratio"], labels=("model_name", "layer")
         )
         for layer, ratio in enumerate(stats.layer_compression_ratios):
             ratios.add_metric((self.model, str(layer)), ratio)
         yield ratios
-        for name, text, value in (
-            ("num_preemptions", "answers that had to make room", stats.preemptions),
-            ("engine_steps", "steps of the engine", stats.steps),
-            (
-                "prefix_cache_queries",
-                "tokens of prompts that were looked up in the prefix cache",
-                stats.prefix_cache_queries,
-            ),
-            ("prefix_cache_hits", "those that were found", stats.prefix_cache_hits),
-        ):
-            total = CounterMetricFamily(self.prefix + name, text, labels=("model_name",))
-            total.add_metric((self.model,), value)
-            yield total
+        counters = {
+            "num_preemptions": stats.preemptions,
+            "engine_steps": stats.steps,
+            "prefix_cache_queries": stats.prefix_cache_queries,
+            "prefix_cache_hits": stats.prefix_cache_hits,
+        }
+        for name, value in counters.items():
+            yield self._family(CounterMetricFamily, name, value)
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
-        made = GaugeMetricFamily(self.prefix + name, text, labels=("model_name",))
-        made.add_metric((self.model,), value)
-        return made
+    def _family(self, kind: type, name: str, value: float) -> Metric:
+        family = kind(self.prefix + name, HELP[name], labels=("model_name",))
+        family.add_metric((self.model,), value)
+        return family
