@@ -1,4 +1,4 @@
-"""The web application: OpenAI's paths, and those of an operator. :func:`create_app` puts it together."""
+"""Web application of the server: endpoints of OpenAI's API, of vLLM's tokenizer API, and for operators."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from megatron.dmc import __version__
-from megatron.dmc.inference import SamplingParams
+from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.serving import answers
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import protocol as p
-from megatron.dmc.serving.errors import APIError, engine_down, of_value_error, shutting_down
+from megatron.dmc.serving.errors import APIError, engine_down, shutting_down
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, GateMiddleware, Receive, Scope, Send
 from megatron.dmc.serving.prompts import Prompts
 
 T = TypeVar("T")
-AnswerRequest = Union[p.CompletionRequest, p.ChatCompletionRequest]
+Responses = dict[Union[int, str], dict[str, Any]]
+"""Responses of an endpoint in the OpenAPI schema, by HTTP status."""
 PAGE = Path(__file__).with_name("page.html")
-ERRORS: dict[Union[int, str], dict[str, Any]] = {
-    400: {"model": p.ErrorResponse, "description": "the request is wrong"},
-    401: {"model": p.ErrorResponse, "description": "the API key is missing or wrong"},
-    404: {"model": p.ErrorResponse, "description": "there is no such model"},
-    413: {"model": p.ErrorResponse, "description": "the body is too large"},
-}
-ANSWER_ERRORS: dict[Union[int, str], dict[str, Any]] = {
-    **ERRORS,
-    500: {
-        "model": p.ErrorResponse,
-        "description": "the engine failed while it answered, or cannot answer this request",
-    },
-    503: {
-        "model": p.ErrorResponse,
-        "description": "too much is waiting, the server is shutting down, or the engine has failed",
-    },
-}
+
+
+def _errors(descriptions: dict[int, str]) -> Responses:
+    return {status: {"model": p.ErrorResponse, "description": text} for status, text in descriptions.items()}
+
+
+REQUEST_ERRORS = _errors(
+    {
+        400: "The request is invalid; param names the parameter.",
+        401: "The API key is missing or wrong.",
+        404: "The model does not exist.",
+        413: "The body is too large.",
+    }
+)
+GENERATION_ERRORS = REQUEST_ERRORS | _errors(
+    {
+        500: "The engine failed during the request, or cannot complete it.",
+        503: "Too many requests are waiting, the server is shutting down, or the engine has failed.",
+    }
+)
 
 
 @dataclass
 class Service:
-    """What the handlers work with."""
+    """State that the endpoints share."""
 
     runner: engines.AsyncEngine
     prompts: Prompts
@@ -59,7 +63,7 @@ class Service:
     gate: Gate
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
-    # A thread of its own: long texts take long to tokenize, and streams must go on meanwhile.
+    # A thread of its own, so that streams go on while a long text is tokenized.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))
 
     def check_model(self, name: Optional[str]) -> None:
@@ -74,8 +78,8 @@ class Service:
     async def tokenize(self, function: Callable[[Any], T], request: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, request)
 
-    async def submit(self, request: AnswerRequest) -> tuple[engines.Stream, str]:
-        """Checked, admitted, tokenized and handed to the engine; and the response's id."""
+    async def submit(self, request: p.GenerationRequest) -> tuple[engines.Stream, str]:
+        """Check, admit and tokenize a request and hand it to the engine. Returns its outputs and the response's id."""
         self.check_model(request.model)
         params = request.sampling_params()
         ticket = self.runner.reserve(*_size(request, params))
@@ -89,19 +93,19 @@ class Service:
         requests = [engines.Request(f"{name}-{i}", prompt, params, watch) for i, prompt in enumerate(ids)]
         return self.runner.submit(requests, ticket), name
 
-    def _prompts(self, request: AnswerRequest, params: SamplingParams) -> list[list[int]]:
+    def _prompts(self, request: p.GenerationRequest, params: SamplingParams) -> list[list[int]]:
         chat = isinstance(request, p.ChatCompletionRequest)
         found = [self.prompts.of_chat(request)] if chat else self.prompts.of_completion(request)
         for ids in found:
             self.prompts.check_context(ids, params)
             try:
                 self.runner.engine.check(ids, params)
-            except ValueError as error:
-                raise of_value_error(error) from None
+            except InvalidRequest as error:
+                raise request.refusal(error) from None
         return found
 
-    async def answer(self, request: AnswerRequest, http: Request) -> Response:
-        """The response to a completion or a chat, streamed or whole."""
+    async def generate(self, request: p.GenerationRequest, http: Request) -> Response:
+        """Response to a completion or chat completion request, streamed or whole."""
         stream, name = await self.submit(request)
         if request.stream:
             return EventStream(self, request, stream, name)
@@ -110,7 +114,7 @@ class Service:
         finally:
             stream.close()
         if results is None:
-            return Response(status_code=499)  # nobody will read it
+            return Response(status_code=499)  # the client has left
         if isinstance(request, p.ChatCompletionRequest):
             body = answers.chat_body(request, results[0], self.model_name, self.prompts, name)
         else:
@@ -118,21 +122,20 @@ class Service:
         return Json(body)
 
 
-def _size(request: AnswerRequest, params: SamplingParams) -> tuple[int, int]:
-    """(answers, prompt tokens) that a request brings; those of a text are guessed, at four characters each."""
+def _size(request: p.GenerationRequest, params: SamplingParams) -> tuple[int, int]:
+    """(completions, prompt tokens) of a request; the tokens of a text are estimated at four characters each."""
     if isinstance(request, p.ChatCompletionRequest):
         return params.n, params.n * sum(len(message.plain()["content"]) // 4 + 4 for message in request.messages)
     lengths = [len(prompt) // 4 + 1 if isinstance(prompt, str) else len(prompt) for prompt in request.prompts]
     return params.n * len(lengths), params.n * sum(lengths)
 
 
-# ASCII, so that half a surrogate pair in somebody's text cannot break it. Made once: json.dumps would make one for
-# every token.
 encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+"""Encoder of every JSON response: ASCII, since a text may hold half a surrogate pair, and made once, not per token."""
 
 
 class Json(JSONResponse):
-    """See ``encode``."""
+    """JSON response of :func:`encode`."""
 
     def render(self, content: Any) -> bytes:
         return encode(content).encode()
@@ -148,7 +151,7 @@ async def _gone(receive: Receive) -> None:
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> Optional[T]:
-    """The result of ``work``; None, and an end to it, when the client leaves first. Raises what ``work`` raises."""
+    """Result of ``work``, or None if the client leaves first, which cancels it. Raises what ``work`` raises."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -159,16 +162,15 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> Optional[T]:
 
 
 class EventStream(Response):
-    """A stream of server-sent events. It begins with the first token: what fails before has a status of its own."""
+    """Stream of server-sent events. It starts with the first token, so an earlier failure has its own HTTP status."""
 
-    def __init__(self, service: Service, request: AnswerRequest, stream: engines.Stream, name: str) -> None:
+    def __init__(self, service: Service, request: p.GenerationRequest, stream: engines.Stream, name: str) -> None:
         self.service, self.request, self.stream, self.name = service, request, stream, name
         self.background, self.status_code, self.body = None, 200, b""
-        # The last one tells nginx to pass every event on at once.
         self.raw_headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
+            (b"x-accel-buffering", b"no"),  # nginx passes every event on at once
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -204,109 +206,90 @@ class EventStream(Response):
 
 
 def create_app(service: Service) -> FastAPI:
-    """Everything under one roof. Middleware and error shapes are in place, also for what does not exist."""
+    """Application with its endpoints, its middleware, and OpenAI's error shape for every path and method."""
     app = FastAPI(
         title="megatron.dmc",
         version=__version__,
-        description=(
-            "OpenAI's API, with vLLM's parameters, over a KV cache that is compressed by Dynamic Memory Compression."
-        ),
+        description="OpenAI's API with vLLM's parameters, over a KV cache compressed by Dynamic Memory Compression.",
     )
     app.add_middleware(GateMiddleware, gate=service.gate, refused=service.metrics.refused)
-    _add_answers(app, service)
+    _add_generation(app, service)
     _add_tokenizer(app, service)
-    _add_operation(app, service)
+    _add_operator(app, service)
     _add_errors(app, service.metrics)
-    _describe(app, bool(service.gate.keys))
+    _correct_schema(app, bool(service.gate.keys))
     return app
 
 
-def _documented(model: type) -> dict[Union[int, str], dict[str, Any]]:
-    event = {
-        "type": "object",
-        "properties": {"data": {"type": "string", "description": "a chunk as JSON; at the end [DONE]"}},
-    }
-    stream = {"text/event-stream": {"schema": event}}
-    return {
-        200: {"model": model, "content": stream, "description": "the answer; with stream, its chunks"},
-        **ANSWER_ERRORS,
-    }
+def _generation_responses(model: type) -> Responses:
+    data = {"type": "string", "description": "A chunk of the response as JSON, or [DONE] at the end."}
+    stream = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": data}}}}
+    description = "The response, or with stream: true its chunks."
+    return {200: {"model": model, "content": stream, "description": description}, **GENERATION_ERRORS}
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=None, responses=_documented(p.CompletionResponse), tags=["OpenAI"])
+def _add_generation(app: FastAPI, service: Service) -> None:
+    whole, chat = _generation_responses(p.CompletionResponse), _generation_responses(p.ChatCompletionResponse)
+
+    @app.post("/v1/completions", response_model=None, responses=whole, tags=["OpenAI"])
     async def completions(request: p.CompletionRequest, http: Request) -> Response:
-        return await service.answer(request, http)
+        return await service.generate(request, http)
 
-    @app.post(
-        "/v1/chat/completions", response_model=None, responses=_documented(p.ChatCompletionResponse), tags=["OpenAI"]
-    )
+    @app.post("/v1/chat/completions", response_model=None, responses=chat, tags=["OpenAI"])
     async def chat_completions(request: p.ChatCompletionRequest, http: Request) -> Response:
-        return await service.answer(request, http)
+        return await service.generate(request, http)
 
-    def card() -> dict[str, Any]:
-        return {
-            "id": service.model_name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "megatron.dmc",
-            "root": service.root,
-            "max_model_len": service.prompts.max_model_len,
-        }
+    card = p.ModelCard(
+        id=service.model_name,
+        object="model",
+        created=service.created,
+        owned_by="megatron.dmc",
+        root=service.root,
+        max_model_len=service.prompts.max_model_len,
+    )
+    refused = {status: REQUEST_ERRORS[status] for status in (401, 404, 413)}
 
-    unauthorized = {status: ERRORS[status] for status in (401, 413)}
-
-    @app.get("/v1/models", responses=unauthorized, tags=["OpenAI"])
+    @app.get("/v1/models", responses={401: refused[401], 413: refused[413]}, tags=["OpenAI"])
     async def models() -> p.ModelList:
-        return p.ModelList(object="list", data=[p.ModelCard(**card())])
+        return p.ModelList(object="list", data=[card])
 
-    @app.get("/v1/models/{name:path}", responses={**unauthorized, 404: ERRORS[404]}, tags=["OpenAI"])
+    @app.get("/v1/models/{name:path}", responses=refused, tags=["OpenAI"])
     async def model(name: str) -> p.ModelCard:
         service.check_model(name)
-        return p.ModelCard(**card())
+        return card
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", response_model=None, responses={200: {"model": p.TokenizeResponse}, **ERRORS}, tags=["vLLM"])
+    prompts = service.prompts
+    tokens: Responses = {200: {"model": p.TokenizeResponse}, **REQUEST_ERRORS}
+    text: Responses = {200: {"model": p.DetokenizeResponse}, **REQUEST_ERRORS}
+
+    def ids_of(request: Any) -> list[int]:
+        if isinstance(request, p.TokenizeChatRequest):
+            return prompts.of_chat(request)
+        return prompts.encode(request.prompt, request.add_special_tokens)
+
+    @app.post("/tokenize", response_model=None, responses=tokens, tags=["vLLM"])
     async def tokenize(request: p.AnyTokenizeRequest) -> Response:
         service.check_model(request.model)
-        prompts = service.prompts
+        ids = await service.tokenize(ids_of, request)
+        pieces = prompts.pieces(ids) if request.return_token_strs else None
+        head = {"count": len(ids), "max_model_len": prompts.max_model_len}
+        return Json({**head, "tokens": ids, "token_strs": pieces})
 
-        def work(r: Any) -> list[int]:
-            return (
-                prompts.of_chat(r)
-                if isinstance(r, p.TokenizeChatRequest)
-                else prompts.encode(r.prompt, r.add_special_tokens)
-            )
-
-        ids = await service.tokenize(work, request)
-        return Json(
-            {
-                "count": len(ids),
-                "max_model_len": prompts.max_model_len,
-                "tokens": ids,
-                "token_strs": prompts.pieces(ids) if request.return_token_strs else None,
-            }
-        )
-
-    @app.post(
-        "/detokenize", response_model=None, responses={200: {"model": p.DetokenizeResponse}, **ERRORS}, tags=["vLLM"]
-    )
+    @app.post("/detokenize", response_model=None, responses=text, tags=["vLLM"])
     async def detokenize(request: p.DetokenizeRequest) -> Response:
         service.check_model(request.model)
-        return Json({"prompt": await service.tokenize(service.prompts.decode, request.tokens)})
+        return Json({"prompt": await service.tokenize(prompts.decode, request.tokens)})
 
 
-def _add_operation(app: FastAPI, service: Service) -> None:
-    too_large = {413: ERRORS[413]}
-    down = {503: {"model": p.ErrorResponse, "description": "the engine has failed, or the server is shutting down"}}
+def _add_operator(app: FastAPI, service: Service) -> None:
+    too_large = {413: REQUEST_ERRORS[413]}
+    healthy: Responses = {200: {"description": "The server accepts requests."}}
+    healthy |= _errors({503: "The engine has failed, or the server is shutting down."}) | too_large
+    text: Responses = {200: {"content": {"text/plain": {}}}, **too_large}
 
-    @app.get(
-        "/health",
-        response_model=None,
-        responses={200: {"description": "requests are answered"}, **down, **too_large},
-        tags=["operation"],
-    )
+    @app.get("/health", response_model=None, responses=healthy, tags=["operation"])
     async def health() -> Response:
         if service.runner.failure is not None:
             raise engine_down()
@@ -314,12 +297,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
             raise shutting_down()
         return Json({})
 
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}, **too_large},
-        tags=["operation"],
-    )
+    @app.get("/metrics", response_class=Response, responses=text, tags=["operation"])
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -334,14 +312,14 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(APIError)
-    async def told(request: Request, error: APIError) -> Response:
+    async def refused(request: Request, error: APIError) -> Response:
         if request.method == "POST":
             metrics.refused(error.status)
         return _error(error)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return await told(request, p.of_validation(error.errors()))
+        return await refused(request, p.of_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def elsewhere(request: Request, error: HTTPException) -> Response:
@@ -350,19 +328,19 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
             405: f"{request.method} is not allowed here",
         }
         message = messages.get(error.status_code, "the body is not JSON; send one with Content-Type: application/json")
-        return await told(request, APIError(error.status_code, message, headers=error.headers))
+        return await refused(request, APIError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(Exception)  # Starlette logs it, with its cause, after this
     async def broken(request: Request, error: Exception) -> Response:
         return _error(APIError(500, "the server has made a mistake; the cause is in its log", type="server_error"))
 
 
-def _describe(app: FastAPI, keys: bool) -> None:
-    made = app.openapi
+def _correct_schema(app: FastAPI, keys: bool) -> None:
+    fastapi_schema = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """Wrong bodies are answered with 400, not FastAPI's 422; and keys, where they are needed."""
-        schema = made()
+        """OpenAPI schema without FastAPI's 422, which is a 400 here, and with API keys where the server needs them."""
+        schema = fastapi_schema()
         if keys:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}]

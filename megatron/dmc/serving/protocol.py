@@ -1,185 +1,264 @@
-"""OpenAI's requests, with vLLM's additions, and what they ask of the engine.
+"""Request and response bodies of OpenAI's API, with vLLM's extra parameters, and the sampling parameters they ask for.
 
-Types are checked here, strictly: a number in quotes, NaN or a parameter that is not listed is refused. Ranges are
-checked by :class:`SamplingParams`, which is the one place that knows them.
+Types are checked here, strictly: a number in quotes, NaN and an unknown parameter are refused. Ranges are checked by
+:class:`SamplingParams` and by the engine. Either way the error names the parameter as the client sent it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional, Union
+import dataclasses
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Optional, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from megatron.dmc.inference import SamplingParams
-from megatron.dmc.serving.errors import APIError, invalid, of_value_error
+from megatron.dmc.inference.errors import InvalidRequest
+from megatron.dmc.serving.errors import APIError, invalid
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Prompt = Union[str, list[str], list[Int], list[list[Int]]]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+class RequestModel(BaseModel):
+    """Part of a request body. The docstrings of its fields are their descriptions in the OpenAPI schema."""
 
-
-class StreamOptions(Strict):
-    include_usage: bool = Field(False, description="a last chunk with the usage, and `usage: null` in the others")
-    include_cache: bool = Field(False, description="`dmc` in every chunk: tokens, and slots by layer and KV head")
-
-
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
-class SamplingFields(Strict):
-    """What completions and chat have in common."""
-
-    model: Optional[str] = Field(None, description="name of the served model; may be left out")
-    n: Optional[Int] = Field(None, description="answers to each prompt")
-    temperature: Optional[float] = Field(None, description="0 is greedy; default 1")
-    top_p: Optional[float] = None
-    seed: Optional[Int] = Field(None, description="the same seed draws the same tokens; answer i has seed + i")
-    stop: Union[str, list[str], None] = Field(None, description="the answer ends before the first of these strings")
-    presence_penalty: Optional[float] = None
-    frequency_penalty: Optional[float] = None
-    logit_bias: Optional[dict[str, float]] = Field(
-        None, description="token id -> what is added to its logit, -100 to 100"
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+
+class StreamOptions(RequestModel):
+    """Options of a streamed response."""
+
+    include_usage: bool = False
+    """Send a last chunk with the usage; all other chunks have `usage: null`."""
+    include_cache: bool = False
+    """Add a `dmc` object to every chunk: the tokens of the completion and its KV slots by layer and KV head."""
+
+
+class ResponseFormat(RequestModel):
+    """Format of the completion."""
+
+    type: Literal["text"]
+    """Must be `text`; JSON formats are not supported."""
+
+
+class SamplingFields(RequestModel):
+    """Parameters that completions and chat completions share."""
+
+    model: Optional[str] = None
+    """Name of the served model; it may be left out."""
+    n: Optional[Int] = None
+    """Number of completions for each prompt, 1 to 128, default 1."""
+    temperature: Optional[float] = None
+    """Softmax temperature, default 1; 0 means greedy decoding, and top_p, top_k, min_p and seed are ignored."""
+    top_p: Optional[float] = None
+    """Total probability of the most likely tokens to sample from, above 0 and at most 1, default 1."""
+    seed: Optional[Int] = None
+    """Seed of the sampler: the same seed samples the same tokens; completion i of a prompt uses seed + i."""
+    stop: Union[str, list[str], None] = None
+    """String or strings that end the completion, which stops before the first of them."""
+    presence_penalty: Optional[float] = None
+    """Number from -2 to 2 that is subtracted from the logit of every token of the completion so far, default 0."""
+    frequency_penalty: Optional[float] = None
+    """Number from -2 to 2 that is subtracted from a token's logit for each time it was generated, default 0."""
+    logit_bias: Optional[dict[str, float]] = None
+    """Map of token ids to numbers from -100 to 100 that are added to their logits."""
     stream: Optional[bool] = None
+    """Send the completion as server-sent events while it is generated."""
     stream_options: Optional[StreamOptions] = None
-    user: Optional[str] = Field(None, description="taken, and not used")
-    top_k: Optional[Int] = Field(None, description="0 or -1: all tokens")
+    """Options of a streamed response; only allowed with `stream: true`."""
+    user: Optional[str] = None
+    """Name of the end user, which is accepted and ignored."""
+    top_k: Optional[Int] = None
+    """Number of most likely tokens to sample from; 0 or -1, the default, means all."""
     min_p: Optional[float] = None
+    """Least probability of a token to sample, as a fraction of the most likely token's, 0 to 1, default 0."""
     repetition_penalty: Optional[float] = None
+    """Factor above 0 that lowers the logits of tokens in the prompt or the completion; 1, the default, means none."""
     min_tokens: Optional[Int] = None
+    """Number of tokens to generate before an end-of-sequence or stop token may be sampled, default 0."""
     stop_token_ids: Optional[list[Int]] = None
+    """Token ids that end the completion."""
     ignore_eos: Optional[bool] = None
+    """Continue after the end-of-sequence token."""
     skip_special_tokens: Optional[bool] = None
+    """Leave special tokens out of the text, default true."""
     include_stop_str_in_output: Optional[bool] = None
-    return_tokens_as_token_ids: bool = Field(False, description="log-probabilities name tokens as `token_id:123`")
+    """Keep the stop string at the end of the text."""
+    return_tokens_as_token_ids: bool = False
+    """Name the tokens of log-probabilities `token_id:123` instead of by their text."""
+    return_token_ids: bool = False
+    """Add `token_ids` and `prompt_token_ids` to the choices."""
 
-    return_token_ids: bool = Field(False, description="choices have `token_ids` and `prompt_token_ids`")
-
-    def _sampling(self, **more: Any) -> SamplingParams:
-        """What is given; for the rest the engine's defaults. Raises :class:`APIError` that names a wrong value."""
+    def sampling_params(self) -> SamplingParams:
+        """Sampling parameters of the request. Raises :class:`APIError` that names a wrong value."""
         if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options may only be given with stream", "stream_options")
-        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+            raise invalid("stream_options may only be given with stream: true", "stream_options")
+        names = (field.name for field in dataclasses.fields(SamplingParams))
+        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        given |= self._derived_params()
         if self.logit_bias is not None:
-            given["logit_bias"] = _logit_bias(self.logit_bias)
+            given["logit_bias"] = _token_ids(self.logit_bias)
         try:
-            return SamplingParams(**given, **more)
-        except ValueError as error:
-            raise of_value_error(error) from None
+            return SamplingParams(**given)
+        except InvalidRequest as error:
+            raise self.refusal(error) from None
+
+    def _derived_params(self) -> dict[str, Any]:
+        """Sampling parameters whose name or meaning differs from the request's."""
+        raise NotImplementedError
+
+    def _sent_name(self, param: str) -> str:
+        """Name under which the client sent a parameter of the engine."""
+        return param
+
+    def refusal(self, error: InvalidRequest) -> APIError:
+        """HTTP 400 for an error of the engine, with the parameter's name as the client sent it."""
+        message, param = str(error), error.param
+        if param is not None:
+            name = self._sent_name(param)
+            if message.startswith(param):
+                message = name + message.removeprefix(param)
+            elif name not in message:
+                message = f"{name} is wrong: {message}"
+            param = name
+        return invalid(message, param, error.code)
 
 
-SAMPLING = (
-    "n",
-    "temperature",
-    "top_p",
-    "seed",
-    "stop",
-    "presence_penalty",
-    "frequency_penalty",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
-)
-
-
-def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    out: dict[int, float] = {}
-    for key, value in given.items():
+def _token_ids(logit_bias: Mapping[str, float]) -> dict[int, float]:
+    """Bias by token id; keys of JSON are strings. Raises :class:`APIError` for a key that is no token id."""
+    for key in logit_bias:
         if not (key.isascii() and key.isdigit() and len(key) < 16):
             raise invalid(f"logit_bias has the key {key[:40]!r}; keys must be token ids", "logit_bias")
-        out[int(key)] = value
-    return out
+    return {int(key): value for key, value in logit_bias.items()}
 
 
 class CompletionRequest(SamplingFields):
-    """``POST /v1/completions``"""
+    """Body of ``POST /v1/completions``."""
 
-    prompt: Prompt = Field(description="a text, texts, token ids, or lists of token ids")
-    max_tokens: Optional[Int] = Field(16, description="0: the prompt is only read, for `echo`; null: up to the window")
-    logprobs: Optional[Int] = Field(
-        None, description="log-probabilities of so many most likely tokens beside the chosen one's"
-    )
-    echo: Optional[bool] = Field(None, description="the prompt comes first in the answer, with `logprobs` too")
-    add_special_tokens: bool = Field(True, description="tokens that the tokenizer adds to a text, such as BOS")
+    prompt: Prompt
+    """Text, list of texts, token ids of one prompt, or list of such lists."""
+    max_tokens: Optional[Int] = 16
+    """Most tokens to generate; 0 only prefills the prompt, for `echo`; null means up to the context length."""
+    logprobs: Optional[Int] = None
+    """Number of most likely tokens, 0 to 100, to return log-probabilities of, besides the sampled token's."""
+    echo: Optional[bool] = None
+    """Return the prompt before the completion, with its log-probabilities if `logprobs` is set."""
+    add_special_tokens: bool = True
+    """Let the tokenizer add special tokens such as BOS to a text prompt."""
 
-    def sampling_params(self) -> SamplingParams:
-        """Raises :class:`APIError` that names a wrong value."""
+    def _derived_params(self) -> dict[str, Any]:
         prompt_logprobs = self.logprobs if self.echo else None
-        return self._sampling(max_tokens=self.max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
+        return {"max_tokens": self.max_tokens, "prompt_logprobs": prompt_logprobs}
+
+    def _sent_name(self, param: str) -> str:
+        if param == "max_tokens" and param not in self.model_fields_set:
+            return "prompt"  # too long for the default
+        return "logprobs" if param == "prompt_logprobs" else param
 
     @property
     def prompts(self) -> list[Union[str, list[int]]]:
-        """One or many, as a list."""
+        """Prompts of the request, one or many, as a list."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class ContentPart(Strict):
+class ContentPart(RequestModel):
+    """Part of a message's content."""
+
     type: Literal["text"]
+    """Must be `text`; images and audio are not supported."""
     text: str
+    """Text of the part."""
 
 
-class Message(Strict):
+class Message(RequestModel):
+    """Message of a chat."""
+
     role: str
+    """Role of the author, one that the chat template knows, such as `system`, `user` or `assistant`."""
     content: Union[str, list[ContentPart], None] = None
+    """Text of the message, or its parts, which are joined."""
     name: Optional[str] = None
+    """Name of the author, passed to the chat template."""
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Message as chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
         return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
 
 
-class ChatFields(Strict):
-    """What the chat template takes."""
+class ChatFields(RequestModel):
+    """Parameters of the chat template."""
 
     messages: list[Message] = Field(min_length=1)
+    """Messages of the chat so far, at least one."""
     add_generation_prompt: bool = True
-    continue_final_message: bool = Field(False, description="the answer goes on where the last message ends")
-    chat_template_kwargs: Optional[dict[str, Any]] = Field(None, description="variables of the chat template")
+    """End the prompt with what introduces the assistant's message."""
+    continue_final_message: bool = False
+    """Continue the last message instead of starting a new one; needs `add_generation_prompt: false`."""
+    chat_template_kwargs: Optional[dict[str, Any]] = None
+    """Extra variables of the chat template."""
 
 
 class ChatCompletionRequest(SamplingFields, ChatFields):
-    """``POST /v1/chat/completions``"""
+    """Body of ``POST /v1/chat/completions``."""
 
-    max_tokens: Optional[Int] = Field(None, description="older name of max_completion_tokens")
-    max_completion_tokens: Optional[Int] = Field(None, description="longest answer; default: up to the window")
+    max_tokens: Optional[Int] = None
+    """Most tokens to generate; older name of `max_completion_tokens`, which wins if both are given."""
+    max_completion_tokens: Optional[Int] = None
+    """Most tokens to generate; the default is up to the context length."""
     logprobs: Optional[bool] = None
+    """Return the log-probability of every sampled token."""
     top_logprobs: Optional[Int] = None
+    """Number of most likely tokens, 0 to 100, to return log-probabilities of; only allowed with `logprobs: true`."""
     response_format: Optional[ResponseFormat] = None
+    """Format of the completion, which can only be text."""
 
     def sampling_params(self) -> SamplingParams:
-        """Raises :class:`APIError` that names a wrong value."""
+        """Sampling parameters of the request. Raises :class:`APIError` that names a wrong value."""
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs may only be given with logprobs: true", "top_logprobs")
+        return super().sampling_params()
+
+    def _derived_params(self) -> dict[str, Any]:
         most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self._sampling(max_tokens=most, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return {"max_tokens": most, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+    def _sent_name(self, param: str) -> str:
+        names = {"prompt": "messages", "logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names.get(param, param)
 
 
-class TokenizeRequest(Strict):
-    """``POST /tokenize`` of a text."""
+GenerationRequest = Union[CompletionRequest, ChatCompletionRequest]
+
+
+class TokenizeRequest(RequestModel):
+    """Body of ``POST /tokenize`` for a text."""
 
     model: Optional[str] = None
+    """Name of the served model; it may be left out."""
     prompt: str
+    """Text to tokenize."""
     add_special_tokens: bool = True
+    """Let the tokenizer add special tokens such as BOS."""
     return_token_strs: bool = False
+    """Return the text of every token, too."""
 
 
 class TokenizeChatRequest(ChatFields):
-    """``POST /tokenize`` of messages."""
+    """Body of ``POST /tokenize`` for the messages of a chat."""
 
     model: Optional[str] = None
+    """Name of the served model; it may be left out."""
     return_token_strs: bool = False
+    """Return the text of every token, too."""
 
 
 def _tokenize_kind(body: Any) -> str:
@@ -192,48 +271,71 @@ AnyTokenizeRequest = Annotated[
 ]
 
 
-class DetokenizeRequest(Strict):
-    """``POST /detokenize``"""
+class DetokenizeRequest(RequestModel):
+    """Body of ``POST /detokenize``."""
 
     model: Optional[str] = None
+    """Name of the served model; it may be left out."""
     tokens: list[Int]
+    """Token ids to decode."""
+
+
+# --------------------------------------------------------------------------------------------------- wrong requests
+
+
+def _models_in(annotation: Any) -> list[type[RequestModel]]:
+    """Request models that a field's type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, RequestModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _tree(*models: type[RequestModel]) -> dict[str, Any]:
+    """Names of the models' fields, each with the tree of its own fields."""
+    fields = {name: field for model in models for name, field in model.model_fields.items()}
+    return {name: _tree(*_models_in(field.annotation)) for name, field in fields.items()}
+
+
+PARAMETERS = _tree(CompletionRequest, ChatCompletionRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest)
 
 
 def parse(model: type[BaseModel], body: Any) -> Any:
-    """A request from decoded JSON. Raises :class:`APIError` (400)."""
+    """Request from decoded JSON. Raises :class:`APIError` (400)."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise of_validation(error.errors(include_url=False, include_input=False, include_context=False)) from None
+        raise of_validation(error.errors(include_url=False, include_context=False)) from None
 
 
-def of_validation(errors: Any) -> APIError:
-    """400 from pydantic's list of errors, of which the first is told."""
-    unknown = next((e for e in errors if e["type"] == "extra_forbidden"), None)
-    first = unknown or errors[0]
-    path = _path(first)
-    param = path[0][:100] if path else None
-    if first["type"] == "json_invalid" or not path:
+def of_validation(errors: Sequence[Any]) -> APIError:
+    """HTTP 400 for pydantic's errors about a body: an unknown parameter first, otherwise the first error."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    param = _parameter(first)
+    if first["type"] == "json_invalid" or not param:
         return invalid("the body is not a JSON object; send one with Content-Type: application/json")
-    if unknown:
-        return invalid(f"unknown parameter: {'.'.join(path)[:200]!r}", param, "unknown_parameter")
+    if first["type"] == "extra_forbidden":
+        return invalid(f"unknown parameter: {param[:200]!r}", param[:100], "unknown_parameter")
     if first["type"] == "missing":
-        return invalid(f"missing parameter: {'.'.join(path)[:200]!r}", param, "missing_required_parameter")
-    wanted = dict.fromkeys(e["msg"] for e in errors if _path(e)[:1] == path[:1])
-    return invalid(f"{param or 'the body'} is wrong: {'; or: '.join(wanted)[:400]}", param, "invalid_type")
+        return invalid(f"missing parameter: {param!r}", param, "missing_required_parameter")
+    wanted = dict.fromkeys(e["msg"].replace("Input should", "it should") for e in errors if _parameter(e) == param)
+    message = f"{param} is {reprlib.repr(first['input'])}: {'; or: '.join(wanted)[:400]}"
+    return invalid(message, param, "invalid_type")
 
 
-def _path(error: Any) -> list[str]:
-    """Names and indices that lead to the wrong value, without the words that FastAPI and the tagged union put before
-    them.
-    """
-    path = [str(part) for part in error["loc"]]
-    while path and path[0] in ("body", "text", "chat"):
-        del path[0]
-    return path
+def _parameter(error: Any) -> str:
+    """Parameter that an error is about, such as ``messages[0].content``. List items and map keys belong to theirs."""
+    path, index, fields = "", "", PARAMETERS
+    unknown = len(error["loc"]) - 1 if error["type"] == "extra_forbidden" else None
+    for at, part in enumerate(error["loc"]):
+        if isinstance(part, int):
+            index = f"[{part}]"
+        elif part in fields or at == unknown:
+            path += f"{index}.{part}" if path else part
+            index, fields = "", fields.get(part, {})
+    return path  # without what FastAPI and pydantic put between: "body", and names of the types of a union
 
 
-# ---------------------------------------------------------------------------------------------------------- responses
+# -------------------------------------------------------------------------------------------------------- responses
 
 
 class Error(BaseModel):
@@ -248,12 +350,14 @@ class ErrorResponse(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int
+    cached_tokens: int = Field(description="Number of prompt tokens found in the prefix cache.")
 
 
 class CacheUsage(BaseModel):
-    slots: int = Field(description="cache slots that the answers took, over all layers and KV heads")
-    compression_ratio: float = Field(description="what an uncompressed cache would have taken, divided by slots")
+    """Share of the KV cache that the completions took."""
+
+    slots: int = Field(description="Number of KV slots, over all layers and KV heads.")
+    compression_ratio: float = Field(description="Slots of an uncompressed cache divided by slots.")
 
 
 class Usage(BaseModel):
@@ -271,14 +375,19 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
+class Choice(BaseModel):
+    """Fields of every completion of a response."""
+
     index: int
+    stop_reason: Union[int, str, None] = Field(description="Stop token or string that ended the completion.")
+    token_ids: list[int] = Field([], description="Token ids of the completion, with return_token_ids.")
+    prompt_token_ids: list[int] = Field([], description="Token ids of the prompt, with return_token_ids.")
+
+
+class CompletionChoice(Choice):
     text: str
     logprobs: Optional[CompletionLogprobs]
     finish_reason: Optional[Literal["stop", "length"]]
-    stop_reason: Union[int, str, None] = Field(description="the stop token or string")
-    token_ids: list[int] = Field([], description="with return_token_ids")
-    prompt_token_ids: list[int] = Field([], description="with return_token_ids")
 
 
 class CompletionResponse(BaseModel):
@@ -311,14 +420,10 @@ class ChatMessage(BaseModel):
     refusal: None
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(Choice):
     message: ChatMessage
     logprobs: Optional[ChatLogprobs]
     finish_reason: Literal["stop", "length"]
-    stop_reason: Union[int, str, None]
-    token_ids: list[int] = Field([], description="with return_token_ids")
-    prompt_token_ids: list[int] = Field([], description="with return_token_ids")
 
 
 class ChatCompletionResponse(BaseModel):
