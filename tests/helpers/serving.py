@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from helpers.engines import Model, all_back
@@ -19,7 +20,13 @@ from megatron.dmc.serving.app import create_app
 from megatron.dmc.serving.async_engine import Limits
 from megatron.dmc.serving.server import Server, bind, make_service
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 EOS = 60
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+GREEDY = {"temperature": 0, "max_tokens": 12}
+IGNORE = {"ignore_eos": True}
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('no role ' + m.role) }}{% endif %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
@@ -173,3 +180,18 @@ class Running:
         assert (
             not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._running
         )
+
+
+def client(server: Running, key: str = "none") -> OpenAI:
+    """OpenAI's own client of a server."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Values of Prometheus metrics by name and labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {f"{sample.name}{sorted(sample.labels.items())}": sample.value for sample in found}

@@ -1,54 +1,24 @@
-"""The HTTP server on the loopback: OpenAI's client and curl, streams, errors, limits, keys, disconnects, failures, the
-end.
-"""
+"""The HTTP server on the loopback: OpenAI's client and curl, the guide's examples, completions whole and streamed."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 from helpers.engines import Model
 from helpers.processes import ROOT, subprocess_env
-from helpers.serving import Running, make_model, until
-from prometheus_client.parser import text_string_to_metric_families
+from helpers.serving import CHAT, COMPLETIONS, GREEDY, IGNORE, Running, client, samples
 
 from megatron.dmc import __version__
 from megatron.dmc.cli import build_parser
 from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
-from megatron.dmc.serving.async_engine import Limits
-
-GREEDY = {"temperature": 0, "max_tokens": 12}
-IGNORE = {"ignore_eos": True}
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return make_model(tmp_path_factory.mktemp("server") / "m")
-
-
-@pytest.fixture(scope="module")
-def server(model: Model) -> Iterator[Running]:
-    with Running(model.path) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test on the shared server all pages are free and nobody waits."""
-    yield
-    if "server" in request.fixturenames:
-        request.getfixturevalue("server").settle()
 
 
 def text_of(model: Model, prompt: str, more: int = 12, special: bool = True) -> str:
@@ -65,10 +35,6 @@ def paid(usage: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------ clients
-
-
-def client(server: Running, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0)
 
 
 def test_openai_completions(server: Running, model: Model) -> None:
@@ -175,7 +141,7 @@ def test_curl(server: Running, model: Model) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of(model, "one two")
 
 
-# ------------------------------------------------------------------------------------------------------------ answers
+# -------------------------------------------------------------------------------------------------------- completions
 
 
 def test_prompts_in_all_forms(server: Running, model: Model) -> None:
@@ -305,6 +271,25 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
         server.settle()
 
 
+def test_server_equals_offline(server: Running, model: Model) -> None:
+    """With sampling too: a seed draws the same text here and there."""
+    params = dict(
+        max_tokens=20,
+        temperature=0.9,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.01,
+        seed=11,
+        repetition_penalty=1.2,
+        ignore_eos=True,
+    )
+    offline = LLM(model.path).generate("one two", SamplingParams(**params))[0].outputs[0].text
+    assert server.json(COMPLETIONS, {"prompt": "one two"} | params)["choices"][0]["text"] == offline
+
+
+# ---------------------------------------------------------------------------------------------------- other endpoints
+
+
 def test_tokenize_and_back(server: Running) -> None:
     body = server.json("/tokenize", {"prompt": "one two", "return_token_strs": True})
     assert (
@@ -332,228 +317,3 @@ def test_operators_paths(server: Running) -> None:
     assert status == 200 and "swagger" in text
     status, headers, text = server.ask("/")
     assert status == 200 and headers["content-type"].startswith("text/html")
-
-
-# ------------------------------------------------------------------------------------------------------------- errors
-
-WRONG = [
-    ("not JSON", b"{", {}),
-    ("not an object", b"[]", {}),
-    ("nothing", b"", {}),
-    ("invalid UTF-8", b'{"prompt": "\xff\xfe"}', {}),
-    ("NaN", b'{"prompt": "a", "temperature": NaN}', {}),
-    ("infinity", b'{"prompt": "a", "temperature": 1e999}', {}),
-    ("an integer of 5000 digits", b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", {}),
-    ("an integer of 30 digits", b'{"prompt": "a", "top_k": ' + b"9" * 30 + b"}", {}),
-    ("nested", b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", {}),
-    ("a surrogate", b'{"prompt": "\\ud800"}', {}),
-    ("an unknown surrogate", b'{"prompt": "a", "\\ud800": 1}', {}),
-    ("a wrong type", b'{"prompt": "a", "n": "1"}', {}),
-    ("a huge token", b'{"prompt": [99999999999999999999]}', {}),
-    ("an unknown token", b'{"prompt": [61]}', {}),
-    ("a negative token", b'{"prompt": [-1]}', {}),
-    ("an empty prompt", b'{"prompt": []}', {}),
-    ("empty ids", b'{"prompt": [[]]}', {}),
-    ("another type", b'{"prompt": "a"}', {"Content-Type": "text/plain"}),
-    ("mixed", b'{"prompt": ["a", 1]}', {}),
-    ("a huge n", b'{"prompt": "a", "n": 100000}', {}),
-    ("a null", b'{"prompt": null}', {}),
-    ("a huge penalty", b'{"prompt": "a", "presence_penalty": 1e30}', {}),
-    ("another model", b'{"prompt": "a", "model": "\\udfff"}', {}),
-    ("a bias of no token", b'{"prompt": "a", "logit_bias": {"61": 1}}', {}),
-    ("a huge bias", b'{"prompt": "a", "logit_bias": {"99999999999999999999999": 1}}', {}),
-]
-
-
-@pytest.mark.parametrize(("body", "headers"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
-def test_a_wrong_body(server: Running, body: bytes, headers: dict) -> None:
-    for stream in (False, True):
-        raw = body.replace(b'{"prompt"', b'{"stream": true, "prompt"', 1) if stream else body
-        status, _, text = server.ask(COMPLETIONS, raw=raw, headers=headers)
-        error = json.loads(text)["error"]
-        assert 400 <= status < 500 and set(error) == {"message", "type", "param", "code"}, text
-        assert error["message"] and error["type"] == "invalid_request_error" and len(error["message"]) < 1000
-
-
-def test_a_prompt_that_does_not_fit(server: Running) -> None:
-    for body in (
-        {"prompt": "a" * 300},
-        {"prompt": "a" * 250, "max_tokens": 8},
-        {"prompt": [1] * 257, "max_tokens": 0},
-        {"prompt": "a" * 9999},
-    ):
-        error = server.json(COMPLETIONS, body, 400)["error"]
-        assert error["code"] == "context_length_exceeded", error
-
-
-def test_nothing_there(server: Running) -> None:
-    for path, method, wanted in (("/v1/nothing", "GET", 404), (COMPLETIONS, "GET", 405), ("/health", "POST", 405)):
-        status, _, text = server.ask(path, method=method)
-        assert status == wanted and set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
-
-
-def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    with Running(model.path, keys=("sk-first", "sk-second"), max_body_bytes=2000) as server:
-        right = {"Authorization": "Bearer sk-second"}
-        assert server.ask("/v1/models", headers=right)[0] == 200
-        for headers in (
-            {},
-            {"Authorization": "Bearer sk-thir"},
-            {"Authorization": "sk-first"},
-            {"Authorization": "Basic sk-first"},
-            {"Authorization": "Bearer sk-first sk-second"},
-            {"Authorization": "Bearer "},
-        ):
-            for path in ("/v1/models", "/tokenize", "/nothing"):
-                status, found, text = server.ask(path, headers=headers)
-                assert (
-                    status == 401
-                    and json.loads(text)["error"]["code"] == "invalid_api_key"
-                    and found["www-authenticate"] == "Bearer"
-                )
-        for path in ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json"):
-            assert server.ask(path)[0] == 200
-        assert server.json("/openapi.json")["security"] == [{"key": []}]
-        with pytest.raises(openai.AuthenticationError):
-            client(server, "wrong").models.list()
-        assert client(server, "sk-first").completions.create(model="m", prompt="a", max_tokens=1).choices
-        status, _, text = server.ask(COMPLETIONS, raw=b" " * 2001, headers=right)
-        assert status == 413 and json.loads(text)["error"]["code"] == "request_too_large"
-        # A length that is not told.
-        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
-        head += "Authorization: Bearer sk-first\r\nTransfer-Encoding: chunked\r\n\r\n"
-        connection.sendall(head.encode() + b"3e8\r\n" + b" " * 1000 + b"\r\n" + b"5dc\r\n" + b" " * 1500 + b"\r\n")
-        assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
-        connection.close()
-        server.settle()
-        assert 'requests_refused_total{model_name="m",status="413"} 2.0' in server.ask("/metrics")[2]
-    assert not any("sk-" in record.getMessage() for record in caplog.records)
-
-
-def test_a_full_queue(model: Model) -> None:
-    with Running(model.path, limits=Limits(2, None), max_num_seqs=1) as server:
-        body = {"prompt": "a", "max_tokens": 240, "temperature": 0} | IGNORE
-        with ThreadPoolExecutor(12) as pool:
-            found = list(pool.map(lambda _: server.ask(COMPLETIONS, body), range(12)))
-        assert {status for status, _, _ in found} == {200, 503} and sum(status == 200 for status, _, _ in found) >= 2
-        for status, headers, text in found:
-            if status == 503:
-                assert headers["retry-after"] == "1" and json.loads(text)["error"]["code"] == "overloaded"
-        assert len({json.loads(text)["choices"][0]["text"] for status, _, text in found if status == 200}) == 1
-        server.settle()
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> None:
-    aborted = 'dmc:request_success_total{finished_reason="abort",model_name="m"} '
-    before = float(server.ask("/metrics")[2].split(aborted)[1].split()[0])
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-    body = json.dumps({"prompt": ["a", "b"], "stream": stream, "max_tokens": 254 - 10, **IGNORE}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
-    if stream:
-        connection.recv(300)
-    else:
-        until(lambda: server.call(lambda engine: engine.stats().running))
-    generated = server.call(lambda engine: engine.stats().generation_tokens)
-    connection.close()
-    server.settle()
-    assert server.call(lambda engine: engine.stats().generation_tokens) - generated < 2 * 244
-    assert float(server.ask("/metrics")[2].split(aborted)[1].split()[0]) == before + 2
-
-
-# ------------------------------------------------------------------------------------------------------------ metrics
-
-# What vLLM's own Grafana dashboards ask for (examples/online_serving of vLLM, late 2025).
-DASHBOARD = """
-num_requests_running num_requests_waiting num_requests_swapped gpu_cache_usage_perc kv_cache_usage_perc
-prompt_tokens_total generation_tokens_total request_success_total num_preemptions_total
-e2e_request_latency_seconds_bucket time_per_output_token_seconds_sum inter_token_latency_seconds_bucket
-time_to_first_token_seconds_count request_prompt_tokens_bucket request_generation_tokens_bucket
-request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum
-request_inference_time_seconds_sum request_max_num_generation_tokens_sum
-""".split()
-
-
-def samples(text: str) -> dict[str, float]:
-    return {
-        f"{s.name}{sorted(s.labels.items())}": s.value
-        for family in text_string_to_metric_families(text)
-        for s in family.samples
-    }
-
-
-def test_metrics(model: Model) -> None:
-    with Running(model.path, metrics_prefix="vllm") as server:
-        body = {"prompt": ["one two", "three"], "n": 2, "max_tokens": 5, "seed": 1} | IGNORE
-        usage = server.json(COMPLETIONS, body)["usage"]
-        server.json(COMPLETIONS, {"prompt": "a", "temperature": "x"}, 400)
-        server.json(COMPLETIONS, {"prompt": "abc", "max_tokens": 0})
-        found = samples(server.ask("/metrics")[2])
-        names = {key.split("[")[0] for key in found}
-        assert not [name for name in DASHBOARD if f"vllm:{name}" not in names]
-
-        def value(name: str, **labels: str) -> float:
-            return found[f"vllm:{name}{sorted((labels | {'model_name': 'm'}).items())}"]
-
-        assert (
-            value("prompt_tokens_total") == 8 + 6 + 4
-            and value("generation_tokens_total") == 20 == usage["completion_tokens"]
-        )
-        assert value("request_success_total", finished_reason="length") == 5 and value("num_requests_running") == 0
-        assert value("time_to_first_token_seconds_count") == 4 and value("inter_token_latency_seconds_count") == 16
-        assert value("e2e_request_latency_seconds_count") == 5 and value("request_prompt_tokens_sum") == 2 * (8 + 6) + 4
-        assert value("request_generation_tokens_sum") == 20 and value("requests_refused_total", status="400") == 1
-        layers, heads = server.engine.cache.shape
-        states = [value("cache_token_states_total", layer=str(n)) for n in range(layers)]
-        slots = [value("cache_slots_total", layer=str(n)) for n in range(layers)]
-        assert states == [heads * (2 * (12 + 10) + 4)] * layers and sum(slots) < sum(states)
-        assert (
-            value("num_pages_free") == value("num_pages") == server.engine.cache.num_pages and value("engine_up") == 1
-        )
-        assert value("compression_ratio", layer="0") == 1 and value("page_waste_perc") == 0
-        server.settle()
-
-
-def test_metrics_of_what_runs(server: Running) -> None:
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-    body = json.dumps({"prompt": "a" * 100, "stream": True, "max_tokens": 150, **IGNORE}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
-    connection.recv(300)
-    stats = server.call(lambda engine: engine.stats())
-    connection.close()
-    assert stats.running == 1 and len(stats.layer_compression_ratios) == server.engine.cache.shape[0]
-    assert stats.compression_ratio == pytest.approx(
-        len(stats.layer_compression_ratios) / sum(1 / r for r in stats.layer_compression_ratios)
-    )
-
-
-def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
-    text = (ROOT / "examples" / "dmc" / "grafana.json").read_text()
-    server.json(COMPLETIONS, {"prompt": "a"})
-    asked = set(re.findall(r"(?:\$\{prefix\}|dmc):(\w+)", text))
-    there = {key.split("[")[0].removeprefix("dmc:") for key in samples(server.ask("/metrics")[2])}
-    assert len(asked) > 20 and not asked - there
-    ids = [panel["id"] for panel in json.loads(text)["panels"]]
-    assert len(ids) == len(set(ids))
-
-
-def test_server_equals_offline(server: Running, model: Model) -> None:
-    """With sampling too: a seed draws the same text here and there."""
-    params = dict(
-        max_tokens=20,
-        temperature=0.9,
-        top_p=0.9,
-        top_k=20,
-        min_p=0.01,
-        seed=11,
-        repetition_penalty=1.2,
-        ignore_eos=True,
-    )
-    offline = LLM(model.path).generate("one two", SamplingParams(**params))[0].outputs[0].text
-    assert server.json(COMPLETIONS, {"prompt": "one two"} | params)["choices"][0]["text"] == offline

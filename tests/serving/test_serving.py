@@ -104,7 +104,7 @@ def test_all_sampling_parameters_reach_the_engine() -> None:
         ({"prompt": [1, "a"]}, "prompt"),
         ({"top_k": 2**31}, "top_k"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         ({"top_k": -2}, "top_k"),
         ({"min_tokens": 99}, "min_tokens"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
@@ -124,10 +124,8 @@ def test_what_is_not_a_request() -> None:
     messages = [{"role": "user", "content": "x"}]
     assert refused(ChatCompletionRequest, {"messages": []}).param == "messages"
     assert refused(ChatCompletionRequest, {"messages": messages, "top_logprobs": 2}).param == "top_logprobs"
-    assert (
-        refused(ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).param
-        == "messages"
-    )
+    image = {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}
+    assert refused(ChatCompletionRequest, image).param == "messages[0].content[0].type"
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts

@@ -17,11 +17,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from megatron.dmc import __version__
-from megatron.dmc.inference import InvalidRequest, SamplingParams
+from megatron.dmc.inference import SamplingParams
 from megatron.dmc.serving import answers
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import protocol as p
-from megatron.dmc.serving.errors import APIError, engine_down, shutting_down
+from megatron.dmc.serving.errors import APIError, engine_down, of_value_error, shutting_down
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, GateMiddleware, Receive, Scope, Send
 from megatron.dmc.serving.prompts import Prompts
@@ -76,13 +76,20 @@ class Service:
             )
 
     async def tokenize(self, function: Callable[[Any], T], request: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, request)
+        """Run ``function(request)`` on the tokenizer's thread."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, request)
+        except APIError as error:
+            raise request.as_sent(error) from None
 
     async def submit(self, request: p.GenerationRequest) -> tuple[engines.Stream, str]:
         """Check, admit and tokenize a request and hand it to the engine. Returns its outputs and the response's id."""
         self.check_model(request.model)
         params = request.sampling_params()
-        ticket = self.runner.reserve(*_size(request, params))
+        try:
+            ticket = self.runner.reserve(*_size(request, params))
+        except APIError as error:
+            raise request.as_sent(error) from None
         try:
             ids = await self.tokenize(lambda r: self._prompts(r, params), request)
         except BaseException:
@@ -100,8 +107,8 @@ class Service:
             self.prompts.check_context(ids, params)
             try:
                 self.runner.engine.check(ids, params)
-            except InvalidRequest as error:
-                raise request.refusal(error) from None
+            except ValueError as error:
+                raise of_value_error(error) from None
         return found
 
     async def generate(self, request: p.GenerationRequest, http: Request) -> Response:
@@ -280,7 +287,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", response_model=None, responses=text, tags=["vLLM"])
     async def detokenize(request: p.DetokenizeRequest) -> Response:
         service.check_model(request.model)
-        return Json({"prompt": await service.tokenize(prompts.decode, request.tokens)})
+        return Json({"prompt": await service.tokenize(lambda r: prompts.decode(r.tokens), request)})
 
 
 def _add_operator(app: FastAPI, service: Service) -> None:

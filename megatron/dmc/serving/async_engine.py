@@ -200,9 +200,8 @@ class AsyncEngine:
                 raise overloaded(f"{held} {what} are waiting, and at most {most} may; try again later")
         most = self.limits.max_num_queued_requests
         if most is not None and answers > max(most, 1):
-            raise APIError(
-                400, f"the request asks for {answers} answers; {most} may wait at a time", code="too_many_answers"
-            )
+            message = f"the request asks for {answers} answers; {most} may wait at a time"
+            raise APIError(400, message, param="n", code="too_many_answers")
         self.queued_answers += answers
         self.queued_tokens += tokens
         return Ticket(answers, tokens)

@@ -47,7 +47,7 @@ HELP = {
     "kv_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1.",
     "gpu_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1 (older name).",
     "num_pages": "Number of pages of the KV cache; a page has slots of one KV head.",
-    "num_pages_free": "Number of KV cache pages that sequences can be given, including those of the prefix cache.",
+    "num_pages_free": "Number of KV cache pages that sequences can take; num_pages_cached counts among them.",
     "num_pages_cached": "Number of KV cache pages held by the prefix cache alone.",
     "page_waste_perc": "Fraction of the KV slots in allocated pages that are empty, from 0 to 1.",
     "cache_slots_used": "Number of KV slots held by running sequences; shared slots count once.",

@@ -94,7 +94,7 @@ class Prompts:
             raise invalid(
                 f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens or 0}; together they may be "
                 f"{self.max_model_len} (max_model_len)",
-                "max_tokens" if params.max_tokens else "prompt",
+                "max_tokens" if params.max_tokens and len(ids) < self.max_model_len else "prompt",
                 "context_length_exceeded",
             )
 

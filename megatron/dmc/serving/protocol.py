@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from megatron.dmc.inference import SamplingParams
-from megatron.dmc.inference.errors import InvalidRequest
-from megatron.dmc.serving.errors import APIError, invalid
+from megatron.dmc.serving.errors import APIError, invalid, of_value_error
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Prompt = Union[str, list[str], list[Int], list[list[Int]]]
@@ -27,6 +26,21 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+    def _sent_name(self, param: str) -> str:
+        """Name under which the client sent a parameter of the engine."""
+        return param
+
+    def as_sent(self, error: APIError) -> APIError:
+        """Error whose ``param`` and message name the parameter as the client sent it."""
+        if error.param is not None:
+            name = self._sent_name(error.param)
+            if error.message.startswith(error.param):
+                error.message = name + error.message.removeprefix(error.param)
+            elif name not in error.message:
+                error.message = f"{name} is wrong: {error.message}"
+            error.param = name
+        return error
 
 
 class StreamOptions(RequestModel):
@@ -104,28 +118,12 @@ class SamplingFields(RequestModel):
             given["logit_bias"] = _token_ids(self.logit_bias)
         try:
             return SamplingParams(**given)
-        except InvalidRequest as error:
-            raise self.refusal(error) from None
+        except ValueError as error:
+            raise self.as_sent(of_value_error(error)) from None
 
     def _derived_params(self) -> dict[str, Any]:
         """Sampling parameters whose name or meaning differs from the request's."""
         raise NotImplementedError
-
-    def _sent_name(self, param: str) -> str:
-        """Name under which the client sent a parameter of the engine."""
-        return param
-
-    def refusal(self, error: InvalidRequest) -> APIError:
-        """HTTP 400 for an error of the engine, with the parameter's name as the client sent it."""
-        message, param = str(error), error.param
-        if param is not None:
-            name = self._sent_name(param)
-            if message.startswith(param):
-                message = name + message.removeprefix(param)
-            elif name not in message:
-                message = f"{name} is wrong: {message}"
-            param = name
-        return invalid(message, param, error.code)
 
 
 def _token_ids(logit_bias: Mapping[str, float]) -> dict[int, float]:
@@ -155,8 +153,8 @@ class CompletionRequest(SamplingFields):
         return {"max_tokens": self.max_tokens, "prompt_logprobs": prompt_logprobs}
 
     def _sent_name(self, param: str) -> str:
-        if param == "max_tokens" and param not in self.model_fields_set:
-            return "prompt"  # too long for the default
+        if param in ("n", "max_tokens") and param not in self.model_fields_set:
+            return "prompt"  # too long, or too many, for the default
         return "logprobs" if param == "prompt_logprobs" else param
 
     @property
@@ -203,6 +201,9 @@ class ChatFields(RequestModel):
     """Continue the last message instead of starting a new one; needs `add_generation_prompt: false`."""
     chat_template_kwargs: Optional[dict[str, Any]] = None
     """Extra variables of the chat template."""
+
+    def _sent_name(self, param: str) -> str:
+        return "messages" if param == "prompt" else param
 
 
 class ChatCompletionRequest(SamplingFields, ChatFields):
@@ -279,6 +280,9 @@ class DetokenizeRequest(RequestModel):
     tokens: list[Int]
     """Token ids to decode."""
 
+    def _sent_name(self, param: str) -> str:
+        return "tokens" if param == "prompt" else param
+
 
 # --------------------------------------------------------------------------------------------------- wrong requests
 
@@ -308,31 +312,33 @@ def parse(model: type[BaseModel], body: Any) -> Any:
 
 
 def of_validation(errors: Sequence[Any]) -> APIError:
-    """HTTP 400 for pydantic's errors about a body: an unknown parameter first, otherwise the first error."""
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    param = _parameter(first)
+    """HTTP 400 for the first of pydantic's errors about a body. An unknown parameter comes before all others."""
+    found = [(_parameter(error), error) for error in errors]
+    param, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
     if first["type"] == "json_invalid" or not param:
         return invalid("the body is not a JSON object; send one with Content-Type: application/json")
+    # A value that may have several types has an error for each; the one that goes deepest has the intended type.
+    within = [(path, error) for path, error in found if path == param or path.startswith((f"{param}.", f"{param}["))]
+    param, first = max(within, key=lambda pair: pair[0].count("."))
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown parameter: {param[:200]!r}", param[:100], "unknown_parameter")
     if first["type"] == "missing":
         return invalid(f"missing parameter: {param!r}", param, "missing_required_parameter")
-    wanted = dict.fromkeys(e["msg"].replace("Input should", "it should") for e in errors if _parameter(e) == param)
-    message = f"{param} is {reprlib.repr(first['input'])}: {'; or: '.join(wanted)[:400]}"
-    return invalid(message, param, "invalid_type")
+    wanted = "; or: ".join(dict.fromkeys(error["msg"] for path, error in within if path == param))
+    return invalid(f"{param} is {reprlib.repr(first['input'])}: {wanted[:400]}", param, "invalid_type")
 
 
 def _parameter(error: Any) -> str:
-    """Parameter that an error is about, such as ``messages[0].content``. List items and map keys belong to theirs."""
+    """Parameter that an error is about, such as ``messages[0].content``. Elements of lists and maps have no name."""
     path, index, fields = "", "", PARAMETERS
     unknown = len(error["loc"]) - 1 if error["type"] == "extra_forbidden" else None
     for at, part in enumerate(error["loc"]):
         if isinstance(part, int):
             index = f"[{part}]"
-        elif part in fields or at == unknown:
+        elif part in fields or at == unknown:  # otherwise "body", or the name of a type
             path += f"{index}.{part}" if path else part
             index, fields = "", fields.get(part, {})
-    return path  # without what FastAPI and pydantic put between: "body", and names of the types of a union
+    return path
 
 
 # -------------------------------------------------------------------------------------------------------- responses

@@ -1,0 +1,191 @@
+"""Every parameter of every request: it has a description, and each wrong value gets a 400 that names it.
+
+The parameters come from the request models, so a new one is tested as soon as it is there: with values of every JSON
+type that it does not have, and with those of ``WRONG_VALUES``, where it must be listed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers.engines import Model
+from helpers.serving import CHAT, COMPLETIONS, Running
+from pydantic import BaseModel, ValidationError
+
+from megatron.dmc.serving import protocol
+from megatron.dmc.serving.async_engine import Limits
+
+MESSAGE = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "me"}
+OPTIONS = {"stream": True, "stream_options": {"include_usage": True, "include_cache": True}}
+REQUESTS: dict[str, tuple[str, type[BaseModel], dict[str, Any]]] = {
+    "completion": (COMPLETIONS, protocol.CompletionRequest, {"prompt": "hi", "max_tokens": 2, "echo": True} | OPTIONS),
+    "chat": (
+        CHAT,
+        protocol.ChatCompletionRequest,
+        {"messages": [MESSAGE], "logprobs": True, "response_format": {"type": "text"}} | OPTIONS,
+    ),
+    "tokenize": ("/tokenize", protocol.TokenizeRequest, {"prompt": "hi"}),
+    "tokenize a chat": ("/tokenize", protocol.TokenizeChatRequest, {"messages": [MESSAGE]}),
+    "detokenize": ("/detokenize", protocol.DetokenizeRequest, {"tokens": [1]}),
+}
+CANDIDATES = ["x", 7, -7, 1.5, 10**30, True, None, [], {}, ["x"], [1.5], [[1], "x"], {"x": "y"}, [{"x": 1}]]
+"""Values of every JSON type, some of which are wrong for any parameter."""
+LONG = "a" * 5000
+WRONG_VALUES: dict[str, list[Any]] = {
+    "model": ["another"],
+    "n": [0, -1, 129],
+    "temperature": [-0.1, -(10**20)],
+    "top_p": [0, -0.1, 1.1],
+    "top_k": [-2, 2**31],
+    "min_p": [-0.1, 1.1],
+    "presence_penalty": [-2.1, 2.1],
+    "frequency_penalty": [-2.1, 2.1],
+    "repetition_penalty": [0, -1],
+    "logit_bias": [{"x": 1}, {"-1": 1}, {"1.5": 1}, {"61": 1}, {"1": 101}, {"1": -101}, {"9" * 30: 1}],
+    "stop": ["", [""], ["a", ""]],
+    "stop_token_ids": [[-1], [61]],
+    "min_tokens": [-1, 3],
+    "max_tokens": [-1, 255],
+    "max_completion_tokens": [-1, 255],
+    "logprobs": [-1, 101],
+    "top_logprobs": [-1, 101],
+    "prompt": [[], [[]], [61], [-1], [[1], [61]], LONG, "\ud800", [1] * 300],
+    "tokens": [[61], [-1]],
+    "messages": [[MESSAGE | {"content": LONG}], [MESSAGE | {"content": "\ud800"}], [MESSAGE | {"role": "nobody"}]],
+    "continue_final_message": [True],
+    "chat_template_kwargs": [{"tokenize": True}, {"chat_template": "x"}],
+}
+"""Values of the right type that are wrong, on a model of 61 tokens and a context length of 256."""
+ANY_VALUE = {"seed", "user", "stream_options", "response_format", "messages[0].content", "messages[0].content[0].text"}
+ANY_VALUE |= {"messages[0].role", "messages[0].name", "messages[0].content[0].type", "response_format.type"}
+"""Parameters that take every value of their type, as booleans do, or fail with the whole prompt."""
+
+
+def nested(annotation: Any) -> tuple[str, type[BaseModel] | None]:
+    """(index, model) of the request model inside a field's type."""
+    models = protocol._models_in(annotation)
+    return ("[0]" if "list[" in str(annotation) else ""), (models[0] if models else None)
+
+
+def parameters(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, field) of every parameter, such as ``messages[0].content[0].text``."""
+    for name, field in model.model_fields.items():
+        yield before + name, field
+        index, inner = nested(field.annotation)
+        if inner is not None:
+            yield from parameters(inner, f"{before}{name}{index}.")
+
+
+def change(body: dict[str, Any], path: str, value: Any = None, remove: bool = False) -> dict[str, Any]:
+    """A copy of the body with another value at a path, or none."""
+    body = copy.deepcopy(body)
+    *outer, last = re.findall(r"\w+", path)
+    inner: Any = body
+    for part in outer:
+        inner = inner[int(part) if part.isdigit() else part]
+    if remove:
+        del inner[last]
+    else:
+        inner[last] = value
+    return body
+
+
+def is_wrong(model: type[BaseModel], body: dict[str, Any]) -> bool:
+    try:
+        model.model_validate(body)
+    except ValidationError:
+        return True
+    return False
+
+
+def refused(server: Running, path: str, body: dict[str, Any], param: str, status: int = 400) -> None:
+    error = server.json(path, body, status)["error"]
+    told = f"{str(body)[:300]}: {error}"
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error", told
+    assert error["param"] == param and param in error["message"] and len(error["message"]) < 1000, told
+
+
+def wanted_param(path: str, value: Any) -> str:
+    """Parameter that is wrong when ``value`` stands at a path that does not take its type."""
+    inside = {("stream_options", "x"): ".x", ("response_format", "x"): ".x", ("response_format", None): ".type"}
+    if isinstance(value, dict):
+        return path + inside.get((path, next(iter(value), None)), "")
+    if value == [{"x": 1}] and path in ("messages", "messages[0].content"):
+        return path + "[0].x"
+    return path
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_value_of_the_wrong_type(server: Running, kind: str) -> None:
+    path, model, good = REQUESTS[kind]
+    assert not is_wrong(model, good)
+    for name, _ in parameters(model):
+        wrong = [value for value in CANDIDATES if is_wrong(model, change(good, name, value))]
+        assert wrong, f"{name} takes anything"
+        for value in wrong:
+            refused(server, path, change(good, name, value), wanted_param(name, value))
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_wrong_value_of_the_right_type(server: Running, kind: str) -> None:
+    path, model, good = REQUESTS[kind]
+    for name, field in parameters(model):
+        values = WRONG_VALUES.get(name)
+        if "bool" in str(field.annotation) and (name != "continue_final_message"):
+            continue
+        if values is None:
+            assert name in ANY_VALUE, f"{name} is new: give WRONG_VALUES of it"
+            continue
+        if kind == "tokenize" and name == "prompt":
+            values = [LONG, "\ud800"]
+        for value in values:
+            more = {"min_tokens": {"max_tokens": 2}, "top_logprobs": {"logprobs": True}}.get(name, {})
+            refused(server, path, change(good | more, name, value), name, 404 if name == "model" else 400)
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_an_unknown_and_a_missing_parameter(server: Running, kind: str) -> None:
+    path, model, good = REQUESTS[kind]
+    names = [name for name, _ in parameters(model) if nested(_.annotation)[1]]
+    for before in ("", *(name + nested(dict(parameters(model))[name].annotation)[0] + "." for name in names)):
+        refused(server, path, change(good, before + "colour", 1), before + "colour")
+    for name, field in parameters(model):
+        if field.is_required() and name != "messages":  # a body without messages is another request for /tokenize
+            refused(server, path, change(good, name, remove=True), name)
+
+
+def test_parameters_that_need_another(server: Running) -> None:
+    chat = {"messages": [MESSAGE]}
+    refused(server, COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options")
+    refused(server, CHAT, chat | {"top_logprobs": 2}, "top_logprobs")
+    refused(server, CHAT, chat | {"max_completion_tokens": 2, "max_tokens": 9, "min_tokens": 3}, "min_tokens")
+    refused(server, COMPLETIONS, {"prompt": "a" * 250}, "prompt")  # with the default of max_tokens
+    refused(server, COMPLETIONS, {"prompt": "a" * 250, "max_tokens": 16}, "max_tokens")
+    refused(server, CHAT, chat | {"max_completion_tokens": 250, "max_tokens": 1}, "max_completion_tokens")
+
+
+def test_more_completions_than_may_wait(model: Model) -> None:
+    with Running(model.path, limits=Limits(2, None)) as server:
+        refused(server, COMPLETIONS, {"prompt": "a", "n": 3}, "n")
+        refused(server, COMPLETIONS, {"prompt": ["a", "b", "c"]}, "prompt")
+        refused(server, CHAT, {"messages": [MESSAGE], "n": 3}, "n")
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_every_parameter_is_described(server: Running, kind: str) -> None:
+    """The OpenAPI schema has a sentence for each that stands alone."""
+    _, model, _ = REQUESTS[kind]
+    schemas = server.json("/openapi.json")["components"]["schemas"]
+    models = {model} | {inner for _, field in parameters(model) if (inner := nested(field.annotation)[1])}
+    for found in models:
+        schema = schemas[found.__name__]
+        assert schema["description"] and set(schema["properties"]) == set(found.model_fields)
+        for name, entry in schema["properties"].items():
+            text = entry.get("description", "")
+            assert re.fullmatch(r"[A-Z].{10,}\.", text), (name, text)
+            assert not re.match(r"(Of|Those|That|What|Which|By|In|On|From|Behind|Beside|The same|Whether)\b", text)
+            assert not re.search(r"\b(answers?|draws?|window|is read)\b", text), (name, text)
