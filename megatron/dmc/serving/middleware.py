@@ -1,6 +1,4 @@
-"""What every request passes before it is read:
-keys, the size of its body, and whether the server still takes requests.
-"""
+"""Gate in front of the application: API keys, the size of bodies, and whether the server still accepts requests."""
 
 from __future__ import annotations
 
@@ -19,11 +17,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
-"""Paths that need no key: they say nothing of what is asked, and cost nothing."""
+"""Paths that need no API key: they show nothing of what clients send, and are answered while the server shuts down."""
 
 
 class Keys:
-    """API keys, kept as digests. Without any, everyone is let in."""
+    """API keys, kept as digests. Without any key every request is accepted."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = [self._digest(key.encode()) for key in keys]
@@ -36,9 +34,7 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, authorization: bytes) -> bool:
-        """Whether a header ``Bearer KEY`` holds one of the keys. Takes as long for any wrong one, and compares with
-        all.
-        """
+        """Check that a header ``Bearer KEY`` holds one of the keys, in a time that tells nothing about them."""
         scheme, _, key = authorization.partition(b" ")
         given, found = self._digest(key.strip()), False
         for digest in self._digests:
@@ -48,17 +44,18 @@ class Keys:
 
 @dataclass
 class Gate:
-    """What the server tells its gate, and the gate counts."""
+    """State that the server shares with its middleware."""
 
     keys: Keys
     max_body_bytes: int
     draining: bool = False
+    """Refuse new requests, because the server is shutting down."""
     in_flight: int = 0
-    """Requests that were let in and have no whole answer yet."""
+    """Number of accepted requests whose response is not complete."""
 
 
 class GateMiddleware:
-    """ASGI. Reads the body, up to its limit, before the application is called."""
+    """ASGI middleware that refuses a request, or reads its body up to the limit and calls the application."""
 
     def __init__(self, app: App, gate: Gate, refused: Callable[[int], None] = lambda status: None) -> None:
         self.app, self.gate, self.refused = app, gate, refused
@@ -82,7 +79,7 @@ class GateMiddleware:
             self.gate.in_flight -= 1
 
     async def _admit(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The body; None when the client is gone. Raises :class:`_Refused`."""
+        """Body of an accepted request, or None if the client has left. Raises :class:`_Refused`."""
         gate = self.gate
         if scope["path"] not in OPEN:
             if gate.keys and not gate.keys.accept(headers.get(b"authorization", b"")):
@@ -102,7 +99,7 @@ class GateMiddleware:
                 raise _Refused(self._too_large())
             parts.append(part)
             if not message.get("more_body", False):
-                self._check_draining(scope)  # a body may be long on its way
+                self._check_draining(scope)  # receiving a body may take long
                 return b"".join(parts)
 
     def _check_draining(self, scope: Scope) -> None:
@@ -110,22 +107,20 @@ class GateMiddleware:
             raise _Refused(shutting_down())
 
     def _too_large(self) -> APIError:
-        # The rest of the body is not read: the connection cannot be used again.
-        return APIError(
-            413,
-            f"the body is larger than {self.gate.max_body_bytes} bytes",
-            code="request_too_large",
-            headers={"Connection": "close"},
-        )
+        message = f"the body is larger than {self.gate.max_body_bytes} bytes"
+        # The rest of the body is not read, so the connection cannot be used again.
+        return APIError(413, message, code="request_too_large", headers={"Connection": "close"})
 
 
 class _Refused(Exception):
+    """Error to answer a request with instead of calling the application."""
+
     def __init__(self, error: APIError) -> None:
         self.error = error
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """``receive`` with the body in front of it."""
+    """``receive`` that returns the body first."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> MutableMapping[str, Any]:
@@ -135,6 +130,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def send_error(error: APIError, send: Send) -> None:
+    """Send an error as a whole response."""
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]

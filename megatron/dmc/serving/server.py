@@ -1,4 +1,4 @@
-"""The process of ``dmc serve``: a bound port, an engine, uvicorn, and an end that leaves nobody without an answer."""
+"""Process of ``dmc serve``: a bound port, an engine, uvicorn, and a shutdown in which every request gets a response."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from megatron.dmc.serving.prompts import Prompts
 from megatron.dmc.serving.ranks import Followers, LeadingEngine, check_size, follow
 
 log = logging.getLogger(__name__)
-LINGER = 0.25  # seconds in which what is on its way is still told that the server shuts down
-CLOSE = 5  # seconds for the last bytes of answers
+LINGER = 0.25  # seconds in which requests that are on their way are still answered 503
+CLOSE = 5  # seconds for the last bytes of responses
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with an end of our own: SIGTERM or SIGINT finishes what runs, a second one gives it up."""
+    """uvicorn server that finishes running requests on SIGTERM or SIGINT, and gives them up on a second signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service, timeout: float) -> None:
         super().__init__(config)
@@ -43,19 +43,21 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises the signal again at the end, so that the process would not exit with 0."""
+        """Handle signals without raising them again at the end, as uvicorn does, so that the process exits with 0."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop)
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start uvicorn and log the addresses."""
         await super().startup(sockets)
         for sock in sockets or ():
             host, port = sock.getsockname()[:2]
             log.info("serving %s on http://%s:%d", self.service.model_name, f"[{host}]" if ":" in host else host, port)
 
     def stop(self) -> None:
+        """Begin the shutdown, or end it when it has begun."""
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
@@ -63,7 +65,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         gate, runner = self.service.gate, self.service.runner
-        log.info("shutting down: %d requests are finished within %g s", gate.in_flight, self.timeout)
+        log.info("shutting down: up to %g s to finish %d requests", self.timeout, gate.in_flight)
         gate.draining = True
         for server in getattr(self, "servers", ()):
             server.close()
@@ -78,7 +80,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A port of our own, before anything slow is done. Raises ``ValueError``."""
+    """Bind a port, before the model is loaded. Raises ``ValueError``."""
     if not 0 <= port < 65536:
         raise ValueError(f"--port is {port}; it must be 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -101,13 +103,13 @@ def make_service(
     max_body_bytes: int = 16 << 20,
     metrics_prefix: str = "dmc",
 ) -> Service:
-    """The engine with all that the application needs. Call it on the event loop."""
-    longest = engine.sizes.max_model_len
-    metrics = Metrics(metrics_prefix, model_name, longest)
+    """Service around an engine, with everything that the application needs. Call it on the event loop."""
+    max_model_len = engine.sizes.max_model_len
+    metrics = Metrics(metrics_prefix, model_name, max_model_len)
     runner = AsyncEngine(engine, limits, metrics.observe)
     metrics.watch(runner)
-    # The engine's thread decodes with the original.
-    prompts = Prompts(copy.deepcopy(engine.tokenizer), engine.info.model.vocab_size, longest)
+    # A copy, because the engine's thread decodes with the original.
+    prompts = Prompts(copy.deepcopy(engine.tokenizer), engine.info.model.vocab_size, max_model_len)
     return Service(runner, prompts, model_name, str(engine.info.path), Gate(Keys(keys), max_body_bytes), metrics)
 
 
@@ -148,17 +150,17 @@ async def serve(
 
 
 def warm_up(engine: Engine) -> None:
-    """One prompt and one decoding step, so that kernels are built and loaded before the first client waits for them."""
+    """Run one prefill and one decode step, so that kernels are built and loaded before the first request."""
     prompt = [0] * min(3, engine.sizes.max_model_len - 2)
     engine.add_request("warm-up", prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
     while engine.has_unfinished():
         for output in engine.step():
             if output.error is not None:
-                raise ValueError(f"the model does not answer: {output.error}")
+                raise ValueError(f"the model cannot generate: {output.error}")
 
 
 async def _watch(followers: Followers, runner: AsyncEngine) -> None:
-    """Without one of its ranks an engine may wait for ever in a step."""
+    """Fail the engine when a rank ends, since its step would wait for that rank for ever."""
     while not followers.ended():
         await asyncio.sleep(1)
     runner.broken(RuntimeError("a tensor-parallel rank has ended"))
@@ -167,7 +169,7 @@ async def _watch(followers: Followers, runner: AsyncEngine) -> None:
 def _pool(engine: Engine) -> str:
     sizes = engine.sizes
     return (
-        f"{sizes.max_num_seqs} answers at a time, window {sizes.max_model_len}, {sizes.num_pages} pages of "
+        f"{sizes.max_num_seqs} sequences at a time, context length {sizes.max_model_len}, {sizes.num_pages} pages of "
         f"{sizes.page_bytes} bytes, expected compression ratio {engine.info.expected_cr:g}"
     )
 
