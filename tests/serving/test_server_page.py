@@ -1,4 +1,4 @@
-"""The page at /, used in headless Chromium: an answer that streams, the map of the cache, keys, light and dark."""
+"""The page at /, used in headless Chromium: a completion that streams, the map of the cache, keys, light and dark."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_an_answer_and_its_cache(model: Model, chromium: browser.Browser) -> Non
     with Running(model.path) as server:
         chromium.open(server.url + "/")
         chromium.wait("document.getElementById('health')?.textContent === 'ready'")
-        chromium.wait("document.getElementById('model').textContent === 'm · window of 256 tokens'")
+        chromium.wait("document.getElementById('model').textContent === 'm · context length 256'")
         fill(chromium, prompt="one two", max_tokens="40", temperature="0", ignore_eos=True)
         chromium.run("document.getElementById('go').click()")
-        chromium.wait("document.getElementById('said').textContent.includes('40 new tokens')")
+        chromium.wait("document.getElementById('said').textContent.includes('40 generated tokens')")
         tokenizer = load_tokenizer(model.path)
         ids = tokenizer("one two")["input_ids"]
         wanted = tokenizer.decode(model.answer(tuple(ids), 40), skip_special_tokens=True)
-        assert chromium.run("document.getElementById('answer').textContent") == "one two" + wanted
+        assert chromium.run("document.getElementById('completion').textContent") == "one two" + wanted
         chromium.wait("document.getElementById('tokens').textContent === '46'")  # the last is not in the cache yet
         body = {
             "prompt": "one two",
@@ -109,12 +109,12 @@ def test_keys_chat_and_errors(model: Model, chromium: browser.Browser) -> None:
         chromium.wait("document.getElementById('keybox')?.open")
         fill(chromium, key="sk-page", prompt="hi", chat=True, max_tokens="5")
         chromium.run("document.getElementById('key').dispatchEvent(new Event('change'))")
-        chromium.wait("document.getElementById('model').textContent.includes('window')")
+        chromium.wait("document.getElementById('model').textContent.includes('context length')")
         chromium.run(
             "document.getElementById('prompt').dispatchEvent(new KeyboardEvent('keydown', "
             "{key: 'Enter', ctrlKey: true}))"
         )
-        chromium.wait("document.getElementById('said').textContent.includes('new tokens')")
+        chromium.wait("document.getElementById('said').textContent.includes('generated tokens')")
         fill(chromium, max_tokens="9999")
         chromium.run("document.getElementById('go').click()")
         said = chromium.wait(
