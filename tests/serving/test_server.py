@@ -19,6 +19,14 @@ from megatron.dmc import __version__
 from megatron.dmc.cli import build_parser
 from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving.metrics import HELP
+from megatron.dmc.serving.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
 
 
 def text_of(model: Model, prompt: str, more: int = 12, special: bool = True) -> str:
@@ -121,13 +129,16 @@ def test_the_guide_names_what_is_there(server: Running) -> None:
     server.json(COMPLETIONS, {}, 400)
     assert len(flags) > 12 and not [flag for flag in flags if flag not in help_text]
     there = {key.split("[")[0].removeprefix("dmc:") for key in samples(server.ask("/metrics")[2])}
-    named = re.findall(r"`(\w+)(?:\{[\w,]+(?:=\"\d+\")?\})?`", GUIDE[GUIDE.index("## Watch it") :])
+    named = re.findall(r"`(\w+)(?:\{[\w,]+(?:=\"\d+\")?\})?`", GUIDE[GUIDE.index("## Monitor") :])
     named = [name for name in named if "_" in name and name != "model_name"]
     assert len(named) > 15 and not [name for name in named if name not in there and f"{name}_count" not in there]
     parameters = server.json("/openapi.json")["components"]["schemas"]
     known = set().union(*(schema.get("properties", {}) for schema in parameters.values()))
-    listed = GUIDE[GUIDE.index("Besides OpenAI's") : GUIDE.index("A parameter that is not known")]
-    assert not set(re.findall(r"`(\w+)`", listed)) - known
+    listed = set(re.findall(r"`(\w+)`", GUIDE[GUIDE.index("### Parameters") : GUIDE.index("Not supported")]))
+    assert not listed - known
+    bodies = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest)
+    assert not set().union(*(body.model_fields for body in bodies)) - listed
+    assert not [name for name in HELP if not re.search(rf"`{name}(_total)?[`{{]", GUIDE)]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
