@@ -2,7 +2,7 @@
 
 L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer,
 head) has its own number of slots, kept in pages; a page holds slots of one head. Rows that share a prefix share its
-full pages, which nobody writes any more; a page with a slot that may still be written belongs to one row.
+full pages, which are not written any more; a page with a slot that may still be written belongs to one row.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ class CacheState:
 
     @property
     def max_slots(self) -> int:
-        """Slots that a head can have, by its row of the page table."""
+        """Largest number of slots of a head, by the width of the page table."""
         return self.page_table.size(3) * self.page_size
 
     @property
     def compresses(self) -> bool:
-        """Whether the last slot of a head may be written again: only a model that merges has a ring."""
+        """True if the last slot of a head may be written again. Only a model that merges has a ring."""
         return self.ring_w.size(3) > 0
 
     def free_count(self) -> int:
-        """Pages that are free. Waits for the device."""
+        """Number of free pages. Waits for the device."""
         taken, returned = self.counters[:REFUSED].tolist()
         return self.num_pages - (taken - returned)
 
@@ -96,8 +96,8 @@ class CacheState:
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
     def check_integrity(self) -> None:
-        """Every page is free, or held by as many rows as its count says, at the same place of each; a page that may
-        still be written is held by one. Waits for the device.
+        """Check that every page is free, or held by as many rows as its count says, at the same place of each, and that
+        a page which may still be written is held by one. Waits for the device.
 
         Raises:
             RuntimeError: what is wrong and with which page.
@@ -165,13 +165,16 @@ def make_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> CacheState:
-    """An empty cache.
+    """Make an empty cache.
 
     Args:
         num_pages: single-head pages of the pool, for all layers.
-        max_seqs: rows.
+        max_seqs: number of rows.
         max_slots: longest cache of one head, in slots: for a model that may not compress, its longest sequence.
-        window: W, or None for an unbounded one. compress: False for a plain model, which needs no ring.
+        page_size: slots of a page: 16, 32 or 64.
+        window: pooling window W, 1 to 64 tokens, or None for the whole segment.
+        compress: False for a plain model, which needs no ring.
+        dtype: of keys and values: fp32, bf16 or fp16.
 
     Raises:
         ValueError: a shape, dtype or page size that the kernels do not take.

@@ -2,15 +2,15 @@
 
 The additive mask of column j, ``m[j] = log(1 - alpha[j+1])``, rides in the channel that the decision neuron has freed:
 ``q[D-1] = c`` and ``k[j][D-1] = m[j] * sqrt(D) / c``, so any causal attention kernel with scale ``1 / sqrt(D)`` adds
-``m[j]`` to column j. Only the diagonal, a query's own slot, must stay unmasked. It is mended with the row statistics
+``m[j]`` to column j. Only the diagonal, a query's own slot, must stay unmasked. It is corrected by the row statistics
 that the kernel returns: with d[t] the true diagonal score, the weight that the diagonal lost is
 
     extra[t] = d[t] + log(1 - exp(m[t]))
     lse'[t]  = logaddexp(lse[t], extra[t])
     o'[t]    = o[t] * exp(lse[t] - lse'[t]) + v[t] * exp(extra[t] - lse'[t])
 
-Backward calls the stock kernel's backward with the final o' and lse': its ``delta = rowsum(do * o')`` and its
-``p = exp(s - lse')`` are then the right ones for every column, and what is missing is elementwise. No S x S tensor.
+Backward calls the stock kernel's backward with the final o' and lse'. Its ``delta = rowsum(do * o')`` and its
+``p = exp(s - lse')`` are then right for every column, and what is missing is elementwise. No tensor is S x S.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _flash_attn_backward(do, q, k, v, o, lse, rng):
 
 @functools.cache
 def _has_flash_attn() -> bool:
-    """flash-attn 2.7 or later: the functions above have had their present arguments since then."""
+    """True with flash-attn 2.7 or later: the functions above have had their present arguments since then."""
     try:
         import flash_attn
 
@@ -112,9 +112,10 @@ def _has_flash_attn() -> bool:
 
 @functools.cache
 def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
-    """The kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start.
+    """Attention kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start.
 
-    Raises ValueError for fp64 on CUDA, which no kernel takes.
+    Raises:
+        ValueError: fp64 on CUDA, which no kernel takes.
     """
     if device_type == "cpu":
         return Backend("torch CPU flash", _cpu_forward, _cpu_backward)
@@ -128,22 +129,22 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
 
 
 def mask_channel(head_dim: int) -> float:
-    """c, what the queries' last channel holds: a power of two near sqrt(D), exact in every format."""
+    """Value c of the queries' last channel: a power of two near sqrt(D), exact in every format."""
     return 2.0 ** round(math.log2(math.sqrt(head_dim)))
 
 
 def mask_unit(head_dim: int) -> float:
-    """What a mask value is multiplied with to go into the keys' last channel: sqrt(D) / c."""
+    """Factor sqrt(D) / c from a mask value to the keys' last channel."""
     return math.sqrt(head_dim) / mask_channel(head_dim)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
-    """What the kernels ask of a gradient: ``sum().backward()`` sends one with strides of 0."""
+    """Gradient with strides that the kernels take; ``sum().backward()`` sends one with strides of 0."""
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
 def _add_over_group(total: Tensor, weight: Tensor, x: Tensor) -> None:
-    """total [b, ng, s, e] += the sum over the group of weight [b, ng, g, s, 1] * x [b, ng, g, s, e]."""
+    """Add the sum over the group of weight [b, ng, g, s, 1] * x [b, ng, g, s, e] to total [b, ng, s, e]."""
     if x.size(2) == 1:
         total.addcmul_(weight.squeeze(2), x.squeeze(2))
     else:

@@ -1,4 +1,4 @@
-"""Who merges, and with what weight: decision logits, hard and relaxed decisions, importance.
+"""Merge decisions: logits, hard and relaxed decisions, and importance, the weight of a token in its slot.
 
 arXiv 2403.09636, section 3; the neuron, bias and epsilon as in the authors' release. All arithmetic in fp32 (fp64 when
 given fp64), whatever the model computes in: a threshold in bf16 would move with the format.
@@ -21,12 +21,20 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def decision_logits(key_neuron: Tensor, bias: float) -> Tensor:
-    """``key[D-1] - b``. key_neuron: [b, ng, s], the last channel of the raw keys. Returns fp32 of the same shape."""
+    """Logits of merging, ``key[D-1] - b`` (arXiv 2403.09636, section 3).
+
+    Args:
+        key_neuron: [b, ng, s], the last channel of the keys before the rotation.
+        bias: b.
+
+    Returns:
+        fp32 (fp64 for fp64) of the same shape.
+    """
     return _wide(key_neuron) - bias
 
 
 def hard_decisions(logits: Tensor, first: bool = True) -> Tensor:
-    """True where a token merges into the previous slot.
+    """Hard decisions: True where a token merges into the previous slot.
 
     Args:
         logits: fp32 [b, ng, s].
@@ -43,11 +51,13 @@ def hard_decisions(logits: Tensor, first: bool = True) -> Tensor:
 
 
 def importance(query_neuron: Tensor, groups: int, bias: float, epsilon: float) -> Tensor:
-    """omega: the weight of a token in its slot's average, ``sigmoid(mean_g q[D-1] + b) + epsilon``.
+    """Importance omega, the weight of a token in its slot's average: ``sigmoid(mean_g q[D-1] + b) + epsilon``.
 
     Args:
-        query_neuron: [b, np, s], the last channel of the raw queries.
+        query_neuron: [b, np, s], the last channel of the queries before the rotation.
         groups: ng, KV heads; np must be a multiple.
+        bias: b.
+        epsilon: least weight.
 
     Returns:
         fp32 [b, ng, s], in (epsilon, 1 + epsilon).
@@ -59,21 +69,21 @@ def importance(query_neuron: Tensor, groups: int, bias: float, epsilon: float) -
 
 
 class Decisions(NamedTuple):
-    """Decisions of one layer. All tensors are [b, ng, s]."""
+    """Decisions of one layer, in training or with hard decisions. All tensors are [b, ng, s]."""
 
     alpha: Tensor
     """fp32, weight of merging with the previous slot: in (0, 1) in training, 0 or 1 otherwise; 0 at position 0."""
     log_keep: Tensor
     """fp32, additive mask of column j for later queries: log(1 - alpha[j+1]); 0 in the last column."""
     merge: Tensor
-    """bool, the hard decisions that inference would take."""
+    """bool, the hard decisions of inference."""
 
 
 def make_decisions(logits: Tensor, temperature: float, noise: Optional[Tensor] = None) -> Decisions:
-    """Relaxed decisions with ``noise`` (training), hard ones without.
+    """Decisions from logits: relaxed ones with ``noise`` (training), hard ones without.
 
-    ``alpha = sigmoid((logit + noise) / temperature)``, noise Logistic(0, 1), the difference of the two Gumbels.
-    ``log(1 - alpha)`` is taken as a log-sigmoid, never as the log of a difference.
+    ``alpha = sigmoid((logit + noise) / temperature)`` with noise Logistic(0, 1), the difference of two Gumbels.
+    ``log(1 - alpha)`` is computed as a log-sigmoid, never as the log of a difference.
 
     Args:
         logits: fp32 [b, ng, s].
@@ -94,8 +104,7 @@ def make_decisions(logits: Tensor, temperature: float, noise: Optional[Tensor] =
 def kept_slots(decisions: Decisions) -> Tensor:
     """Slots in use after the last token, per sequence and head: fp32 [b, ng].
 
-    The value counts the hard decisions, so it is what inference will measure; the gradient is that of the relaxed
-    ones (straight-through).
+    The value counts hard decisions, as inference will; the gradient is that of the relaxed ones (straight-through).
     """
     soft = -decisions.alpha.sum(dim=-1)
     # x - x is exactly 0: the value stays an integer.

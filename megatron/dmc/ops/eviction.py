@@ -1,14 +1,14 @@
 """Training attention of DMS (arXiv 2506.05345) in O(S) memory: a column is masked only for queries beyond a window.
 
-The same decisions as DMC's, but a marked token is evicted instead of merged: the ``window`` queries after it still see
-it, whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha[j+1])``. The two
-parts of a row are two attentions over disjoint columns:
+Decisions are as in DMC, but a marked token is evicted instead of merged. The ``window`` queries after it still see it,
+whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha[j+1])``. The two parts
+of a row are two attentions over disjoint columns:
 
 - near, ages 0...window: a band, in blocks of rows, by plain matrix products;
 - far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in the freed
   channel (see :mod:`megatron.dmc.ops.attention`).
 
-They are put together by their row statistics. Backward calls the stock kernel's backward with the final output and
+The row statistics of both parts combine them. Backward calls the stock kernel's backward with the final output and
 statistics, which makes its ``delta`` and probabilities those of the whole row.
 """
 
@@ -30,14 +30,14 @@ def _rows(window: int) -> int:
 
 
 def _blocks(x: Tensor, rows: int) -> Tensor:
-    """[..., s, D] -> [..., blocks, rows, D], zeros behind."""
+    """Blocks of rows, zeros behind the last: [..., s, D] -> [..., blocks, rows, D]."""
     x = F.pad(x, (0, 0, 0, -x.size(-2) % rows))
     return x.unflatten(-2, (-1, rows))
 
 
 def _columns(x: Tensor, rows: int, window: int) -> Tensor:
-    """[..., s, D] -> [..., blocks, window + rows, D]:
-    each block's rows and the ``window`` before them, zeros in front.
+    """Rows of each block after the ``window`` before them: [..., s, D] -> [..., blocks, window + rows, D], zeros in
+    front.
     """
     own = _blocks(x, rows)
     before = F.pad(own[..., :-1, rows - window :, :], (0, 0, 0, 0, 1, 0))
@@ -45,14 +45,14 @@ def _columns(x: Tensor, rows: int, window: int) -> Tensor:
 
 
 def _fold(x: Tensor, window: int, s: int) -> Tensor:
-    """The transpose of :func:`_columns`: sums what overlaps. [..., blocks, window + rows, D] -> [..., s, D]"""
+    """Transpose of :func:`_columns`, which sums what overlaps: [..., blocks, window + rows, D] -> [..., s, D]."""
     own = x[..., window:, :].clone()
     own[..., :-1, own.size(-2) - window :, :] += x[..., 1:, :window, :]
     return own.flatten(-3, -2)[..., :s, :]
 
 
 def _band(s: int, rows: int, window: int, device: torch.device) -> Tensor:
-    """bool [blocks, rows, window + rows]: ages 0...window, of tokens that there are."""
+    """Mask of ages 0...window, of tokens that exist: bool [blocks, rows, window + rows]."""
     block = torch.arange(-(-s // rows), device=device)[:, None, None] * rows
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(window + rows, device=device) - window
@@ -139,7 +139,7 @@ def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         q: [b, np, s, D], rotated; channel D-1 holds :func:`megatron.dmc.ops.attention.mask_channel`.
         k: [b, ng, s, D], rotated; channel D-1 holds ``m * mask_unit(D)``, m the column mask (``Decisions.log_keep``).
         v: [b, ng, s, D].
-        window: queries after a token that see it whatever was decided; at least 1.
+        window: DMS window, the queries after a token that see it whatever was decided; at least 1.
 
     Returns:
         [b, np, s, D] in q's dtype. The gradient of k's last channel is the mask's, that of q's last channel is to be
@@ -150,9 +150,10 @@ def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def held_slots(decisions: Decisions, window: int) -> Tensor:
-    """Slots in use after the last token, per sequence and head: fp32 [b, ng]. The decision at token j + 1 is about
-    token j; the latest ``window`` tokens are held in any case. The gradient is that of the relaxed decisions
-    (straight-through).
+    """Slots in use after the last token under eviction, per sequence and head: fp32 [b, ng].
+
+    The decision at token j + 1 is about token j; the latest ``window`` tokens are held in any case. The gradient is
+    that of the relaxed decisions (straight-through).
     """
     s = decisions.alpha.size(-1)
     decided = slice(1, max(1, s - window + 1))

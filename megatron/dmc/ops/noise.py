@@ -1,4 +1,4 @@
-"""Decision noise that every layout of the same run sees alike.
+"""Decision noise that is the same in every parallel layout of a run.
 
 The noise of a token's decision is a function of (seed, step, sample, layer, head, position) and of nothing else: no
 generator state, so tensor, pipeline and data parallelism, micro-batch size, recomputation and resuming cannot change
@@ -22,7 +22,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finalizer, elementwise on int64 [...]; multiplication wraps."""
+    """Finalizer of splitmix64, elementwise on int64 [...]; multiplication wraps."""
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     return x ^ _shift(x, 31)
@@ -33,7 +33,7 @@ def _absorb(state: Tensor, word: Tensor | int) -> Tensor:
 
 
 def _logistic(bits: Tensor) -> Tensor:
-    """int64 random bits -> fp32 Logistic(0, 1), log(u / (1 - u)): symmetric, finite for all bits."""
+    """Logistic(0, 1) in fp32 from int64 random bits, log(u / (1 - u)): symmetric, finite for all bits."""
     # The upper 23 bits plus one half, out of 2^23: both numbers are exact in fp32, and neither is ever 0.
     n = _shift(bits, 41).float() + 0.5
     return (n / (2.0**23 - n)).log()
@@ -46,7 +46,9 @@ def logistic_noise(sample_ids: Tensor, heads: range, length: int, *, seed: int, 
         sample_ids: int64 [b], global index of each sequence (its place in the stream of training samples).
         heads: global indices of the KV heads wanted, of any contiguous range.
         length: s, tokens per sequence.
-        seed, step, layer: of the run, the optimizer step, the global layer number.
+        seed: of the run.
+        step: optimizer step.
+        layer: global layer number.
 
     Returns:
         fp32 [b, len(heads), s] on the device of ``sample_ids``.

@@ -1,7 +1,7 @@
-"""The slow oracle: exactly what inference does, one token at a time, one head at a time, with a growing list of slots.
+"""Step-by-step oracle of inference: one token at a time, one head at a time, with a growing list of slots.
 
-Written to be read against section 2 of the design and to share nothing with the code it judges: no pooling, no
-attention, no rotation from the other modules, only the decision rule (there is one decision rule).
+It follows arXiv 2403.09636, section 3, and shares nothing with the code that is tested against it: no pooling,
+attention or rotation of the other modules, only the decision rule, of which there is one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OracleCache:
     def __init__(
         self, batch: int, groups: int, inv_freq: Tensor, *, decision_bias: float, epsilon: float, window: Optional[int]
     ) -> None:
-        """groups: ng, KV heads. inv_freq: fp32 [D / 2]. window: W or None."""
+        """Empty cache. groups: ng, KV heads; inv_freq: fp32 [D / 2]; window: W, or None for the whole segment."""
         self.heads = [[_Head() for _ in range(groups)] for _ in range(batch)]
         self.inv_freq, self.bias, self.epsilon, self.window = inv_freq, decision_bias, epsilon, window
         self.position = 0
@@ -40,7 +40,7 @@ class OracleCache:
         return torch.tensor([[len(h.keys) for h in row] for row in self.heads])
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """[D] at the current position, neuron zero before and after."""
+        """Rotate [D] to the current position, neuron zero before and after."""
         half = x.numel() // 2
         angle = self.position * self.inv_freq.to(x.device)
         x = x.clone()
@@ -51,7 +51,7 @@ class OracleCache:
         return out
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Take one token: raw q [b, np, D], k, v [b, ng, D] -> attention output [b, np, D]."""
+        """Take one token, before the rotation: q [b, np, D], k, v [b, ng, D] -> attention output [b, np, D]."""
         b, np_, d = q.shape
         ng = k.size(1)
         g = np_ // ng

@@ -29,12 +29,12 @@ def _block_rows(window: int) -> int:
 
 
 def _shift_right(x: Tensor, d: int) -> Tensor:
-    """x[..., t] -> x[..., t-d], zeros in front. [..., s]"""
+    """Shift x [..., s] by d tokens to the right, zeros in front."""
     return F.pad(x, (d, 0))[..., : x.size(-1)] if d else x
 
 
 def _products(alpha: Tensor, window: int) -> Tensor:
-    """P[..., t, d] = alpha[t] * alpha[t-1] * ... * alpha[t-d+1] (d factors). [..., s] -> [W, ..., s]"""
+    """Products of d alphas, ``P[d][..., t] = alpha[t] * alpha[t-1] * ... * alpha[t-d+1]``: [..., s] -> [W, ..., s]."""
     out = torch.zeros(window, *alpha.shape, dtype=alpha.dtype, device=alpha.device)
     out[0] = 1
     for d in range(1, min(window, alpha.size(-1) + 1)):
@@ -43,7 +43,7 @@ def _products(alpha: Tensor, window: int) -> Tensor:
 
 
 class _BandCoefficients(torch.autograd.Function):
-    """(alpha, omega) [b, h, s] -> normalised coefficients [W, b, h, s]; entry [d, ..., t] weighs token t-d."""
+    """Normalised coefficients [W, b, h, s] from alpha, omega [b, h, s]; entry [d, ..., t] weighs token t-d."""
 
     @staticmethod
     def forward(ctx, alpha, omega, window):
@@ -77,7 +77,7 @@ class _BandCoefficients(torch.autograd.Function):
 
 
 def _skewed(entries: Tensor, rows: int, window: int) -> Tensor:
-    """[m, W] -> [m / rows, rows, rows + W - 1], zeros outside the band: row r holds its W entries at columns r...r+W-1.
+    """Band matrices of entries: [m, W] -> [m / rows, rows, rows + W - 1]; row r has its W entries from column r on.
 
     Rows are written one longer than the matrix is wide; read back with its own width, each is skewed by its number.
     """
@@ -89,13 +89,13 @@ def _skewed(entries: Tensor, rows: int, window: int) -> Tensor:
 
 
 def _overlapping(x: Tensor, rows: int, window: int) -> Tensor:
-    """[m + W - 1, e] -> [m / rows, rows + W - 1, e]: windows that overlap by W - 1 rows, a view."""
+    """View of windows that overlap by W - 1 rows: [m + W - 1, e] -> [m / rows, rows + W - 1, e]."""
     blocks = (x.size(0) - window + 1) // rows
     return x.as_strided((blocks, rows + window - 1, x.size(1)), (rows * x.size(1), x.size(1), 1))
 
 
 class _PoolWindow(torch.autograd.Function):
-    """Band matmul: out[t] = sum_d a[d, t] x[t-d], as blocks of rows times their windows.
+    """Product with a band matrix, out[t] = sum_d a[d, t] x[t-d], as blocks of rows times their windows.
 
     All heads and sequences lie one after the other in one long run of m rows: a window that reaches back into another
     head meets coefficients that are zero there.
@@ -136,7 +136,9 @@ class _PoolWindow(torch.autograd.Function):
 
     @staticmethod
     def _joined(k: Tensor, v: Tensor, before: int, after: int) -> Tensor:
-        """[b, h, s, D] x 2 -> [before + b*h*s + after, 2D], zeros before and after; one product pools k and v."""
+        """Keys and values side by side, which one product pools: [b, h, s, D] x 2 -> [before + b*h*s + after, 2D], with
+        zeros before and after.
+        """
         b, h, s, d = k.shape
         n = b * h * s
         out = k.new_empty(before + n + after, 2 * d)
@@ -149,7 +151,7 @@ class _PoolWindow(torch.autograd.Function):
 
 
 def _pool_unbounded(x: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
-    """The same without a window: N[t] = alpha[t] N[t-1] + omega[t] x[t], M likewise, out = N / M.
+    """Pooling without a window: N[t] = alpha[t] N[t-1] + omega[t] x[t], M likewise without x, out = N / M.
 
     x: fp32 [n, s, e]; alpha, omega: fp32 [n, s]. Rows of a block come from a triangular matrix of products; the state
     is carried from block to block, s / 64 steps.
@@ -180,7 +182,9 @@ def _pool_unbounded(x: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
 
 
 def _cumulative_product(a: Tensor) -> Tensor:
-    """cumprod over the last axis; torch's own gradient looks for zeros on the host, which stalls a GPU."""
+    """Cumulative product over the last axis; the gradient of torch's own looks for zeros on the host, which stalls a
+    GPU.
+    """
     out = [a[..., 0]]
     for t in range(1, a.size(-1)):
         out.append(out[-1] * a[..., t])

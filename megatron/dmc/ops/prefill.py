@@ -1,4 +1,4 @@
-"""Compress-then-attend with hard decisions: what a server's prefill does, in plain PyTorch.
+"""Prefill with hard decisions in plain PyTorch: compress, then attend.
 
 All tokens decide, segments are pooled, and query t attends to the final states of the slots before its own and to the
 partial state of its own slot. The work falls by the compression ratio; the result is that of feeding tokens one by one.
@@ -18,7 +18,7 @@ from megatron.dmc.ops.rotary import rotate_and_split_neuron
 
 
 class Compressed(NamedTuple):
-    """A chunk of tokens after compression; n is the largest number of slots of any head."""
+    """Tokens of a sequence after compression; n is the largest number of slots of any head."""
 
     slot: Tensor
     """int64 [b, ng, s], the slot that each token went to."""
@@ -48,8 +48,10 @@ def compress(
     """Decide, pool and rotate a whole sequence.
 
     Args:
-        q: raw queries [b, np, s, D]; k, v: raw keys and values [b, ng, s, D].
+        q: [b, np, s, D], before the rotation.
+        k, v: [b, ng, s, D], before the rotation.
         cos, sin: fp32 [s, D/2] at the tokens' positions.
+        decision_bias: b; epsilon: least weight of a token; window: W, or None for the whole segment.
     """
     b, ng, s, d = k.shape
     merge = hard_decisions(decision_logits(k[..., -1], decision_bias))
@@ -72,7 +74,11 @@ def compress(
 
 
 def prefill_attention(c: Compressed) -> Tensor:
-    """Query t over slots [0, slot[t]) and its own partial state: [b, np, s, D] in q's dtype. Scores in fp32."""
+    """Attention of query t to slots [0, slot[t]) and its own slot's partial state, with scores in fp32 (fp64 for fp64).
+
+    Returns:
+        [b, np, s, D] in q's dtype.
+    """
     b, heads, s, d = c.q.shape
     ng = c.k_own.size(1)
     # [b, np, s, D] -> [b, ng, g, s, D]

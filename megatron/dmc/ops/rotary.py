@@ -15,11 +15,17 @@ from torch import Tensor
 
 
 def rotary_frequencies(dim: int, base: float, scaling: Optional[dict] = None, device=None) -> Tensor:
-    """Inverse frequencies, fp32 [dim / 2]; ``scaling`` as in Llama 3.1's config.json (rope_type llama3)."""
+    """Inverse frequencies of the rotation in radians per token: fp32 [dim / 2].
+
+    Args:
+        dim: D, head dimension.
+        base: theta of the model's configuration.
+        scaling: as in the config.json of Llama 3.1 (rope_type llama3), or None.
+    """
     inv = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
     if scaling is None:
         return inv
-    # Source: Llama 3.1's published scaling rule; wavelengths beyond the original context are stretched by `factor`.
+    # Llama 3.1's published scaling rule: wavelengths beyond the original context are stretched by `factor`.
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
     wavelength = 2 * math.pi / inv
     ratio = scaling["original_max_position_embeddings"] / wavelength
@@ -28,13 +34,13 @@ def rotary_frequencies(dim: int, base: float, scaling: Optional[dict] = None, de
 
 
 def cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin tables, fp32 [s, D/2], for integer ``positions`` [s]."""
+    """Tables of cosines and sines for integer ``positions`` [s]: fp32 [s, D/2] each."""
     angle = positions.float()[:, None] * inv_freq[None, :]
     return angle.cos(), angle.sin()
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """out = x rotated by +angle; tables [s, D/2] in x's dtype."""
+    """Write x, rotated by +angle, to ``out``; tables [s, D/2] in x's dtype."""
     half = x.size(-1) // 2
     a, b = x[..., :half], x[..., half:]
     torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
