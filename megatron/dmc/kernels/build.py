@@ -46,37 +46,49 @@ FLAGS = (
     "-fno-trapping-math",
     "-Wno-psabi",
 )
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
-X86 = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": ("-mavx2", "-mfma", "-mf16c"), "base": ()}
+
+
+class InstructionSet(NamedTuple):
+    """Kind of CPU that the kernels are compiled for."""
+
+    flags: tuple[str, ...]
+    """Flags of the compiler."""
+    needs: frozenset[str]
+    """Flags in /proc/cpuinfo of the CPUs that run it."""
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+_AVX512_CPU = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+X86 = {  # best first
+    "avx512bf16": InstructionSet((*_AVX512, "-mavx512bf16"), _AVX512_CPU | {"avx512_bf16"}),
+    "avx512": InstructionSet(_AVX512, _AVX512_CPU),
+    "avx2": InstructionSet(_AVX2, frozenset({"avx2", "fma", "f16c"})),
+    "base": InstructionSet((), frozenset()),
+}
 CUDA_ARCHITECTURES = ("80", "90")  # code for these, and what later GPUs can make their own of
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v")
-CPU_FLAGS_OF = {
-    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx2": {"avx2", "fma", "f16c"},
-    "base": set(),
-}
 
 
 class BuildError(RuntimeError):
-    """No compiler, or it failed. The message says what to do."""
+    """Failure to build the kernels: there is no compiler, or it failed. The message says what to do."""
 
 
 def cache_directory() -> Path:
-    """Where libraries that are built on first use lie."""
+    """Folder of the libraries that are built on first use."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "megatron-dmc" / "kernels"
 
 
-def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """The builds that exist for this kind of machine, best first, and their flags."""
-    return X86 if platform.machine() in ("x86_64", "AMD64") else {"base": ()}
+def instruction_sets() -> dict[str, InstructionSet]:
+    """Instruction sets that exist for this kind of machine, best first."""
+    return X86 if platform.machine() in ("x86_64", "AMD64") else {"base": X86["base"]}
 
 
 def usable_instruction_sets() -> list[str]:
-    """Those of :func:`instruction_sets` that this CPU runs, best first: the order in which a portable library looks."""
+    """Instruction sets that this CPU runs, best first: the order in which a portable library looks."""
     have = set(cpu_info().get("flags", "").split())
-    usable = [name for name in instruction_sets() if have >= CPU_FLAGS_OF[name]]
+    usable = [name for name, kind in instruction_sets().items() if have >= kind.needs]
     # In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many
     # products.
     if usable[0] == "avx512bf16" and is_intel():
@@ -85,54 +97,62 @@ def usable_instruction_sets() -> list[str]:
 
 
 def best_instruction_set() -> str:
-    """The best of :func:`instruction_sets` that this CPU runs."""
+    """Fastest of :func:`instruction_sets` that this CPU runs."""
     return usable_instruction_sets()[0]
+
+
+def source_files(device: str) -> list[str]:
+    """Names of the files in ``csrc`` that a library is made of. device: cpu or cuda."""
+    cpu, cuda = (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER), (*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER)
+    return list(cpu if device == "cpu" else cuda)
 
 
 @cache
 def source_hash(device: str = "cpu") -> str:
-    """Changes with the sources, the flags and tvm-ffi: 16 hex digits. device: cpu or cuda."""
-    flags = (FLAGS, X86) if device == "cpu" else (CUDA_FLAGS, CUDA_ARCHITECTURES)
+    """Hash of the sources, the flags and the version of tvm-ffi: 16 hex digits. device: cpu or cuda."""
+    x86 = {name: kind.flags for name, kind in X86.items()}
+    flags = (FLAGS, x86) if device == "cpu" else (CUDA_FLAGS, CUDA_ARCHITECTURES)
     digest = hashlib.sha256(repr((*flags, importlib.metadata.version("apache-tvm-ffi"))).encode())
-    names = (
-        (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER) if device == "cpu" else (*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER)
-    )
-    for name in names:
+    for name in source_files(device):
         digest.update(name.encode() + (SOURCES / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def kernel_hashes() -> dict[str, str]:
-    """Of each file that the CUDA library is made of, 16 hex digits: what a record of measurements was made with."""
-    names = sorted((*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER))
-    return {name: hashlib.sha256((SOURCES / name).read_bytes()).hexdigest()[:16] for name in names}
+    """Hashes of the files of the CUDA library, 16 hex digits each, for records of measurements."""
+    return {
+        name: hashlib.sha256((SOURCES / name).read_bytes()).hexdigest()[:16] for name in sorted(source_files("cuda"))
+    }
 
 
 def library_name(sets: Sequence[str]) -> str:
+    """File name of the CPU library for some instruction sets."""
     return f"dmc_cpu-{platform.machine()}-{'-'.join(sets)}-{source_hash()}.so"
 
 
-def find_library() -> Path | None:
-    """A library that was built before: portable ones first in the package, then in the cache, then one for this
-    machine.
-    """
-    portable, here = library_name(list(instruction_sets())), library_name([best_instruction_set()])
-    candidates = (PACKAGED / portable, PACKAGED / here, cache_directory() / portable, cache_directory() / here)
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def cuda_library_name() -> str:
+    """File name of the CUDA library."""
     return f"dmc_cuda-{platform.machine()}-sm{'-'.join(CUDA_ARCHITECTURES)}-{source_hash('cuda')}.so"
 
 
-def find_cuda_library() -> Path | None:
-    """A library for GPUs that was built before: in the package, then in the cache."""
-    candidates = (PACKAGED / cuda_library_name(), cache_directory() / cuda_library_name())
+def _find(names: Sequence[str]) -> Path | None:
+    """First library of ``names`` that was built before, in the package and then in the user's cache."""
+    candidates = [folder / name for folder in (PACKAGED, cache_directory()) for name in names]
     return next((path for path in candidates if path.is_file()), None)
 
 
+def find_library() -> Path | None:
+    """CPU library that was built before, portable ones first; None if there is none."""
+    return _find([library_name(list(instruction_sets())), library_name([best_instruction_set()])])
+
+
+def find_cuda_library() -> Path | None:
+    """CUDA library that was built before; None if there is none."""
+    return _find([cuda_library_name()])
+
+
 def compiler() -> str:
-    """$CXX, g++ or clang++.
+    """C++ compiler: $CXX, g++ or clang++.
 
     Raises:
         BuildError: there is none.
@@ -148,7 +168,7 @@ def compiler() -> str:
 
 
 def cuda_compiler() -> str:
-    """$NVCC, nvcc on PATH, or that of $CUDA_HOME or /usr/local/cuda.
+    """CUDA compiler: $NVCC, nvcc on PATH, or that of $CUDA_HOME or /usr/local/cuda.
 
     Raises:
         BuildError: there is none.
@@ -176,7 +196,7 @@ def _run_all(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _launcher(cxx: Sequence[str], source: str, flags: Sequence[str], to: str) -> list[str]:
-    """The command that compiles the part that knows tvm-ffi."""
+    """Command that compiles a launcher, the part that uses tvm-ffi."""
     from tvm_ffi import libinfo
 
     includes = [f"-isystem{path}" for path in (libinfo.find_include_path(), libinfo.find_dlpack_include_path())]
@@ -185,7 +205,7 @@ def _launcher(cxx: Sequence[str], source: str, flags: Sequence[str], to: str) ->
 
 @contextmanager
 def _making(target: Path) -> Iterator[str | None]:
-    """A folder to build in, whose out.so becomes ``target``; None if that is there. One process at a time."""
+    """Folder to build in, whose out.so becomes ``target``; None if that exists. One process at a time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -211,7 +231,7 @@ def build_cpu(sets: Sequence[str], directory: Path) -> Path:
         jobs = [_launcher(cxx, CPU_LAUNCHER, [f"-DDMC_WITH_{name}" for name in sets], f"{scratch}/launch.o")]
         for name in sets:
             for source in CPU_SOURCES:
-                flags = [*FLAGS, *instruction_sets()[name], f"-DDMC_ISA(x)=dmc_##x##_{name}"]
+                flags = [*FLAGS, *instruction_sets()[name].flags, f"-DDMC_ISA(x)=dmc_##x##_{name}"]
                 jobs.append([*cxx, *flags, "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.{name}.o"])
         _run_all(jobs)
         # tvm_ffi's library is in the process already: this one is loaded by it.
@@ -241,7 +261,7 @@ def build_cuda(directory: Path) -> Path:
 
 
 class Resources(NamedTuple):
-    """What ptxas says of one kernel."""
+    """Resources of one kernel, as ptxas reports them."""
 
     kernel: str
     architecture: str
@@ -254,7 +274,7 @@ class Resources(NamedTuple):
 
 
 def cuda_resources() -> list[Resources]:
-    """Compile and report on every kernel. Takes as long as a build, and leaves nothing.
+    """Resources of every CUDA kernel. Compiles them, which takes as long as a build, and leaves nothing.
 
     Raises:
         BuildError: as :func:`build_cuda`.
@@ -270,7 +290,7 @@ def cuda_resources() -> list[Resources]:
 
 
 def read_resources(text: str) -> list[Resources]:
-    """What ``ptxas -v`` has printed, in order of the kernels' names."""
+    """Resources in the output of ``ptxas -v``, in order of the kernels' names."""
     found = []
     entry = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
