@@ -1,5 +1,5 @@
-"""FlashInfer's paged decode attention on the same cache: every KV head of every row is a sequence of its own, with one
-KV head.
+"""Paged decode attention of FlashInfer on our cache: every KV head of every row is a sequence of its own, with one KV
+head.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def available() -> bool:
 def decode_functions(
     state: CacheState, layer: int, q: torch.Tensor, scale: float
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """By kernel, calls that attend from ``q`` ``[rows, query heads, D]`` to a layer and return ``[rows, KV heads,
-    group, D]``.
+    """Calls by kernel that attend from ``q`` ``[rows, query heads, D]`` to a layer and return ``[rows, KV heads, group,
+    D]``.
 
     "flashinfer" multiplies on the ordinary cores, "flashinfer tc" on tensor cores, as FlashInfer advises for groups of
     four and more. What it plans on the host (split ranges, from lengths copied there) has been done before the first

@@ -32,15 +32,7 @@ import _flashinfer
 import torch
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
-from megatron.dmc.kernels import (
-    AppendParams,
-    CacheState,
-    active_backend,
-    append,
-    decode_attention,
-    make_state,
-    use_backend,
-)
+from megatron.dmc import kernels
 from megatron.dmc.kernels.state import REFUSED
 from megatron.dmc.ops import rotary_frequencies
 
@@ -57,17 +49,19 @@ REPEATS, ROUNDS = 10, (5, 30)  # calls of a CUDA graph; rounds of a measurement
 GROWTH = REPEATS * (ROUNDS[1] + 3)  # slots that a head gains at most while append is measured
 
 
-def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: int, dtype, device) -> CacheState:
+def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: int, dtype, device) -> kernels.CacheState:
+    """Cache of random slots, as many in every head or as many in the mean, whose pages lie in random order."""
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(rows, 1, heads, generator=generator)
-    share = (
-        (share + 0.5 if device.type == "cpu" else (-share.log()).clamp(1 / 16, 4)) if uneven else torch.ones_like(share)
-    )
+    if not uneven:
+        share = torch.ones_like(share)
+    else:
+        share = share + 0.5 if device.type == "cpu" else (-share.log()).clamp(1 / 16, 4)
     lengths = (slots * share).long()
     pages = -(-lengths // page_size)
     total = int(pages.sum())
     growth = GROWTH if device.type == "cuda" else 0
-    state = make_state(
+    state = kernels.make_state(
         num_pages=total + rows * heads * -(-growth // page_size),
         max_seqs=rows,
         num_layers=1,
@@ -94,7 +88,7 @@ def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: in
 
 
 def graphed(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU: a CUDA graph of :data:`REPEATS` calls."""
+    """Function that replays a CUDA graph of :data:`REPEATS` calls; ``function`` itself on a CPU."""
     if device.type == "cpu":
         return function
     stream = torch.cuda.Stream(device)
@@ -109,8 +103,8 @@ def graphed(function: Callable[[], object], device: torch.device) -> Callable[[]
     return graph.replay
 
 
-def appending(state: CacheState, query_heads: int) -> Callable[[], object]:
-    """One token for every row; a random quarter of the heads opens a slot each time."""
+def appending(state: kernels.CacheState, query_heads: int) -> Callable[[], object]:
+    """Function that appends one token to every row; a random quarter of the heads opens a slot each time."""
     rows, heads, d, device = state.lengths.size(0), state.lengths.size(2), state.head_dim, state.k_pages.device
     fused = torch.randn(rows, query_heads + 2 * heads, d, device=device).to(state.k_pages.dtype)
     q, k, v = fused.split((query_heads, heads, heads), dim=1)
@@ -118,8 +112,8 @@ def appending(state: CacheState, query_heads: int) -> Callable[[], object]:
     ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
     positions, inv_freq = torch.full_like(ends[1:], 4000), rotary_frequencies(d, 1e4, device=device)
     options = {"bias": 5.0, "epsilon": 2.0**-7, "window": 12, "partial": False}
-    params = AppendParams(q, k, v, ends, ends[:-1], positions, inv_freq, **options)
-    return lambda: append(state, 0, params)
+    params = kernels.AppendParams(q, k, v, ends, ends[:-1], positions, inv_freq, **options)
+    return lambda: kernels.append(state, 0, params)
 
 
 def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
@@ -135,15 +129,15 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     target = torch.empty_like(source)
 
     def reference():
-        with use_backend("reference"):
-            decode_attention(state, 0, q, rows, d**-0.5)
+        with kernels.use_backend("reference"):
+            kernels.decode_attention(state, 0, q, rows, d**-0.5)
 
     functions = {
         "copy": graphed(lambda: target.copy_(source), device),
-        "kernel": graphed(lambda: decode_attention(state, 0, q, rows, d**-0.5), device),
+        "kernel": graphed(lambda: kernels.decode_attention(state, 0, q, rows, d**-0.5), device),
     }
     if args.flashinfer:
-        ours = decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
+        ours = kernels.decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
         for name, function in _flashinfer.decode_functions(state, 0, q, d**-0.5).items():
             torch.testing.assert_close(function(), ours, atol=2e-2, rtol=2e-2)
             functions[name] = graphed(function, device)
@@ -214,6 +208,31 @@ def missed_targets(figures: list[dict], device: torch.device) -> list[str]:
     return missed
 
 
+def cells(f: dict, on: str) -> dict[str, object]:
+    """Cells of the printed table, by column."""
+    share, speed, kind = f["of_copy"], f["speed_up"], " ragged" if on == "cpu" else " skewed"
+    found = {
+        "heads": f"{f['query_heads']}/{f['heads']}",
+        "D": f["head_dim"],
+        "dtype": f["dtype"],
+        "slots": f"{f['slots']}{kind if f['uneven'] else ''}",
+        "batch": f["batch"],
+        "MiB": f["bytes"] / 2**20,
+        "kernel ms": f"{f['ms']['kernel']['median']:.3f}",
+        "copy GB/s": f["gb_per_s"]["copy"],
+        "kernel GB/s": f["gb_per_s"]["kernel"],
+        "of copy": share["median"],
+        "(quartiles)": f"{share['q1']:.2f}-{share['q3']:.2f}",
+        "x reference": speed["median"] if speed else "",
+        "quartiles": f"{speed['q1']:.1f}-{speed['q3']:.1f}" if speed else "",
+    }
+    if on == "cuda":
+        found |= {"append ms": f"{f['ms']['append']['median']:.3f}", "share": f["append_share"]}
+    if f["over_flashinfer"]:
+        found["x flashinfer"] = f["over_flashinfer"]["median"]
+    return found
+
+
 def main() -> None:
     start = time.perf_counter()
     parser = arguments(__doc__)
@@ -234,7 +253,7 @@ def main() -> None:
         parser.error("--flashinfer needs a GPU and the package flashinfer-python")
     args.slots, args.batch = sorted(args.slots or SLOTS[on]), args.batch or BATCH[on]
     dtypes = [dtype] if args.dtype or on == "cuda" else [torch.float32, torch.bfloat16]
-    print(f"kernel: {active_backend(on)}, pages of {args.page_size}")
+    print(f"kernel: {kernels.active_backend(on)}, pages of {args.page_size}")
     figures, rows = [], []
     for shape in SHAPES[on]:
         for of in dtypes:
@@ -242,44 +261,8 @@ def main() -> None:
                 for uneven in (slots != min(args.slots),) if on == "cpu" else (False, True):
                     f = measure(shape, slots, uneven, of, args, device)
                     figures.append(f)
-                    rate, share, speed = f["gb_per_s"], f["of_copy"], f["speed_up"]
-                    kind = "" if not uneven else " ragged" if on == "cpu" else " skewed"
-                    rows.append(
-                        [
-                            f"{shape[0]}/{shape[1]}",
-                            shape[2],
-                            f["dtype"],
-                            f"{slots}{kind}",
-                            f["batch"],
-                            f["bytes"] / 2**20,
-                            f"{f['ms']['kernel']['median']:.3f}",
-                            rate["copy"],
-                            rate["kernel"],
-                            share["median"],
-                            f"{share['q1']:.2f}-{share['q3']:.2f}",
-                            *((speed["median"], f"{speed['q1']:.1f}-{speed['q3']:.1f}") if speed else ("", "")),
-                            *((f"{f['ms']['append']['median']:.3f}", f["append_share"]) if on == "cuda" else ()),
-                            *((f["over_flashinfer"]["median"],) if args.flashinfer else ()),
-                        ]
-                    )
-    columns = [
-        "heads",
-        "D",
-        "dtype",
-        "slots",
-        "batch",
-        "MiB",
-        "kernel ms",
-        "copy GB/s",
-        "kernel GB/s",
-        "of copy",
-        "quartiles",
-        "x reference",
-        "quartiles",
-        *(("append ms", "share") if on == "cuda" else ()),
-        *(("x flashinfer",) if args.flashinfer else ()),
-    ]
-    print(table(columns, rows))
+                    rows.append(cells(f, on))
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
     finish(args, "decode_attention", figures, missed_targets(figures, device), start)
 
 

@@ -1,11 +1,11 @@
 """Prefill of one layer over the compressed cache against dense attention, and compiled against PyTorch.
 
-Measured, in turn within one process, for a prompt of ``--tokens`` tokens of one sequence, all with ``--threads``
-  threads: sdpa       torch's causal scaled_dot_product_attention over the prompt, keys and values given for every query
-  head; nothing else CR 1, 4    append (decide, pool, rotate, write) and prefill_attention, in chunks of ``--chunk``
-  tokens; CR 1 is a plain model,
-             and at CR 4 every head merges three tokens of four, each others
-  reference  the same as CR 4 in plain PyTorch
+Measured, in turn within one process, for a prompt of ``--tokens`` tokens of one sequence, on ``--threads`` threads:
+  sdpa       torch's causal scaled_dot_product_attention over the prompt, keys and values given for every query head;
+             nothing else
+  CR 1, 4    append (decide, pool, rotate, write) and prefill_attention, in chunks of ``--chunk`` tokens; CR 1 is a
+             plain model, and at CR 4 every head merges three tokens of four, each others
+  reference  CR 4 in plain PyTorch
 
 Targets (--check), fp32 and bf16:
   dense      CR 4 takes at most as long as sdpa
@@ -20,16 +20,7 @@ import torch
 import torch.nn.functional as F
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
-from megatron.dmc.kernels import (
-    AppendParams,
-    CacheState,
-    active_backend,
-    append,
-    free,
-    make_state,
-    prefill_attention,
-    use_backend,
-)
+from megatron.dmc import kernels
 from megatron.dmc.ops import rotary_frequencies
 
 SHAPES = ((8, 2, 128), (8, 8, 64))  # query heads, KV heads, head dimension
@@ -48,11 +39,9 @@ class Prompt:
         self.k[..., -1] = torch.where(torch.rand(tokens, kv_heads, generator=generator) < 1 / cr, -1.0, 1.0)
         self.q, self.k, self.v = (x.to(device, dtype) for x in (self.q, self.k, self.v))
         self.options = {"bias": 0.0, "epsilon": 2.0**-7, "window": 12, "compress": cr > 1}
-        self.inv_freq, self.row = (
-            rotary_frequencies(d, 1e4, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-        )
-        self.state: CacheState = make_state(
+        self.inv_freq = rotary_frequencies(d, 1e4, device=device)
+        self.row = torch.zeros(1, dtype=torch.int32, device=device)
+        self.state: kernels.CacheState = kernels.make_state(
             num_pages=kv_heads * -(-tokens // 16),
             max_seqs=1,
             num_layers=1,
@@ -64,20 +53,20 @@ class Prompt:
             device=device,
         )
 
-    def read(self, tokens: int, chunk: int) -> None:
-        """Through the kernels, into the empty cache."""
-        free(self.state, self.row)
+    def prefill(self, tokens: int, chunk: int) -> None:
+        """Run the kernels over the prompt, into the empty cache."""
+        kernels.free(self.state, self.row)
         for start in range(0, tokens, chunk):
             stop = min(tokens, start + chunk)
             ends = torch.tensor([0, stop - start], dtype=torch.int32, device=self.q.device)
             positions = torch.arange(start, stop, dtype=torch.int32, device=self.q.device)
             q, k, v = (x[start:stop] for x in (self.q, self.k, self.v))
-            params = AppendParams(q, k, v, ends, self.row, positions, self.inv_freq, **self.options)
-            done = append(self.state, 0, params)
-            prefill_attention(self.state, 0, done, ends, self.row, q.size(-1) ** -0.5)
+            params = kernels.AppendParams(q, k, v, ends, self.row, positions, self.inv_freq, **self.options)
+            done = kernels.append(self.state, 0, params)
+            kernels.prefill_attention(self.state, 0, done, ends, self.row, q.size(-1) ** -0.5)
 
     def dense(self) -> tuple[torch.Tensor, ...]:
-        """[1, heads, tokens, D], contiguous, keys and values repeated for their queries."""
+        """Queries, keys and values [1, heads, tokens, D], contiguous, the latter two repeated for their queries."""
         g = self.q.size(1) // self.k.size(1)
         heads = (self.q, self.k.repeat_interleave(g, dim=1), self.v.repeat_interleave(g, dim=1))
         return tuple(x.transpose(0, 1)[None].contiguous() for x in heads)
@@ -88,13 +77,13 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, args, device: torch
     dense = plain.dense()
 
     def reference():
-        with use_backend("reference"):
-            dmc.read(args.tokens, args.chunk)
+        with kernels.use_backend("reference"):
+            dmc.prefill(args.tokens, args.chunk)
 
     functions = {
         "sdpa": lambda: F.scaled_dot_product_attention(*dense, is_causal=True),
-        "CR 1": lambda: plain.read(args.tokens, args.chunk),
-        "CR 4": lambda: dmc.read(args.tokens, args.chunk),
+        "CR 1": lambda: plain.prefill(args.tokens, args.chunk),
+        "CR 4": lambda: dmc.prefill(args.tokens, args.chunk),
         "reference": reference,
     }
     times = interleave(functions, device, seconds=args.seconds)
@@ -127,6 +116,21 @@ def missed_targets(figures: list[dict]) -> list[str]:
     return missed
 
 
+def cells(f: dict) -> dict[str, object]:
+    """Cells of the printed table, by column."""
+    ms, share, speed = f["ms"], f["of_sdpa"], f["speed_up"]
+    return {
+        "heads": f"{f['query_heads']}/{f['heads']}",
+        "D": f["head_dim"],
+        "dtype": f["dtype"],
+        **{f"{name} ms": ms[name]["median"] for name in ("sdpa", "CR 1", "CR 4")},
+        **{f"{name} / sdpa": share[name]["median"] for name in ("CR 1", "CR 4")},
+        "(quartiles)": f"{share['CR 4']['q1']:.2f}-{share['CR 4']['q3']:.2f}",
+        "x reference": speed["median"],
+        "quartiles": f"{speed['q1']:.1f}-{speed['q3']:.1f}",
+    }
+
+
 def main() -> None:
     start = time.perf_counter()
     parser = arguments(__doc__)
@@ -137,42 +141,14 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = resolve_device(args)
     dtypes = [dtype] if args.dtype else [torch.float32, torch.bfloat16]
-    print(f"kernel: {active_backend(device.type)}, {args.tokens} tokens in chunks of {args.chunk}")
+    print(f"kernel: {kernels.active_backend(device.type)}, {args.tokens} tokens in chunks of {args.chunk}")
     figures, rows = [], []
     for shape in SHAPES:
         for of in dtypes:
             f = measure(shape, of, args, device)
             figures.append(f)
-            ms, share, speed = f["ms"], f["of_sdpa"], f["speed_up"]
-            rows.append(
-                [
-                    f"{shape[0]}/{shape[1]}",
-                    shape[2],
-                    f["dtype"],
-                    ms["sdpa"]["median"],
-                    ms["CR 1"]["median"],
-                    ms["CR 4"]["median"],
-                    share["CR 1"]["median"],
-                    share["CR 4"]["median"],
-                    f"{share['CR 4']['q1']:.2f}-{share['CR 4']['q3']:.2f}",
-                    speed["median"],
-                    f"{speed['q1']:.1f}-{speed['q3']:.1f}",
-                ]
-            )
-    columns = [
-        "heads",
-        "D",
-        "dtype",
-        "sdpa ms",
-        "CR 1 ms",
-        "CR 4 ms",
-        "CR 1 / sdpa",
-        "CR 4 / sdpa",
-        "quartiles",
-        "x reference",
-        "quartiles",
-    ]
-    print(table(columns, rows))
+            rows.append(cells(f))
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
     finish(args, "prefill_attention", figures, missed_targets(figures), start)
 
 
