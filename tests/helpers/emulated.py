@@ -1,6 +1,4 @@
-"""The CUDA kernels compiled for the CPU at hand, with tests/cuda_emulator in place of a GPU: their real code, without
-one.
-"""
+"""CUDA kernels compiled for the CPU at hand, with tests/cuda_emulator in place of a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ KERNEL_FLAGS = ["-std=gnu++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas",
 
 @cache
 def kernels() -> CudaKernels:
-    """Builds the library on first use, and keeps it where the CPU kernels are kept."""
+    """Ops of the emulated library, which is built on first use and kept where the CPU kernels are kept."""
     digest = hashlib.sha256(repr((build.source_hash("cuda"), FLAGS, KERNEL_FLAGS)).encode())
     for path in sorted(EMULATOR.iterdir()):
         digest.update(path.read_bytes())

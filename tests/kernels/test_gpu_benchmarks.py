@@ -1,4 +1,4 @@
-"""What the benchmarks for a GPU do, as far as that can be seen without one."""
+"""Benchmarks for a GPU, as far as they run without one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The last run of tools/gpu_check.sh on a GPU:
-a warning, not a failure, where it is missing or was of other kernels.
+"""Record of the last run of tools/gpu_check.sh on a GPU: a warning, not a failure, where it is missing or was of other
+kernels.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def stale(results: Path) -> str:
-    """What is wrong with the newest record, empty if nothing.
-    The best is the one that knows most of today's sources.
-    """
+    """Fault of the record that fits today's sources best; empty if there is none."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("gpu_*.json"))]
     if not records:
         return "no GPU has run the CUDA kernels: there is no gpu_*.json in benchmarks/results"

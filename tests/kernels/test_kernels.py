@@ -43,7 +43,7 @@ DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "b
 
 
 def backend_named(name: str):
-    """Of :data:`BACKENDS`."""
+    """Context in which a backend of :data:`BACKENDS` runs."""
     return use_backend(emulated.kernels() if name == "emulated" else name)
 
 
@@ -70,8 +70,8 @@ def ints(values, device="cpu") -> Tensor:
 
 
 def tokens(shape: tuple[int, ...], g: int, kv: int, d: int, shift: float, dtype=torch.float32) -> tuple[Tensor, ...]:
-    """Raw q [*shape, g * kv, D], k, v [*shape, kv, D] as views of one fused projection;
-    ``shift`` makes tokens merge.
+    """Un-rotated q [*shape, g * kv, D], k, v [*shape, kv, D] as views of one fused projection; ``shift`` makes tokens
+    merge.
     """
     fused = torch.randn(*shape, (g + 2) * kv, d, generator=torch.Generator().manual_seed(len(shape) + d))
     fused[..., g * kv : (g + 1) * kv, -1] += shift

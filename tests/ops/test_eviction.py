@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from test_ops_attention import DEVICES, inputs, noise_for
-from test_ops_reference import reference_tables
+from test_attention import DEVICES, inputs, noise_for
+from test_dense import reference_tables
 from torch import Tensor
 
 from megatron.dmc.evaluation.policies import DMS, Projections
@@ -25,7 +25,7 @@ from megatron.dmc.ops.attention import mask_channel, mask_unit
 
 
 def layer(q: Tensor, k: Tensor, v: Tensor, *, bias: float, window: int, noise=None) -> Tensor:
-    """As the model builds it."""
+    """Inputs as the model builds them."""
     d = q.size(-1)
     cos, sin = reference_tables(d, q.size(2), torch.float64 if q.dtype == torch.float64 else torch.float32, q.device)
     decisions = make_decisions(decision_logits(k[..., -1], bias), 0.5, noise)
@@ -72,7 +72,7 @@ def test_evicting_attention_matches_dense(g, window, relaxed, device) -> None:
 
 @pytest.mark.parametrize("window", [1, 4, 16, 100])
 def test_hard_decisions_are_the_cache(window) -> None:
-    """The same attention, and as many slots, as the policy that is held to the step-by-step cache."""
+    """Attention and number of slots equal those of the policy, which is tested against the step-by-step cache."""
     q, k, v = (x.detach() for x in inputs(60, 2, dtype=torch.float64))
     attended = DMS(0.3, window).attend(Projections(q, k, v, rotary_frequencies(16, 1e4), neuron_out=True))
     assert torch.allclose(layer(q, k, v, bias=0.3, window=window), attended.out, atol=2e-6)

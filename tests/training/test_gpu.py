@@ -1,4 +1,4 @@
-"""What needs a GPU beyond the operators (those run on both devices in test_ops*): a DMC layer and a tiny retrofit."""
+"""What needs a GPU beyond the operators (those run on both devices in tests/ops): a DMC layer and a tiny retrofit."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""What only the CUDA kernels do, beyond tests/kernels/test_kernels.py: refusals without a wait, plans on the device,
-CUDA graphs; and how they compile. The kernels' own code runs on a CPU here, by tests/cuda_emulator, and on a GPU where
-there is one.
+"""CUDA kernels beyond tests/kernels/test_kernels.py: refusals without a wait, plans on the device, CUDA graphs, and how
+they compile. The kernels' own code runs on a CPU here, by tests/cuda_emulator, and on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def test_heads_without_a_page_are_left_as_they_were(backend, device, window, dec
 
 @on_cuda_kernels
 def test_a_head_beyond_its_row_of_the_table_is_refused(backend, device) -> None:
-    """And takes no page that another head could have."""
+    """It takes no page that another head could have."""
     state = poisoned(device, num_pages=4, max_seqs=2, num_layers=1, num_kv_heads=1, head_dim=32, max_slots=32)
     run = Run(*tokens((2, 60), 2, 1, 32, -20.0), [0, 1], state, window=12, layer=0, device=device)
     run.step([30, 1])
@@ -317,8 +316,8 @@ int main(int argc, char** argv) {
 
 
 def test_the_emulator_shows_races_and_divergence(tmp_path) -> None:
-    """What the tests above rely on: without a barrier results change with the order; half a warp in a collective ends
-    the run.
+    """Without a barrier results change with the order, and half a warp in a collective ends the run: the tests above
+    rely on it.
     """
     (tmp_path / "race.cpp").write_text(RACE)
     cxx = build.compiler().split()

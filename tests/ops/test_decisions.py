@@ -1,4 +1,4 @@
-"""Decisions, importance, noise and rotation; pooling and attention are in test_ops_attention.py."""
+"""Decisions, importance, noise and rotation; pooling and attention are in test_attention.py."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops_reference import EPSILON, reference_coefficients, reference_layer, reference_tables
+from test_dense import EPSILON, reference_coefficients, reference_layer, reference_tables
 from torch import Tensor
 
 from megatron.dmc.ops import attention as attention_module
@@ -184,7 +184,7 @@ def test_pool_takes_strided_inputs() -> None:
 
 
 def test_attention_takes_a_strided_gradient() -> None:
-    """What a model sends back is a transposed view, what ``sum()`` sends back has strides of 0."""
+    """Gradients of any strides: a model sends back a transposed view, ``sum()`` one with strides of 0."""
     q, k, v = inputs(70, 2)
     for expand in (True, False):
         grads = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops_attention import DEVICES, inputs, layer
-from test_ops_reference import EPSILON, reference_layer, reference_tables
+from test_attention import DEVICES, inputs, layer
+from test_dense import EPSILON, reference_layer, reference_tables
 
 from megatron.dmc.ops import (
     OracleCache,

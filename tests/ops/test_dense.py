@@ -1,7 +1,7 @@
-"""The dense reference that the tests of ``megatron.dmc.ops`` share, and a check of it against the definition.
+"""Dense reference that the tests of ``megatron.dmc.ops`` share, and a check of it against the definition.
 
-Written from section 2 of the design alone: S x S matrices, plain autograd, nothing but the decision arithmetic of
-DMC in any dtype. It imports nothing from the code that it judges.
+It follows arXiv 2403.09636, section 3: S x S matrices, plain autograd, nothing but the decision arithmetic of DMC in
+any dtype. It imports nothing from the code that is tested against it.
 """
 
 from __future__ import annotations

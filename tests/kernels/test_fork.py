@@ -61,7 +61,7 @@ def test_any_history_of_copies(actions: list, window: Optional[int | str], num_p
     read: dict[tuple[int, int], list[int]] = {(row, layer): [] for row in range(4) for layer in range(2)}
 
     def run(op, *args) -> bool:
-        """Whether it was done; the backends agree, and refuse before they write."""
+        """Run on both backends, which must agree and refuse before they write; False if refused."""
         done, before = [], {name: copy.deepcopy(state) for name, state in states.items()}
         for name, state in states.items():
             with use_backend(name):
