@@ -26,6 +26,7 @@ from test_kernels import (
     tokens,
 )
 
+from megatron.dmc.cli import build as cli_build
 from megatron.dmc.kernels import (
     Appended,
     AppendParams,
@@ -356,7 +357,7 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch, capsys) -> None:
     """The library, as it is built ahead of time, for all architectures."""
     said, run_all = [], build._run_all
     monkeypatch.setattr(build, "_run_all", lambda jobs: said.extend(run_all(jobs)))
-    build.main(["--device", "cuda", "--output", str(tmp_path)])
+    assert cli_build.main(["--device", "cuda", "--output", str(tmp_path)]) == 0
     path, printed = tmp_path / build.cuda_library_name(), capsys.readouterr().out
     assert str(path) in printed and "sm_80, sm_90" in printed and path.is_file()
     found = build.read_resources("".join(said))

@@ -36,15 +36,8 @@ CUDA_HEADERS = ("launch.h", "params.h", "cuda.h", "cuda_device.cuh", "cuda_atten
 CUDA_LAUNCHER = "cuda_launch.cpp"
 
 # No errno and no trapping: both keep loops from becoming vectors. Nothing that changes results: no -ffast-math.
-FLAGS = (
-    "-std=gnu++17",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wno-psabi",
+FLAGS = tuple(
+    "-std=gnu++17 -O3 -fPIC -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi".split()
 )
 
 
@@ -163,7 +156,7 @@ def compiler() -> str:
             return name
     raise BuildError(
         f"no C++ compiler ({wish or 'g++, clang++'}) on PATH: install one (apt-get install g++), or build the kernels "
-        "on another machine with python -m megatron.dmc.kernels.build"
+        "on another machine with dmc build"
     )
 
 
@@ -179,7 +172,7 @@ def cuda_compiler() -> str:
             return name
     raise BuildError(
         f"no nvcc on PATH nor in {home}/bin: install the CUDA toolkit (12 or later), or build the kernels on another "
-        "machine with python -m megatron.dmc.kernels.build --device cuda"
+        "machine with dmc build --device cuda"
     )
 
 
@@ -314,7 +307,7 @@ def _demangled(name: str) -> str:
 
 
 def has_nvcc() -> bool:
-    """Presence of a usable CUDA compiler."""
+    """True where there is a CUDA compiler."""
     try:
         return bool(cuda_compiler())
     except BuildError:

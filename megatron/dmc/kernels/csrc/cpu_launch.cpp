@@ -66,7 +66,7 @@ const Kernels& kernels() {
   if (!best)
     TVM_FFI_THROW(RuntimeError) << "this build of the CPU kernels has none for this CPU"
                                 << (getenv("MEGATRON_DMC_ISA") ? " and MEGATRON_DMC_ISA" : "")
-                                << "; build it here: python -m megatron.dmc.kernels.build";
+                                << "; build it here: dmc build";
   return *best;
 }
 
