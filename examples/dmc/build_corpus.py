@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build a small corpus of real text from what is on every machine: the Python standard library's own sources.
+"""Build a small corpus of real text from the Python standard library's sources, which are on every machine.
 
     python examples/dmc/build_corpus.py --output DIR --vocab-size 2048
 
@@ -53,7 +53,7 @@ def source_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_valid(name: str, text: str) -> bool:
-    """Whether a file belongs to the validation set. By a hash of its name, so that every Python version agrees."""
+    """Return True for the files of the validation set: chosen by a hash of their names, so that every Python agrees."""
     position = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
     return len(text) <= LONGEST_VALID and position < VALID_FRACTION
 
@@ -92,7 +92,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> None:
 
 
 def check_round_trip(path: Path, texts: list[str]) -> None:
-    """Assert that the tokenizer gives every text back exactly."""
+    """Check that the tokenizer gives every text back exactly. Raises ``AssertionError`` if not."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -123,9 +123,9 @@ def build(output: Path, vocab_size: int, root: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument(
-        "--vocab-size", type=int, default=2048, metavar="N", help="tokenizer pieces (default: %(default)s)"
+        "--vocab-size", type=int, default=2048, metavar="N", help="pieces of the tokenizer (default: %(default)s)"
     )
     args = parser.parse_args()
     try:
