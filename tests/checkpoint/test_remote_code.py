@@ -38,7 +38,7 @@ def test_files_need_nothing_but_torch_and_transformers() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
-                assert node.level == 0 or node.module == "configuration_dmc"
+                assert node.level == 0 or node.module in ("configuration_dmc", "cache_dmc")
                 names = [node.module] if node.level == 0 else []
             assert {name.split(".")[0] for name in names} <= {"math", "torch", "transformers"}
 
@@ -147,13 +147,19 @@ def test_chunked_prefill_equals_the_whole(window, tmp_path: Path) -> None:
     assert torch.equal(result[None], result[7])
 
 
+def cache_module(model):
+    """The model's ``cache_dmc.py``."""
+    return sys.modules[sys.modules[type(model).__module__].DMCCache.__module__]
+
+
 def test_queries_in_blocks(tmp_path: Path) -> None:
     """The prompt attends in blocks of queries, of any size."""
     model = Exported(tmp_path / "model", bias=-0.5).load()
     ids = torch.tensor([tokens(150, 1), tokens(150, 2)])
     wanted = model(ids).logits
-    module = sys.modules[type(model).__module__]
+    modeling = sys.modules[type(model).__module__]
     for name, value in (("QUERY_ROWS", 7), ("QUERY_ROWS", 1), ("QUERY_SCORES", 1), ("POOL_ROWS", 9), ("POOL_ROWS", 1)):
+        module = cache_module(model) if name == "POOL_ROWS" else modeling
         before = getattr(module, name)
         setattr(module, name, value)
         close(model(ids).logits, wanted)
@@ -379,7 +385,7 @@ def test_bf16_slots(window, tmp_path: Path) -> None:
     merge = k[..., -1].float() + 0.8 > 0
     omega = torch.sigmoid(q[..., -1].float().view(1, 2, 2, s).mean(2) - 0.8) + EPSILON
     for sizes in ([1] * s, [40, 110], [s]):
-        cache, start = module.DMCCacheLayer(window), 0
+        cache, start = cache_module(model).DMCCacheLayer(window), 0
         for n in sizes:
             at = torch.arange(start, start + n)
             tables = module.rotary_tables(model.config, at[None])
