@@ -99,3 +99,21 @@ def test_the_picture_shows_what_may_be_imported():
         assert any(within(whom, area) for area in RULES[who].areas), (who, whom)
         back = RULES[whom].areas if whom in RULES else ()
         assert who not in back, f"{who} and {whom} may import each other"
+
+
+def test_the_places_in_the_architecture_exist():
+    """Every file of the table "Where is what" is there, and holds the names that stand behind it."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text[text.index("## Where is what") : text.index("## How it works")]
+    places = 0
+    for row in (line.split(" | ")[1] for line in table.splitlines() if line.startswith("| ") and " | " in line):
+        source = ""
+        for word in re.findall(r"`([^`]+)`", row):
+            path = ROOT / "megatron" / "dmc" / word
+            if "/" in word or word.endswith(".py"):
+                assert path.exists(), word
+                places += 1
+                source = path.read_text() if path.is_file() else ""
+            elif f"{word}`" + " in `" not in row:
+                assert re.search(rf"(def|class) {word}\b|^{word}\b", source, re.MULTILINE), (word, row)
+    assert places > 25
