@@ -33,13 +33,7 @@ USES = [
 
 # Package -> (x, y, width, what is in it, colour). y grows upwards.
 PACKAGES = {
-    "cli": (
-        0.25,
-        5.8,
-        13.1,
-        "dmc train | convert | data | plan | eval | compare | generate | serve | batch | bench",
-        BOTH,
-    ),
+    "cli": (0.25, 5.8, 13.1, "dmc train, convert, data, plan, eval, compare, generate, serve, batch, bench", BOTH),
     "evaluation": (0.25, 4.85, 13.1, "quality, compression by head, other methods: may import both sides", BOTH),
     "training": (0.25, 2.95, 6.2, "the three stages: loop, data, saving, signals", TRAINING),
     "model": (0.25, 2.0, 3.95, "DMC attention, layer spec, loss", TRAINING),
