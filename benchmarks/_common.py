@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: options, interleaved timing, peak memory, the machine's description, tables.
+"""Shared parts of the benchmark scripts: options, interleaved timing, peak memory, tables, and the JSON record.
 
 A script's targets stand in its own docstring. It calls :func:`arguments`, measures, and ends with :func:`finish`.
 """
@@ -24,22 +24,25 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flash
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the script's docstring as its help, and the options that every benchmark has."""
+    """Parser with the script's docstring as its help and the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, hardware, versions and commit")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="file for the figures, hardware, versions and commit")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target of the text above is missed")
     return parser
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device, --dtype and --threads."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 on CUDA")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch on the CPU")
+    """Add --device, --dtype and --threads."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="device (default: %(default)s)")
+    dtype = "data type (default: float32 on CPU, bfloat16 on CUDA)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+    threads = "threads of torch on the CPU (default: %(default)s)"
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help=threads)
 
 
 def resolve_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """What --device, --dtype and --threads come to. Exits 2 when CUDA is asked for and not there."""
+    """Device and data type of --device and --dtype, with torch set to --threads. Exits 2 when CUDA is not there."""
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda, but torch.cuda.is_available() is False; use --device cpu", file=sys.stderr)
         raise SystemExit(2)
@@ -83,9 +86,14 @@ def interleave(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """median, min, max and the quartiles of measured values, and their number."""
+    """Median, quartiles, least and greatest of measured values, and their number."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "q1": low, "q3": high, "min": min(values), "max": max(values), "n": len(values)}
+
+
+def quartiles(found: Mapping[str, float], form: str = ".2f") -> str:
+    """Quartiles of a :func:`spread` as text."""
+    return f"{found['q1']:{form}}-{found['q3']:{form}}"
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
@@ -96,8 +104,9 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str,
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Largest number of tensor bytes alive at once during a call, above what was alive before it.
 
-    On CUDA the allocator's own peak. On CPU the running sum of torch's allocations and frees: exact, and the same in
-    every run, unlike the process's resident memory. Call it once before: the first call allocates more.
+    On CUDA it is the allocator's own peak. On CPU it is the running sum of torch's allocations and frees, which is
+    exact and the same in every run, unlike the process's resident memory. Call ``function`` once before: the first
+    call allocates more.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -118,7 +127,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 def machine() -> dict[str, object]:
-    """Hardware, versions and commit, for every JSON."""
+    """Hardware, versions and commit, as every JSON record has them."""
     return {
         **dict.fromkeys(PACKAGES),
         **environment.machine(PACKAGES),
@@ -136,15 +145,24 @@ def _git(*command: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned to the right, a rule under the head; floats with two decimals."""
+    """Text table with columns aligned to the right and a rule under the head; floats have two decimals."""
     cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
     lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths)) for row in [list(columns), *cells]]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def record_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Text table of records that all have the same keys, which are its columns."""
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def finish(args: argparse.Namespace, name: str, figures: object, missed: Sequence[str], start: float) -> None:
-    """Write the JSON, say which targets were missed, exit 1 for one with --check. ``start``: time.perf_counter()."""
+    """Write the JSON record and print the missed targets; exit 1 when there is one and --check is given.
+
+    Args:
+        start: time.perf_counter() at the start of the script.
+    """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     seconds = round(time.perf_counter() - start, 1)
     if args.json is not None:

@@ -22,19 +22,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from _common import ROOT, add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
-sys.path.insert(0, str(ROOT))
-from megatron.dmc import kernels  # noqa: E402
-from megatron.dmc.inference import LLM, SamplingParams  # noqa: E402
-from megatron.dmc.inference.cache import page_bytes, row_bytes  # noqa: E402
-from megatron.dmc.kernels import active_backend  # noqa: E402
+from megatron.dmc import kernels
+from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.kernels import active_backend
 
 SEQUENCES_TARGET, DECODE_TARGET, TRANSFORMERS_TARGET = 3.6, 3.0, 1.5
 SEQUENCES_UP_TO, DECODE_FROM = 4096, 8192

@@ -1,17 +1,16 @@
-"""What a compressed cache turns into at the shapes of real models, with random weights: throughput, latency, prefill.
+"""Throughput, latency and prefill with a compressed cache at the shapes of real models, with random weights.
 
-No weights are needed: the decision bias is set so that the compression ratio (CR) asked for comes out
-(inference/dummy.py). Engines of one shape run one after the other in the same memory: ``--memory-gib`` for weights,
-cache and ``--reserve-gib`` of the rest. Everything is greedy and without an end of text.
+No weights are needed: the decision bias is set so that the requested compression ratio (CR) comes out
+(inference/dummy.py). Engines of one shape run one after the other in the same memory: ``--memory-gib`` for the weights,
+the cache, and ``--reserve-gib`` of everything else. Decoding is greedy and ignores the end of text.
 
-1. Two ceilings: the bytes per second of a copy (reads and writes both count), and of a square product in bf16.
-2. throughput: as many requests as the cache holds at their full length, --input-len tokens read and --output-lens
-   written, at every CR of --compression-ratios; answer tokens per second of the whole run, reading included. Of the
-   steps in which all sequences
-   decode: milliseconds, and what they would take if reading the weights and the slots in use at the speed of the copy
-       were all.
-3. protocol: the DMC authors' measure (arXiv 2403.09636): batch 16, 512 tokens read, 2,048 written, CR 1 and 4; the mean
-   of the last 32 steps.
+1. Ceilings: the bytes per second of a copy (reads and writes both count), and the speed of a square product in bf16.
+2. throughput: as many requests as the cache holds at their full length, with --input-len prompt tokens and
+   --output-lens sampled tokens, at every CR of --compression-ratios. Tokens per second are the sampled ones over the
+   whole run, prefill included. For the steps in which all sequences decode: milliseconds, and how near they are to a
+   floor, the time that reading the weights and the slots in use takes at the speed of the copy.
+3. protocol: the DMC authors' measure (arXiv 2403.09636): batch 16, 512 prompt tokens, 2,048 sampled, CR 1 and 4; the
+   mean of the last 32 steps.
 4. prefill: seconds until the first token of one prompt of --prefill-lens tokens, CR 4 against CR 1.
 
 Targets (--check):
@@ -26,23 +25,23 @@ import argparse
 import gc
 import json
 import math
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from _common import ROOT, add_device, arguments, finish, interleave, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, quartiles, record_table, resolve_device, spread
 
-sys.path.insert(0, str(ROOT))
-from megatron.dmc.config import DMCConfig  # noqa: E402
-from megatron.dmc.inference import Engine, EngineConfig, StepOutput, dummy  # noqa: E402
-from megatron.dmc.inference.bench import Iteration, Workload, iterate, random_prompts  # noqa: E402
-from megatron.dmc.inference.cache import page_bytes, row_bytes  # noqa: E402
-from megatron.dmc.kernels import active_backend  # noqa: E402
+from megatron.dmc.checkpoint.mapping import to_hf_config
+from megatron.dmc.config import DMCConfig, ModelConfig
+from megatron.dmc.inference import Engine, EngineConfig, StepOutput, dummy
+from megatron.dmc.inference.bench import Iteration, Workload, iterate, random_prompts
+from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.kernels import active_backend
 
-SHAPES = {  # layers, hidden, feed-forward, query heads, KV heads, vocabulary
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+SHAPES = {
     "llama2-7b": (32, 4096, 11008, 32, 32, 32000),
     "llama2-13b": (40, 5120, 13824, 40, 40, 32000),
     "llama3.1-8b": (32, 4096, 14336, 32, 8, 128256),
@@ -54,7 +53,7 @@ PAGE, HELD = 16, 0.98  # slots of a page; the share of the pages that is counted
 
 
 def ceilings(device: torch.device) -> dict:
-    """GB/s of a copy and TFLOP/s of a product."""
+    """Measured GB/s of a copy and TFLOP/s of a product."""
     on_gpu = device.type == "cuda"
     source = torch.zeros(2**28 if on_gpu else 2**25, device=device)
     target, n = torch.empty_like(source), 8192 if on_gpu else 1024
@@ -69,37 +68,24 @@ def ceilings(device: torch.device) -> dict:
 def engine(
     shape: str, ratio: float, longest: int, rows: int | None, args: argparse.Namespace, device: torch.device
 ) -> Engine:
-    """With random weights. ``rows`` None: as many as the cache holds sequences of ``longest`` tokens."""
-    layers, hidden, ffn, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 65536,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": False,
-        "torch_dtype": args.dtype or ("bfloat16" if device.type == "cuda" else "float32"),
-    }
-    dtype = getattr(torch, config["torch_dtype"])
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "config.json").write_text(json.dumps(config))
-        directory = dummy.open_directory(name, ratio)
-    weights, all_heads = dtype.itemsize * sum(math.prod(x.shape) for x in directory.tensors.values()), layers * kv_heads
+    """Engine with random weights, for ``rows`` sequences; None: as many of ``longest`` tokens as the cache holds."""
+    model = ModelConfig(**dict(zip(SIZES, SHAPES[shape])), max_position_embeddings=65536)
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = getattr(torch, name)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(model, name)))
+        directory = dummy.open_directory(folder, ratio)
+    weights = dtype.itemsize * sum(math.prod(x.shape) for x in directory.tensors.values())
     memory = int((args.memory_gib - args.reserve_gib) * 2**30) - weights
     if memory <= 0:
         raise SystemExit(
             f"error: {args.memory_gib} GiB do not hold the {weights / 2**30:.1f} GiB of weights of {shape}"
         )
     if rows is None:
+        heads, ring = model.num_layers * model.kv_heads, DMCConfig().window if ratio > 1 else 0
         # Half of a head's last page is empty on average.
-        each = all_heads * (longest / ratio / PAGE + 0.5) * page_bytes(PAGE, hidden // heads, dtype)
-        ring = DMCConfig().window if ratio > 1 else 0
-        tables = row_bytes(all_heads, hidden // heads, longest, PAGE, ring, dtype)
+        each = heads * (longest / ratio / PAGE + 0.5) * page_bytes(PAGE, model.head_dim, dtype)
+        tables = row_bytes(heads, model.head_dim, longest, PAGE, ring, dtype)
         rows = max(1, int(HELD * memory / (each + tables)))
     tokens = max(rows, 2048 if device.type == "cuda" else 512)
     settings = EngineConfig(
@@ -115,8 +101,10 @@ def engine(
 
 
 class Steps:
-    """What :func:`iterate` calls for a step: seconds of each, and of those in which all sequences decode the slots in
-    use.
+    """Runs the engine's steps for :func:`iterate` and times them.
+
+    ``decoding`` has (seconds, slots in use) of the steps in which all sequences decode, ``first`` the seconds until the
+    first token.
     """
 
     def __init__(self, count: int) -> None:
@@ -136,7 +124,7 @@ class Steps:
 
 
 def run(engine: Engine, input_len: int, output_len: int, count: int) -> tuple[Iteration, Steps]:
-    """All requests at once, to their end."""
+    """Run ``count`` requests at once, to their end."""
     prompts = random_prompts([input_len] * count, engine.info.model.vocab_size, np.random.default_rng(0))
     steps = Steps(count)
     return iterate(engine, Workload(prompts, [output_len] * count, temperature=0), steps), steps
@@ -145,12 +133,13 @@ def run(engine: Engine, input_len: int, output_len: int, count: int) -> tuple[It
 def throughput(
     shape: str, ratio: float, output_len: int, copy: float, args: argparse.Namespace, device: torch.device
 ) -> dict:
+    """Part 2 for one shape, CR and length. ``copy``: the ceiling in GB/s."""
     e = engine(shape, ratio, args.input_len + output_len, None, args, device)
     batch = min(e.sizes.max_num_seqs, args.max_requests or e.sizes.max_num_seqs)
     run(e, min(64, args.input_len), 4, min(2, batch))  # warm
     done, steps = run(e, args.input_len, output_len, batch)
     slots, seconds = sum(use.total_slots for use in done.uses), sum(steps.seconds)
-    # Of the embedding a step reads a row per token, unless it is the output layer too.
+    # A step reads one row of the embedding per token, or all of it where it is the output layer too.
     weights = e.model.nbytes() - (e.model.embedding.nbytes if e.model.head is not e.model.embedding else 0)
     slot = 2 * e.model.head_dim * e.model.dtype.itemsize
     floors = [1e-9 * (weights + used * slot) / copy for _, used in steps.decoding]
@@ -173,6 +162,7 @@ def throughput(
 
 
 def protocol(shape: str, ratio: float, args: argparse.Namespace, device: torch.device) -> dict:
+    """Part 3 for one shape and CR."""
     batch, new = args.protocol_batch, args.protocol_output_len
     e = engine(shape, ratio, args.input_len + new, batch, args, device)
     run(e, min(64, args.input_len), 4, min(2, batch))
@@ -187,6 +177,7 @@ def protocol(shape: str, ratio: float, args: argparse.Namespace, device: torch.d
 
 
 def prefill(shape: str, ratio: float, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Part 4 for one shape and CR: a record for each length."""
     e, rows = engine(shape, ratio, max(args.prefill_lens) + 1, 2, args, device), []
     for length in args.prefill_lens:
         times = [run(e, length, 1, 1)[1].first for _ in range(args.prefill_rounds + 1)][1:]
@@ -262,63 +253,50 @@ def main() -> None:
             if "prefill" in args.parts:
                 figures["prefill"] += prefill(shape, ratio, args, device)
                 forget()
-    show(figures)
+    for part, cells in (("throughput", throughput_cells), ("protocol", protocol_cells), ("prefill", prefill_cells)):
+        if figures[part]:
+            print(record_table([cells(f, figures[part]) for f in figures[part]]), end="\n\n")
     finish(args, "throughput", figures, missed_targets(figures), start)
 
 
-def show(figures: dict) -> None:
-    base: dict = {}
-    rows = []
-    for f in figures["throughput"]:
-        first = base.setdefault((f["shape"], f["output_len"]), f)
-        rows.append(
-            [
-                f["shape"],
-                f["input_len"] + f["output_len"],
-                f["compression_ratio"],
-                f["batch"],
-                f"{f['page_waste']:.1%}",
-                f["preemptions"],
-                f["tokens_per_second"],
-                f["tokens_per_second"] / first["tokens_per_second"],
-                f["decode_step_ms"]["median"],
-                f["of_floor"]["median"],
-                f"{f['of_floor']['q1']:.2f}-{f['of_floor']['q3']:.2f}",
-            ]
-        )
-    if rows:
-        columns = (
-            "shape",
-            "tokens",
-            "CR",
-            "batch",
-            "empty",
-            "pre-empted",
-            "tokens/s",
-            "x first",
-            "ms/step",
-            "of floor",
-            "quartiles",
-        )
-        print(table(columns, rows), end="\n\n")
-    rows = [
-        [f["shape"], f"{f['asked']:g}", f["batch"], f["mean_ms"], f"{f['last_ms']['q1']:.2f}-{f['last_ms']['q3']:.2f}"]
-        for f in figures["protocol"]
-    ]
-    if rows:
-        print(table(("shape", "CR", "batch", "last steps, mean ms", "quartiles"), rows), end="\n\n")
-    rows = [
-        [
-            f["shape"],
-            f"{f['asked']:g}",
-            f["tokens"],
-            f"{f['seconds']['median']:.3f}",
-            f"{f['seconds']['q1']:.3f}-{f['seconds']['q3']:.3f}",
-        ]
-        for f in figures["prefill"]
-    ]
-    if rows:
-        print(table(("shape", "CR", "prompt", "first token s", "quartiles"), rows), end="\n\n")
+def throughput_cells(f: dict, rows: list[dict]) -> dict[str, object]:
+    """Cells of the printed table, by column; speed is relative to the first row of the same shape and length."""
+    first = next(row for row in rows if (row["shape"], row["output_len"]) == (f["shape"], f["output_len"]))
+    return {
+        "shape": f["shape"],
+        "tokens": f["input_len"] + f["output_len"],
+        "CR": f["compression_ratio"],
+        "batch": f["batch"],
+        "empty": f"{f['page_waste']:.1%}",
+        "pre-empted": f["preemptions"],
+        "tokens/s": f["tokens_per_second"],
+        "x first": f["tokens_per_second"] / first["tokens_per_second"],
+        "ms/step": f["decode_step_ms"]["median"],
+        "of floor": f["of_floor"]["median"],
+        "quartiles": quartiles(f["of_floor"]),
+    }
+
+
+def protocol_cells(f: dict, rows: list[dict]) -> dict[str, object]:
+    """Cells of the printed table, by column."""
+    return {
+        "shape": f["shape"],
+        "CR": f"{f['asked']:g}",
+        "batch": f["batch"],
+        "last steps, mean ms": f["mean_ms"],
+        "quartiles": quartiles(f["last_ms"]),
+    }
+
+
+def prefill_cells(f: dict, rows: list[dict]) -> dict[str, object]:
+    """Cells of the printed table, by column."""
+    return {
+        "shape": f["shape"],
+        "CR": f"{f['asked']:g}",
+        "prompt": f["tokens"],
+        "first token s": f"{f['seconds']['median']:.3f}",
+        "quartiles": quartiles(f["seconds"], ".3f"),
+    }
 
 
 if __name__ == "__main__":

@@ -110,12 +110,13 @@ def read_log(path: Path) -> list[str]:
 
 
 def printed(name: str, before: Path, after: Path) -> Difference:
-    """All that a command has printed, but for warnings."""
-    old, new = (
-        [line for line in path.read_text(errors="replace").splitlines() if "Warning" not in line and "warn" not in line]
-        for path in (before, after)
-    )
-    yield from values(name, old, new)
+    """Everything that a command has printed but warnings and headings."""
+
+    def lines(path: Path) -> list[str]:
+        found = path.read_text(errors="replace").splitlines()
+        return [line for line in found if not line.startswith("---") and "warn" not in line.lower()]
+
+    yield from values(name, lines(before), lines(after))
 
 
 def structured(name: str, before: Path, after: Path) -> Difference:
