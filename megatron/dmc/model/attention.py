@@ -72,19 +72,7 @@ class DMCSelfAttention(SelfAttention):
         **kwargs,
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, **kwargs)
-        for wrong, what in (
-            (config.context_parallel_size > 1, "context parallelism"),
-            (config.rotary_interleaved, "rotary_interleaved"),
-            (config.window_size is not None, "sliding-window attention"),
-            (config.attention_dropout > 0, "attention_dropout"),
-            (config.attention_output_gate, "attention_output_gate"),
-            (config.softmax_scale is not None, "softmax_scale"),
-            (config.softmax_type != "vanilla", "softmax_type other than vanilla"),
-            (bool(config.no_rope_freq), "no_rope_freq"),
-            (config.num_query_groups < self.world_size, "tensor_model_parallel_size above num_query_groups"),
-        ):
-            if wrong:
-                raise ValueError(f"DMC attention does not support {what}; turn it off")
+        _refuse_unsupported(config, self.world_size)
         self.dmc = dmc
         self.kept_count: Optional[Tensor] = None
         rank = self.tp_group.rank() if self.tp_group is not None else 0
@@ -118,14 +106,12 @@ class DMCSelfAttention(SelfAttention):
                 "DMC attention trains and evaluates whole sequences; use megatron.dmc.inference to decode, "
                 "and unpacked sequences to train"
             )
-        step = attention_bias
-        if step is None:
-            if self.training:
-                raise ValueError(
-                    "DMC attention in training needs a DMCStep: pass extra_block_kwargs="
-                    "{'attention_bias': DMCStep(...)} to the model, or use DMCGPTModel"
-                )
-            step = DMCStep()
+        if attention_bias is None and self.training:
+            raise ValueError(
+                "DMC attention in training needs a DMCStep: pass extra_block_kwargs="
+                "{'attention_bias': DMCStep(...)} to the model, or use DMCGPTModel"
+            )
+        step = DMCStep() if attention_bias is None else attention_bias
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if rotary_pos_emb is None or rotary_pos_emb.size(-1) != self.hidden_size_per_attention_head:
@@ -202,3 +188,19 @@ def _scale_neuron(x: Tensor, step: DMCStep) -> Tensor:
     factor = torch.ones(x.size(-1), dtype=x.dtype, device=x.device)
     factor[-1] = step.neuron_scale
     return x * factor
+
+
+def _refuse_unsupported(config: TransformerConfig, tp_size: int) -> None:
+    for wrong, what in (
+        (config.context_parallel_size > 1, "context parallelism"),
+        (config.rotary_interleaved, "rotary_interleaved"),
+        (config.window_size is not None, "sliding-window attention"),
+        (config.attention_dropout > 0, "attention_dropout"),
+        (config.attention_output_gate, "attention_output_gate"),
+        (config.softmax_scale is not None, "softmax_scale"),
+        (config.softmax_type != "vanilla", "softmax_type other than vanilla"),
+        (bool(config.no_rope_freq), "no_rope_freq"),
+        (config.num_query_groups < tp_size, "tensor_model_parallel_size above num_query_groups"),
+    ):
+        if wrong:
+            raise ValueError(f"DMC attention does not support {what}; turn it off")

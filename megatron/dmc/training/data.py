@@ -69,7 +69,7 @@ def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> None:
     """
     data, model = config.data, config.model
     if not data.data_path:
-        raise ValueError("data_path is empty; name at least one dataset prefix that tools/preprocess_data.py wrote")
+        raise ValueError("data_path is empty; name at least one dataset prefix that dmc data preprocess wrote")
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocab_size is "
@@ -85,7 +85,7 @@ def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int
         if not os.path.isfile(prefix + suffix):
             hint = f"; give the prefix without {suffix}" if prefix.endswith((".bin", ".idx")) else ""
             raise ValueError(
-                f"{name}: {prefix}{suffix} does not exist{hint or '; make it with tools/preprocess_data.py'}"
+                f"{name}: {prefix}{suffix} does not exist{hint or '; make it with dmc data preprocess'}"
             )
     sidecar = Sidecar.read(prefix)
     for suffix, expected in ((".bin", sidecar.bin_bytes), (".idx", sidecar.idx_bytes)):
@@ -93,19 +93,19 @@ def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int
         if size != expected:
             raise ValueError(
                 f"{name}: {prefix}{suffix} has {size} bytes and should have {expected}: it is truncated or "
-                "was replaced; copy it again, or run tools/preprocess_data.py again"
+                "was replaced; copy it again, or run dmc data preprocess again"
             )
     if sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{name}: {prefix} was made with another tokenizer ({sidecar.tokenizer}, fingerprint "
             f"{sidecar.tokenizer_fingerprint[:12]}) than {tokenizer.path} ({tokenizer.fingerprint[:12]}); "
-            "give that tokenizer, or run tools/preprocess_data.py again with this one"
+            "give that tokenizer, or run dmc data preprocess again with this one"
         )
     if sidecar.vocab_size > tokenizer.vocab_size:
         # Same files, other library: an old transformers may drop added tokens.
         raise ValueError(
             f"{name}: {prefix} has ids below {sidecar.vocab_size}, tokenizer {tokenizer.path} loads with "
-            f"{tokenizer.vocab_size}; run tools/preprocess_data.py again in this environment"
+            f"{tokenizer.vocab_size}; run dmc data preprocess again in this environment"
         )
     if sidecar.tokens < seq_length + 1:
         raise ValueError(

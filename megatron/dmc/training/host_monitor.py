@@ -23,7 +23,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from torch import distributed
 
@@ -34,6 +34,15 @@ LOST_HOST_FILE = "lost_host"
 status on."""
 _CONNECT_SECONDS = 60.0  # that all ranks have for their first connection
 _SILENT = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
+
+
+class _Loss(NamedTuple):
+    """Ranks that are gone."""
+
+    how: str
+    """silent: their host does not answer; ended or failed: a fault of the run's own."""
+    ranks: list[int]
+    text: str
 
 
 class HostMonitor:
@@ -170,39 +179,19 @@ class HostMonitor:
                         return
 
     def _lost(self, rank: int, how: str, what: str = "") -> None:
-        """Report the loss of ``rank`` to the others and end this process.
+        """Report the loss of ``rank`` and end this process; return when this rank has failed too, and says so itself.
 
         ``how`` is "silent", "ended", "failed" (``what`` is the error), or "lost" (``what`` is rank 0's finding).
         """
-        gone = [rank]
-        if how == "lost":
-            how, ranks, text = what.split(" ", 2)
-            gone = [int(number) for number in ranks.split(",")]
-        elif how == "silent":
-            gone = [each for each, host in enumerate(self._hosts) if host == self._hosts[rank]]
-            name = f"{self._hosts[rank]} ({_name_ranks(gone)})"
-            text = f"{name} has not answered for {self._seconds} s: it is down, or cut off"
-        elif how == "failed":
-            text = f"{_name_ranks(gone)} on {self._hosts[rank]} ended before the others: {what}"
-        else:
-            text = f"{_name_ranks(gone)} on {self._hosts[rank]} ended before the others; its log says why"
+        loss = self._describe(rank, how, what)
         for other, peer in self._peers.items():
-            if self.rank == 0 and other not in gone:
-                _send_line(peer, f"lost {how} {','.join(map(str, gone))} {text}")
-        fault = how != "silent"
+            if self.rank == 0 and other not in loss.ranks:
+                _send_line(peer, f"lost {loss.how} {','.join(map(str, loss.ranks))} {loss.text}")
         self._loss_found.set()
+        fault = loss.how != "silent"
         if fault and self._left:
-            return  # this rank has failed too, and says so
-        here = [each for each, host in enumerate(self._hosts) if host == self._hosts[self.rank] and each not in gone]
-        speaker = self.rank == here[0] if here else True
-        message = (
-            f"error: {text}. This run ends on {self._hosts[self.rank]} now; when all hosts are there again, the same "
-            "command goes on from the newest checkpoint"
-        )
-        if speaker:
-            print(message, file=sys.stderr, flush=True)
-            if not fault:
-                self._write_lost_host_file(message)
+            return
+        self._report(loss)
         if fault:
             end = time.monotonic() + self._grace
             while time.monotonic() < end and not self._left:
@@ -210,6 +199,34 @@ class HostMonitor:
             if self._left:
                 return
         self._leave()
+
+    def _describe(self, rank: int, how: str, what: str) -> _Loss:
+        name = f"rank {rank} on {self._hosts[rank]}"
+        if how == "lost":
+            how, ranks, text = what.split(" ", 2)
+            return _Loss(how, [int(number) for number in ranks.split(",")], text)
+        if how == "silent":
+            ranks = [each for each, host in enumerate(self._hosts) if host == self._hosts[rank]]
+            name = f"{self._hosts[rank]} ({_name_ranks(ranks)})"
+            text = f"{name} has not answered for {self._seconds} s: it is down, or cut off"
+            return _Loss(how, ranks, text)
+        if how == "failed":
+            return _Loss(how, [rank], f"{name} ended before the others: {what}")
+        return _Loss(how, [rank], f"{name} ended before the others; its log says why")
+
+    def _report(self, loss: _Loss) -> None:
+        """Print the loss, once per host."""
+        here = self._hosts[self.rank]
+        standing = [rank for rank, host in enumerate(self._hosts) if host == here and rank not in loss.ranks]
+        if standing and self.rank != standing[0]:
+            return
+        message = (
+            f"error: {loss.text}. This run ends on {here} now; when all hosts are there again, the same "
+            "command goes on from the newest checkpoint"
+        )
+        print(message, file=sys.stderr, flush=True)
+        if loss.how == "silent":
+            self._write_lost_host_file(message)
 
     def _write_lost_host_file(self, message: str) -> None:
         """Write the file without waiting for long: its file system may be gone with the host."""

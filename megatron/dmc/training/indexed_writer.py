@@ -48,7 +48,7 @@ class Sidecar:
         if not path.is_file():
             raise ValueError(
                 f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
-                "tools/preprocess_data.py; run that again"
+                "dmc data preprocess; run that again"
             )
         try:
             content = json.loads(path.read_text())
@@ -58,7 +58,7 @@ class Sidecar:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
-                "run tools/preprocess_data.py again"
+                "run dmc data preprocess again"
             ) from error
 
     def write(self, path: str | Path) -> None:

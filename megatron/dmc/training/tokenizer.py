@@ -1,6 +1,6 @@
 """Tokenizers for preparing data and for training: sentencepiece models and Hugging Face directories behind one class.
 
-Imports neither torch nor Megatron, so that the worker processes of ``tools/preprocess_data.py`` start quickly.
+Imports neither torch nor Megatron, so that the worker processes of ``dmc data preprocess`` start quickly.
 """
 
 from __future__ import annotations
