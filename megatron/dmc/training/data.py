@@ -84,9 +84,7 @@ def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(prefix + suffix):
             hint = f"; give the prefix without {suffix}" if prefix.endswith((".bin", ".idx")) else ""
-            raise ValueError(
-                f"{name}: {prefix}{suffix} does not exist{hint or '; make it with dmc data preprocess'}"
-            )
+            raise ValueError(f"{name}: {prefix}{suffix} does not exist{hint or '; make it with dmc data preprocess'}")
     sidecar = Sidecar.read(prefix)
     for suffix, expected in ((".bin", sidecar.bin_bytes), (".idx", sidecar.idx_bytes)):
         size = os.path.getsize(prefix + suffix)

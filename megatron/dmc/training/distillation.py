@@ -38,8 +38,7 @@ def find_teacher(config: RunConfig) -> tuple[Path, Manifest]:
     asked = Path(config.training.distill_from or "")
     if (asked / "config.json").is_file() and not (asked / "manifest.json").is_file():
         raise ValueError(
-            f"distill_from {asked} is a Hugging Face directory; import it first: dmc convert "
-            "import, and name what that wrote"
+            f"distill_from {asked} is a Hugging Face directory; import it first (dmc convert import), and name the result"
         )
     path = resolve_checkpoint(asked)
     manifest = read_manifest(path)
