@@ -153,7 +153,7 @@ CASES: dict[int, dict[str, dict]] = {
 
 
 class FakeTokenizer:
-    """What a dataset asks of a tokenizer."""
+    """Attributes that a dataset needs of a tokenizer."""
 
     path, vocab_size, bos_id, eod_id, fingerprint = "fake", VOCAB, None, 0, "0" * 64
     eod = 0

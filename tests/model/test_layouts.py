@@ -128,7 +128,7 @@ def test_bf16_layout(results, processes, case):
 
 
 def test_checkpoints_hold_the_last_step(results, directory, run_distributed):
-    """What a layout has saved after its last step is what it evaluated: no update is still on its way."""
+    """A layout evaluates the weights that it saves after its last step: no update is still on its way."""
     before = {case: results(n)[case] for n, case in CASES if "bf16" not in case and "recompute" not in case}
     run_distributed(WORKER, 1, [directory, "reload", *before], timeout=300)
     after = json.loads((directory / "reload.json").read_text())

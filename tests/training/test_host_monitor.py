@@ -1,5 +1,6 @@
-"""A lost rank is noticed and named on all the others; a slow one is not lost. Hosts that fall silent:
-tests/hosts/run.py.
+"""A lost rank is noticed and named on all the others; a slow one is not lost.
+
+Hosts that fall silent are tested by tests/hosts/run.py.
 """
 
 import os
@@ -84,9 +85,7 @@ def errors(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 3])
 def test_a_killed_rank_is_named_on_every_host_and_ends_the_others(start, tmp_path, killed):
-    """They stand in what no exception reaches. One message per host, from ranks that have lost no connection of their
-    own.
-    """
+    """The others wait where no exception reaches them. Each host prints one message, from a rank that was not lost."""
     ranks = start("sleep", "sleep", "sleep", "fork")  # rank 3's child holds on to what it has inherited
     ranks.processes[killed].kill()
     assert ranks.ends() == [-signal.SIGKILL if rank == killed else host_monitor.EXIT_STATUS for rank in range(4)]
@@ -197,9 +196,7 @@ def test_the_kernel_is_asked_to_probe_within_the_time():
 
 
 def test_strangers_at_the_port_are_sent_away(fake, monkeypatch):
-    """One that says nothing of use, one that goes at once, one that never ends, and then the rank that is
-    waited for.
-    """
+    """One sends nothing of use, one leaves at once, one sends without end; then the expected rank comes."""
     first = fake(0)
     first._peers, first._hosts = {}, ["a", "b"]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -271,7 +268,7 @@ def test_a_slow_rank_is_not_lost(data, tmp_path):
 
 
 def test_the_timeout_of_collectives_is_the_runs():
-    """In the whole group and in Megatron's."""
+    """The whole group and Megatron's groups have it."""
     run = RunConfig(stage=StageConfig("pretrain", 1), parallel=ParallelConfig(distributed_timeout_minutes=7))
     with megatron_in_process(run):
         from megatron.core import parallel_state

@@ -248,9 +248,7 @@ def test_target_follows_from_stage_to_stage(data, chain, tmp_path):
 
 
 def test_gathering_late_loses_no_step(data, chain, tmp_path):
-    """With overlap_param_gather the last step's weights arrive with the next forward:
-    a checkpoint must not miss them.
-    """
+    """A checkpoint has the last step's weights, which overlap_param_gather brings with the next forward pass."""
     for name, more in (("plain", {}), ("overlap", dict(overlap_grad_reduce=True, overlap_param_gather=True))):
         tiny.run(
             command(

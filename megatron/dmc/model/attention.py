@@ -83,23 +83,20 @@ class DMCSelfAttention(SelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Optional[Tensor],
-        key_value_states=None,
-        inference_context=None,
-        rotary_pos_emb: Optional[Tensor] = None,
-        rotary_pos_cos=None,
-        rotary_pos_sin=None,
-        rotary_pos_cos_sin=None,
-        attention_bias: Optional[DMCStep] = None,
-        packed_seq_params=None,
-        sequence_len_offset=None,
+        attention_mask: Optional[Tensor] = None,
         *,
+        rotary_pos_emb: Optional[Tensor] = None,
+        attention_bias: Optional[DMCStep] = None,
+        inference_context=None,
         inference_params=None,
+        packed_seq_params=None,
+        **_,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """hidden_states [s, b, h] (s / tp under sequence parallelism) -> (output [s, b, h], bias).
 
         ``attention_bias`` takes the :class:`DMCStep`; in eval mode it may be left out (hard decisions). The attention
         mask is always causal. ``rotary_pos_emb``: frequencies [>= s, 1, 1, D] as Megatron's ``RotaryEmbedding`` gives.
+        Megatron's other arguments serve its inference and are ignored.
         """
         if inference_context is not None or inference_params is not None or packed_seq_params is not None:
             raise ValueError(

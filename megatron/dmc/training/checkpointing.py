@@ -8,6 +8,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -37,40 +38,30 @@ _EXTRA_STATE = "_extra_state"
 checkpoints do not have it."""
 
 
+@dataclass
 class CheckpointWriter:
-    """Writes the checkpoints of one run into its --save directory. All ranks call every method.
+    """Writes the checkpoints of one run into its --save directory. All ranks call every method."""
 
-    Args:
-        directory: the --save directory.
-        chunks: this rank's pipeline chunks of the model.
-        optimizer: None writes weights only.
-        config_text: the resolved configuration, saved as ``config.yaml``.
-        hf_files: small files of the Hugging Face model at the start of the lineage, for export.
-        keep: checkpoints that stay, the newest first; None keeps all.
-        retain: checkpoints whose iteration is a multiple of this stay too.
-        background: write in a forked process. The tensors are those of the moment of :meth:`save`, whatever training
-            does to them afterwards: on the CPU the fork is the copy, from a GPU they are copied before it.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        chunks: list[DMCGPTModel],
-        optimizer: Optional[MegatronOptimizer],
-        config_text: str,
-        *,
-        hf_files: Optional[Mapping[str, bytes]] = None,
-        keep: Optional[int] = None,
-        retain: Optional[int] = None,
-        background: bool = False,
-    ) -> None:
-        self.directory = directory
-        self.chunks, self.optimizer = chunks, optimizer
-        self.config_text, self.hf_files = config_text, hf_files or {}
-        self.keep, self.retain, self.background = keep, retain, background
-        self.pending: Optional[Path] = None
-        """The checkpoint that :meth:`save` was called for and :meth:`finish` has not reported yet."""
-        self._queue = AsyncCallsQueue()
+    directory: Path
+    """The --save directory."""
+    chunks: list[DMCGPTModel]
+    """This rank's pipeline chunks of the model."""
+    optimizer: Optional[MegatronOptimizer]
+    """None writes weights only."""
+    config_text: str
+    """Resolved configuration, saved as ``config.yaml``."""
+    hf_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files of the Hugging Face model at the start of the lineage, for export."""
+    keep: Optional[int] = None
+    """Checkpoints that stay, the newest first; None keeps all."""
+    retain: Optional[int] = None
+    """Checkpoints whose iteration is a multiple of this stay too."""
+    background: bool = False
+    """Write in a forked process. The tensors are those of the moment of :meth:`save`, whatever training does to them
+    afterwards: on the CPU the fork is the copy, from a GPU they are copied before it."""
+    pending: Optional[Path] = field(default=None, init=False)
+    """The checkpoint that :meth:`save` was called for and :meth:`finish` has not reported yet."""
+    _queue: AsyncCallsQueue = field(default_factory=AsyncCallsQueue, init=False)
 
     def save(self, manifest: Manifest) -> None:
         """Write ``directory/iter_N``, which appears under its name only when it is complete.

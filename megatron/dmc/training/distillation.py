@@ -37,9 +37,7 @@ def find_teacher(config: RunConfig) -> tuple[Path, Manifest]:
     """
     asked = Path(config.training.distill_from or "")
     if (asked / "config.json").is_file() and not (asked / "manifest.json").is_file():
-        raise ValueError(
-            f"distill_from {asked} is a Hugging Face directory; import it first (dmc convert import), and name the result"
-        )
+        raise ValueError(f"distill_from {asked} is a Hugging Face directory; import it first with dmc convert import")
     path = resolve_checkpoint(asked)
     manifest = read_manifest(path)
     saved = RunConfig.from_dict(arguments.read_saved_config(path))

@@ -263,9 +263,9 @@ def _name_ranks(ranks: Sequence[int]) -> str:
 
 
 def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    return socket.create_server(("", 0), backlog=4096)
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=4096)
 
 
 def _keep_alive(peer: socket.socket, seconds: int) -> None:

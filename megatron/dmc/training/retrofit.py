@@ -31,6 +31,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
     warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
     from megatron.dmc.training import initialize
+    from megatron.dmc.training.host_monitor import HostMonitor, remove_lost_host_file
+    from megatron.dmc.training.preemption import RestartGuard, StopSignal
 
     try:
         config, start = prepare(argv)
@@ -39,19 +41,12 @@ def main(argv: Optional[list[str]] = None) -> int:
 
         tokenizer = load_tokenizer(config.data.tokenizer)
         check_datasets(config, tokenizer)
-    except ValueError as error:
-        return _refuse(error)
-    from megatron.dmc.training.host_monitor import HostMonitor, remove_lost_host_file
-    from megatron.dmc.training.preemption import RestartGuard, StopSignal
-
-    save = config.training.save
-    stop = StopSignal(config.training.exit_duration_in_mins)
-    restarts = RestartGuard(save if initialize.is_rank_0() else None)
-    try:
+        save = config.training.save
+        restarts = RestartGuard(save if initialize.is_rank_0() else None)
         restarts.count_start(config.training.max_starts_without_step)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refuse(error)
+    stop = StopSignal(config.training.exit_duration_in_mins)
     if initialize.is_rank_0():
         remove_lost_host_file(save)
     initialize.initialize(config)
