@@ -72,7 +72,7 @@ ARROWS = [
     (11.25, 2.0, 1.73),
     (6.8, 1.05, 0.78),
 ]
-"""Where they stand: (x, from y, to y)."""
+"""Lines of the arrows: (x, from y, to y)."""
 
 
 def draw(path: Path) -> None:

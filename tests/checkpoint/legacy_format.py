@@ -39,7 +39,7 @@ DMC_ARGS = dict(
     dmc_paged_cache_size=40.0,
     dmc_paged_block_size=256,
 )
-"""As ``_add_dmc_args`` of the branch defines them; a checkpoint of its ``pretrain_gpt_with_dmc.py`` always has all."""
+"""Arguments that ``_add_dmc_args`` of the branch defines; checkpoints of its ``pretrain_gpt_with_dmc.py`` have all."""
 
 
 class ModelType(enum.Enum):
@@ -177,7 +177,7 @@ def cut(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
 
 
 def local_name(name: str) -> str:
-    """What the local layer spec calls it."""
+    """Name of a parameter in the local layer spec."""
     name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
     return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 

@@ -26,7 +26,7 @@ CASE = re.search(r'`"seed_oss": (dict\(.*?\))`', PAGE)[1]
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What the page's blocks define, with its families in the table."""
+    """Names that the page's blocks define, with its families in the table."""
     found: dict = {}
     exec(BLOCKS, found)
     for family in (found["family"], found["other_names"]):
@@ -73,7 +73,7 @@ def test_what_the_table_does_not_allow_is_refused(page: dict, tmp_path: Path, ke
 
 
 def test_other_names_are_enough(page: dict, tmp_path: Path) -> None:
-    """The same weights under both names become the same checkpoint."""
+    """Weights under other names become the same checkpoint."""
     llama, other = tmp_path / "llama", tmp_path / "other"
     families.make("llama3", llama, shard="1GB")
     other.mkdir()

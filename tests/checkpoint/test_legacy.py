@@ -257,7 +257,7 @@ def test_llama_2_vocabulary(tp: int, rows: int, size: int, tmp_path: Path) -> No
 
 
 def test_released_dmc_model(tmp_path: Path) -> None:
-    """As NVIDIA's: stage three, b = 5, W = 12, bf16, multi-head attention; and out again as a DMC model."""
+    """Like NVIDIA's releases: stage three, b = 5, W = 12, bf16, multi-head attention; and out again as a DMC model."""
     model, full = variant(num_query_groups=4)
     source = tmp_path / "Llama-DMC-8x"
     megatron.write(source, full, model, vocab_size=90, **megatron.DMC_ARGS)

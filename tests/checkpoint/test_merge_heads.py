@@ -54,9 +54,7 @@ def test_tensors_are_means_of_groups(case, heads, tmp_path) -> None:
 
 
 def test_equal_heads_merge_without_a_trace(tmp_path) -> None:
-    """When the heads of every group are the same, the merged model is the same function:
-    the groups are the right ones.
-    """
+    """A model whose groups have equal heads computes the same after merging: the groups are the right ones."""
     model = families.make("llama2", tmp_path / "from")
     with torch.no_grad():
         for layer in model.model.layers:

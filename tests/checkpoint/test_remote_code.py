@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("transformers_state")
 
 
 def test_files_need_nothing_but_torch_and_transformers() -> None:
-    """In the directory they have each other beside them, and no package megatron.dmc."""
+    """The files need each other only, and no package megatron.dmc."""
     for file in REMOTE_CODE.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -251,7 +251,7 @@ def test_beam_search_reorders_the_cache(tmp_path: Path) -> None:
     close(with_cache.sequences_scores, without.sequences_scores)
     # Beams differ from greedy here, so that there was something to reorder.
     assert not torch.equal(with_cache.sequences, model.generate(ids, **{**named, "num_beams": 1}).sequences)
-    # Several answers to one prompt.
+    # Several completions of one prompt.
     both = model.generate(ids[1:], max_new_tokens=4, num_return_sequences=3, do_sample=True)
     assert both.shape == (3, 18)
 

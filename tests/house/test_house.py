@@ -25,7 +25,7 @@ UNTRACKED = {".git", ".venv", "build", "dist", "runs", "__pycache__", ".pytest_c
 
 
 def repository_files() -> list[Path]:
-    """What is, or with the next ``git add -A`` would be, tracked; every file but the known outputs where git is not."""
+    """Files that git tracks, or would with the next ``git add -A``; where git is not, all but the known outputs."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -143,7 +143,7 @@ def area_of(inner: str) -> str | None:
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """What ``source``, as ``megatron.dmc.<module>`` (the package itself: ""), imports against the rules."""
+    """Imports of ``source``, as ``megatron.dmc.<module>`` (the package itself: ""), that break the rules."""
     area = area_of(module) if module else ""
     if area is None:
         return [f"{module}: belongs to no area; add it to RULES, or move it"]
@@ -337,7 +337,7 @@ def constraints() -> list[Requirement]:
 
 
 def setup_requirements() -> list[Requirement]:
-    """What setup.py needs at run time and for development, read without running it."""
+    """Requirements in setup.py at run time and for development, read without running it."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     values = {
         node.targets[0].id: ast.literal_eval(node.value)

@@ -1,4 +1,4 @@
-"""CRC-32 of a checkpoint's files: written into its manifest, compared when it is loaded. No torch, no Megatron.
+"""CRC-32 of a checkpoint's files: written into its manifest, compared when it is loaded. No torch.
 
 It finds what disks, copies and networks do to a file, by the file's name; it is no protection against an attacker. A
 thread reads a few GB/s (zlib leaves the interpreter's lock alone meanwhile), and ranks share the files.
@@ -16,7 +16,7 @@ _BLOCK = 4 << 20
 
 
 def crc32(path: Path) -> str:
-    """Of one file: 8 hexadecimal digits, as ``crc32`` and ``rhash --crc32`` print them."""
+    """CRC-32 of one file: 8 hexadecimal digits, as ``crc32`` and ``rhash --crc32`` print them."""
     value, buffer = 0, memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -25,8 +25,10 @@ def crc32(path: Path) -> str:
 
 
 def checksums(directory: Path, names: Iterable[str], threads: int | None = None) -> dict[str, str]:
-    """Name -> CRC-32 of files in ``directory``. ``threads``: None takes up to 4. Raises ``OSError`` for one that is
-    missing.
+    """CRC-32 of each file in ``directory``, by up to 4 ``threads`` (None) or as many as given.
+
+    Raises:
+        OSError: a file is missing.
     """
     names = list(names)
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
@@ -34,12 +36,12 @@ def checksums(directory: Path, names: Iterable[str], threads: int | None = None)
 
 
 def share(files: Mapping[str, int], rank: int, world: int) -> list[str]:
-    """The files that one of ``world`` processes reads, the largest dealt out first. ``files``: name -> bytes."""
+    """Files that one of ``world`` processes reads, the largest dealt out first. ``files``: name -> bytes."""
     return sorted(files, key=lambda name: (-files[name], name))[rank::world]
 
 
 def damaged(directory: Path, expected: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    """Those of ``names`` whose content is not what ``expected`` (name -> CRC-32) says, or that cannot be read."""
+    """Files of ``names`` that cannot be read, or whose CRC-32 is not the one in ``expected`` (name -> CRC-32)."""
     found = []
     for name, value in _tolerant(directory, [name for name in names if name in expected]).items():
         if value != expected[name]:

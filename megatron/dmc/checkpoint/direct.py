@@ -1,6 +1,4 @@
-"""Files of gigabytes, written once and not read again soon: past the page cache, where the system can. No torch, no
-Megatron.
-"""
+"""Files of gigabytes, written once and not read again soon: past the page cache, where the system can. No torch."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ class DirectFile:
     go. Where a file system has no ``O_DIRECT`` (some network ones, older tmpfs) the writes are ordinary ones.
 
     Raises:
-        OSError: as of ``open`` and ``write``, with the file's name.
+        OSError: the file cannot be made or written, with its name.
     """
 
     BLOCK = 8 << 20
     _ALIGN = 4096
-    """Of addresses, offsets and sizes; no disk asks for more."""
+    """Alignment of addresses, offsets and sizes; no disk asks for more."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -51,7 +49,7 @@ class DirectFile:
         return self._written + self._filled
 
     def write(self, data: Any) -> int:
-        """All of a contiguous buffer, which may change afterwards."""
+        """Append all of a contiguous buffer, which may change afterwards."""
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
@@ -63,7 +61,7 @@ class DirectFile:
         return done
 
     def flush(self) -> None:
-        """Nothing: ``torch.save`` calls it after every tensor. Closing flushes."""
+        """Do nothing: ``torch.save`` calls it after every tensor, and closing flushes."""
 
     def close(self, complete: bool = True) -> None:
         """Write what is left and wait for the disk; ``complete=False``: just let go of the file."""

@@ -1,4 +1,4 @@
-"""What a checkpoint directory says of itself. No torch, no Megatron.
+"""Manifest of a checkpoint directory, and how checkpoints are found. No torch.
 
 ``--save DIR`` holds ``iter_0000100/`` directories and Megatron's ``latest_checkpointed_iteration.txt``. A checkpoint is
 written under a temporary name and renamed when it is complete, manifest included: a directory with the final name is a
@@ -40,7 +40,7 @@ class Manifest:
     train_iters: int
     consumed_samples: int
     consumed_tokens: int
-    """Of this stage."""
+    """Tokens that this stage has consumed."""
     target_cr: float
     """Compression ratio that the last step was trained to; 1 before retrofit."""
     measured_cr: Optional[float] = None
@@ -52,7 +52,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     has_optimizer: bool = True
     files: dict[str, int] = field(default_factory=dict)
-    """Bytes of every other file of the checkpoint, as :meth:`write` found them."""
+    """Size in bytes of every other file of the checkpoint, filled in by :meth:`write`."""
     crc32: dict[str, str] = field(default_factory=dict)
     """CRC-32 of those files, 8 hexadecimal digits each; empty when they were not taken (conversion)."""
     family: Optional[str] = None
@@ -78,9 +78,10 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Of a checkpoint directory. Raises ``ValueError`` when it is of another format, or a file is missing or truncated.
+    """Manifest of a checkpoint directory. Looks at names and sizes of files only, so it takes no time.
 
-    Looks at names and sizes only, so it takes no time and needs no torch.
+    Raises:
+        ValueError: the directory is of another format, or a file is missing or truncated.
     """
     path = directory / "manifest.json"
     if not path.is_file() or not (directory / "metadata.json").is_file():
@@ -170,7 +171,7 @@ def read_hf_files(checkpoint: Path) -> dict[str, bytes]:
 
 
 def write_hf_files(checkpoint: Path, files: Mapping[str, bytes]) -> None:
-    """The inverse of :func:`read_hf_files`; call it before the manifest is written, which lists them."""
+    """Write what :func:`read_hf_files` reads; call it before the manifest is written, which lists the files."""
     for name, content in files.items():
         (checkpoint / HF_FILES).mkdir(exist_ok=True)
         (checkpoint / HF_FILES / name).write_bytes(content)

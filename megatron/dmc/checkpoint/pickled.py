@@ -22,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
 
+_DAMAGED = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError, struct.error)
+"""Errors that readers raise for a damaged file."""
+
 
 class _FilePart(io.RawIOBase):
     """Bytes ``start`` ... ``start + length - 1`` of a file, as a file."""
@@ -51,7 +54,7 @@ class _FilePart(io.RawIOBase):
 
 
 class StandIn:
-    """In place of an object whose class is neither imported nor run: keeps what the file says of it, and does nothing.
+    """Substitute for an object whose class is neither imported nor run; keeps what the file says of it.
 
     Attributes:
         name: "module.name" of the class or function that the file names.
@@ -77,7 +80,7 @@ class StandIn:
 
 
 def _stand_ins(file: io.BufferedReader, allow: Callable[[str], bool]) -> list[tuple[type, str]]:
-    """A class of its own for every name in the file that ``torch.load`` does not know and ``allow`` takes."""
+    """Make a class for every name in the file that ``torch.load`` does not know and ``allow`` takes."""
     needed = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     file.seek(0)
     if odd := [name for name in needed if not allow(name)]:
@@ -94,7 +97,7 @@ def _message(error: BaseException) -> str:
 def load_lazily(
     path: Path, *, offset: int = 0, length: int | None = None, allow: Optional[Callable[[str], bool]] = None
 ) -> Any:
-    """The object in a ``torch.save`` file, or in a part of a file, with a :class:`Lazy` in place of every tensor.
+    """Read the object in a ``torch.save`` file, or in a part of a file, with a :class:`Lazy` in place of every tensor.
 
     Args:
         path: a file in PyTorch's zip format (every version since 1.6).
@@ -123,8 +126,9 @@ def load_lazily(
 
 @contextmanager
 def _nothing_allowed() -> Iterator[None]:
-    """Without the classes that other code of this process has declared safe, as megatron-core does when it is imported:
-    what a file may hold must not depend on what was imported before."""
+    """Forget, for a while, the classes that other code has declared safe, as megatron-core does when it is imported:
+    what a file may hold must not depend on what was imported before.
+    """
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -142,16 +146,7 @@ def _load(part: io.BufferedReader, path: Path, allow: Optional[Callable[[str], b
                 return torch.load(part, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{path} is refused: it would run code when it is read ({_message(error)})") from error
-    except (
-        RuntimeError,
-        EOFError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        AssertionError,
-        struct.error,
-    ) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {_message(error)}; copy it again") from error
 
 
@@ -186,7 +181,7 @@ class TensorFinder:
         self._known: dict[tuple[bytes, bytes], tuple[str, int, FileTensor]] = {}
 
     def __call__(self, path: Path, offset: int, length: int) -> Any:
-        """What :func:`load_lazily` returns, and raises, for this part."""
+        """Tensor in this part of the file. Returns and raises what :func:`load_lazily` does."""
         found = self._place(path, offset, length)
         if found is None:
             return load_lazily(path, offset=offset, length=length)
@@ -228,15 +223,5 @@ class TensorFinder:
                         lengths = struct.unpack("<26x2H", file.read(30))
                         begins[name] = info.header_offset + 30 + sum(lengths), info.file_size
                 return key, begins
-        except (
-            OSError,
-            zipfile.BadZipFile,
-            zipfile.LargeZipFile,
-            KeyError,
-            struct.error,
-            EOFError,
-            ValueError,
-            RuntimeError,
-            NotImplementedError,
-        ):
+        except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, *_DAMAGED):
             return None

@@ -1,7 +1,7 @@
 """Tensors that stay in their files until they are read, rows at a time, and the views that conversion needs of them.
 
 A converter of 70B models must never hold a model, or a shard. So every format's reader gives :class:`Lazy` tensors, a
-mapping composes them (row slices, concatenations, columns), and a writer reads the result in blocks. No Megatron.
+mapping composes them (row slices, concatenations, columns), and a writer reads the result in blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 32 << 20
-"""What a writer takes at a time: large enough for a disk, small against memory."""
+"""Bytes that a writer takes at a time: large enough for a disk, small against memory."""
 
 
 class Buffers:
@@ -32,7 +32,7 @@ class Buffers:
         self._found: dict[int, list[Tensor]] = {}
 
     def get(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Of exactly this size: ``torch.save`` writes a tensor's whole storage."""
+        """Tensor with a storage of exactly its size: ``torch.save`` writes the whole storage."""
         nbytes = dtype.itemsize
         for size in shape:
             nbytes *= size
@@ -44,7 +44,7 @@ class Buffers:
         return ring[-1].view(dtype).view(tuple(shape))
 
 
-class Behind:
+class BackgroundWriter:
     """Runs calls one after the other in a thread, while the caller reads what comes next.
 
     At most two wait, so that with the one that runs and the one that is being read no more than ``Buffers.DEPTH`` are
@@ -215,7 +215,7 @@ class Zeros(Lazy):
 
 
 def equal(a: Lazy, b: Lazy) -> bool:
-    """``torch.equal`` of the bits, block by block; shapes and dtypes too."""
+    """Compare shape, dtype and every bit of two tensors, block by block."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     for start, block in a.blocks():
@@ -225,12 +225,12 @@ def equal(a: Lazy, b: Lazy) -> bool:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """``torch.equal`` as bytes: a NaN equals itself."""
+    """Compare bits: a NaN equals itself."""
     return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def has_only_finite(block: Tensor) -> bool:
-    """No NaN or infinity. A sum finds them at memory speed, and one that overflowed is looked at again, slowly."""
+    """True without NaN and infinity. A sum finds them at memory speed; one that overflowed is checked again, slowly."""
     if not block.is_floating_point():
         return True
     return bool(torch.isfinite(block.sum())) or bool(torch.isfinite(block).all())

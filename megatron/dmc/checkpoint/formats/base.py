@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller knows that a format's files may not say. None: take it from the files."""
+    """Facts that the caller knows and that a format's files may leave out. None: take it from the files."""
 
     vocab_size: Optional[int] = None
     """Rows of the vocabulary without padding."""

@@ -27,7 +27,7 @@ from megatron.dmc.checkpoint.formats.base import (
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE, Manifest
 from megatron.dmc.checkpoint.mapping import views
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, FileTensor, Lazy, equal
+from megatron.dmc.checkpoint.tensors import BackgroundWriter, Buffers, FileTensor, Lazy, equal
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.environment import versions
 
@@ -180,7 +180,7 @@ def write_safetensors(
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
-    behind, buffers = Behind(), Buffers()
+    background, buffers = BackgroundWriter(), Buffers()
     with DirectFile(path) as file:
         try:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -188,9 +188,9 @@ def write_safetensors(
                 for _, block in tensor.blocks(buffers=buffers):
                     if seen is not None:
                         seen(name, block)
-                    behind(file.write, block.view(torch.uint8).reshape(-1).numpy())
+                    background(file.write, block.view(torch.uint8).reshape(-1).numpy())
         finally:
-            behind.finish()  # before the file is closed
+            background.finish()  # before the file is closed
 
 
 def shard_layout(tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:

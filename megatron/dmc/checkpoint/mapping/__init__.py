@@ -1,4 +1,4 @@
-"""What a model family is called in Hugging Face and in Megatron: tensor names, shapes and configuration keys, as data.
+"""Model families in Hugging Face's and in Megatron's terms: tensor names, shapes and configuration keys, as data.
 
 A family is an entry of :data:`FAMILIES` (docs/extending.md). A key of ``config.json`` that no table knows is refused by
 name: an option that is dropped silently gives a model that talks nonsense. No torch is imported but by :mod:`views`.

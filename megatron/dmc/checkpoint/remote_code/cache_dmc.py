@@ -201,7 +201,7 @@ class DMCCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats):
-        """Every sequence ``repeats`` times, for several answers to one prompt."""
+        """Every sequence ``repeats`` times, for several completions of one prompt."""
         if self.tokens is not None:
             indices = torch.arange(self.tokens.numel(), device=self.tokens.device)
             self.batch_select_indices(indices.repeat_interleave(repeats))

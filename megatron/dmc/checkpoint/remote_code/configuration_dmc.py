@@ -1,7 +1,7 @@
 """Configuration of a language model whose key-value cache is compressed by DMC (arXiv 2403.09636).
 
-This file lies in a model directory, beside ``modeling_dmc.py``; transformers reads both when it is told
-``trust_remote_code=True``. It was put there by the export of the megatron.dmc package, but needs nothing of it.
+This file lies in a model directory, beside ``modeling_dmc.py`` and ``cache_dmc.py``; transformers reads them when it is
+told ``trust_remote_code=True``. The export of the megatron.dmc package has put it there, but it needs nothing of it.
 
 ``config.json`` is that of the plain model (Llama, Mistral, Qwen 2, Qwen 3) with a ``dmc`` block:
 
@@ -71,11 +71,11 @@ class DMCConfig(PretrainedConfig):
 
     @property
     def compresses(self):
-        """Whether tokens are merged; False for a model that has only been prepared for it (stage zero_out)."""
+        """True when tokens are merged; False for a model that has only been prepared for it (stage zero_out)."""
         return STAGES[self.dmc["stage"]]
 
     def to_diff_dict(self):
-        """What ``save_pretrained`` writes: keys that transformers does not have, or has with another default.
+        """Keys that ``save_pretrained`` writes: those that transformers lacks, or has with another default.
 
         The inherited one compares with a configuration of defaults, of which there is none.
         """

@@ -188,7 +188,7 @@ class DMCModel(DMCPreTrainedModel):
         output_hidden_states=None,
         **kwargs,
     ):
-        """See :meth:`DMCForCausalLM.forward`."""
+        """Hidden states of a batch. Arguments: :meth:`DMCForCausalLM.forward`."""
         if self.training:
             raise ValueError(
                 "this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc"
@@ -294,7 +294,7 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
         return_dict=None,
         **kwargs,
     ):
-        """As LlamaForCausalLM's, without gradients.
+        """Logits and loss of a batch, without gradients. Takes what LlamaForCausalLM takes.
 
         Args:
             attention_mask: [b, columns], a column for each token of the cache and of this call, 0 for padding on any

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron.dmc.checkpoint.direct import DirectFile
-from megatron.dmc.checkpoint.tensors import Behind, Buffers, Lazy
+from megatron.dmc.checkpoint.tensors import BackgroundWriter, Buffers, Lazy
 
 CHUNK_BYTES = 64 << 20
 """No chunk is larger: it is held in memory when it is written."""
@@ -44,14 +44,14 @@ class DistWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._files = 0
         self._file: Optional[DirectFile] = None
-        self._behind, self._blocks, self._pieces = Behind(), Buffers(), Buffers()
+        self._background, self._blocks, self._pieces = BackgroundWriter(), Buffers(), Buffers()
 
     def __enter__(self) -> DistWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            self._behind.finish()
+            self._background.finish()
             if kind is None:
                 self._finish()
         finally:
@@ -91,7 +91,7 @@ class DistWriter:
                 offsets = (row,) if column is None else (row, column)
                 if layer is not None:
                     offsets, piece = (layer[0], *offsets), piece[None]
-                self._behind(self._append, name, entry, offsets, piece)
+                self._background(self._append, name, entry, offsets, piece)
 
     def _row_blocks(self, tensor: Lazy, split: Optional[int], parts: int) -> Iterator[tuple[int, Tensor]]:
         rows = tensor.shape[0]
