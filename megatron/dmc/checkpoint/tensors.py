@@ -6,6 +6,7 @@ mapping composes them (row slices, concatenations, columns), and a writer reads 
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -33,9 +34,7 @@ class Buffers:
 
     def get(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Tensor with a storage of exactly its size: ``torch.save`` writes the whole storage."""
-        nbytes = dtype.itemsize
-        for size in shape:
-            nbytes *= size
+        nbytes = dtype.itemsize * math.prod(shape)
         ring = self._found.setdefault(nbytes, [])
         if len(ring) < self.DEPTH:
             ring.append(torch.empty(nbytes, dtype=torch.uint8))
@@ -102,10 +101,7 @@ class Lazy(ABC):
 
     @property
     def nbytes(self) -> int:
-        n = self.dtype.itemsize
-        for size in self.shape:
-            n *= size
-        return n
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def blocks(self, block_bytes: int = BLOCK_BYTES, buffers: Buffers | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) over the whole tensor, each of at most ``block_bytes`` but at least a row."""
@@ -182,26 +178,28 @@ class Concat(Lazy):
             at += part.shape[0]
 
 
-class Columns(Lazy):
-    """Tensors side by side (dimension 1)."""
+class Grid(Lazy):
+    """A vector or matrix from boxes: (offsets, tensor). Together they must cover it, without overlap."""
 
-    def __init__(self, parts: Sequence[Lazy], name: str | None = None) -> None:
-        first = parts[0]
-        for part in parts:
-            if len(part.shape) != 2 or part.shape[0] != first.shape[0] or part.dtype != first.dtype:
-                raise ValueError(
-                    f"{part.name} is {part.dtype} {list(part.shape)} and {first.name} {first.dtype} "
-                    f"{list(first.shape)}; they belong to one tensor"
-                )
-        self.parts = list(parts)
-        self.shape = (first.shape[0], sum(p.shape[1] for p in parts))
-        self.dtype, self.name = first.dtype, name or first.name
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, boxes: list[tuple[tuple[int, ...], Lazy]], name: str
+    ) -> None:
+        self.shape, self.dtype, self.boxes, self.name = tuple(shape), dtype, sorted(boxes, key=lambda b: b[0]), name
+        covered = sum(box.nbytes for _, box in boxes)
+        if covered != self.nbytes:
+            raise ValueError(f"{name}: the checkpoint's chunks hold {covered} bytes of {self.nbytes}; it is damaged")
 
     def read_into(self, out: Tensor, start: int) -> None:
-        at = 0
-        for part in self.parts:
-            out[:, at : at + part.shape[1]] = part.read(start, start + out.shape[0])
-            at += part.shape[1]
+        stop = start + out.shape[0]
+        for offsets, box in self.boxes:
+            a, b = max(start, offsets[0]), min(stop, offsets[0] + box.shape[0])
+            if a >= b:
+                continue
+            rows = out[a - start : b - start]
+            if box.shape[1:] == self.shape[1:]:
+                box.read_into(rows, a - offsets[0])
+            else:
+                rows[:, offsets[1] : offsets[1] + box.shape[1]] = box.read(a - offsets[0], b - offsets[0])
 
 
 class Zeros(Lazy):

@@ -19,22 +19,16 @@ from megatron.dmc.checkpoint.mapping.hf_config import (
     to_hf_config,
 )
 from megatron.dmc.checkpoint.mapping.rules import TensorRule
-from megatron.dmc.checkpoint.mapping.transforms import QKV, Direct, GatedMLP, Transform, Vocabulary
 
 __all__ = [
     "COMPRESSED_STAGES",
     "DMC_ARCHITECTURE",
     "DMC_FORMAT_VERSION",
     "DMC_MODEL_TYPE",
-    "Direct",
     "FAMILIES",
     "Family",
-    "GatedMLP",
     "LLAMA_TENSORS",
-    "QKV",
     "TensorRule",
-    "Transform",
-    "Vocabulary",
     "base_config",
     "changed_config",
     "dmc_config",

@@ -116,6 +116,21 @@ def from_hf_config(config: dict) -> ModelConfig:
         ValueError: an unknown family, a missing key, or a key or value that is not understood, by its name.
     """
     family, config = family_of(config), base_config(config)
+    _check_keys(config, family)
+    values = {**family.switches, **_read_sizes(config, family)}
+    values["rotary_base"], values["rope_scaling"] = _rope(config, family.defaults)
+    tied = config.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
+    model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied)
+    _check_window(config, family, model.max_position_embeddings)
+    try:
+        model.check()
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from None
+    return model
+
+
+def _check_keys(config: dict, family: Family) -> None:
+    """Raise ``ValueError`` for a key that no table knows, or a value that the family does not support."""
     known = {*_SIZES, *_READ, *_INERT, *family.required, *family.inert}
     unknown = sorted(k for k in config if k not in known and config[k] is not None)
     if unknown:
@@ -131,7 +146,11 @@ def from_hf_config(config: dict) -> ModelConfig:
         raise ValueError(
             f"config.json: layer_types {sorted(set(config['layer_types']))}: only full_attention is supported"
         )
-    values: dict[str, Any] = dict(family.switches)
+
+
+def _read_sizes(config: dict, family: Family) -> dict[str, Any]:
+    """Fields of ``ModelConfig`` that stand in ``config.json`` as numbers."""
+    sizes: dict[str, Any] = {}
     for key, name in _SIZES.items():
         value = config.get(key, family.defaults.get(key))
         if value is None and key not in _OPTIONAL:
@@ -139,16 +158,8 @@ def from_hf_config(config: dict) -> ModelConfig:
         if value is not None:
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"config.json: {key} is {value!r}; it must be a number")
-            values[name] = value
-    values["rotary_base"], values["rope_scaling"] = _rope(config, family.defaults)
-    tied = config.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
-    model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied)
-    _check_window(config, family, model.max_position_embeddings)
-    try:
-        model.check()
-    except ValueError as error:
-        raise ValueError(f"config.json: {error}") from None
-    return model
+            sizes[name] = value
+    return sizes
 
 
 def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:

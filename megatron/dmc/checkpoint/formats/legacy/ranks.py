@@ -14,9 +14,10 @@ from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE, RankFile, read_rank_file, wrong
 from megatron.dmc.checkpoint.manifest import LATEST
-from megatron.dmc.checkpoint.mapping import TensorRule, Vocabulary
+from megatron.dmc.checkpoint.mapping import TensorRule
+from megatron.dmc.checkpoint.mapping.transforms import Vocabulary
 from megatron.dmc.checkpoint.mapping.views import Key
-from megatron.dmc.checkpoint.tensors import Columns, Concat, Lazy, Rows, Zeros, equal
+from megatron.dmc.checkpoint.tensors import Concat, Grid, Lazy, Rows, Zeros, equal
 from megatron.dmc.config import ModelConfig
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -119,6 +120,28 @@ def open_legacy(source: str | Path) -> LegacyCheckpoint:
         ValueError: a file is missing, damaged, would run code, or does not belong to the others; naming it.
     """
     directory = find_directory(Path(source))
+    found = _rank_directories(directory)
+    start = min(found)
+    first = read_rank_file(found[start] / FILE)
+    _check_ranks(found, first)
+    files = {rank: first if rank == start else read_rank_file(found[rank] / FILE) for rank in sorted(found)}
+    for file in files.values():
+        if (file.layout, file.iteration) != (first.layout, first.iteration):
+            raise wrong(
+                file.path,
+                f"is of iteration {file.iteration}, tensor x pipeline x virtual size {file.layout}",
+                f"iteration {first.iteration}, {first.layout} as in {first.path}",
+            )
+    checkpoint = LegacyCheckpoint(directory, files)
+    for t in range(checkpoint.tp):
+        _gather(checkpoint, t)
+    if (found_in := len(checkpoint.shares.get(EMBEDDING, []))) != checkpoint.tp:
+        raise wrong(directory, f"has {EMBEDDING[0]} in {found_in} tensor ranks", f"it in {checkpoint.tp}")
+    return checkpoint
+
+
+def _rank_directories(directory: Path) -> dict[tuple[int, int], Path]:
+    """(tensor rank, pipeline rank) -> its ``mp_rank_*`` directory."""
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(directory.glob("mp_rank_*")):
         match = _RANK.fullmatch(path.name)
@@ -130,34 +153,23 @@ def open_legacy(source: str | Path) -> LegacyCheckpoint:
         if rank in found:
             raise wrong(path, f"is the same rank as {found[rank].name}", "one of them")
         found[rank] = path
-    start = min(found)
-    first = read_rank_file(found[start] / FILE)
+    return found
+
+
+def _check_ranks(found: dict[tuple[int, int], Path], first: RankFile) -> None:
+    """Raise ``ValueError`` unless the ranks are those of the layout that the first file says."""
     tp, pp, _ = first.layout
     expected = {(t, p) for t in range(tp) for p in range(pp)}
     sizes = f"tensor x pipeline parallel size {tp} x {pp}, which the args in {first.path} say"
     if missing := sorted(expected - set(found)):
         name = f"mp_rank_{missing[0][0]:02d}" + (f"_{missing[0][1]:03d}" if pp > 1 else "")
         raise wrong(
-            directory / name / FILE,
+            first.path.parent.parent / name / FILE,
             f"is missing ({len(missing)} of {len(expected)} files are)",
             f"{sizes}; there are only {', '.join(p.name for p in found.values())}",
         )
     if extra := sorted(set(found) - expected):
         raise wrong(found[extra[0]], "is one too many", sizes)
-    files = {rank: first if rank == start else read_rank_file(found[rank] / FILE) for rank in sorted(expected)}
-    for file in files.values():
-        if (file.layout, file.iteration) != (first.layout, first.iteration):
-            raise wrong(
-                file.path,
-                f"is of iteration {file.iteration}, tensor x pipeline x virtual size {file.layout}",
-                f"iteration {first.iteration}, {first.layout} as in {first.path}",
-            )
-    checkpoint = LegacyCheckpoint(directory, files)
-    for t in range(tp):
-        _gather(checkpoint, t)
-    if (found_in := len(checkpoint.shares.get(EMBEDDING, []))) != tp:
-        raise wrong(directory, f"has {EMBEDDING[0]} in {found_in} tensor ranks", f"it in {tp}")
-    return checkpoint
 
 
 def _gather(checkpoint: LegacyCheckpoint, t: int) -> None:
@@ -271,7 +283,9 @@ def _join(rule: TensorRule, shares: list[Lazy], name: str) -> Lazy:
     if rule.split is None or len(shares) == 1:
         return shares[0]
     if rule.split == 1:
-        return Columns(shares, name)
+        rows, columns = shares[0].shape
+        boxes = [((0, i * columns), share) for i, share in enumerate(shares)]
+        return Grid((rows, columns * len(shares)), shares[0].dtype, boxes, name)
     # Every rank has its gates above its ups: tp x [2 * F / tp, h] -> [2 * F, h]
     stacked = rule.transform.stacked
     rows = shares[0].shape[0] // stacked

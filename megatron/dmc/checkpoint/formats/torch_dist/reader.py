@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron.dmc.checkpoint.pickled import TensorFinder
-from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
+from megatron.dmc.checkpoint.tensors import FileTensor, Grid, Lazy
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -85,30 +85,6 @@ class _Chunk(Lazy):
 
     def read_into(self, out: Tensor, start: int) -> None:
         self._data.read_into(out, start)
-
-
-class Grid(Lazy):
-    """A vector or matrix from boxes: (offsets, tensor). Together they must cover it, without overlap."""
-
-    def __init__(
-        self, shape: Sequence[int], dtype: torch.dtype, boxes: list[tuple[tuple[int, ...], Lazy]], name: str
-    ) -> None:
-        self.shape, self.dtype, self.boxes, self.name = tuple(shape), dtype, sorted(boxes, key=lambda b: b[0]), name
-        covered = sum(box.nbytes for _, box in boxes)
-        if covered != self.nbytes:
-            raise ValueError(f"{name}: the checkpoint's chunks hold {covered} bytes of {self.nbytes}; it is damaged")
-
-    def read_into(self, out: Tensor, start: int) -> None:
-        stop = start + out.shape[0]
-        for offsets, box in self.boxes:
-            a, b = max(start, offsets[0]), min(stop, offsets[0] + box.shape[0])
-            if a >= b:
-                continue
-            rows = out[a - start : b - start]
-            if box.shape[1:] == self.shape[1:]:
-                box.read_into(rows, a - offsets[0])
-            else:
-                rows[:, offsets[1] : offsets[1] + box.shape[1]] = box.read(a - offsets[0], b - offsets[0])
 
 
 class DistReader:
