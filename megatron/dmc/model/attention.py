@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Optional
 
 import torch
@@ -12,21 +13,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron.dmc import ops
 from megatron.dmc.config import DMCConfig
-from megatron.dmc.ops import (
-    decision_logits,
-    dmc_attention,
-    evicting_attention,
-    flash_attention,
-    held_slots,
-    importance,
-    kept_slots,
-    logistic_noise,
-    make_decisions,
-    pool,
-    rotate,
-    rotate_and_split_neuron,
-)
 from megatron.dmc.ops.attention import mask_channel, mask_unit
 
 
@@ -120,10 +108,7 @@ class DMCSelfAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         # The model may have made frequencies for more rows than there are tokens (the carried row).
         angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            return self._attend(step, query, key, value, angles.cos(), angles.sin())
-
+        attend = partial(self._attend, step, angles)
         if self.checkpoint_core_attention and self.training:
             context, self.kept_count = tensor_parallel.checkpoint(attend, False, query, key, value)
         else:
@@ -131,40 +116,41 @@ class DMCSelfAttention(SelfAttention):
         return self.linear_proj(context)
 
     def _attend(
-        self, step: DMCStep, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+        self, step: DMCStep, angles: Tensor, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         """query [s, b, np, D], key, value [s, b, ng, D] -> (context [s, b, np * D], kept fp64 [b])."""
-        dmc, d = self.dmc, query.size(-1)
         # [s, b, heads, D] -> [b, heads, s, D]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        cos, sin = angles.cos(), angles.sin()
         if step.compress:
-            noise = None
-            if step.sample_ids is not None:
-                noise = logistic_noise(
-                    step.sample_ids,
-                    self.kv_head_range,
-                    k.size(2),
-                    seed=step.seed,
-                    step=step.step,
-                    layer=self.layer_number,
-                )
-            decisions = make_decisions(decision_logits(k[..., -1], dmc.decision_bias), dmc.temperature, noise)
-            slots = kept_slots(decisions) if dmc.method == "dmc" else held_slots(decisions, dmc.window)
-            step.kept[self.layer_number] = slots.detach().long()
-            kept = slots.double().sum(dim=-1)
-            q, q_neuron = rotate_and_split_neuron(q, cos, sin, mask_channel(d))
-            if dmc.method == "dmc":
-                omega = importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
-                k, v = pool(k, v, decisions.alpha, omega, dmc.window)
-            k, _ = rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
-            out = dmc_attention(q, k, v) if dmc.method == "dmc" else evicting_attention(q, k, v, dmc.window)
+            out, kept = self._compressed_attention(step, q, k, v, cos, sin)
         else:
             kept = torch.zeros(q.size(0), dtype=torch.float64, device=q.device)
-            q, k = rotate(_scale_neuron(q, step), cos, sin), rotate(_scale_neuron(k, step), cos, sin)
+            q, k = ops.rotate(_scale_neuron(q, step), cos, sin), ops.rotate(_scale_neuron(k, step), cos, sin)
             # A rotation refills the channel from its partner.
-            out = flash_attention(_scale_neuron(q, step), _scale_neuron(k, step), v)
+            out = ops.flash_attention(_scale_neuron(q, step), _scale_neuron(k, step), v)
         # [b, np, s, D] -> [s, b, np * D]
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1), kept
+
+    def _compressed_attention(
+        self, step: DMCStep, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Let every KV head decide where to merge (or evict), and attend to what is left: [b, heads, s, D] each."""
+        dmc, d, merges = self.dmc, q.size(-1), self.dmc.method == "dmc"
+        noise = None
+        if step.sample_ids is not None:
+            keys = dict(seed=step.seed, step=step.step, layer=self.layer_number)
+            noise = ops.logistic_noise(step.sample_ids, self.kv_head_range, k.size(2), **keys)
+        decisions = ops.make_decisions(ops.decision_logits(k[..., -1], dmc.decision_bias), dmc.temperature, noise)
+        slots = ops.kept_slots(decisions) if merges else ops.held_slots(decisions, dmc.window)
+        step.kept[self.layer_number] = slots.detach().long()
+        q, q_neuron = ops.rotate_and_split_neuron(q, cos, sin, mask_channel(d))
+        if merges:
+            omega = ops.importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
+            k, v = ops.pool(k, v, decisions.alpha, omega, dmc.window)
+        k, _ = ops.rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
+        out = ops.dmc_attention(q, k, v) if merges else ops.evicting_attention(q, k, v, dmc.window)
+        return out, slots.double().sum(dim=-1)
 
     @torch.no_grad()
     def zero_decision_neurons(self) -> None:

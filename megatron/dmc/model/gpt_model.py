@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,6 +29,7 @@ class DMCGPTModel(GPTModel):
             than there are tokens (pass ``seq_length + tp`` to the schedule under sequence parallelism, else + 1), and
             the last stage returns (losses or logits, kept).
         transformer_impl: "auto", "local", "transformer_engine".
+        kwargs: ``GPTModel``'s other arguments, such as pre_process, post_process, pg_collection.
     """
 
     def __init__(
@@ -40,25 +40,19 @@ class DMCGPTModel(GPTModel):
         *,
         carry: bool,
         transformer_impl: str = "auto",
-        pre_process: bool = True,
-        post_process: bool = True,
         vp_stage: Optional[int] = None,
-        pg_collection: Optional[ProcessGroupCollection] = None,
-        parallel_output: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=get_dmc_block_spec(config, dmc, transformer_impl, carry=carry, vp_stage=vp_stage),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=model.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            parallel_output=parallel_output,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=model.rotary_base,
-            pg_collection=pg_collection,
             vp_stage=vp_stage,
+            **kwargs,
         )
         self.carry = carry
         # megatron-core knows one set of rope-scaling constants; these come from the model's configuration.

@@ -21,7 +21,7 @@ from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_ch
 from megatron.dmc.config import ModelConfig, RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
 from megatron.dmc.training import arguments, checkpointing
-from megatron.dmc.training.model import transformer_config, unwrap
+from megatron.dmc.training.model import build_chunk, transformer_config, unwrap
 
 CHUNK = 1 << 24
 """Logits that are in fp32 at once, of the student and of the teacher."""
@@ -74,16 +74,8 @@ def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teache
     settings, t = transformer_config(config), config.training
     models = []
     for student in students:
-        model = DMCGPTModel(
-            settings,
-            config.model,
-            config.dmc,
-            carry=False,
-            transformer_impl=t.transformer_impl,
-            vp_stage=student.vp_stage,
-            pre_process=student.pre_process,
-            post_process=student.post_process,
-        )
+        stage = dict(vp_stage=student.vp_stage, pre_process=student.pre_process, post_process=student.post_process)
+        model = build_chunk(config, settings, carry=False, **stage)
         device = next(student.parameters()).device
         models.append(model.to(device, torch.bfloat16 if t.bf16 else torch.float32).requires_grad_(False).eval())
     checkpointing.load(path, models, verify=t.verify_checkpoints)

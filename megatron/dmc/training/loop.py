@@ -103,13 +103,10 @@ class Trainer:
         Stages between the first and the last need no tokens, only the sequences' ids.
         """
         t, iterators = self.config.training, []
-        vp = self.config.parallel.virtual_pipeline_model_parallel_size
-        for chunk in range(len(self.chunks)):
-            stage = dict(ignore_virtual=False, vp_stage=chunk if vp else None)
-            ends = parallel_state.is_pipeline_first_stage(**stage) or parallel_state.is_pipeline_last_stage(**stage)
+        for model in self.models:
             iterators.append(
                 batch_iterator(
-                    data if ends else None,
+                    data if model.pre_process or model.post_process else None,
                     consumed_samples=consumed_samples,
                     micro_batch_size=t.micro_batch_size,
                     global_batch_size=t.global_batch_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -68,6 +70,11 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
     )
 
 
+def build_chunk(run: RunConfig, config: TransformerConfig, *, carry: bool, **stage: Any) -> DMCGPTModel:
+    """Build one pipeline chunk. ``stage``: pre_process, post_process and vp_stage."""
+    return DMCGPTModel(config, run.model, run.dmc, carry=carry, transformer_impl=run.training.transformer_impl, **stage)
+
+
 def build_model(run: RunConfig) -> list[DistributedDataParallel]:
     """Build this rank's model chunks (one per virtual pipeline stage), on its device, in Megatron's DDP."""
     config = transformer_config(run)
@@ -76,12 +83,10 @@ def build_model(run: RunConfig) -> list[DistributedDataParallel]:
     chunks = []
     for stage in range(vp or 1):
         vp_stage = stage if vp else None
-        model = DMCGPTModel(
+        model = build_chunk(
+            run,
             config,
-            run.model,
-            run.dmc,
             carry=schedule.compresses(run.stage),
-            transformer_impl=run.training.transformer_impl,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
