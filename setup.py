@@ -69,8 +69,12 @@ setup(
     author="megatron.dmc contributors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_namespace_packages(include=["megatron.dmc", "megatron.dmc.*"], exclude=["*.__pycache__"]),
-    package_data={"": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.html"]},
+    packages=[
+        *find_namespace_packages(include=["megatron.dmc", "megatron.dmc.*"], exclude=["*.__pycache__"]),
+        "megatron.dmc.configs",
+    ],
+    package_dir={"megatron.dmc.configs": "examples/dmc/configs"},  # `dmc plan llama2-7b` knows them by name
+    package_data={"": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.html", "*.yaml"]},
     python_requires=">=3.10,<3.14",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

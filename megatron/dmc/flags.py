@@ -61,13 +61,7 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        package = (error.name or "").split(".")[0]
-        if (error.name or "").startswith("megatron.dmc"):
-            raise
-        print(
-            f"error: {parser.prog} needs the package {error.name}: pip install 'megatron-dmc{EXTRAS.get(package, '')}'",
-            file=sys.stderr,
-        )
+        print(f"error: {parser.prog} {missing(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -86,6 +80,14 @@ def subcommand(commands: Any, name: str, text: str, examples: str) -> Parser:
         [line for line in inspect.cleandoc(examples).splitlines() if line.startswith(parser.prog + " ")]
     )
     return parser
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Package that a command needs, and the command that installs it. Raises the error when the module is our own."""
+    name = error.name or ""
+    if name.startswith("megatron.dmc"):
+        raise error
+    return f"needs the package {name}: pip install 'megatron-dmc{EXTRAS.get(name.split('.')[0], '')}'"
 
 
 @functools.cache
@@ -107,6 +109,7 @@ def add_fields(
     cls: type,
     names: Optional[Iterable[str]] = None,
     defaults: Mapping[str, Any] = types.MappingProxyType({}),
+    none: bool = False,
 ) -> None:
     """Add one flag for each field of a dataclass.
 
@@ -115,13 +118,14 @@ def add_fields(
             not in the namespace.
         names: fields that get a flag; None: all.
         defaults: defaults of flags that differ from those of the fields.
+        none: take the word none as the value None of optional fields.
     """
     hints, docs, group = typing.get_type_hints(cls), field_docs(cls), parser
     for field in dataclasses.fields(cls):
         if names is not None and field.name not in names:
             continue
         default = defaults[field.name] if field.name in defaults else _default(field)
-        keywords = {**({} if "action" in field.metadata else _keywords(hints[field.name])), **field.metadata}
+        keywords = {**({} if "action" in field.metadata else _keywords(hints[field.name], none)), **field.metadata}
         group = parser.add_argument_group(keywords.pop("group")) if "group" in keywords else group
         flags = keywords.pop("flags", ("--" + field.name.replace("_", "-"),))
         if default is dataclasses.MISSING:
@@ -143,19 +147,19 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _keywords(hint: Any) -> dict[str, Any]:
+def _keywords(hint: Any, none: bool) -> dict[str, Any]:
     """Keywords of ``add_argument`` for an annotation."""
     plain = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    optional = type(None) in typing.get_args(hint)
+    none = none and type(None) in typing.get_args(hint)
     kind = plain[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is list:
         return {"nargs": "*", "type": typing.get_args(kind)[0]}
     if typing.get_origin(kind) is Literal:
-        return {"choices": [*typing.get_args(kind), *(["none"] if optional else [])]}
+        return {"choices": [*typing.get_args(kind), *(["none"] if none else [])]}
     parse = json.loads if kind is dict else kind
-    return {"type": _or_none(parse) if optional else parse}
+    return {"type": _or_none(parse) if none else parse}
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:

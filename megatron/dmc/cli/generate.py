@@ -66,7 +66,11 @@ def build_parser() -> flags.Parser:
         help="String that ends a completion, and is not part of it. May be given several times.",
     )
     parser.add_argument(
-        "--stop-token-ids", type=_ids, default=[], metavar="IDS", help="Token ids that end a completion, such as 2,13."
+        "--stop-token-ids",
+        type=_ids,
+        default=[],
+        metavar="IDS",
+        help="Token ids that end a completion, such as 2,13. Default: none.",
     )
     parser.add_argument(
         "--ignore-eos", action="store_true", help="Sample --max-tokens tokens, whatever the end-of-sequence token says."

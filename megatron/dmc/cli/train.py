@@ -17,6 +17,13 @@ def build_parser() -> flags.Parser:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one stage. Its entry point parses the command line itself, so that one rank alone reports what is wrong."""
-    from megatron.dmc.training import retrofit
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        build_parser().parse_args(argv)  # prints the help and exits, without torch
+    try:
+        from megatron.dmc.training import retrofit
 
-    return retrofit.main(sys.argv[1:] if argv is None else list(argv))
+        return retrofit.main(argv)
+    except ModuleNotFoundError as error:
+        print(f"error: dmc train {flags.missing(error)}", file=sys.stderr)
+        return 2

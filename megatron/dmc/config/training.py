@@ -87,7 +87,7 @@ class DataConfig:
     valid_data_path: list[str] = field(default_factory=list)
     """Prefixes of validation data. Default: none, and no evaluation."""
     tokenizer: Optional[str] = None
-    """Sentencepiece model file or Hugging Face tokenizer directory that made the data; checked against the data."""
+    """Sentencepiece model file or Hugging Face tokenizer directory that made the data, which is checked. Required."""
     seq_length: int = 4096
     """Tokens per sequence."""
     data_cache_path: Optional[str] = None
@@ -115,7 +115,7 @@ class TrainingConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers. auto: Transformer Engine when it is installed and a GPU is there."""
     init_from: Optional[str] = None
-    """Checkpoint that the stage starts from; weights only. (--save is where a stage writes and resumes.)"""
+    """Checkpoint whose weights the stage starts from. Default: random weights, which only pretrain takes."""
     distill_from: Optional[str] = None
     """Checkpoint of the original model, a teacher whose logits become a part of the loss. Default: no teacher."""
     distill_weight: float = 1.0

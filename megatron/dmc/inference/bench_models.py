@@ -53,7 +53,7 @@ class BenchConfig:
     num_iters_warmup: int = field(default=1, metadata={"type": number(int, 0)})
     """Iterations that are not timed; the last of them is profiled by part of a step."""
     num_iters: int = field(default=3, metadata={"type": number(int, 1)})
-    """Timed iterations."""
+    """Number of timed iterations."""
     disable_detokenize: bool = field(default=False, metadata={"action": "store_true"})
     """Make no text of the sampled tokens."""
     output_json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
@@ -98,7 +98,7 @@ class LatencyConfig(BenchConfig):
     num_iters_warmup: int = field(default=10, metadata={"type": number(int, 0)})
     """Iterations that are not timed; the last of them is profiled by part of a step."""
     num_iters: int = field(default=30, metadata={"type": number(int, 1)})
-    """Timed iterations."""
+    """Number of timed iterations."""
     input_len: list[int] = field(
         default_factory=lambda: [32], metadata={"nargs": None, "type": numbers(int, 1), "metavar": "N,..."}
     )

@@ -41,7 +41,7 @@ def build_parser() -> flags.Parser:
         "--config", default=None, metavar="FILE", help="YAML or JSON file with the sections below; flags win over it."
     )
     for name, section in _SECTIONS.items():
-        flags.add_fields(parser.add_argument_group(name), section)
+        flags.add_fields(parser.add_argument_group(name), section, none=True)
     return parser
 
 
