@@ -36,6 +36,12 @@ class Parser(argparse.ArgumentParser):
         """Set the commands that ``--help`` shows at its end."""
         self.epilog = "\n  ".join(["examples:", *lines]) if lines else None
 
+    def format_help(self) -> str:
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        if len(self._actions) - len(needed) > 12:  # a list of all flags would hide the description below it
+            self.usage = f"%(prog)s [FLAGS] {' '.join(map(_usage, needed))}".rstrip()
+        return super().format_help()
+
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
@@ -44,6 +50,11 @@ EXTRAS = dict.fromkeys(
     ("fastapi", "uvicorn", "pydantic", "prometheus_client", "transformers", "jinja2", "httpx2"), "[serve]"
 ) | {"lm_eval": "[eval]"}
 """Extra of the megatron-dmc distribution that installs a package. All other packages come without an extra."""
+
+
+def _usage(action: argparse.Action) -> str:
+    name = action.metavar or action.dest.upper()
+    return f"{action.option_strings[-1]} {name}" if action.option_strings else f"{name} ..." if action.nargs else name
 
 
 def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Exception], ...] = (ValueError,)) -> int:
