@@ -19,10 +19,11 @@ COPY docker/serve.txt docker/
 # Before the sources: an edit of them does not fetch torch again.
 RUN pip install --no-cache-dir -c constraints.txt -r docker/serve.txt
 COPY megatron megatron
+COPY examples/dmc/configs examples/dmc/configs
 # --no-deps: the package as a whole needs megatron-core, what serves does not.
 RUN pip install --no-cache-dir --no-deps .
 WORKDIR /
-RUN python -m megatron.dmc.kernels.build --in-package
+RUN dmc build --in-package
 
 FROM ${SERVE_IMAGE} AS serve
 # hadolint ignore=DL3008

@@ -11,7 +11,7 @@ OUT=${1:-build/quickstart}
 # megatron-core warns about missing GPU packages, which are not needed here.
 export PYTHONWARNINGS=ignore
 train() {
-    # On a cluster: torchrun --nnodes ... --nproc-per-node 8 -m megatron.dmc.training.retrofit ... --tensor-model-parallel-size 8
+    # On a cluster: torchrun --nnodes ... --nproc-per-node 8 --no-python dmc train ... --tensor-model-parallel-size 8
     dmc train --config examples/dmc/configs/quickstart.yaml \
         --data-path "$OUT/data/train" --valid-data-path "$OUT/data/valid" --tokenizer "$OUT/data/tokenizer.model" "$@"
 }

@@ -130,7 +130,7 @@ def test_data_that_cannot_be_trained_on(refused, data, tmp_path):
     refused(
         pretrain(data, data_path=[tmp_path / "absent"]),
         f"{tmp_path / 'absent'}.bin does not exist",
-        "preprocess_data.py",
+        "dmc data preprocess",
     )
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"cut{suffix}").write_bytes(Path(f"{data / 'train'}{suffix}").read_bytes())

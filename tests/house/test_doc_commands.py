@@ -155,7 +155,7 @@ def check_dmc(words: list[str]) -> None:
 def check_launch(words: list[str], shortened: bool) -> None:
     from torch.distributed.run import get_args_parser
 
-    if shortened and "-m" not in words:
+    if shortened and not {"-m", "--no-python"} & set(words):
         parse(arguments.build_parser(), words)
         return
     launch = get_args_parser().parse_args(words)
@@ -235,6 +235,9 @@ def test_commands_are_found() -> None:
         "tools/convert_checkpoint.py improt --hf a --save b",
         "torchrun ... --stage zero",
         "python -m megatron.dmc.kernels.build --everything",
+        "dmc tarin --stage zero_out",
+        "torchrun --no-python dmc train --stages zero_out",
+        "torchrun -m megatron.dmc.cli convert improt",
         "torchrun -m megatron.dmc.training.retrofit --config examples/dmc/configs/llama3-7b.yaml",
     ):
         with pytest.raises((AssertionError, ValueError)):

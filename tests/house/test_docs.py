@@ -74,6 +74,7 @@ def test_flags_and_files_exist(page):
         "--gpus",
         "--target",
         "--nproc-per-node",
+        "--no-python",
         "--flag",
     }
     # An option of a program's parser, or a case of a shell script's.
