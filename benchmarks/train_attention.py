@@ -3,10 +3,9 @@
 Measured, in turn within one process:
   SDPA       torch's scaled_dot_product_attention, causal, on given q, k, v
   rope+SDPA  the same after rotating q and k, with the fused rotation that DMC uses: what a plain model runs
-  DMC        all that takes the place of rope+SDPA: noise, decisions, importance, pooling (W = 12), rotation, attention
-  dense      the same with the mask as a bias of one number per query and key, added to scores that are held whole: the
-             direct way, and that of the method's first release; up to 4,096 tokens. Its output is DMC's, which is
-             checked
+  DMC        all that replaces rope+SDPA: noise, decisions, importance, pooling (W = 12), rotation, attention
+  dense      DMC with the mask as a bias of one number per query and key, added to scores that are held whole: the
+             direct way, and that of the method's first release; up to 4,096 tokens. Its output must be DMC's
 
 Time: medians; the ratios are medians of the ratios within each round, with their quartiles.
 Memory: the most bytes alive above the inputs (torch's allocations; on CUDA its allocator's peak).
@@ -45,7 +44,7 @@ DENSE_UP_TO = 4096  # tokens
 
 
 def dmc(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int | None, dense: bool = False) -> Tensor:
-    """Raw q, k, v to attention output, as a DMC layer does it in training."""
+    """Attention output from un-rotated q, k, v, as a DMC layer computes it in training."""
     b, groups, s, d = k.shape
     noise = logistic_noise(torch.arange(b, device=k.device), range(groups), s, seed=1, step=0, layer=0)
     decisions = make_decisions(decision_logits(k[..., -1], BIAS), TEMPERATURE, noise)
@@ -59,7 +58,9 @@ def dmc(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, window: int |
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> Tensor:
-    """q [b, np, s, D], k, v [b, ng, s, D], log_keep [b, ng, s]: what queries behind a key add to their scores of it."""
+    """Attention with S x S scores: q [b, np, s, D], k, v [b, ng, s, D], log_keep [b, ng, s], which later queries add to
+    their scores of a key.
+    """
     b, heads, s, d = q.shape
     groups = heads // k.size(1)
     k, v, log_keep = (x.repeat_interleave(groups, dim=1) for x in (k, v, log_keep))
@@ -128,22 +129,35 @@ def missed_targets(figures: list[dict]) -> list[str]:
         got = f["time_to_sdpa"]["median"]
         if f["length"] >= TIME_FROM and got > TIME_TARGET:
             missed.append(f"time: {got:.2f} x SDPA at {name}; the target is {TIME_TARGET}")
-        half = next(
-            (
-                h
-                for h in figures
-                if h["length"] * 2 == f["length"]
-                and h["heads"] == f["heads"]
-                and h["groups"] == f["groups"]
-                and h["head_dim"] == f["head_dim"]
-            ),
-            None,
-        )
+        shape = (f["length"], f["heads"], f["groups"], f["head_dim"])
+        half = next((h for h in figures if (2 * h["length"], h["heads"], h["groups"], h["head_dim"]) == shape), None)
         if half is not None and f["length"] == max(g["length"] for g in figures):
             growth = f["peak_bytes"]["dmc"] / half["peak_bytes"]["dmc"]
             if growth > MEMORY_TARGET:
                 missed.append(f"memory: {growth:.2f} x that at half the length, {name}; target {MEMORY_TARGET}")
     return missed
+
+
+def cells(f: dict) -> dict[str, object]:
+    """Cells of the printed table, by column."""
+    ms, peak, to_sdpa, dense = f["ms"], f["peak_bytes"], f["time_to_sdpa"], f["dense_time_to_dmc"]
+    return {
+        "heads": f"{f['heads']}/{f['groups']}",
+        "D": f["head_dim"],
+        "S": f["length"],
+        "SDPA ms": ms["sdpa"]["median"],
+        "rope+SDPA": ms["rope_sdpa"]["median"],
+        "DMC ms": ms["dmc"]["median"],
+        "DMC/SDPA": to_sdpa["median"],
+        "quartiles": f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}",
+        "/rope+SDPA": f["time_to_rope_sdpa"]["median"],
+        "SDPA MiB": peak["sdpa"] / 2**20,
+        "DMC MiB": peak["dmc"] / 2**20,
+        "ratio": peak["dmc"] / peak["sdpa"],
+        "dense/DMC": dense["median"] if dense else "",
+        "MiB": peak["dense"] / peak["dmc"] if dense else "",
+        "rounds": ms["dmc"]["n"],
+    }
 
 
 def main() -> None:
@@ -162,41 +176,8 @@ def main() -> None:
         for length in sorted(args.lengths):
             f = measure(shape, length, args.batch, args.window or None, device, dtype, args.seconds)
             figures.append(f)
-            ms, peak, to_sdpa, dense = f["ms"], f["peak_bytes"], f["time_to_sdpa"], f["dense_time_to_dmc"]
-            rows.append(
-                [
-                    f"{shape[0]}/{shape[1]}",
-                    shape[2],
-                    length,
-                    *(ms[n]["median"] for n in ("sdpa", "rope_sdpa", "dmc")),
-                    to_sdpa["median"],
-                    f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}",
-                    f["time_to_rope_sdpa"]["median"],
-                    peak["sdpa"] / 2**20,
-                    peak["dmc"] / 2**20,
-                    peak["dmc"] / peak["sdpa"],
-                    *((dense["median"], peak["dense"] / peak["dmc"]) if dense else ("", "")),
-                    ms["dmc"]["n"],
-                ]
-            )
-    columns = [
-        "heads",
-        "D",
-        "S",
-        "SDPA ms",
-        "rope+SDPA",
-        "DMC ms",
-        "DMC/SDPA",
-        "quartiles",
-        "/rope+SDPA",
-        "SDPA MiB",
-        "DMC MiB",
-        "ratio",
-        "dense/DMC",
-        "MiB",
-        "rounds",
-    ]
-    print(table(columns, rows))
+            rows.append(cells(f))
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
     finish(args, "train_attention", figures, missed_targets(figures), start)
 
 

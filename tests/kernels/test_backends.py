@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -70,6 +71,19 @@ def test_the_same_cache_as_the_reference(monkeypatch, backend, device, dtype, d,
     for name in ("free_pages", "refcounts", "counters", "lengths", "segment"):
         assert torch.equal(getattr(runs["compiled"].state, name), getattr(runs["reference"].state, name)), name
     runs["compiled"].state.check_integrity()
+
+
+@on_compiled_backends
+def test_a_copy_of_a_state_has_tensors_of_its_own(backend, device) -> None:
+    """A library keeps the addresses of a state that it has seen; a copy must not be taken for it."""
+    state, _ = filled([[20, 3]], 32, 16, torch.float32, device)
+    decode_attention(state, 1, torch.ones(1, 2, 32, device=device), ints([0], device), 1.0)
+    other, pages = copy.deepcopy(state), state.free_count()
+    free(other, ints([0], device))
+    assert state.free_count() == pages and state.lengths.sum() == 23
+    assert other.free_count() == other.num_pages and not other.lengths.any()
+    for x in (state, other):
+        x.check_integrity()
 
 
 def test_results_do_not_depend_on_threads() -> None:
