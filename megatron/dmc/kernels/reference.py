@@ -95,10 +95,18 @@ def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, aft
     state.counters[TAKEN] += total
 
 
-def _history(
-    state: CacheState, layer: int, rows: Tensor, window: Optional[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The open slots' tokens, oldest first and aligned to the right: k, v fp32 [m, H, R, D], omega, bool [m, H, R]."""
+class _Raw(NamedTuple):
+    """Tokens before pooling and rotation, in fp32."""
+
+    k: Tensor
+    v: Tensor
+    """[..., D]"""
+    omega: Tensor
+    """[...], weights in a slot's mean."""
+
+
+def _history(state: CacheState, layer: int, rows: Tensor, window: Optional[int]) -> tuple[_Raw, Tensor]:
+    """Tokens of the open slots [m, H, R], oldest first and aligned to the right, and which of them exist: bool."""
     k, v, w = (x[rows, layer].float() for x in (state.ring_k, state.ring_v, state.ring_w))
     segment, r = state.segment[rows, layer].long(), w.size(-1)
     if window is None:
@@ -110,22 +118,20 @@ def _history(
         w = w.gather(2, at)
     # What is not of the slot may be anything, NaN too; as a slot of its own with weight 1 it does no harm.
     k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
-    return k, v, w.masked_fill(~valid, 1.0), valid
+    return _Raw(k, v, w.masked_fill(~valid, 1.0)), valid
 
 
 def _remember(
-    state: CacheState,
-    layer: int,
-    rows: Tensor,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    merge: Tensor,
-    k_pooled: Tensor,
-    v_pooled: Tensor,
-    window: Optional[int],
+    state: CacheState, layer: int, rows: Tensor, raw: _Raw, merge: Tensor, newest: list[Tensor], window: Optional[int]
 ) -> None:
-    """Ring and segment after a chunk. k, v: fp32 [m, H, R + s, D], with the history; k_pooled, v_pooled likewise."""
+    """Update ring and segment after a chunk of s tokens.
+
+    Args:
+        raw: tokens [m, H, R + s], with the history.
+        merge: bool [m, H, s].
+        newest: pooled key and value after the last token, fp32 [m, H, 1, D].
+    """
+    k, v, omega = raw
     columns, r = k.size(2), state.ring_w.size(-1)
     s = columns - r
     age = torch.arange(s - 1, -1, -1, device=k.device)  # of the new tokens: 0 for the newest
@@ -136,7 +142,7 @@ def _remember(
         inside = torch.arange(columns - 1, -1, -1, device=k.device) <= since[..., None]
         inside[..., :r] = (none & (state.segment[rows, layer] > 0))[..., None]
         total = (omega * inside).sum(-1, keepdim=True)
-        new = k_pooled[:, :, -1:], v_pooled[:, :, -1:], total
+        new = *newest, total
     else:
         last = segment[..., None] - 1
         back = (last - torch.arange(r, device=k.device)) % r  # age of the token that lies at each place of the ring
@@ -149,30 +155,20 @@ def _remember(
 
 
 def _pool_chunks(
-    state: CacheState,
-    layer: int,
-    layout: _Layout,
-    k: Tensor,
-    v: Tensor,
-    omega: Tensor,
-    merge: Tensor,
-    window: Optional[int],
+    state: CacheState, layer: int, layout: _Layout, raw: _Raw, merge: Tensor, window: Optional[int]
 ) -> tuple[Tensor, Tensor]:
     """State of each token's slot right after it, before the rotation: fp32 [T', H, D]; ring and segment move on."""
-    k_out, v_out = torch.empty_like(k), torch.empty_like(v)
+    k_out, v_out = torch.empty_like(raw.k), torch.empty_like(raw.v)
     for members, tokens in _same_length(layout):
-        rows = layout.rows[members]
-        old_k, old_v, old_w, valid = _history(state, layer, rows, window)
-        # [m, s, H, D] -> [m, H, s, D], behind the history
-        kc, vc = (torch.cat((old, x[tokens].transpose(1, 2)), dim=2) for old, x in ((old_k, k), (old_v, v)))
-        wc = torch.cat((old_w, omega[tokens].transpose(1, 2)), dim=2)
-        mc = merge[tokens].transpose(1, 2)
-        # A remembered token merges into the one before it, if that is remembered too.
-        alpha = torch.cat((F.pad(valid[..., :-1], (1, 0)) & valid, mc), dim=2)
-        kp, vp = pool(kc, vc, alpha.to(wc.dtype), wc, window)
-        _remember(state, layer, rows, kc, vc, wc, mc, kp, vp, window)
-        r = old_w.size(-1)
-        k_out[tokens], v_out[tokens] = kp[:, :, r:].transpose(1, 2), vp[:, :, r:].transpose(1, 2)
+        rows, chunk_merge = layout.rows[members], merge[tokens].transpose(1, 2)
+        history, valid = _history(state, layer, rows, window)
+        # [m, s, H, ...] -> [m, H, s, ...], behind the history
+        chunk = _Raw(*(torch.cat((old, x[tokens].transpose(1, 2)), dim=2) for old, x in zip(history, raw)))
+        # A token of the history merges into the one before it, if that is in the history too.
+        alpha = torch.cat((F.pad(valid[..., :-1], (1, 0)) & valid, chunk_merge), dim=2)
+        pooled = pool(chunk.k, chunk.v, alpha.to(chunk.omega.dtype), chunk.omega, window)
+        _remember(state, layer, rows, chunk, chunk_merge, [x[:, :, -1:] for x in pooled], window)
+        k_out[tokens], v_out[tokens] = (x[:, :, valid.size(-1) :].transpose(1, 2) for x in pooled)
     return k_out, v_out
 
 
@@ -198,7 +194,7 @@ def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
     _take_pages(state, layer, layout.rows, before, after)
     state.lengths[layout.rows, layer] = after.to(state.lengths.dtype)
     if compress:
-        raw_k, raw_v = _pool_chunks(state, layer, layout, raw_k, raw_v, omega, merge, params.window)
+        raw_k, raw_v = _pool_chunks(state, layer, layout, _Raw(raw_k, raw_v, omega), merge, params.window)
     k_part = rotate(raw_k, where, inv_freq, compress).to(k.dtype)
     v_part = raw_v.to(v.dtype)
     # A slot keeps the state after its newest token: one that is its sequence's last, or that an append follows.
