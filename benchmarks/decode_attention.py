@@ -30,7 +30,7 @@ from collections.abc import Callable
 
 import _flashinfer
 import torch
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
 
 from megatron.dmc import kernels
 from megatron.dmc.kernels.state import REFUSED
@@ -222,9 +222,9 @@ def cells(f: dict, on: str) -> dict[str, object]:
         "copy GB/s": f["gb_per_s"]["copy"],
         "kernel GB/s": f["gb_per_s"]["kernel"],
         "of copy": share["median"],
-        "(quartiles)": f"{share['q1']:.2f}-{share['q3']:.2f}",
+        "(quartiles)": quartiles(share),
         "x reference": speed["median"] if speed else "",
-        "quartiles": f"{speed['q1']:.1f}-{speed['q3']:.1f}" if speed else "",
+        "quartiles": quartiles(speed, ".1f") if speed else "",
     }
     if on == "cuda":
         found |= {"append ms": f"{f['ms']['append']['median']:.3f}", "share": f["append_share"]}
@@ -262,7 +262,7 @@ def main() -> None:
                     f = measure(shape, slots, uneven, of, args, device)
                     figures.append(f)
                     rows.append(cells(f, on))
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    print(record_table(rows))
     finish(args, "decode_attention", figures, missed_targets(figures, device), start)
 
 

@@ -18,7 +18,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
 
 from megatron.dmc import kernels
 from megatron.dmc.ops import rotary_frequencies
@@ -125,9 +125,9 @@ def cells(f: dict) -> dict[str, object]:
         "dtype": f["dtype"],
         **{f"{name} ms": ms[name]["median"] for name in ("sdpa", "CR 1", "CR 4")},
         **{f"{name} / sdpa": share[name]["median"] for name in ("CR 1", "CR 4")},
-        "(quartiles)": f"{share['CR 4']['q1']:.2f}-{share['CR 4']['q3']:.2f}",
+        "(quartiles)": quartiles(share["CR 4"]),
         "x reference": speed["median"],
-        "quartiles": f"{speed['q1']:.1f}-{speed['q3']:.1f}",
+        "quartiles": quartiles(speed, ".1f"),
     }
 
 
@@ -148,7 +148,7 @@ def main() -> None:
             f = measure(shape, of, args, device)
             figures.append(f)
             rows.append(cells(f))
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    print(record_table(rows))
     finish(args, "prefill_attention", figures, missed_targets(figures), start)
 
 

@@ -20,7 +20,18 @@ from __future__ import annotations
 import time
 
 import torch
-from _common import add_device, arguments, finish, interleave, peak_bytes, ratio, resolve_device, spread, table
+from _common import (
+    add_device,
+    arguments,
+    finish,
+    interleave,
+    peak_bytes,
+    quartiles,
+    ratio,
+    record_table,
+    resolve_device,
+    spread,
+)
 from torch import Tensor
 
 from megatron.dmc.ops import (
@@ -149,7 +160,7 @@ def cells(f: dict) -> dict[str, object]:
         "rope+SDPA": ms["rope_sdpa"]["median"],
         "DMC ms": ms["dmc"]["median"],
         "DMC/SDPA": to_sdpa["median"],
-        "quartiles": f"{to_sdpa['q1']:.2f}-{to_sdpa['q3']:.2f}",
+        "quartiles": quartiles(to_sdpa),
         "/rope+SDPA": f["time_to_rope_sdpa"]["median"],
         "SDPA MiB": peak["sdpa"] / 2**20,
         "DMC MiB": peak["dmc"] / 2**20,
@@ -177,7 +188,7 @@ def main() -> None:
             f = measure(shape, length, args.batch, args.window or None, device, dtype, args.seconds)
             figures.append(f)
             rows.append(cells(f))
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    print(record_table(rows))
     finish(args, "train_attention", figures, missed_targets(figures), start)
 
 

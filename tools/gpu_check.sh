@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine where nothing can be downloaded: builds the CUDA kernels, runs the gpu tests,
-# compute-sanitizer over a part of them, and the benchmarks. Leaves one JSON with the results, the GPU, versions, the commit and
-# hashes of the kernels' sources; commit it, and tests/kernels/test_gpu_record.py is content.
+# Checks everything that needs a GPU, on a machine that can download nothing: builds the CUDA kernels, runs the gpu tests,
+# compute-sanitizer over some of them, and the benchmarks. Writes one JSON with results, GPU, versions, commit and hashes of the
+# kernels' sources. Commit it: tests/kernels/test_gpu_record.py warns while there is none of the present kernels.
 #
 #   tools/gpu_check.sh [--wheels DIR] [--output FILE] [--only kernels|serving|training]
 #
-# Each of the three takes less than 10 minutes, and parts that would take more are cut off; run one after the other they add to the
-# same JSON while the kernels stay the same. Without --only: all that 10 minutes allow, in this order.
-# --wheels: a folder of wheels that the machine lacks (apache-tvm-ffi, pytest, psutil, flashinfer-python ...), installed into a
-# temporary folder. PyTorch with CUDA must be there, and nvcc unless the kernels were built into the package. Without megatron-core
-# training is left out, without flashinfer-python (0.6.3 is small, and wants nvidia-ml-py) the comparison with it. --output: default
-# benchmarks/results/gpu_<name of the GPU>.json. Exit 1 when a part failed or missed a target.
+# --only     one of three parts, each under 10 minutes (what takes longer is cut off). Run one after the other they add to the same
+#            JSON while the kernels stay the same. Without --only: as much as 10 minutes allow, in this order.
+# --wheels   folder of wheels that the machine lacks (apache-tvm-ffi, pytest, psutil, flashinfer-python ...), installed into a
+#            temporary folder. PyTorch with CUDA must be there, and nvcc unless the package holds built kernels. Without
+#            megatron-core training is left out; without flashinfer-python (0.6.3 is small, and needs nvidia-ml-py) its comparison.
+# --output   default: benchmarks/results/gpu_<name of the GPU>.json. Exits 1 when a part failed or missed a target.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 wheels="" output="" only=""
