@@ -1,10 +1,7 @@
-"""``dmc bench serve``: load on a running server, in the words of ``vllm bench serve``.
+"""``dmc bench serve``: load a running server and print what ``vllm bench serve`` prints.
 
-    dmc bench serve --base-url http://127.0.0.1:8000 --input-len 512 --output-len 128 --num-prompts 200 --request-rate 4
-    dmc bench serve --backend openai-chat --max-concurrency 16 --goodput ttft:500 tpot:50 --save-result
-
-Any OpenAI-compatible server will do. Random prompts are made of tokens that the server itself makes of a text
-(``/tokenize``); for one that cannot, name its tokenizer or a file of prompts.
+Any OpenAI-compatible server will do. Random prompts are made of tokens that the server's ``/tokenize`` returns; for a
+server without it, name a tokenizer or a file of prompts.
 """
 
 from __future__ import annotations
@@ -22,40 +19,36 @@ from megatron.dmc.serving.config import BenchServeConfig
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-WORDS = " ".join(
-    [
-        "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they",
-        *string.ascii_letters,
-        *string.digits,
-    ]
-)
+WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they"
+TEXT = " ".join([WORDS, *string.ascii_letters, *string.digits])
+"""Text whose tokens random prompts are made of."""
 
 
-async def _get(client: Any, method: str, path: str, what: str, body: Optional[dict] = None) -> dict[str, Any]:
+async def _call(client: Any, method: str, path: str, what: str, body: Optional[dict] = None) -> dict[str, Any]:
     import httpx2
 
     url = str(client.base_url).rstrip("/") + path
     try:
-        answer = await client.request(method, path, json=body)
-        if answer.status_code != 200:
-            raise ValueError(f"{what} {url}: {answer.status_code}: {answer.text[:200]}")
-        return answer.json()
+        response = await client.request(method, path, json=body)
+        if response.status_code != 200:
+            raise ValueError(f"{what} {url}: {response.status_code}: {response.text[:200]}")
+        return response.json()
     except httpx2.HTTPError as error:
         raise ValueError(f"{what} {url}: {type(error).__name__}: {error}; is the server there?") from error
 
 
 async def model_of(client: Any, config: BenchServeConfig) -> str:
-    """Raises ``ValueError`` when the server lists none."""
+    """Model of ``--model``, or the first that the server lists. Raises ``ValueError`` when it lists none."""
     if config.model is not None:
         return config.model
-    listed = (await _get(client, "GET", "/v1/models", "no model at")).get("data") or []
+    listed = (await _call(client, "GET", "/v1/models", "no model at")).get("data") or []
     if not listed:
         raise ValueError(f"{client.base_url} lists no model; name one with --model")
     return listed[0]["id"]
 
 
 class Tokens:
-    """Ordinary tokens of the model and their text, from a directory or from the server."""
+    """Tokens of the model and their text, from a tokenizer's directory or from the server."""
 
     def __init__(self, client: Any, model: str, directory: Optional[str]) -> None:
         self.client, self.model, self.tokenizer = client, model, None
@@ -67,27 +60,27 @@ class Tokens:
                 raise ValueError(f"{directory} has no tokenizer files")
 
     async def some(self) -> list[int]:
-        """Distinct tokens that text is made of, for random prompts."""
+        """Distinct tokens, none of them special, to make random prompts of."""
         if self.tokenizer is not None:
             special = set(self.tokenizer.all_special_ids)
             return [token for token in range(len(self.tokenizer)) if token not in special]
-        body = {"model": self.model, "prompt": WORDS, "add_special_tokens": False}
+        body = {"model": self.model, "prompt": TEXT, "add_special_tokens": False}
         try:
-            found = await _get(self.client, "POST", "/tokenize", "no tokens from", body)
+            found = await _call(self.client, "POST", "/tokenize", "no tokens from", body)
         except ValueError as error:
             raise ValueError(f"{error}; give --tokenizer DIR or --dataset-path FILE") from None
         return sorted(set(found["tokens"]))
 
     async def text(self, ids: list[int]) -> str:
+        """Text of these tokens."""
         if self.tokenizer is not None:
             return self.tokenizer.decode(ids)
-        return (await _get(self.client, "POST", "/detokenize", "no text from", {"model": self.model, "tokens": ids}))[
-            "prompt"
-        ]
+        body = {"model": self.model, "tokens": ids}
+        return (await _call(self.client, "POST", "/detokenize", "no text from", body))["prompt"]
 
 
 async def requests_of(config: BenchServeConfig, client: Any, model: str) -> list[tuple[bytes, int]]:
-    """(body, expected tokens of the prompt) of each request, made before the clock runs."""
+    """Body and prompt length of each request, made before the clock starts. The length of a text is 0: unknown."""
     import numpy as np
 
     from megatron.dmc.inference.bench import random_lens, read_prompts
@@ -96,7 +89,7 @@ async def requests_of(config: BenchServeConfig, client: Any, model: str) -> list
     prompts: list[Any]
     if config.dataset_path is not None:
         prompts = list(read_prompts(config.dataset_path, config.num_prompts))
-        lens = [0 if isinstance(prompt, str) else len(prompt) for prompt in prompts]  # the server's usage says it
+        lens = [0 if isinstance(prompt, str) else len(prompt) for prompt in prompts]
     else:
         tokens = Tokens(client, model, config.tokenizer)
         some = await tokens.some()
@@ -107,24 +100,16 @@ async def requests_of(config: BenchServeConfig, client: Any, model: str) -> list
     new = random_lens(config.output_len, config.random_range_ratio, config.num_prompts, generator)
     given = {name: value for name in SAMPLING if (value := getattr(config, name)) is not None}
     given |= {"ignore_eos": True} if config.ignore_eos else {}
+    given |= {"stream": True, "stream_options": {"include_usage": True}}
     bodies = []
     for prompt, length, most in zip(prompts, lens, new):
-        if chat and not isinstance(prompt, str):
+        if not chat:
+            body = {"prompt": prompt, "max_tokens": most}
+        elif isinstance(prompt, str):
+            body = {"messages": [{"role": "user", "content": prompt}], "max_completion_tokens": most}
+        else:
             raise ValueError("a chat takes no token ids; give the prompts of --dataset-path as text")
-        asked = (
-            {"messages": [{"role": "user", "content": prompt}], "max_completion_tokens": most}
-            if chat
-            else {"prompt": prompt, "max_tokens": most}
-        )
-        body = {
-            "model": model,
-            **asked,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **given,
-            **config.extra_body,
-        }
-        bodies.append((json.dumps(body).encode(), length))
+        bodies.append((json.dumps({"model": model, **body, **given, **config.extra_body}).encode(), length))
     return bodies
 
 
@@ -143,10 +128,9 @@ async def benchmark(config: BenchServeConfig) -> dict[str, Any]:
     path = config.endpoint or ENDPOINTS[config.backend]
     key = os.environ.get("OPENAI_API_KEY")
     headers = ({"Authorization": f"Bearer {key}"} if key else {}) | dict(config.header)
-    async with load.connect(
-        config.base_url or f"http://{config.host}:{config.port}", headers, not config.insecure
-    ) as client:
-        await ready(client, path, config)
+    url = config.base_url or f"http://{config.host}:{config.port}"
+    async with load.connect(url, headers, not config.insecure) as client:
+        await ready(client, config)
         model = await model_of(client, config)
         bodies = await requests_of(config, client, model)
 
@@ -155,9 +139,8 @@ async def benchmark(config: BenchServeConfig) -> dict[str, Any]:
 
         if config.num_warmups:
             await load.drive(send, [0.0] * config.num_warmups, config.max_concurrency or 8)
-        times = load.arrivals(
-            len(bodies), config.request_rate, config.burstiness, np.random.default_rng([config.seed, 1])
-        )
+        generator = np.random.default_rng([config.seed, 1])
+        times = load.arrivals(len(bodies), config.request_rate, config.burstiness, generator)
         bar = tqdm(total=len(bodies), disable=True if config.disable_tqdm else None)
         began = time.perf_counter()
         outputs = await load.drive(send, times, config.max_concurrency, bar.update)
@@ -167,22 +150,18 @@ async def benchmark(config: BenchServeConfig) -> dict[str, Any]:
         print(f"failed: {output.error}")
     if not any(output.success for output in outputs):
         raise ValueError(f"none of {len(outputs)} requests was answered; the first one: {outputs[0].error}")
-    bounds = dict(config.goodput)
-    found = load.figures(outputs, duration, config.metric_percentiles, bounds, config.percentile_metrics)
-    print(
-        load.block(
-            found, config.metric_percentiles, config.percentile_metrics, config.request_rate, config.max_concurrency
-        )
-    )
+    percentiles, selected = config.metric_percentiles, config.percentile_metrics
+    found = load.figures(outputs, duration, percentiles, dict(config.goodput), selected)
+    print(load.block(found, percentiles, selected, config.request_rate, config.max_concurrency))
     return _head(config, model) | found | (load.details(outputs) if config.save_detailed else {})
 
 
-async def ready(client: Any, path: str, config: BenchServeConfig) -> None:
-    """Wait until the server lists its models. Raises ``ValueError`` when it takes too long."""
+async def ready(client: Any, config: BenchServeConfig) -> None:
+    """Wait until the server lists its models. Raises ``ValueError`` when that takes too long."""
     deadline = time.monotonic() + config.ready_check_timeout_sec
     while config.ready_check_timeout_sec:
         try:
-            await _get(client, "GET", "/v1/models", "no answer from")
+            await _call(client, "GET", "/v1/models", "no answer from")
             return
         except ValueError as error:
             if time.monotonic() > deadline:
@@ -214,7 +193,7 @@ def run(config: BenchServeConfig) -> int:
 
 
 def save(config: BenchServeConfig, result: dict[str, Any]) -> Optional[Path]:
-    """Write what was asked for; where."""
+    """Write the result file if one was asked for. Returns its path."""
     if not config.save_result and not config.append_result:
         return None
     limit = f"-concurrency{config.max_concurrency}" if config.max_concurrency is not None else ""

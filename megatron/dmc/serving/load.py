@@ -1,6 +1,4 @@
-"""A client that loads an OpenAI-compatible server and takes the time of every token: what ``dmc bench serve`` measures
-with.
-"""
+"""Load generator of ``dmc bench serve``: requests to an OpenAI-compatible server, timed token by token, and figures."""
 
 from __future__ import annotations
 
@@ -11,44 +9,46 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import httpx2
 import numpy as np
 
-Prompt = Union[str, list[int], list[dict[str, Any]]]
-"""A text, token ids, or the messages of a chat."""
+NOT_OPENAI = (KeyError, TypeError, AttributeError)
+"""Errors of reading an event that does not have OpenAI's shape."""
 
 
 @dataclass
 class Timed:
-    """One request as the client saw it; seconds."""
+    """Request as the client saw it; times in seconds."""
 
     prompt_len: int = 0
-    """Tokens: what the server counts, or what was asked for."""
+    """Prompt tokens, as counted by the server or else as sent."""
     start_time: float = 0.0
     queue_time: float = 0.0
-    """Between its arrival and its start, for a free place among ``max_concurrency``."""
+    """Time from its arrival to its start, spent waiting for one of ``max_concurrency`` places."""
     ttft: float = 0.0
     itl: list[float] = field(default_factory=list)
     latency: float = 0.0
-    """From the start to the last token."""
+    """Time from its start to the last token."""
     text: str = ""
     usage_tokens: Optional[int] = None
-    """Tokens of the answer as the server counts them."""
+    """Generated tokens, as counted by the server."""
     slots: int = 0
+    """KV slots of the completion, from ``usage.dmc``."""
     states: float = 0.0
-    """Of ``usage.dmc``: cache slots, and what an uncompressed cache would have taken."""
+    """KV slots that an uncompressed cache would have taken."""
     success: bool = False
     error: str = ""
     _last: float = 0.0
 
     @property
     def output_tokens(self) -> int:
-        """Of the server's usage; without one, the events that brought some."""
+        """Generated tokens; events with tokens are counted if the server sends no usage."""
         return self.usage_tokens if self.usage_tokens is not None else len(self.itl) + (self.ttft > 0)
 
     def token(self, text: str, now: float) -> None:
+        """Record the arrival of a token."""
         if self.ttft == 0:
             self.ttft = now - self.start_time
         else:
@@ -57,16 +57,14 @@ class Timed:
         self.text += text
 
     def take(self, chunk: dict[str, Any], now: float) -> bool:
-        """One event of the stream; True when it ends the answer. Raises ``ValueError`` for an error that the server
-        sends.
-        """
+        """Record an event of the stream. Returns whether it ends the completion; raises ``ValueError`` for an error."""
         if chunk.get("error"):
             raise ValueError(f"the server says: {json.dumps(chunk['error'])[:500]}")
         ended = False
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta")
             text = choice.get("text") if delta is None else delta.get("content")
-            opening = delta is not None and "role" in delta and not text  # who speaks; no token yet
+            opening = delta is not None and "role" in delta and not text  # the first event of a chat holds no token
             if text is not None and not opening:
                 self.token(text, now)
             ended = ended or choice.get("finish_reason") is not None
@@ -79,10 +77,10 @@ class Timed:
 
 
 async def ask(client: httpx2.AsyncClient, path: str, body: bytes, prompt_len: int = 0) -> Timed:
-    """Send one streaming request, and time what comes. What goes wrong is in ``error``; nothing is raised for it.
+    """Send a streaming request and time its tokens. A failure is recorded in ``error`` and not raised.
 
     Args:
-        body: JSON of the request, with ``stream``.
+        body: JSON of the request, with ``stream: true``.
     """
     found, ended = Timed(prompt_len, time.perf_counter()), False
     try:
@@ -97,13 +95,7 @@ async def ask(client: httpx2.AsyncClient, path: str, body: bytes, prompt_len: in
                     ended = True
                     break
                 ended = found.take(json.loads(event.data), now) or ended
-    except (
-        httpx2.HTTPError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # the last ones: not OpenAI's shape
+    except (httpx2.HTTPError, ValueError, *NOT_OPENAI) as error:
         found.error = f"{type(error).__name__}: {error}"
         return found
     found.success = ended and found.ttft > 0
@@ -114,9 +106,9 @@ async def ask(client: httpx2.AsyncClient, path: str, body: bytes, prompt_len: in
 
 @asynccontextmanager
 async def connect(base_url: str, headers: dict[str, str], verify: bool = True) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client without a bound on connections, and without a time limit on answers."""
+    """HTTP client without a limit on connections and on the time of a response."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # a connection is a file
+    with suppress(ValueError, OSError):  # a connection is an open file
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard))
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx2.Timeout(None, connect=60.0)
@@ -127,9 +119,10 @@ async def connect(base_url: str, headers: dict[str, str], verify: bool = True) -
 
 
 def arrivals(count: int, rate: float, burstiness: float, generator: np.random.Generator) -> list[float]:
-    """Seconds from the start at which requests arrive: intervals of a gamma distribution with shape ``burstiness`` (1:
-    a Poisson process), scaled so that the last one comes after exactly ``count / rate`` seconds, as ``vllm bench
-    serve`` does.
+    """Arrival times of requests in seconds from the start, as ``vllm bench serve`` draws them.
+
+    Intervals have a gamma distribution of shape ``burstiness``, where 1 is a Poisson process. They are scaled so that
+    the last request arrives after exactly ``count / rate`` seconds.
     """
     if not rate > 0 or not burstiness > 0:
         raise ValueError(f"request_rate is {rate!r} and burstiness {burstiness!r}; both must be above 0")
@@ -146,9 +139,7 @@ async def drive(
     max_concurrency: Optional[int] = None,
     done: Callable[[], None] = lambda: None,
 ) -> list[Timed]:
-    """Send request i at ``times[i]`` seconds (open loop), or when one of ``max_concurrency`` places is free (closed
-    loop).
-    """
+    """Send request i at ``times[i]`` seconds, or later, when one of ``max_concurrency`` places is free."""
     places = asyncio.Semaphore(max_concurrency) if max_concurrency else None
     began = time.perf_counter()
 
@@ -172,8 +163,7 @@ async def drive(
     return list(await asyncio.gather(*tasks))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# figures
+# ----------------------------------------------------------------------------------------------------------- figures
 
 TITLES = {
     "ttft": ("TTFT", "Time to First Token"),
@@ -184,7 +174,7 @@ TITLES = {
 
 
 def tpot_of(found: Timed) -> Optional[float]:
-    """Seconds per token after the first; None for an answer of one token."""
+    """Mean time per token after the first, or None for a completion of one token."""
     return (found.latency - found.ttft) / (found.output_tokens - 1) if found.output_tokens > 1 else None
 
 
@@ -195,12 +185,11 @@ def figures(
     goodput: dict[str, float],
     selected: Sequence[str] = tuple(TITLES),
 ) -> dict[str, Any]:
-    """Figures of a run under the keys of ``vllm bench serve --save-result``, and the compression ratio where the server
-    tells it.
+    """Figures of a run under the keys of ``vllm bench serve --save-result``, and the compression ratio, if known.
 
     Args:
-        duration: seconds from the first arrival to the last answer.
-        goodput: bounds in milliseconds on ``ttft``, ``tpot``, ``e2el`` that a request must keep to count as good.
+        duration: seconds from the first arrival to the end of the last response.
+        goodput: upper bounds in milliseconds on ``ttft``, ``tpot``, ``e2el`` of a good request.
     """
     good = [output for output in outputs if output.success]
     tokens = sum(output.output_tokens for output in good)
@@ -244,7 +233,7 @@ def _keeps(output: Timed, bounds: dict[str, float]) -> bool:
 
 
 def details(outputs: Sequence[Timed]) -> dict[str, Any]:
-    """What ``--save-detailed`` adds, by request."""
+    """Lists with an entry for each request, which ``--save-detailed`` adds."""
     return {
         "input_lens": [o.prompt_len for o in outputs],
         "output_lens": [o.output_tokens if o.success else 0 for o in outputs],
@@ -259,7 +248,7 @@ def details(outputs: Sequence[Timed]) -> dict[str, Any]:
 
 
 def peak_tokens(outputs: Sequence[Timed]) -> float:
-    """Most events with tokens in a second, of the seconds since the first request."""
+    """Largest number of tokens in one second, counting seconds from the first request."""
     if not outputs:
         return 0.0
     began = min(output.start_time for output in outputs)
@@ -268,7 +257,7 @@ def peak_tokens(outputs: Sequence[Timed]) -> float:
 
 
 def peak_requests(outputs: Sequence[Timed]) -> int:
-    """Most requests under way at a time; one that ends as another starts does not count with it."""
+    """Largest number of requests that ran at the same time; one that ends as another starts is not counted with it."""
     changes = sorted([(o.start_time, 1) for o in outputs] + [(o.start_time + o.latency, -1) for o in outputs])
     return int(np.cumsum([change for _, change in changes]).max()) if changes else 0
 
@@ -280,34 +269,28 @@ def block(
     rate: float = float("inf"),
     max_concurrency: Optional[int] = None,
 ) -> str:
-    """The figures as ``vllm bench serve`` prints them."""
+    """Figures as ``vllm bench serve`` prints them."""
 
     def line(name: str, value: float) -> str:
         return f"{name + ':':<40} {value:<10}" if isinstance(value, int) else f"{name + ':':<40} {value:<10.2f}"
 
-    lines = [
-        f"{' Serving Benchmark Result ':=^50}",
-        line("Successful requests", found["completed"]),
-        line("Failed requests", found["failed"]),
-    ]
-    if max_concurrency is not None:
-        lines.append(line("Maximum request concurrency", max_concurrency))
-    if rate != float("inf"):
-        lines.append(line("Request rate configured (RPS)", float(rate)))
-    lines += [
-        line("Benchmark duration (s)", found["duration"]),
-        line("Total input tokens", found["total_input_tokens"]),
-        line("Total generated tokens", found["total_output_tokens"]),
-        line("Request throughput (req/s)", found["request_throughput"]),
-    ]
-    if found["request_goodput"] is not None:
-        lines.append(line("Request goodput (req/s)", found["request_goodput"]))
-    lines += [
-        line("Output token throughput (tok/s)", found["output_throughput"]),
-        line("Peak output token throughput (tok/s)", found["max_output_tokens_per_s"]),
-        line("Peak concurrent requests", float(found["max_concurrent_requests"])),
-        line("Total token throughput (tok/s)", found["total_token_throughput"]),
-    ]
+    totals = (
+        ("Successful requests", found["completed"]),
+        ("Failed requests", found["failed"]),
+        ("Maximum request concurrency", max_concurrency),
+        ("Request rate configured (RPS)", float(rate) if rate != float("inf") else None),
+        ("Benchmark duration (s)", found["duration"]),
+        ("Total input tokens", found["total_input_tokens"]),
+        ("Total generated tokens", found["total_output_tokens"]),
+        ("Request throughput (req/s)", found["request_throughput"]),
+        ("Request goodput (req/s)", found["request_goodput"]),
+        ("Output token throughput (tok/s)", found["output_throughput"]),
+        ("Peak output token throughput (tok/s)", found["max_output_tokens_per_s"]),
+        ("Peak concurrent requests", float(found["max_concurrent_requests"])),
+        ("Total token throughput (tok/s)", found["total_token_throughput"]),
+    )
+    lines = [f"{' Serving Benchmark Result ':=^50}"]
+    lines += [line(name, value) for name, value in totals if value is not None]
     for name in selected:
         short, title = TITLES[name]
         lines.append(f"{title:-^50}")
