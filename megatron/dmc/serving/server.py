@@ -116,7 +116,7 @@ def make_service(
 async def serve(
     engine: Engine, settings: ServerConfig, sock: socket.socket, followers: Optional[Followers] = None
 ) -> int:
-    """Until a signal comes. Exit status: 0; 1 when the engine has failed."""
+    """Serve until a signal comes. Returns the exit status: 0, or 1 when the engine has failed."""
     keys = settings.keys()
     service = make_service(
         engine,
@@ -175,7 +175,7 @@ def _pool(engine: Engine) -> str:
 
 
 def run(settings: ServerConfig, config: EngineConfig) -> int:
-    """Exit status. Raises ``ValueError`` for what is wrong with the settings or the model."""
+    """Run ``dmc serve``. Returns the exit status; raises ``ValueError`` for a wrong setting or model."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     source = settings.tokenizer or settings.model
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's
