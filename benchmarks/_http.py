@@ -1,6 +1,4 @@
-"""A light HTTP client on asyncio, and a load that behaves badly: what benchmarks/serving.py and the tests put on a
-server.
-"""
+"""Light HTTP client on asyncio, and an overload with clients that disconnect, for benchmarks/serving.py and tests."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ COMPLETIONS = "/v1/completions"
 
 
 async def post(port: int, body: Mapping[str, object], *, leave_after: int | None = None) -> tuple[int, bytes]:
-    """(status, body) of a completion; (0, b"") after leaving at so many bytes of the answer.
+    """(status, body) of a completion, or (0, b"") after disconnecting at so many bytes of the response.
 
-    Speaks HTTP/1.0, so that an answer ends with the connection and nothing has to be taken apart.
+    Speaks HTTP/1.0, so that the response ends with the connection and needs no parsing.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -31,14 +29,14 @@ async def post(port: int, body: Mapping[str, object], *, leave_after: int | None
         answer = await reader.read(-1)
         head_text, _, found = answer.partition(b"\r\n\r\n")
         if not head_text:
-            raise ConnectionError("the server closed the connection without an answer")
+            raise ConnectionError("the server closed the connection without a response")
         return int(head_text.split(b" ", 2)[1]), found
     finally:
         writer.close()
 
 
 def tokens_of(body: bytes, stream: bool) -> list[int]:
-    """Token ids of a whole answer or a stream. Raises ``ValueError`` for one that is cut off or ends in an error."""
+    """Token ids of a response, whole or streamed. Raises ``ValueError`` for one that is cut off or ends in an error."""
     if not stream:
         return json.loads(body)["choices"][0]["token_ids"]
     events = body.split(b"\n\n")
@@ -52,10 +50,10 @@ def tokens_of(body: bytes, stream: bool) -> list[int]:
 
 @dataclass
 class Outcome:
-    """What became of a load. Every request is in one of the counts, or in ``wrong`` with what was wrong."""
+    """Outcome of a load. Every request is in one of the counts, or in ``wrong`` with the reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """answered, refused (503), left (by the client)"""
+    """Number of requests by outcome: answered, refused (503), left (by the client)."""
     wrong: list[str] = field(default_factory=list)
     tokens: int = 0
 
@@ -70,8 +68,9 @@ async def load(
     seed: int = 0,
     leaving: float = 0.15,
 ) -> Outcome:
-    """Random requests of ``clients`` at a time: lengths, streams or not, some leave. ``lone``: the greedy answer to
-    each prompt.
+    """Send requests of random lengths, ``clients`` at a time, some streamed; a share ``leaving`` disconnects.
+
+    ``lone`` has the greedy completion of each prompt, generated alone.
     """
     outcome, order = Outcome(), random.Random(seed)
     left = iter(range(requests))
@@ -81,14 +80,8 @@ async def load(
             which, stream = order.randrange(len(prompts)), order.random() < 0.5
             most = order.randint(1, len(lone[which]))
             leave = order.choice((0, 1, 200, 2000)) if order.random() < leaving else None
-            body = {
-                "prompt": list(prompts[which]),
-                "max_tokens": most,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": stream,
-                "return_token_ids": True,
-            }
+            body = {"prompt": list(prompts[which]), "max_tokens": most, "stream": stream}
+            body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
             try:
                 status, text = await post(port, body, leave_after=leave)
                 if status == 200:

@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""What the HTTP server costs, and whether it holds under a bad load.
+"""Cost of the HTTP server, and its behaviour under overload.
 
 Modes (``--mode``):
 
 overhead
-    The same requests (token ids, all of one length, greedy) three ways, in turn, in one run: the engine offline
-    (``LLM.generate``), through HTTP by ``--clients`` closed-loop clients that take whole answers, and by as many that
-    take streams. Engine, server and client share the cores; the client speaks plain HTTP/1.0 and takes little.
-    Target: tokens per second through HTTP, whole and streamed, are at least 0.90 of the offline engine's (median of the
-    rounds' ratios).
+    The same greedy requests (token ids, all of one length) in three ways that take turns: the engine offline
+    (``LLM.generate``), ``--clients`` closed-loop HTTP clients with whole responses, and as many with streams. Engine,
+    server and client share the cores; the client speaks plain HTTP/1.0 and takes little CPU time.
+    Target: the throughput through HTTP, whole and streamed, is at least 0.90 of the offline engine's (median of the
+    ratios within a round).
 
 load
-    ``--requests`` random requests of 64 clients, streamed and not, 15% of which leave, on a pool that is far too small,
-    with a bounded queue. Targets: every request is answered with the tokens of a lone run, refused with 503, or left by
-    its client; sequences are pre-empted; all pages are free at the end; the server's resident memory at the end is at
-    most 3% above that at a third of the load; SIGTERM ends it with 0.
+    ``--requests`` random requests of 64 clients, streamed and not, 15% of which disconnect, with a KV cache that is far
+    too small and a bounded queue. Targets: every request gets the tokens of a lone run, or a 503, or is left by its
+    client; sequences are preempted; all pages are free at the end; the server's resident memory at the end is at most 3%
+    above that at a third of the load; SIGTERM ends the server with status 0.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OVERHEAD_TARGET, MEMORY_TARGET = 0.90, 1.03
 
 
 def add_tokenizer(directory: Path) -> None:
-    """1,024 tokens: bytes, and pairs of letters."""
+    """Write a tokenizer of 1,024 tokens: bytes and pairs of letters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -62,18 +62,9 @@ def add_tokenizer(directory: Path) -> None:
 
 @contextmanager
 def served(path: Path, threads: int, *options: object):
-    """(process, port) of a ``dmc serve`` of its own, which ends with SIGTERM and must exit with 0."""
-    command = [
-        sys.executable,
-        "-m",
-        "megatron.dmc.cli",
-        "serve",
-        str(path),
-        "--port",
-        "0",
-        "--disable-access-log",
-        *map(str, options),
-    ]
+    """Process and port of a ``dmc serve``, which gets SIGTERM at the end and must exit with status 0."""
+    command = [sys.executable, "-m", "megatron.dmc.cli", "serve", str(path), *map(str, options)]
+    command += ["--port", "0", "--disable-access-log"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     lines: list[str] = []
@@ -94,26 +85,19 @@ def served(path: Path, threads: int, *options: object):
         process.wait()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# overhead
+# ---------------------------------------------------------------------------------------------------------- overhead
 
 
 async def closed_loop(
     port: int, asked: list[list[int]], clients: int, new_tokens: int, stream: bool
 ) -> list[list[int]]:
-    """All requests by so many clients, each one after the other; their answers."""
+    """Send all requests from so many clients, each one after the other. Returns the responses."""
     left, found = iter(range(len(asked))), [[] for _ in asked]
 
     async def client() -> None:
         for n in left:
-            body = {
-                "prompt": asked[n],
-                "max_tokens": new_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": stream,
-                "return_token_ids": True,
-            }
+            body = {"prompt": asked[n], "max_tokens": new_tokens, "stream": stream}
+            body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
             status, text = await post(port, body)
             if status != 200:
                 raise SystemExit(f"HTTP {status}: {text[:300]!r}")
@@ -143,7 +127,7 @@ def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
                 seconds[name].append(time.perf_counter() - began)
                 own = max(own, (time.process_time() - used) / seconds[name][-1])
                 if [tokens_of(text, stream) for text in found] != wanted:
-                    raise SystemExit(f"{name}: the answers through HTTP are not those of the engine")
+                    raise SystemExit(f"{name}: the tokens through HTTP are not those of the engine")
     speed = {name: spread([total / t for t in series]) for name, series in seconds.items()}
     ratios = {name: ratio(seconds["offline"], seconds[name]) for name in ("whole", "stream")}
     rows = [
@@ -163,8 +147,7 @@ def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     return {"tokens_per_second": speed, "of_offline": ratios, "client_cpu_share": own}, missed
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# load
+# -------------------------------------------------------------------------------------------------------------- load
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -180,20 +163,15 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     lone = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in asked]
     heads, rows, sizes = args.layers * args.heads, 16, llm.engine.sizes
     pages = heads * 15  # one of the longest sequences, if it were not compressed; about five that are
-    options = (
-        "--device",
-        "cpu",
-        "--max-model-len",
-        256,
-        "--max-num-seqs",
-        rows,
-        "--max-num-batched-tokens",
-        128,
-        "--kv-cache-memory-bytes",
-        pages * (sizes.page_bytes + 4) + rows * sizes.row_bytes,
-        "--max-num-queued-requests",
-        52,
-    )
+    settings = {
+        "--device": "cpu",
+        "--max-model-len": 256,
+        "--max-num-seqs": rows,
+        "--max-num-batched-tokens": 128,
+        "--kv-cache-memory-bytes": pages * (sizes.page_bytes + 4) + rows * sizes.row_bytes,
+        "--max-num-queued-requests": 52,
+    }
+    options = [part for setting in settings.items() for part in setting]
     memory: list[tuple[float, float]] = []
     with served(path, args.threads, *options) as (process, port):
         info, began, done = psutil.Process(process.pid), time.perf_counter(), threading.Event()
@@ -215,7 +193,7 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     counts = dict(outcome.counts)
     print(
         f"{args.requests} requests in {seconds:.1f} s: {counts}, wrong {len(outcome.wrong)}; {preempted:.0f} "
-        f"pre-emptions; {free:.0f} of {pages:.0f} pages free"
+        f"preemptions; {free:.0f} of {pages:.0f} pages free"
     )
     points = [memory[min(len(memory) - 1, i * len(memory) // 8)] for i in range(9)]
     print(table(("s", "MiB resident"), points))
@@ -225,7 +203,7 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     if free != pages:
         missed.append(f"{pages - free:.0f} pages are not free")
     if preempted == 0 or not counts.get("left") or not counts.get("refused"):
-        missed.append(f"the load was not bad: {counts}, {preempted:.0f} pre-emptions")
+        missed.append(f"the load was not bad: {counts}, {preempted:.0f} preemptions")
     if late > MEMORY_TARGET * early:
         missed.append(f"memory went from {early:.1f} to {late:.1f} MiB, more than {MEMORY_TARGET}")
     return {
