@@ -13,8 +13,8 @@ overhead
 load
     ``--requests`` random requests of 64 clients, streamed and not, 15% of which disconnect, with a KV cache that is far
     too small and a bounded queue. Targets: every request gets the tokens of a lone run, or a 503, or is left by its
-    client; sequences are preempted; all pages are free at the end; the server's resident memory at the end is at most 3%
-    above that at a third of the load; SIGTERM ends the server with status 0.
+    client; sequences are preempted; all pages are free at the end; the server's resident memory at the end is at most
+    3% above that at a third of the load; SIGTERM ends the server with status 0.
 """
 
 from __future__ import annotations
