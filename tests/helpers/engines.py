@@ -61,7 +61,7 @@ def all_back(engine: Engine) -> None:
     assert (engine.cache.available_pages() == engine.cache.num_pages).all() and not engine.cache.live.any()
     engine.reset_prefix_cache()
     engine.cache.check_integrity()
-    assert not any(root.children for root in engine.prefix._roots.values())
+    assert not any(root.children for root in engine.kv_cache_manager.tree._roots.values())
     assert engine.cache.state.free_count() == engine.cache.num_pages
     assert engine.cache.free_rows == engine.cache.rows == engine.sizes.max_num_seqs + engine.sizes.max_prefix_snapshots
     stats = engine.stats()

@@ -9,15 +9,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import uvicorn
 from helpers.engines import Model, all_back
 
 from megatron.dmc.inference import Engine, EngineConfig
+from megatron.dmc.inference.input_processor import InputProcessor
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.app import create_app
 from megatron.dmc.serving.async_engine import Limits
+from megatron.dmc.serving.prompts import Prompts
 from megatron.dmc.serving.server import Server, bind, make_service
 
 if TYPE_CHECKING:
@@ -58,6 +61,12 @@ def make_model(directory: Path, case: str = "half") -> Model:
     made = Model(directory, case)
     add_tokenizer(directory)
     return made
+
+
+def make_prompts(tokenizer: object, vocab_size: int, max_model_len: int) -> Prompts:
+    """Prompts as a server with an endless cache makes them."""
+    cache = SimpleNamespace(num_pages=1, pages_at=lambda tokens: 1)
+    return Prompts(InputProcessor(tokenizer, vocab_size, max_model_len, cache, 1.0, "the model"))
 
 
 def until(true: Callable[[], object], seconds: float = 30) -> None:
@@ -171,15 +180,13 @@ class Running:
         while (runner.unfinished or self.service.gate.in_flight) and time.monotonic() < deadline:
             time.sleep(0.01)
         self.call(all_back)
-        assert (runner.unfinished, runner.queued_answers, runner.queued_tokens, self.service.gate.in_flight) == (
+        assert (runner.unfinished, runner.queued_completions, runner.queued_tokens, self.service.gate.in_flight) == (
             0,
             0,
             0,
             0,
         )
-        assert (
-            not runner._waiting and not runner._unstarted and not runner._watched and not self.service.metrics._running
-        )
+        assert not runner._waiting and not self.service.metrics._running
 
 
 def client(server: Running, key: str = "none") -> OpenAI:

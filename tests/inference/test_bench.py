@@ -106,13 +106,13 @@ def test_an_iteration_counts_what_the_engine_did(model: Model) -> None:
     assert len(found.uses) == len(found.finished) == 8 and max(found.batch) == 3
     assert found.elapsed == pytest.approx(sum(found.step_seconds), rel=0.5) and 0 < found.first_token <= found.elapsed
     assert {o.cache.tokens for o in found.finished if o.request_id == "2"} == {33 + 12 - 1}
-    assert found.preemptions == engine.scheduler.preemptions
+    assert found.preemptions == engine.stats().preemptions
     assert 0 < watch.peak_pages <= 40
     # Methods that were watched are the engine's own again.
     assert (
-        not {"plan"} & set(vars(engine.scheduler))
+        not {"schedule"} & set(vars(engine.scheduler))
         and "forward" not in vars(engine.model)
-        and "_draw" not in vars(engine)
+        and "sample" not in vars(engine.runner)
     )
     figures = bench.cache_figures(engine, work, [found])
     slots = sum(sum(map(sum, use.slots)) for use in found.uses)

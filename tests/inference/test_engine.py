@@ -252,7 +252,7 @@ def test_the_cache_keeps_to_its_memory(rows: int | None, models) -> None:
     engine = models("half").engine(kv_cache_memory_bytes=budget, max_num_seqs=rows)
     state, sizes = engine.cache.state, engine.sizes
     most = sizes.max_num_seqs * state.page_table[0].numel()  # that sequences can ever use
-    used = state.nbytes() + engine.prefix.nbytes()
+    used = state.nbytes() + engine.kv_cache_manager.nbytes()
     assert used <= budget + 64 and (used > 0.98 * budget or state.num_pages == most)
     assert sizes.max_prefix_snapshots * sizes.row_bytes <= budget / 32
     assert state.lengths.size(0) == sizes.max_num_seqs + sizes.max_prefix_snapshots > sizes.max_num_seqs

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron.dmc.inference import Engine, graphs
 from megatron.dmc.inference.graphs import DecodeGraphs, capture_sizes
-from megatron.dmc.inference.model import Piece
 
 
 class Recorder:
@@ -78,15 +77,15 @@ def test_what_is_no_step_for_a_graph(tmp_path: Path) -> None:
 
     decode = DecodeGraphs(forward, 4, torch.device("cpu"), Recorder(torch.device("cpu")))
     assert seen == [4, 2, 1]
-    assert decode([Piece(0, 0, [5, 6], 1)]) is None and decode([Piece(i, 0, [5], 1) for i in range(5)]) is None
-    assert decode([Piece(i, 10 + i, [5 + i], 1) for i in range(4)]).tolist() == [
+    assert decode([5] * 5, [0] * 5, list(range(5))) is None
+    assert decode([5, 6, 7, 8], [10, 11, 12, 13], [0, 1, 2, 3]).tolist() == [
         [5, 10, 0],
         [6, 11, 1],
         [7, 12, 2],
         [8, 13, 3],
     ]
     # Fewer than before: what the batch before left in the buffers is not there any more.
-    assert decode([Piece(3, 20, [9], 1), Piece(1, 2, [4], 0), Piece(2, 7, [3], 1)]).tolist() == [[9, 20, 3], [3, 7, 2]]
+    assert decode([9, 4, 3], [20, 2, 7], [3, 1, 2]).tolist() == [[9, 20, 3], [4, 2, 1], [3, 7, 2]]
     assert decode._inputs.tolist() == [[9, 4, 3, 0], [20, 2, 7, 0], [3, 1, 2, -1]]
 
 
@@ -96,7 +95,7 @@ def test_a_failure_comes_out(recorded: list[int], tmp_path: Path, monkeypatch: p
     engine.add_request("a", model.prompt(9), GREEDY)
     engine.step()
     with monkeypatch.context() as patched:
-        patched.setattr(DecodeGraphs, "__call__", lambda self, pieces: 1 / 0)
+        patched.setattr(DecodeGraphs, "__call__", lambda self, *inputs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert ids_of(drain(engine)["a", 0]) == model.answer(model.prompt(9))[1:]
@@ -109,7 +108,7 @@ def test_captured_on_the_gpu(tmp_path: Path) -> None:
     answers = []
     for eager in (False, True):
         engine = model.engine(max_num_seqs=4, device="cuda", enforce_eager=eager)
-        assert (engine.graphs is None) == eager
+        assert (engine.runner.graphs is None) == eager
         for i, prompt in enumerate(prompts):
             engine.add_request(str(i), prompt, GREEDY)
         found = drain(engine)

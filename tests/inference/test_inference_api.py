@@ -58,7 +58,7 @@ class Bytes:
 
 
 def feed(text: str, **options) -> tuple[list[str], Detokenizer]:
-    made = Detokenizer(Bytes(), b"prompt: ", **options)
+    made = Detokenizer(Bytes(), b"prompt: ", SamplingParams(**options))
     pieces = []
     for byte in text.encode():
         made.push(byte)
@@ -104,7 +104,7 @@ def test_bytes_that_never_become_a_character_do_not_wait_for_ever() -> None:
 )
 def test_stop_strings(stop: list[str], include: bool, wanted: str, met: str | None) -> None:
     """Nothing of a stop string is ever given out, though it comes in pieces."""
-    pieces, made = feed("one two END three", stop=stop, include_stop=include)
+    pieces, made = feed("one two END three", stop=stop, include_stop_str_in_output=include)
     assert "".join(pieces) == made.text == wanted and made.stopped == met
     for n in range(len(pieces)):
         assert wanted.startswith("".join(pieces[:n]))

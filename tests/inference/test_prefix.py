@@ -280,7 +280,7 @@ def test_a_snapshot_that_cannot_be_copied_is_used_up(case: str, models) -> None:
     engine = model.engine(num_pages=5 * heads + 2, max_num_seqs=2)
     first = model.prompt(60)
     answer = ids_of(run(engine, first)["0", 0])
-    assert engine.stats().pages_cached == 5 * heads and len(engine.prefix._kept) == 1
+    assert engine.stats().pages_cached == 5 * heads and engine.kv_cache_manager.tree.num_snapshots == 1
     prompt = (*first, *answer, 5)
     engine.add_request("a", prompt, SHORT)
     (output,) = engine.step()
@@ -351,7 +351,7 @@ def test_salts_keep_requests_apart(models) -> None:
         assert cached(found) == [wanted] and ids_of(found["0", 0]) == model.answer(prompt, 6)
     engine.reset_prefix_cache()
     assert cached(run(engine, prompt, cache_salt="c")) == [0]
-    assert set(engine.prefix._roots) == {"c"}  # nothing remains of a salt that nobody uses
+    assert set(engine.kv_cache_manager.tree._roots) == {"c"}  # nothing remains of a salt that nobody uses
     all_back(engine)
 
 
@@ -375,7 +375,7 @@ def test_reset_and_off(models) -> None:
     for _ in range(2):
         assert cached(run(off, prompt, params=dataclasses.replace(SHORT, n=2))) == [0, 0]
         assert (off.stats().prefix_cache_queries, off.stats().pages_cached) == (0, 0)
-    assert off.cache.rows == off.sizes.max_num_seqs and off.prefix.nbytes() == 0
+    assert off.cache.rows == off.sizes.max_num_seqs and off.kv_cache_manager.nbytes() == 0
     all_back(engine)
     all_back(off)
 

@@ -22,7 +22,7 @@ from megatron.dmc.cli import main
 from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving import batch_files
-from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, Batch, Options, Summary, seeded
+from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options, Summary, seeded
 from megatron.dmc.serving.batch_files import Input, Output
 from megatron.dmc.serving.batch_run import UNFINISHED
 from megatron.dmc.serving.prompts import Prompts
@@ -186,10 +186,10 @@ def test_a_bad_line_is_an_error_line_and_stops_nothing(
 
 
 def run(engine: Engine, source: Path, out: Path, phase: Callable[[], int] = lambda: RUN, **options: object) -> Summary:
-    prompts = Prompts(engine.tokenizer, engine.info.model.vocab_size, engine.sizes.max_model_len)
+    prompts = Prompts(engine.input_processor)
     output, lines = Output(out), Input(source)
     try:
-        return Batch(engine, prompts, output, Options("m", frozenset({"m"}), **options), phase).run(lines)
+        return BatchRunner(engine, prompts, output, Options("m", frozenset({"m"}), **options), phase).run(lines)
     finally:
         output.close()
         lines.close()
@@ -231,7 +231,7 @@ def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path, monkeyp
     lines, left, write_line = [long, completion("short"), completion("other")], [], Output.write
 
     def watched(self: Output, number: int, *more: object) -> None:
-        left.append([name for name in engine._requests if name.startswith(f"{number}-")])
+        left.append([name for name in engine.unfinished_requests() if name.startswith(f"{number}-")])
         write_line(self, number, *more)
 
     monkeypatch.setattr(Output, "write", watched)
@@ -305,14 +305,14 @@ def test_no_more_is_read_than_is_needed(model: Model, tmp_path: Path) -> None:
     class Watched(Input):
         def lines(self, shard=(0, 1)):
             for number, line in super().lines(shard):
-                ahead.append(len(engine._requests))
+                ahead.append(len(engine.unfinished_requests()))
                 yield number, line
 
     source = write(
         tmp_path / "in", [{"prompt": [1, 2], "n": 1 + n % 3, **GREEDY, "temperature": 1.0} for n in range(40)]
     )
-    output, prompts = Output(tmp_path / "out"), Prompts(None, 61, 256)
-    assert Batch(engine, prompts, output, Options("m", frozenset())).run(Watched(source)).answered == 40
+    output, prompts = Output(tmp_path / "out"), Prompts(engine.input_processor)
+    assert BatchRunner(engine, prompts, output, Options("m", frozenset())).run(Watched(source)).answered == 40
     assert 2 <= max(ahead) <= 4 and ahead[0] == 0
     output.close()
 

@@ -11,15 +11,15 @@ from collections.abc import Awaitable, Callable
 import pytest
 from helpers.engines import Model, all_back
 from helpers.processes import run_command
-from helpers.serving import make_model
+from helpers.serving import make_model, make_prompts
 
-from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams
+from megatron.dmc.inference import LLM, Engine, EngineConfig, InvalidRequest, Request, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
-from megatron.dmc.serving.answers import Chunks, chat_body, completion_body
-from megatron.dmc.serving.async_engine import AsyncEngine, Limits, Request
+from megatron.dmc.serving.async_engine import AsyncEngine, Limits
 from megatron.dmc.serving.errors import APIError
 from megatron.dmc.serving.prompts import Prompts
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, parse
+from megatron.dmc.serving.responses import Chunks, response
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def prompts(model: Model) -> Prompts:
-    return Prompts(load_tokenizer(model.path), 61, 256)
+    return make_prompts(load_tokenizer(model.path), 61, 256)
 
 
 # ----------------------------------------------------------------------------------------------------------- requests
@@ -146,7 +146,7 @@ def test_prompts_in_all_forms(prompts: Prompts) -> None:
     with pytest.raises(APIError, match="surrogate"):
         ids("ab\ud800")
     with pytest.raises(APIError, match="no tokenizer"):
-        Prompts(None, 61, 256).of_completion(parse(CompletionRequest, {"prompt": "a"}))
+        make_prompts(None, 61, 256).of_completion(parse(CompletionRequest, {"prompt": "a"}))
     with pytest.raises(APIError, match="250 tokens and max_tokens is 7") as caught:
         prompts.check_context([1] * 250, SamplingParams(max_tokens=7))
     assert caught.value.param == "max_tokens"
@@ -203,7 +203,7 @@ def test_a_prompt_alone_has_its_logprobs(model: Model) -> None:
 
 def answer(model: Model, prompts: Prompts, request: CompletionRequest) -> dict:
     results = LLM(model.path).generate(prompts.of_completion(request), request.sampling_params())
-    return completion_body(request, results, "m", prompts)
+    return response(request, results, "m", prompts)
 
 
 def test_echo_with_logprobs(model: Model, prompts: Prompts) -> None:
@@ -271,7 +271,7 @@ def test_chat_logprobs(model: Model, prompts: Prompts) -> None:
     request = parse(ChatCompletionRequest, GREEDY | body)
     ids = prompts.of_chat(request)
     result = LLM(model.path).generate(ids, request.sampling_params())[0]
-    choice = chat_body(request, result, "m", prompts)["choices"][0]
+    choice = response(request, [result], "m", prompts)["choices"][0]
     assert choice["token_ids"] == list(model.answer(tuple(ids), 12)) and choice["prompt_token_ids"] == ids
     assert choice["message"] == {"role": "assistant", "content": result.outputs[0].text, "refusal": None}
     entries = choice["logprobs"]["content"]
@@ -314,7 +314,7 @@ def test_answers_are_the_engines_own(model: Model) -> None:
             stream.close()
 
         await asyncio.gather(*map(one, range(12)))
-        assert runner.unfinished == runner.queued_answers == runner.queued_tokens == 0
+        assert runner.unfinished == runner.queued_completions == runner.queued_tokens == 0
         await runner.call(all_back)
 
     on_loop(model, test, max_num_seqs=4, num_pages=60)
@@ -329,7 +329,7 @@ def test_leaving_a_stream_frees_its_pages(model: Model) -> None:
         stream.close()
         stream.close()
         await runner.call(all_back)
-        assert runner.unfinished == runner.queued_answers == 0 and not runner._waiting and not runner._unstarted
+        assert runner.unfinished == runner.queued_completions == 0 and not runner._waiting
 
     on_loop(model, test)
 
@@ -339,7 +339,7 @@ def test_a_full_queue_refuses(model: Model) -> None:
         running = runner.submit([request("r", model.prompt(9), 200)])
         async for _ in running:
             break
-        assert runner.queued_answers == runner.queued_tokens == 0  # it has a row
+        assert runner.queued_completions == runner.queued_tokens == 0  # it has a row
         first = runner.submit([request("0", model.prompt(10), 2)])
         second = runner.submit([request("1", model.prompt(10), 2)])
         with pytest.raises(APIError, match="2 requests are waiting") as caught:
@@ -350,26 +350,25 @@ def test_a_full_queue_refuses(model: Model) -> None:
             runner.reserve(1, 16)
         ticket = runner.reserve(1, 15)
         runner.release(ticket)
-        with pytest.raises(APIError, match="asks for 3 answers") as caught:
+        with pytest.raises(APIError, match="asks for 3 completions") as caught:
             first.close()
             runner.reserve(3, 1)
         assert caught.value.status == 400
         running.close()
         await runner.call(all_back)
-        assert runner.queued_answers == runner.queued_tokens == 0
+        assert runner.queued_completions == runner.queued_tokens == 0
 
     on_loop(model, test, Limits(2, 25), max_num_seqs=1)
 
 
 def test_a_watched_answer_tells_its_slots(model: Model) -> None:
     async def test(runner: AsyncEngine) -> None:
-        stream, seen = runner.submit([request("a", model.prompt(20), 12, watch=True)]), []
+        stream, seen = runner.submit([request("a", model.prompt(20), 12, report_cache=True)]), []
         async for updates in stream:
-            seen += [update.use for update in updates if update.use is not None]
+            seen += [update.output.cache for update in updates if not update.output.finished]
         assert [use.tokens for use in seen] == list(range(20, 31))
         assert all(sum(map(sum, use.slots)) == use.total_slots > 0 for use in seen) and seen[-1].compression_ratio > 1
         stream.close()
-        assert not runner._watched
 
     on_loop(model, test)
 
@@ -377,14 +376,17 @@ def test_a_watched_answer_tells_its_slots(model: Model) -> None:
 def test_one_wrong_request_fails_alone(model: Model) -> None:
     async def test(runner: AsyncEngine) -> None:
         good = runner.submit([request("good", model.prompt(9))])
-        bad = runner.submit([request("bad", (99,))])
-        with pytest.raises(APIError, match="token 0 of the prompt is 99") as caught:
+        with pytest.raises(InvalidRequest, match="token 0 of the prompt is 99"):
+            runner.engine.input_processor.process("bad", (99,))
+        await runner.call(lambda engine: engine.add(request("bad", model.prompt(8))))
+        bad = runner.submit([request("bad", model.prompt(7))])
+        with pytest.raises(APIError, match="'bad' is still running") as caught:
             await bad.results()
         bad.close()
         assert caught.value.status == 400
         assert tuple((await good.results())[0].outputs[0].token_ids) == model.answer(model.prompt(9))
         good.close()
-        assert runner.queued_answers == 0
+        assert runner.queued_completions == 0
 
     on_loop(model, test)
 

@@ -10,7 +10,7 @@ from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.engine import Engine, EngineStats
 from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.llm import LLM
-from megatron.dmc.inference.request import Completion, RequestOutput, StepOutput
+from megatron.dmc.inference.request import Completion, Request, RequestOutput, StepOutput
 from megatron.dmc.inference.sampler import Logprobs
 from megatron.dmc.inference.sampling_params import SamplingParams
 
@@ -22,6 +22,7 @@ __all__ = [
     "EngineStats",
     "InvalidRequest",
     "Logprobs",
+    "Request",
     "RequestOutput",
     "SamplingParams",
     "StepOutput",

@@ -140,7 +140,7 @@ def iterate(engine: Engine, work: Workload, profiler: Optional[StepProfiler] = N
     """Run the work once; all requests are there from the beginning.
     Raises ``ValueError`` when one cannot be answered.
     """
-    found, at_first = Iteration(), (engine.scheduler.preemptions, engine.stats())
+    found, at_first = Iteration(), engine.stats()
     last = began = time.perf_counter()
     for i, (prompt, new) in enumerate(zip(work.prompts, work.output_lens)):
         params = SamplingParams(n=work.n, temperature=work.temperature, max_tokens=new, ignore_eos=True)
@@ -161,8 +161,9 @@ def iterate(engine: Engine, work: Workload, profiler: Optional[StepProfiler] = N
     if failed := next((output.error for output in found.finished if output.error), None):
         raise ValueError(f"a request failed: {failed}")
     found.prompt_tokens = sum(map(len, work.prompts))
-    found.output_tokens = engine.stats().generation_tokens - at_first[1].generation_tokens
-    found.preemptions = engine.scheduler.preemptions - at_first[0]
+    at_last = engine.stats()
+    found.output_tokens = at_last.generation_tokens - at_first.generation_tokens
+    found.preemptions = at_last.preemptions - at_first.preemptions
     return found
 
 
@@ -206,9 +207,9 @@ class StepProfiler:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.synchronize(engine.device)
         self._named = [
-            _Named(engine.scheduler, "plan", "dmc.schedule"),
+            _Named(engine.scheduler, "schedule", "dmc.schedule"),
             _Named(engine.model, "forward", "dmc.forward"),
-            _Named(engine, "_draw", "dmc.sampling"),
+            _Named(engine.runner, "sample", "dmc.sampling"),
         ]
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop on stderr
         with torch.profiler.profile(

@@ -1,4 +1,4 @@
-"""The host's side of the compressed cache: rows and pages, what a step may need at worst, and what is in use.
+"""Host side of the compressed cache: rows and pages, what a step may need at worst, and what is in use.
 
 The device allocates pages inside the step. The host only has to know that there will be enough: it keeps a copy of all
 lengths, refreshed once per step together with the new tokens, and counts every token of the next step as a slot of its
@@ -11,7 +11,6 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -25,14 +24,16 @@ from megatron.dmc.kernels.state import REFUSED, CacheState, make_state
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What one sequence has in the cache."""
+    """Cache usage of one sequence."""
 
     tokens: int
-    """Tokens that it has read."""
+    """Tokens whose keys and values are in the cache."""
     slots: tuple[tuple[int, ...], ...]
-    """By layer and KV head (of all ranks)."""
+    """KV slots by layer and KV head, over all ranks."""
     pages: int
+    """Pages over all ranks."""
     page_size: int
+    """Slots per page."""
 
     @property
     def heads(self) -> int:
@@ -44,20 +45,18 @@ class CacheUse:
 
     @property
     def compression_ratio(self) -> float:
-        """Tokens / slots over all layers and heads."""
+        """Tokens per slot over all layers and heads."""
         return self.tokens * self.heads / max(1, self.total_slots)
 
     @property
     def waste(self) -> float:
-        """Share of the pages' slots that is empty."""
+        """Empty share of the pages' slots."""
         return 1 - self.total_slots / max(1, self.pages * self.page_size)
 
 
 @dataclass(eq=False)
 class _Shared:
-    """Pages that several rows hold: of each head those behind the pages of ``parent``, as many as no one writes any
-    more.
-    """
+    """Pages that several rows hold: of each head those after the pages of ``parent``, as many as are final."""
 
     parent: Optional[_Shared]
     pages: np.ndarray
@@ -69,7 +68,7 @@ class _Shared:
 
 
 class PagedCache:
-    """Owns the :class:`CacheState`. Page counts are int64 [ranks], one for each rank.
+    """Owner of the :class:`CacheState`. Page counts are int64 [ranks], one for each rank.
 
     A row is free, *live* (it holds a sequence) or *parked* (a snapshot, whose pages are anybody's who needs them).
     """
@@ -81,9 +80,9 @@ class PagedCache:
         self.shape = (layers, heads)
         self._shift = self.page_size.bit_length() - 1  # pages have a power of two of slots
         self.lengths = np.zeros((self.rows, parallel.size, layers * heads), dtype=np.int32)
-        """Host copy: slots of each head of each row."""
+        """Host copy of the slots of each head: int32 [rows, ranks, layers * heads]."""
         self.tokens = np.zeros(self.rows, dtype=np.int64)
-        """That each row has read."""
+        """Tokens of each row: int64 [rows]."""
         self.live = np.zeros(self.rows, dtype=bool)
         self._free_rows = list(range(self.rows - 1, -1, -1))
         self._pages = np.zeros((self.rows, parallel.size), dtype=np.int64)
@@ -101,31 +100,32 @@ class PagedCache:
         return len(self._free_rows)
 
     def pages_for(self, slots: np.ndarray) -> np.ndarray:
-        """Pages of heads with so many slots: [..., heads] -> [...]."""
-        return ((slots + (self.page_size - 1)) >> self._shift).sum(-1)
+        """Pages of heads with so many slots: int32 [..., heads] -> int32 [...]."""
+        # In 32 bits: numpy's sum would convert to 64 first, which takes as long again.
+        return np.add.reduce((slots + (self.page_size - 1)) >> self._shift, axis=-1, dtype=np.int32)
 
     def pages_at(self, tokens: float) -> int:
-        """Pages on a rank of a new sequence with ``tokens`` slots in every head."""
+        """Pages on one rank of a new sequence with ``tokens`` slots in every head."""
         return int(-(-tokens // self.page_size)) * self.shape[0] * self.shape[1]
 
     def free_pages(self) -> np.ndarray:
-        """[ranks], that nobody holds."""
+        """Pages that no row holds: [ranks]."""
         return self.num_pages - (self._pages - self._shared_pages).sum(0) - self._all_shared
 
     def available_pages(self) -> np.ndarray:
-        """[ranks], that no sequence holds: free ones, and those of snapshots alone."""
+        """Pages that no sequence holds, free ones and those of snapshots alone: [ranks]."""
         return self.num_pages - (self._pages - self._shared_pages)[self.live].sum(0) - self._live_shared
 
-    def growth(self, rows: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Pages that each row takes at worst when it reads so many tokens more: [n, ranks]."""
+    def growth(self, rows: list[int], tokens: list[int]) -> np.ndarray:
+        """Pages that each row takes at worst for so many tokens more: [n, ranks]."""
         if tokens and min(tokens) == max(tokens) == 1:  # of a decode step: nothing is to be looked at head by head
-            return self._full[list(rows)]
-        after = self.lengths[list(rows)] + np.asarray(tokens, dtype=np.int32)[:, None, None]
-        return self.pages_for(after) - self._pages[list(rows)]
+            return self._full[rows]
+        after = self.lengths[rows] + np.asarray(tokens, dtype=np.int32)[:, None, None]
+        return self.pages_for(after) - self._pages[rows]
 
     def most_tokens(self, row: int, pages: np.ndarray, wanted: int) -> int:
-        """The largest number of tokens, up to ``wanted``, that grows ``row`` by at most ``pages`` ([ranks])
-        at worst.
+        """Largest number of tokens, up to ``wanted``, that takes at most ``pages`` ([ranks]) more of
+        ``row`` at worst.
         """
         low, high = 0, wanted
         while low < high:
@@ -135,16 +135,16 @@ class PagedCache:
         return low
 
     def take_row(self) -> int:
-        """An empty row for a sequence."""
+        """Take an empty row for a sequence."""
         row = self._free_rows.pop()
         self.live[row] = True
         return row
 
-    def release(self, rows: Sequence[int]) -> None:
-        """Give back the rows and the pages that nobody else holds."""
+    def release(self, rows: list[int]) -> None:
+        """Free rows, and their pages that no other row holds."""
         if not rows:
             return
-        kernels.free(self.state, torch.tensor(list(rows), dtype=torch.int32, device=self.state.lengths.device))
+        kernels.free(self.state, torch.tensor(rows, dtype=torch.int32, device=self.state.lengths.device))
         for row in rows:
             self.park(row)
             shared = self._base[row]
@@ -156,23 +156,23 @@ class PagedCache:
                 shared = shared.parent
             self._base[row] = None
         for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
-            x[list(rows)] = 0
-        self._full[list(rows)] = self.lengths[0, 0].size
+            x[rows] = 0
+        self._full[rows] = self.lengths[0, 0].size
         self._free_rows += rows
 
     # ------------------------------------------------------------------------------------------------ rows that share
 
     def _final(self, row: int) -> np.ndarray:
-        """Pages of each head that nobody writes any more, [ranks, heads]; see :func:`megatron.dmc.kernels.fork`."""
+        """Pages of each head that are final, [ranks, heads]; see :func:`megatron.dmc.kernels.fork`."""
         lengths = self.lengths[row]
         return np.maximum(lengths - 1, 0) // self.page_size if self.state.compresses else lengths // self.page_size
 
     def copies(self, row: int) -> np.ndarray:
-        """Pages that a copy of ``row`` takes: [ranks]."""
+        """Pages that a copy of a row takes: [ranks]."""
         return self._pages[row] - self._final(row).sum(-1)
 
     def fork(self, source: int, live: bool) -> int:
-        """A new row that goes on from what ``source`` holds. There must be a free row, and pages for the copies."""
+        """Copy a row: returns a new one in the same state. There must be a free row, and pages for the copies."""
         row = self._free_rows.pop()
         pair = torch.tensor([[source], [row]], dtype=torch.int32, device=self.state.lengths.device)
         kernels.fork(self.state, *pair)
@@ -194,7 +194,7 @@ class PagedCache:
         return row
 
     def park(self, row: int) -> None:
-        """The row is a snapshot from now on."""
+        """Turn a sequence's row into a snapshot."""
         shared = self._base[row] if self.live[row] else None
         self.live[row] = False
         while shared is not None:
@@ -205,7 +205,7 @@ class PagedCache:
             shared = shared.parent
 
     def resume(self, row: int) -> None:
-        """The row, a snapshot, is a sequence from now on."""
+        """Turn a snapshot's row into a sequence's."""
         self.live[row], shared = True, self._base[row]
         while shared is not None:
             shared.live += 1
@@ -215,7 +215,7 @@ class PagedCache:
             shared = shared.parent
 
     def cost(self, row: int) -> np.ndarray:
-        """By how much :meth:`available_pages` falls when a sequence goes on from the snapshot ``row``, copy or not:
+        """Pages by which :meth:`available_pages` falls when a sequence continues from a snapshot, copied or not:
         [ranks].
         """
         pages, shared = self._pages[row] - self._shared_pages[row], self._base[row]
@@ -225,12 +225,13 @@ class PagedCache:
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
-    def stepped(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """Read the lengths after a step in which ``rows`` took ``counts`` tokens. The one wait for the device in a
-        step.
+    def update_lengths(self, rows: list[int], counts: list[int]) -> None:
+        """Copy the lengths to the host after a step that computed ``counts`` tokens of ``rows``.
+
+        The one wait for the device in a step. Raises ``RuntimeError`` when the device ran out of pages.
         """
-        self.tokens[list(rows)] += np.asarray(counts)
-        index = torch.tensor(list(rows), device=self.state.lengths.device)
+        self.tokens[rows] += np.asarray(counts)
+        index = torch.tensor(rows, device=self.state.lengths.device)
         lengths = self.state.lengths[index].flatten(1)
         # One row more, so that it costs no wait of its own: heads that a GPU had to refuse.
         refused = self.state.counters[REFUSED].to(lengths.dtype).expand(1, lengths.size(1))
@@ -241,12 +242,13 @@ class PagedCache:
                 f"{known[-1].max()} heads found no page: the host's bound was wrong, and their caches are"
             )
         known = known[:-1]
-        self.lengths[list(rows)] = known
-        self._pages[list(rows)] = self.pages_for(known)
-        self._full[list(rows)] = np.count_nonzero((known & (self.page_size - 1)) == 0, axis=-1)
+        self.lengths[rows] = known
+        self._pages[rows] = self.pages_for(known)
+        full = (known & (self.page_size - 1)) == 0
+        self._full[rows] = np.add.reduce(full.view(np.uint8), axis=-1, dtype=np.int32)
 
-    def use(self, row: int) -> CacheUse:
-        """What ``row`` holds, after the last step."""
+    def usage(self, row: int) -> CacheUse:
+        """Cache usage of a row after the last step."""
         layers, heads = self.shape
         # [ranks, L H] -> [L, ranks H]: rank r holds the heads r H ... (r + 1) H - 1
         slots = self.lengths[row].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
@@ -255,12 +257,12 @@ class PagedCache:
         )
 
     def live_slots(self) -> int:
-        """Slots that sequences hold on all ranks, shared ones counted once."""
+        """Number of slots that sequences hold on all ranks; shared ones count once."""
         own = self.lengths - self._shared * self.page_size
         return int(own[self.live].sum() + self._live_shared.sum() * self.page_size)
 
     def check_integrity(self) -> None:
-        """Raise ``RuntimeError`` when a page is lost or counted wrongly, or the host's picture is not the device's."""
+        """Raise ``RuntimeError`` when a page is lost or counted wrongly, or the host's copy is not the device's."""
         self.state.check_integrity()
         rank = self.parallel.rank
         device = self.state.lengths.flatten(1).cpu().numpy()
@@ -280,15 +282,17 @@ class PagedCache:
 
 
 def make_cache(*, parallel: TensorParallel, **shape: object) -> PagedCache:
-    """See :func:`megatron.dmc.kernels.state.make_state` for ``shape``; heads are those of one rank."""
+    """Make an empty cache. ``shape``: see :func:`megatron.dmc.kernels.state.make_state`;
+    heads are those of one rank.
+    """
     return PagedCache(make_state(**shape), parallel)  # type: ignore[arg-type]
 
 
 def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Of one page, keys and values."""
+    """Size in bytes of one page, keys and values."""
     return 2 * page_size * head_dim * dtype.itemsize
 
 
 def row_bytes(heads: int, head_dim: int, max_slots: int, page_size: int, ring: int, ring_dtype: torch.dtype) -> int:
-    """Of one row besides its pages, for so many heads over all layers: page table, ring, lengths."""
+    """Size in bytes of one row without its pages, for ``heads`` heads over all layers: page table, ring, lengths."""
     return heads * (4 * -(-max_slots // page_size) + ring * (2 * head_dim * ring_dtype.itemsize + 4) + 8)

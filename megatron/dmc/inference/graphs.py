@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: the host puts three numbers per sequence into a buffer, and launches one thing.
+"""Decode steps as CUDA graphs: the host writes three numbers per sequence into a buffer, and launches one graph.
 
 Compression makes attention short, and a decode step then is hundreds of kernels of a few microseconds: launching them
 one by one would take longer than running them. A graph has fixed shapes, so there is one for each of a few batch sizes;
@@ -11,15 +11,15 @@ from __future__ import annotations
 import bisect
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from megatron.dmc.inference.model import Batch, Piece
+from megatron.dmc.inference.model import InputBatch
 
-Forward = Callable[[Batch], Tensor]
+Forward = Callable[[InputBatch], Tensor]
 Replay = Callable[[], Tensor]
 
 
@@ -58,7 +58,7 @@ class CudaGraphRecorder:
 
 
 class DecodeGraphs:
-    """The forward pass of steps in which every sequence has one token."""
+    """Forward pass of steps in which every sequence has one token, one graph per batch size."""
 
     def __init__(
         self,
@@ -96,27 +96,24 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _run(self, size: int) -> Tensor:
         tokens, positions, rows = self._inputs[:, :size]
-        return self._forward(Batch(tokens.long(), positions, self._ends[: size + 1], rows, size, self._all[:size]))
+        return self._forward(InputBatch(tokens.long(), positions, self._ends[: size + 1], rows, size, self._all[:size]))
 
     @torch.inference_mode()
-    def __call__(self, pieces: Sequence[Piece]) -> Optional[Tensor]:
-        """Logits as the forward pass gives them, fp32 [m, vocabulary];
-        None: not a step for a graph, run it as it is.
+    def __call__(self, tokens: list[int], positions: list[int], rows: list[int]) -> Optional[Tensor]:
+        """Logits of a decode step, fp32 [n, vocabulary]; None when there is no graph for so many sequences.
+
+        Args:
+            tokens: one token of each of n sequences.
+            positions: of these tokens.
+            rows: of the sequences, in the cache.
         """
-        n = len(pieces)
-        if n > self.sizes[-1] or any(len(piece.tokens) != 1 for piece in pieces):
+        n = len(tokens)
+        if n > self.sizes[-1]:
             return None
         size = self.sizes[bisect.bisect_left(self.sizes, n)]
         host = self._host[:, :size].numpy()
         host[:2, n:], host[2, n:] = 0, -1
         # Whole rows: numpy takes a microsecond for an assignment, whatever its length.
-        host[0, :n] = [piece.tokens[0] for piece in pieces]
-        host[1, :n] = [piece.start for piece in pieces]
-        host[2, :n] = [piece.row for piece in pieces]
+        host[0, :n], host[1, :n], host[2, :n] = tokens, positions, rows
         self._inputs[:, :size].copy_(self._host[:, :size], non_blocking=True)
-        logits = self._replays[size]()[:n]
-        if all(piece.logits for piece in pieces):
-            return logits
-        # The one-token end of a prompt's chunk wants none.
-        wanted = torch.tensor([i for i, piece in enumerate(pieces) if piece.logits], dtype=torch.long)
-        return logits[wanted.to(logits.device, non_blocking=True)]
+        return self._replays[size]()[:n]

@@ -1,15 +1,14 @@
 """The serving model: a Llama-family decoder in plain PyTorch over the paged compressed cache. Plain models run at CR 1.
 
 A step is one flat run of T tokens of n sequences: decoding ones with one token each come first, chunks of prompts
-follow. h hidden, Hq query heads, H KV heads, D head dimension; heads are those of this tensor-parallel rank.
+follow. Shapes: h is the hidden size, Hq the query heads, H the KV heads, D the head dimension; heads are those of this
+tensor-parallel rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,56 +23,27 @@ from megatron.dmc.kernels.state import CacheState
 from megatron.dmc.ops import rotary_frequencies
 
 
-class Piece(NamedTuple):
-    """Some tokens of one sequence."""
-
-    row: int
-    """Of the cache."""
-    start: int
-    """Position of the first token."""
-    tokens: Sequence[int]
-    logits: int
-    """Of the last so many tokens."""
-
-
 @dataclass(frozen=True)
-class Batch:
-    """The input of one step, on the model's device."""
+class InputBatch:
+    """The input of one step, on the model's device: T tokens of n sequences, m of whose logits are wanted."""
 
     tokens: Tensor
-    """int64 [T]."""
+    """Token ids: int64 [T]."""
     positions: Tensor
-    """int32 [T], of each token in its sequence."""
+    """Position of each token in its sequence: int32 [T]."""
     cu_seqlens: Tensor
-    """int32 [n + 1], where each sequence's tokens begin."""
+    """Index of each sequence's first token, and T: int32 [n + 1]."""
     rows: Tensor
-    """int32 [n], each sequence's row of the cache."""
+    """Row of the cache of each sequence: int32 [n]."""
     decoding: int
-    """The first so many sequences have one token each."""
+    """Number of sequences with one token, which come first."""
     logits_at: Tensor
-    """int64 [m], the tokens whose logits are wanted."""
-
-    @classmethod
-    def build(cls, pieces: Sequence[Piece], device: torch.device) -> Batch:
-        """``pieces``: those with one token first."""
-        counts = [len(piece.tokens) for piece in pieces]
-        ends = torch.tensor([0, *counts]).cumsum(0)
-        wanted: list[int] = []
-        for piece, end in zip(pieces, ends[1:].tolist()):
-            wanted += range(end - piece.logits, end)
-        decoding = next((i for i, count in enumerate(counts) if count > 1), len(counts))
-        assert all(count > 1 for count in counts[decoding:])
-        at = [position for piece in pieces for position in range(piece.start, piece.start + len(piece.tokens))]
-        positions = torch.tensor(at, dtype=torch.int32)
-        flat = torch.tensor([token for piece in pieces for token in piece.tokens])
-        rows = torch.tensor([piece.row for piece in pieces], dtype=torch.int32)
-        moved = (x.to(device, non_blocking=True) for x in (flat, positions, ends.to(torch.int32), rows))
-        return cls(*moved, decoding, torch.tensor(wanted, dtype=torch.long).to(device, non_blocking=True))
+    """Index of each token whose logits are wanted: int64 [m]."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer, this rank's part."""
+    """Weights of one layer: this tensor-parallel rank's part."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -108,7 +78,7 @@ def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool) -> Layer:
 
 
 class Model:
-    """Weights and the forward pass. Holds nothing of any sequence: that is all in the :class:`CacheState`."""
+    """Weights and the forward pass. All state of the sequences is in the :class:`CacheState`."""
 
     def __init__(
         self,
@@ -118,7 +88,7 @@ class Model:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Read this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
+        """Load this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
         parallel.check(info.model)
         self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
         c = info.model
@@ -136,7 +106,7 @@ class Model:
         self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
 
     def nbytes(self) -> int:
-        """Bytes of the weights on this rank."""
+        """Size of this rank's weights in bytes."""
         tensors = [
             self.embedding,
             self.norm,
@@ -147,8 +117,8 @@ class Model:
         return sum(x.numel() * x.element_size() for x in tensors)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, state: CacheState) -> Tensor:
-        """Take the tokens into the cache; logits of the wanted ones, fp32 [m, vocabulary]."""
+    def forward(self, batch: InputBatch, state: CacheState) -> Tensor:
+        """Compute the tokens into the cache, and the logits that are wanted: fp32 [m, vocabulary]."""
         epsilon = self.info.model.norm_epsilon
         x, delta = self._embed(batch.tokens), None
         for n, layer in enumerate(self.layers):
@@ -166,7 +136,7 @@ class Model:
         return F.rms_norm(x, weight.shape, weight, self.info.model.norm_epsilon)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """[T] -> [T, h]; a rank adds the rows that it holds."""
+        """Token embeddings: [T] -> [T, h]. A rank adds the rows that it holds."""
         if self.parallel.size == 1:
             return F.embedding(tokens, self.embedding)
         local = tokens - self.first_token
@@ -174,8 +144,8 @@ class Model:
         x = F.embedding(local.masked_fill(~here, 0), self.embedding).masked_fill(~here[:, None], 0.0)
         return self.parallel.sum(x)
 
-    def _attend(self, n: int, layer: Layer, x: Tensor, batch: Batch, state: CacheState) -> Tensor:
-        """[T, h] -> [T, h], this rank's share of the sum."""
+    def _attend(self, n: int, layer: Layer, x: Tensor, batch: InputBatch, state: CacheState) -> Tensor:
+        """Attention over the cache: [T, h] -> [T, h], this rank's share of the sum."""
         q, k, v = self._project(layer, x)
         dmc, chunks = self.info.dmc, batch.decoding < batch.rows.numel()
         tokens = (q, k, v, batch.cu_seqlens, batch.rows, batch.positions, self.inv_freq)
@@ -195,7 +165,7 @@ class Model:
         return linear(mixed.flatten(1), layer.out)
 
     def _project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, h] -> queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
+        """Project to queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
         qkv = linear(x, layer.qkv, layer.qkv_bias).view(x.size(0), -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:  # the neuron is read after the norm
@@ -203,7 +173,7 @@ class Model:
         return q, k, v
 
     def _logits(self, x: Tensor) -> Tensor:
-        """[m, h] -> fp32 [m, vocabulary]"""
+        """Logits of hidden states: [m, h] -> fp32 [m, vocabulary]."""
         local, total = linear(x, self.head).float(), self.info.model.vocab_size
         if self.parallel.size == 1:
             return local

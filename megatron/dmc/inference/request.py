@@ -1,11 +1,10 @@
-"""A request's answers while they are being made, and what a step reports of them."""
+"""A request, its sequences while they run, and the outputs that a user gets."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import Literal, Optional
 
 from torch import Tensor
 
@@ -14,101 +13,132 @@ from megatron.dmc.inference.sampler import Logprobs, SamplerState
 from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.text import Detokenizer
 
-if TYPE_CHECKING:
-    from megatron.dmc.inference.prefix import Node
-
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One answer: its tokens, how far the cache has read them, and what it still needs to go on."""
+@dataclass(frozen=True)
+class Request:
+    """One prompt as token ids that were checked, with its sampling parameters; see :class:`InputProcessor`."""
 
     request_id: str
-    index: int
-    """Which of the request's ``n`` answers."""
-    ticket: int
-    """Order of arrival; a pre-empted sequence keeps it."""
-    tokens: list[int]
-    """Prompt and answer."""
-    prompt_length: int
-    params: SamplingParams
-    sampler: SamplerState
-    stop_ids: frozenset[int]
-    limit: int
-    """Tokens at which it ends, prompt counted."""
-    text: Optional[Detokenizer] = None
-    """None without a tokenizer."""
-    row: Optional[int] = None
-    """Of the cache; None while it waits."""
-    computed: int = 0
-    """Tokens that the cache has read."""
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams = SamplingParams()
+    prompt: Optional[str] = None
+    """Text of the prompt, where it was given as text."""
     cache_salt: Optional[str] = None
-    """Prefixes are shared among requests with the same one."""
-    node: Optional[Node] = None
-    """Of the prefix cache, at the end of the prompt."""
-    num_cached_tokens: Optional[int] = None
-    """Of the prompt, when it was first given a row."""
-    logits: Optional[Tensor] = None
-    """[vocabulary], after the last token, when a snapshot had them: the next token is drawn without reading anything.
-    """
+    """Requests share cached prefixes with requests of the same salt only."""
+    report_cache: bool = False
+    """Whether every output carries the cache usage of its sequence."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One completion of a request while it waits or runs: its tokens, its state in the cache, its timestamps."""
+
+    request: Request
+    index: int
+    """Number of the completion within its request, 0 to n - 1."""
+    arrival_order: int
+    """Place in the order of arrival, which decides who is preempted; kept after preemption."""
+    token_ids: list[int]
+    """Tokens of prompt and completion."""
+    sampler_state: SamplerState
+    stop_token_ids: frozenset[int]
+    """Tokens that end the completion, end-of-sequence tokens included unless ``ignore_eos``."""
+    max_length: int
+    """Length in tokens, prompt included, at which the completion ends."""
+    detokenizer: Optional[Detokenizer] = None
+    """None without a tokenizer."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
-    """The same list for all answers of a request."""
-    arrived: float = field(default_factory=time.monotonic)
-    started: Optional[float] = None
-    """When it was first given a row."""
-    first_token: Optional[float] = None
-    preemptions: int = 0
+    """Log-probabilities of the prompt so far; one list shared by all completions of a request."""
+    prompt_length: int = 0
+    row: Optional[int] = None
+    """Row of the cache; None while waiting."""
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the cache."""
+    num_cached_tokens: Optional[int] = None
+    """Prompt tokens found in the prefix cache when the sequence was first scheduled; None before."""
+    cached_logits: Optional[Tensor] = None
+    """Logits after the last token, [vocabulary], when the whole prompt was in the prefix cache."""
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_scheduled_time: Optional[float] = None
+    first_token_time: Optional[float] = None
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.prompt_token_ids)
 
     @property
-    def remaining(self) -> int:
-        """Tokens that the cache has to read before the next one can be drawn."""
-        return len(self.tokens) - self.computed
+    def id(self) -> tuple[str, int]:
+        """Request id and index: unique among unfinished sequences."""
+        return self.request.request_id, self.index
 
     @property
-    def generated(self) -> int:
-        return len(self.tokens) - self.prompt_length
+    def params(self) -> SamplingParams:
+        return self.request.sampling_params
 
-    def wanted_logits(self, count: int) -> int:
-        """Of how many of the next ``count`` tokens, the last ones."""
-        if self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1:
-            return count
-        return int(count == self.remaining)
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of prompt tokens were asked for and some are missing still."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
+
+    @property
+    def timing(self) -> Timing:
+        """Durations up to now."""
+        queued, first = (
+            None if moment is None else moment - self.arrival_time
+            for moment in (self.first_scheduled_time, self.first_token_time)
+        )
+        return Timing(queued, first, time.monotonic() - self.arrival_time, self.num_preemptions)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds since the request arrived; None for what did not happen."""
+    """Durations of one completion in seconds since the request arrived; None for what did not happen."""
 
     queued: Optional[float]
+    """Until the sequence was first scheduled."""
     first_token: Optional[float]
+    """Until the first token was sampled."""
     total: float
+    """Until the end."""
     preemptions: int
+    """Number of preemptions."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepOutput:
-    """What is new of one answer after a step."""
+    """News of one completion after a step: new tokens, the end, or (empty) that it was scheduled for the first time."""
 
     request_id: str
     index: int
     tokens: tuple[int, ...] = ()
     text: str = ""
-    """New text; half characters and what may become a stop string come later."""
+    """New text. Parts of a character, and what may become a stop string, are held back."""
     logprobs: tuple[Logprobs, ...] = ()
-    """Of ``tokens``, when asked for."""
+    """Log-probabilities of ``tokens``, when asked for."""
     prompt_logprobs: tuple[Logprobs, ...] = ()
-    """With the first token (or the end, when there is none), when asked for."""
+    """Log-probabilities of the prompt, when asked for: with the first token, or at the end when there is none."""
     num_cached_tokens: int = 0
-    """Tokens of the prompt that were found in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
     finish_reason: Optional[FinishReason] = None
     stop_reason: int | str | None = None
-    """The stop token or string; None for the end-of-sequence token."""
+    """Stop token or stop string that ended the completion; None for an end-of-sequence token."""
     error: Optional[str] = None
+    """Reason of a failure, with finish_reason ``error``."""
     cache: Optional[CacheUse] = None
-    """At the end: what the answer had in the cache."""
+    """Cache usage of the sequence: at the end, and after every step of requests with ``report_cache``."""
     timing: Optional[Timing] = None
-    """At the end."""
+    """Durations, at the end."""
 
     @property
     def finished(self) -> bool:
@@ -117,7 +147,7 @@ class StepOutput:
 
 @dataclass
 class Completion:
-    """One answer of a finished request."""
+    """One completion of a request, as far as it has been generated."""
 
     index: int
     token_ids: list[int] = field(default_factory=list)
@@ -131,30 +161,36 @@ class Completion:
 
 @dataclass
 class RequestOutput:
-    """A prompt and its answers. ``error`` says why a request failed;
-    its answers then hold what there was until then.
-    """
+    """A prompt and its completions. ``error`` is the reason when the request failed; completions end there then."""
 
     request_id: str
     prompt: Optional[str]
-    prompt_token_ids: Seq[int]
+    prompt_token_ids: list[int]
     outputs: list[Completion]
     prompt_logprobs: Optional[list[Logprobs]] = None
     error: Optional[str] = None
     num_cached_tokens: int = 0
-    """Tokens of the prompt that the first answer found in the prefix cache."""
+    """Prompt tokens that the first completion found in the prefix cache."""
+
+    @classmethod
+    def start(cls, request: Request) -> RequestOutput:
+        """Output of a request before its first step, to be filled by :meth:`add`."""
+        params = request.sampling_params
+        completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
+        prompt_logprobs: Optional[list[Logprobs]] = None if params.prompt_logprobs is None else []
+        return cls(request.request_id, request.prompt, request.prompt_token_ids, completions, prompt_logprobs)
 
     def add(self, step: StepOutput) -> None:
-        """Take in one step's output."""
+        """Append one step's output."""
         completion = self.outputs[step.index]
         completion.token_ids += step.tokens
         completion.text += step.text
         if completion.logprobs is not None:
             completion.logprobs += step.logprobs
-        if self.prompt_logprobs is not None and step.index == 0:
-            self.prompt_logprobs += step.prompt_logprobs
         if step.index == 0:
             self.num_cached_tokens = step.num_cached_tokens
+            if self.prompt_logprobs is not None:
+                self.prompt_logprobs += step.prompt_logprobs
         if step.finished:
             completion.finish_reason, completion.stop_reason = step.finish_reason, step.stop_reason
             completion.cache, completion.timing = step.cache, step.timing

@@ -1,11 +1,12 @@
-"""Who runs in the next step, and how many tokens of each: continuous batching with chunked prefill, page by page.
+"""Scheduler: which sequences run in the next step and how many tokens of each: continuous batching, chunked prefill.
 
-A step takes at most ``max_tokens`` tokens: one of every decoding sequence first, then chunks of prompts, then new
-sequences. Pages are promised at worst: every token opens a slot in every head. So a step that was planned can never run
-out. When a decoding sequence (or the oldest one) cannot be promised its pages, the youngest sequence gives its pages
-back and waits; it will read its tokens again. The oldest sequence thus always goes on, and everything ends.
+A step computes at most ``max_num_batched_tokens`` tokens: one for every decoding sequence first, then chunks of
+prompts, then new sequences. Pages are promised at worst, as if every token opened a slot in every head, so a scheduled
+step can never run out of them. When a decoding sequence (or the oldest one) cannot be promised its pages, the youngest
+sequence is preempted: it gives its pages back, waits, and will be computed again. The oldest sequence thus always goes
+on, and everything ends.
 
-Snapshots of the prefix cache are nowhere in the way: their pages count as free, and are freed when a plan needs them.
+Snapshots of prefixes are never in the way: their pages count as available, and are freed when a step needs them.
 """
 
 from __future__ import annotations
@@ -18,23 +19,43 @@ from typing import Optional
 import numpy as np
 
 from megatron.dmc.inference.cache import PagedCache
-from megatron.dmc.inference.prefix import Node, PrefixCache
+from megatron.dmc.inference.kv_cache_manager import KVCacheManager
+from megatron.dmc.inference.radix_tree import Node
 from megatron.dmc.inference.request import Sequence
 
-_MOST_PASSED = 256  # sequences that wait for a snapshot: bounds the work of a plan
+_MOST_PASSED = 256  # waiting sequences that one step may look at and pass over: bounds its work
+
+
+@dataclass(eq=False, slots=True)
+class ScheduledSequence:
+    """One sequence's part of a step: the tokens to compute, and what is wanted after them."""
+
+    sequence: Sequence
+    num_tokens: int
+    """Tokens to compute, from ``num_computed_tokens`` on; 0 when cached logits give the next token."""
+    samples: bool
+    """Whether the next token is sampled: all tokens are computed then."""
+    takes_snapshot: bool = False
+    """Whether the prefix cache wants the state after these tokens."""
+
+    @property
+    def num_logits(self) -> int:
+        """Number of the last tokens whose logits are needed."""
+        if self.num_tokens and self.sequence.needs_prompt_logprobs:
+            return self.num_tokens
+        return int(self.num_tokens > 0 and (self.samples or self.takes_snapshot))
 
 
 @dataclass
-class Plan:
-    """One step: how many tokens each sequence reads."""
+class SchedulerOutput:
+    """One step."""
 
-    counts: dict[Sequence, int] = field(default_factory=dict)
-    snapshots: set[Sequence] = field(default_factory=set)
-    """Those of ``counts`` that reach a place where the prefix cache wants a snapshot."""
-    ready: list[Sequence] = field(default_factory=list)
-    """They have nothing to read: their logits were in the prefix cache."""
-    stuck: list[Sequence] = field(default_factory=list)
-    """Alone in the cache, and still without room for one token."""
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    """Sequences to run: decoding ones, and others with one token, come first; those with cached logits last."""
+    admitted: list[Sequence] = field(default_factory=list)
+    """Sequences scheduled for the first time, or again after preemption."""
+    unschedulable: list[Sequence] = field(default_factory=list)
+    """Sequences that are alone in the cache and have no room for one token."""
     preempted: list[Sequence] = field(default_factory=list)
 
 
@@ -42,58 +63,56 @@ class Scheduler:
     """Waiting and running sequences, both in order of arrival."""
 
     def __init__(
-        self, cache: PagedCache, prefix: PrefixCache, max_seqs: int, max_tokens: int, expected_cr: float
+        self,
+        cache: PagedCache,
+        kv_cache_manager: KVCacheManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        expected_cr: float,
     ) -> None:
-        self.cache, self.prefix, self.max_seqs, self.max_tokens, self.expected_cr = (
-            cache,
-            prefix,
-            max_seqs,
-            max_tokens,
-            expected_cr,
-        )
+        """``expected_cr``: compression ratio that the model promises, for the pages that prompts will take."""
+        self.cache, self.kv_cache_manager = cache, kv_cache_manager
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.expected_cr = expected_cr
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.prefix.enter(sequence)
-        self._queue(sequence)
+        """Queue a new sequence."""
+        self.kv_cache_manager.add_sequence(sequence)
+        _insert(self.waiting, sequence)
 
-    def _queue(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=lambda s: s.ticket)
-
-    def remove(self, sequence: Sequence, sound: bool = True) -> None:
-        """It has ended: its row and pages are the prefix cache's, or free when the state is not ``sound``."""
+    def remove(self, sequence: Sequence, keep: bool = True) -> None:
+        """Remove a sequence that has ended. Its state may be kept as a snapshot, unless ``keep`` is false."""
         if sequence.row is None:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self.prefix.end(sequence, sound)
-        self.prefix.leave(sequence)
-
-    def plan(self) -> Plan:
-        """The next step. Gives rows and pages back, and hands rows out."""
-        step = _Step(self)
-        step.decode([s for s in self.running if s.remaining == 1])
-        step.prefill([s for s in self.running if s.remaining > 1])
-        if not step.plan.preempted and not step.plan.stuck:
-            step.admit()
-        self.prefix.reclaim(step.promised_pages())
-        return step.plan
+            self.kv_cache_manager.release_row(sequence, keep)
+        self.kv_cache_manager.remove_sequence(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Its pages are needed, so they are freed; snapshots of its prompt may outlive it."""
+        """Free a running sequence's row and pages, and queue it again. Snapshots of its prompt may outlive it."""
         self.running.remove(sequence)
-        self.prefix.end(sequence, sound=False)
-        sequence.computed, sequence.logits = 0, None
-        sequence.preemptions += 1
-        self.preemptions += 1
-        self._queue(sequence)
+        self.kv_cache_manager.release_row(sequence, keep=False)
+        sequence.num_computed_tokens, sequence.cached_logits = 0, None
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        _insert(self.waiting, sequence)
 
-    def cr(self) -> float:
-        """Tokens per slot to expect of a new sequence:
-        what the model promises, or less where running ones show less.
-        """
+    def schedule(self) -> SchedulerOutput:
+        """Decide on the next step: preempts sequences, admits waiting ones, and frees the pages that it promised."""
+        step = _Step(self)
+        step.decode([s for s in self.running if s.num_uncomputed_tokens == 1])
+        step.prefill([s for s in self.running if s.num_uncomputed_tokens > 1])
+        if not step.output.preempted and not step.output.unschedulable:
+            step.admit()
+        self.kv_cache_manager.reserve_pages(step.promised)
+        return step.finish()
+
+    def observed_cr(self) -> float:
+        """Tokens per slot to expect of a new sequence: what the model promises, or less when running ones have less."""
         rows = [s.row for s in self.running]
         slots = int(self.cache.lengths[rows].sum()) if rows else 0
         if slots == 0 or self.expected_cr == 1:
@@ -103,54 +122,120 @@ class Scheduler:
 
 
 class _Step:
-    """A plan in the making: tokens and pages that are left."""
+    """A step that is being scheduled: what is scheduled so far, and the tokens and pages that are left."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler, self.cache, self.prefix, self.plan = scheduler, scheduler.cache, scheduler.prefix, Plan()
-        self.budget = scheduler.max_tokens
-        self.free = self.cache.available_pages()  # [ranks]
-        self.promised: dict[Sequence, np.ndarray] = {}
+        self.scheduler, self.cache, self.manager = scheduler, scheduler.cache, scheduler.kv_cache_manager
+        self.output = SchedulerOutput()
+        self.single: list[ScheduledSequence] = []
+        self.chunks: list[ScheduledSequence] = []
+        self.ready: list[ScheduledSequence] = []
+        self.budget = scheduler.max_num_batched_tokens
+        self.free = self.cache.available_pages()
+        """Pages that may still be promised: [ranks]."""
+        self.promised = np.zeros_like(self.free)
+        """Pages that the scheduled tokens take at worst: [ranks]."""
 
-    def promised_pages(self) -> np.ndarray:
-        """[ranks]"""
-        return sum(self.promised.values(), np.zeros_like(self.free))
-
-    def _take(self, sequence: Sequence, count: int, pages: np.ndarray) -> None:
-        self.plan.counts[sequence] = count
-        if count == self.prefix.next_stop(sequence):
-            self.plan.snapshots.add(sequence)
-        self.promised[sequence] = pages
-        self.budget -= count
-        self.free = self.free - pages
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.budget += self.plan.counts.pop(sequence, 0)
-        self.promised.pop(sequence, None)
-        self.scheduler.preempt(sequence)
-        self.free = self.cache.available_pages() - self.promised_pages()
-        self.plan.preempted.append(sequence)
+    def finish(self) -> SchedulerOutput:
+        self.output.scheduled = [*self.single, *self.chunks, *self.ready]
+        return self.output
 
     def decode(self, sequences: list[Sequence]) -> None:
-        """One token of each; the youngest make room."""
+        """Schedule one token of each; the youngest sequences make room."""
         if not sequences:
             return
         pages = self.cache.growth([s.row for s in sequences], [1] * len(sequences))
-        if (pages.sum(0) <= self.free).all():  # nearly always
-            for sequence, needed in zip(sequences, pages):
-                self._take(sequence, 1, needed)
+        needed = pages.sum(0)
+        if (needed <= self.free).all() and all(s.num_computed_tokens >= s.prompt_length for s in sequences):
+            self.single = [ScheduledSequence(s, 1, True) for s in sequences]  # nearly always
+            self.budget -= len(sequences)
+            self._promise(needed)
             return
         for sequence, needed in zip(sequences, pages):
             if sequence.row is not None and self._make_room(sequence, needed):
-                self._take(sequence, 1, needed)
+                self._schedule(sequence, 1, needed)
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        """Schedule chunks of prompts with the tokens left. One without pages waits, unless it is the oldest of all."""
+        for sequence in sequences:
+            if sequence.row is None or self.budget == 0:
+                continue
+            if sequence is self.scheduler.running[0]:
+                self._make_room(sequence, self.cache.growth([sequence.row], [1])[0])
+            self._schedule_chunk(sequence)
+
+    def admit(self) -> None:
+        """Start waiting sequences, as long as their prompts are expected to fit beside those in prefill.
+
+        A sequence waits while another computes a prefix of its prompt, and all completions of a request but the first
+        wait for the first one's prompt; sequences behind them pass.
+        """
+        scheduler, manager = self.scheduler, self.manager
+        if not scheduler.waiting:
+            return
+        cr = scheduler.observed_cr()
+        owed = sum(self._owed_pages(s, cr) for s in scheduler.running if s.num_uncomputed_tokens > 1)
+        coming = {node for s in scheduler.running for node in manager.snapshot_points(s)}
+        in_prefill = {s.request.request_id for s in scheduler.running if s.num_computed_tokens < s.prompt_length}
+        reserve, passed = self.cache.pages_at(1), 0
+        for sequence in list(scheduler.waiting):
+            if len(scheduler.running) == scheduler.max_num_seqs or not self.budget or passed > _MOST_PASSED:
+                return
+            sibling = manager.enabled and sequence.request.request_id in in_prefill
+            if manager.should_wait(sequence, coming) or sibling:
+                passed += 1
+                continue
+            prefix, expected = self._expected_pages(sequence, cr)
+            if scheduler.running and (expected + owed + reserve > self.free).any():
+                return
+            self._start(sequence, prefix)
+            owed += self._owed_pages(sequence, cr)
+            if sequence.num_computed_tokens < sequence.prompt_length:
+                coming.update(manager.snapshot_points(sequence))
+                in_prefill.add(sequence.request.request_id)
+
+    def _start(self, sequence: Sequence, prefix: Optional[Node]) -> None:
+        """Give a waiting sequence a row, and schedule its first chunk."""
+        self.scheduler.waiting.remove(sequence)
+        self.manager.allocate_row(sequence, prefix, self.promised)
+        if sequence.first_scheduled_time is None:
+            sequence.first_scheduled_time = time.monotonic()
+        _insert(self.scheduler.running, sequence)
+        self.output.admitted.append(sequence)
+        if prefix is not None:
+            self.free = self.cache.available_pages() - self.promised
+        if sequence.num_uncomputed_tokens:
+            self._schedule_chunk(sequence)
+        else:
+            self.ready.append(ScheduledSequence(sequence, 0, True))
+
+    def _schedule_chunk(self, sequence: Sequence) -> None:
+        """Schedule as many tokens as there are wanted and allowed, up to the next snapshot."""
+        assert sequence.row is not None
+        to_snapshot = self.manager.tokens_to_snapshot(sequence)
+        wanted = min(sequence.num_uncomputed_tokens, self.budget, to_snapshot or self.budget)
+        count = self.cache.most_tokens(sequence.row, self.free, wanted)
+        if count:
+            self._schedule(sequence, count, self.cache.growth([sequence.row], [count])[0])
+
+    def _schedule(self, sequence: Sequence, count: int, pages: np.ndarray) -> None:
+        samples = count == sequence.num_uncomputed_tokens
+        snapshot = count == self.manager.tokens_to_snapshot(sequence)
+        part = ScheduledSequence(sequence, count, samples, snapshot)
+        (self.single if count == 1 else self.chunks).append(part)
+        self.budget -= count
+        self._promise(pages)
+
+    def _promise(self, pages: np.ndarray) -> None:
+        self.promised = self.promised + pages
+        self.free = self.free - pages
 
     def _make_room(self, sequence: Sequence, needed: np.ndarray) -> bool:
-        """Pre-empt from the youngest on until ``needed`` pages are free; False when ``sequence`` is the youngest
-        itself.
-        """
+        """Preempt the youngest sequences until ``needed`` pages are free; False when ``sequence`` was one of them."""
         running = self.scheduler.running
         while (needed > self.free).any():
             if len(running) == 1:
-                self.plan.stuck.append(sequence)
+                self.output.unschedulable.append(sequence)
                 return False
             youngest = running[-1]
             self._preempt(youngest)
@@ -158,77 +243,35 @@ class _Step:
                 return False
         return True
 
-    def prefill(self, sequences: list[Sequence]) -> None:
-        """Chunks for what is left of the budget. One that finds no pages waits, unless it is the oldest of all."""
-        for sequence in sequences:
-            if sequence.row is None or self.budget == 0:
-                continue
-            if sequence is self.scheduler.running[0]:
-                self._make_room(sequence, self.cache.growth([sequence.row], [1])[0])
-            self._chunk(sequence)
+    def _preempt(self, sequence: Sequence) -> None:
+        part = next((p for p in (*self.single, *self.chunks) if p.sequence is sequence), None)
+        if part is not None:
+            (self.single if part.num_tokens == 1 else self.chunks).remove(part)
+            self.budget += part.num_tokens
+            self.promised = self.promised - self.cache.growth([sequence.row], [part.num_tokens])[0]
+        self.scheduler.preempt(sequence)
+        self.free = self.cache.available_pages() - self.promised
+        self.output.preempted.append(sequence)
 
-    def _chunk(self, sequence: Sequence) -> None:
-        wanted = min(sequence.remaining, self.budget, self.prefix.next_stop(sequence) or self.budget)
-        count = self.cache.most_tokens(sequence.row, self.free, wanted)
-        if count and sequence.row is not None:
-            self._take(sequence, count, self.cache.growth([sequence.row], [count])[0])
-
-    def admit(self) -> None:
-        """New sequences, as long as their prompts are expected to fit beside those that are being read.
-
-        One whose prefix is being read by another waits for the snapshot, the answers of one request for the first of
-        them; they let those behind them pass.
-        """
-        scheduler = self.scheduler
-        if not scheduler.waiting:
-            return
-        cr = scheduler.cr()
-        owed = sum(self._owed(s, cr) for s in scheduler.running if s.remaining > 1)
-        coming = {node for s in scheduler.running for node in self.prefix.stops(s)}
-        asked = {s.request_id for s in scheduler.running if s.computed < s.prompt_length}
-        one, passed = self.cache.pages_at(1), 0
-        for sequence in list(scheduler.waiting):
-            if len(scheduler.running) == scheduler.max_seqs or not self.budget or passed > _MOST_PASSED:
-                return
-            if self.prefix.awaits(sequence, coming) or (self.prefix.enabled and sequence.request_id in asked):
-                passed += 1
-                continue
-            hit, expected = self._expected(sequence, cr)
-            if scheduler.running and (expected + owed + one > self.free).any():
-                return
-            self._start(sequence, hit)
-            owed += self._owed(sequence, cr)
-            if sequence.computed < sequence.prompt_length:
-                coming.update(self.prefix.stops(sequence))
-                asked.add(sequence.request_id)
-
-    def _expected(self, sequence: Sequence, cr: float) -> tuple[Optional[Node], np.ndarray]:
-        """The snapshot to go on from, and the pages that the prompt is expected to take: never more than without a
-        snapshot.
-        """
-        whole = np.full_like(self.free, self.cache.pages_at(len(sequence.tokens) / cr))
-        for node in self.prefix.found(sequence):
+    def _expected_pages(self, sequence: Sequence, cr: float) -> tuple[Optional[Node], np.ndarray]:
+        """The snapshot to continue from, and the pages that the prompt is expected to take: never more than without."""
+        whole = np.full_like(self.free, self.cache.pages_at(len(sequence.token_ids) / cr))
+        for node in self.manager.match_prefix(sequence):
             cost = self.cache.cost(node.row)
             if (cost <= self.free).all():
                 rest = np.maximum(0, whole - self.cache.pages_for(self.cache.lengths[node.row]))
                 return node, np.minimum(whole, cost + rest)
         return None, whole
 
-    def _start(self, sequence: Sequence, hit: Optional[Node]) -> None:
-        scheduler = self.scheduler
-        scheduler.waiting.remove(sequence)
-        self.prefix.start(sequence, hit, self.promised_pages())
-        if sequence.started is None:
-            sequence.started = time.monotonic()
-        bisect.insort(scheduler.running, sequence, key=lambda s: s.ticket)
-        if hit is not None:
-            self.free = self.cache.available_pages() - self.promised_pages()
-        if sequence.remaining:
-            self._chunk(sequence)
-        else:
-            self.plan.ready.append(sequence)
-
-    def _owed(self, sequence: Sequence, cr: float) -> int:
+    def _owed_pages(self, sequence: Sequence, cr: float) -> int:
         """Pages that the rest of a prompt is expected to take after this step."""
-        held = self.cache.pages_for(self.cache.lengths[sequence.row]) + self.promised.get(sequence, 0)
-        return max(0, self.cache.pages_at(len(sequence.tokens) / cr) - int(held.max()))
+        held = self.cache.pages_for(self.cache.lengths[sequence.row])
+        part = next((p for p in (*self.chunks, *self.single) if p.sequence is sequence), None)
+        if part is not None:
+            held = held + self.cache.growth([sequence.row], [part.num_tokens])[0]
+        return max(0, self.cache.pages_at(len(sequence.token_ids) / cr) - int(held.max()))
+
+
+def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
+    """Insert in order of arrival."""
+    bisect.insort(sequences, sequence, key=lambda s: s.arrival_order)

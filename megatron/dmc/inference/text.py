@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.inference.sampling_params import SamplingParams
 
 CONTEXT = 6  # tokens of the prompt that are decoded along: some tokenizers drop a leading space without them
 PENDING = 16  # tokens that may wait for the rest of a character
 
 
 def load_tokenizer(path: str | Path) -> Optional[Any]:
-    """transformers' tokenizer of a model directory; None where there are no tokenizer files.
+    """Load transformers' tokenizer of a model directory; None where there are no tokenizer files.
 
     Raises:
         ValueError: transformers cannot load it.
@@ -40,31 +41,25 @@ def load_tokenizer(path: str | Path) -> Optional[Any]:
 
 
 class Detokenizer:
-    """Text of one answer, token by token.
+    """Text of one completion, token by token.
 
     ``text`` never ends in half a character and never holds a stop string. :meth:`take` gives what has not been given
     yet, less what may still become a stop string.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        prompt: Sequence[int],
-        skip_special_tokens: bool = True,
-        stop: Sequence[str] = (),
-        include_stop: bool = False,
-    ) -> None:
-        self.tokenizer, self.skip, self.stop, self.include = tokenizer, skip_special_tokens, tuple(stop), include_stop
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], params: SamplingParams = SamplingParams()) -> None:
+        self.tokenizer, self.skip, self.stop = tokenizer, params.skip_special_tokens, tuple(params.stop)
+        self.include_stop = params.include_stop_str_in_output
         self.text = ""
         self.stopped: Optional[str] = None
-        """The stop string that was met."""
+        """Stop string that ended the completion."""
         self._ids = list(prompt[-CONTEXT:])
         self._prefix, self._read = 0, len(self._ids)
         self._given = 0
         self._held = max((len(s) for s in self.stop), default=1) - 1
 
     def push(self, token: int, check_stop: bool = True) -> None:
-        """Take one token; sets ``stopped`` when a stop string is complete."""
+        """Append one token; sets ``stopped`` when a stop string is complete."""
         self._ids.append(token)
         before = self._decode(self._prefix, self._read)
         now = self._decode(self._prefix, len(self._ids))
@@ -75,7 +70,7 @@ class Detokenizer:
         self._append(now[len(before) :], check_stop)
 
     def flush(self) -> None:
-        """The answer has ended: half a character is shown as what it is."""
+        """End the text: what is left of half a character is shown as U+FFFD."""
         if self.stopped is None:
             before, now = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._ids))
             self._append(now[len(before) :], check_stop=False)
@@ -83,7 +78,7 @@ class Detokenizer:
         self._held = 0
 
     def take(self) -> str:
-        """Text since the last call."""
+        """Return the text that came since the last call."""
         end = max(self._given, len(self.text) - self._held)
         start, self._given = self._given, end
         return self.text[start:end]
@@ -102,5 +97,5 @@ class Detokenizer:
                 found.append((at, text))
         if found:
             at, self.stopped = min(found)
-            self.text = self.text[: at + (len(self.stopped) if self.include else 0)]
+            self.text = self.text[: at + (len(self.stopped) if self.include_stop else 0)]
             self._held = 0

@@ -18,10 +18,10 @@ from starlette.exceptions import HTTPException
 
 from megatron.dmc import __version__
 from megatron.dmc.inference import SamplingParams
-from megatron.dmc.serving import answers
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import protocol as p
-from megatron.dmc.serving.errors import APIError, engine_down, of_value_error, shutting_down
+from megatron.dmc.serving import responses
+from megatron.dmc.serving.errors import APIError, engine_down, shutting_down
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, GateMiddleware, Receive, Scope, Send
 from megatron.dmc.serving.prompts import Prompts
@@ -87,29 +87,17 @@ class Service:
         self.check_model(request.model)
         params = request.sampling_params()
         try:
-            ticket = self.runner.reserve(*_size(request, params))
+            place = self.runner.reserve(*_size(request, params))
         except APIError as error:
             raise request.as_sent(error) from None
+        name = responses.new_id(isinstance(request, p.ChatCompletionRequest))
+        report = request.stream_options is not None and request.stream_options.include_cache
         try:
-            ids = await self.tokenize(lambda r: self._prompts(r, params), request)
+            requests = await self.tokenize(lambda r: self.prompts.requests(r, params, name, report), request)
         except BaseException:
-            self.runner.release(ticket)
+            self.runner.release(place)
             raise
-        name = answers.new_id(isinstance(request, p.ChatCompletionRequest))
-        watch = request.stream_options is not None and request.stream_options.include_cache
-        requests = [engines.Request(f"{name}-{i}", prompt, params, watch) for i, prompt in enumerate(ids)]
-        return self.runner.submit(requests, ticket), name
-
-    def _prompts(self, request: p.GenerationRequest, params: SamplingParams) -> list[list[int]]:
-        chat = isinstance(request, p.ChatCompletionRequest)
-        found = [self.prompts.of_chat(request)] if chat else self.prompts.of_completion(request)
-        for ids in found:
-            self.prompts.check_context(ids, params)
-            try:
-                self.runner.engine.check(ids, params)
-            except ValueError as error:
-                raise of_value_error(error) from None
-        return found
+        return self.runner.submit(requests, place), name
 
     async def generate(self, request: p.GenerationRequest, http: Request) -> Response:
         """Response to a completion or chat completion request, streamed or whole."""
@@ -122,11 +110,7 @@ class Service:
             stream.close()
         if results is None:
             return Response(status_code=499)  # the client has left
-        if isinstance(request, p.ChatCompletionRequest):
-            body = answers.chat_body(request, results[0], self.model_name, self.prompts, name)
-        else:
-            body = answers.completion_body(request, results, self.model_name, self.prompts, name)
-        return Json(body)
+        return Json(responses.response(request, results, self.model_name, self.prompts, name))
 
 
 def _size(request: p.GenerationRequest, params: SamplingParams) -> tuple[int, int]:
@@ -191,12 +175,12 @@ class EventStream(Response):
             text = "".join(f"data: {encode(o)}\n\n" for o in objects)
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
-        ids = [request.prompt for request in self.stream.requests]
-        chunks = answers.Chunks(self.request, self.service.prompts, ids, self.service.model_name, self.name)
+        ids = [request.prompt_token_ids for request in self.stream.requests]
+        chunks = responses.Chunks(self.request, self.service.prompts, ids, self.service.model_name, self.name)
         begun = False
         try:
             async for updates in self.stream:
-                found = [chunks.of(update.prompt, update.output, update.use) for update in updates]
+                found = [chunks.of(update.prompt, update.output) for update in updates]
                 if not begun:
                     begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -1,8 +1,8 @@
-"""Answers a file of requests, each line once: what ``dmc batch`` runs. ``batch_run.py`` starts it.
+"""Batch runner: completes a file of requests, each line once. The command is ``dmc batch``.
 
 Lines are OpenAI's batch lines (``custom_id``, ``method``, ``url``, ``body``), or just the body (``{"prompt": ...}`` or
-``{"messages": ...}``, with a ``custom_id`` or without). A line that is wrong gets a line with its error; nothing stops
-the others.
+``{"messages": ...}``, with a ``custom_id`` or without). A line that is wrong gets a line with its error; the others
+go on.
 """
 
 from __future__ import annotations
@@ -15,65 +15,65 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
-import torch
-
-from megatron.dmc.inference import Completion, Engine, RequestOutput, SamplingParams, StepOutput
-from megatron.dmc.serving.answers import UsageCount, chat_body, completion_body, usage_of
+from megatron.dmc.inference import Engine, RequestOutput, SamplingParams, StepOutput
 from megatron.dmc.serving.batch_files import DUPLICATE, MAX_LINE, Input, Output
-from megatron.dmc.serving.errors import APIError, invalid, not_answered, of_value_error
+from megatron.dmc.serving.errors import APIError, invalid, not_answered
 from megatron.dmc.serving.prompts import Prompts
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, parse
+from megatron.dmc.serving.responses import UsageCount, response, usage_of
 
-AnswerRequest = Union[CompletionRequest, ChatCompletionRequest]
-URLS: dict[str, type[AnswerRequest]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-}
+Body = Union[CompletionRequest, ChatCompletionRequest]
+URLS: dict[str, type[Body]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 RUN, DRAIN, LEAVE = range(3)
-"""Take lines; only finish what runs; leave it to the next run."""
+"""Phases of a run: take lines, only finish what runs, leave what runs to the next run."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for all lines."""
+    """Settings for all lines."""
 
     model: str
-    """Name in the answers."""
+    """Name of the model in responses."""
     names: frozenset[str]
-    """That a line may ask for."""
+    """Model names that a line may ask for."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters of lines that do not say."""
+    """Parameters of lines that do not give them."""
     seed: int = 0
-    """Of lines without one, together with their ``custom_id``: the same line draws the same tokens in every run."""
+    """Seed of lines without one, mixed with their ``custom_id``: the same line samples the same tokens in every run."""
     shard: tuple[int, int] = (0, 1)
+    """Index and number of shards: lines i, i + n, i + 2n, ... are taken."""
 
 
 @dataclass
 class Summary:
-    """What a run did."""
+    """Counts of one run."""
 
     skipped: int = 0
-    """Lines that earlier runs have answered."""
+    """Lines completed by earlier runs."""
     answered: int = 0
+    """Lines completed by this run."""
     errors: int = 0
+    """Lines that got an error."""
     unfinished: int = 0
-    """Lines that were begun and left to the next run."""
+    """Lines that were started and left to the next run."""
     complete: bool = False
-    """Every line of the input has its line in the output."""
+    """Whether every line of the input has its line in the output."""
     strangers: int = 0
-    """Lines of the output that answer no line of the input; known when complete."""
+    """Lines of the output without a line of the input; known when complete."""
     seconds: float = 0.0
+    """Duration of the run."""
     peak_pages: int = 0
+    """Most pages that running sequences held at a time, over all ranks."""
     usage: UsageCount = field(default_factory=UsageCount)
 
 
 @dataclass
 class _Pending:
-    """A line that is being answered."""
+    """A line that is being completed."""
 
     number: int
     custom_id: str
-    request: AnswerRequest
+    body: Body
     results: list[RequestOutput]
 
 
@@ -82,7 +82,7 @@ class _Pending:
 
 
 def read_line(raw: Optional[bytes]) -> Any:
-    """The JSON of a line. Raises :class:`APIError`."""
+    """Parse a line's JSON object. Raises :class:`APIError`."""
     if raw is None:
         raise invalid(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:
@@ -95,7 +95,7 @@ def read_line(raw: Optional[bytes]) -> Any:
 
 
 def id_of(entry: dict[str, Any], number: int) -> str:
-    """Its ``custom_id``, or one that it has in every run. Raises :class:`APIError`."""
+    """The line's ``custom_id``, or one made of its number. Raises :class:`APIError`."""
     custom_id = entry.get("custom_id")
     if custom_id is None:
         return f"line-{number}"
@@ -104,8 +104,8 @@ def id_of(entry: dict[str, Any], number: int) -> str:
     return custom_id
 
 
-def request_of(entry: dict[str, Any], options: Options) -> AnswerRequest:
-    """Raises :class:`APIError` for anything that the HTTP server would not take either."""
+def body_of(entry: dict[str, Any], options: Options) -> Body:
+    """The request body of a line. Raises :class:`APIError` for anything that the HTTP server would not take either."""
     if entry.keys() & {"body", "url", "method"}:
         kind, body = URLS.get(str(entry.get("url"))), entry.get("body")
         if kind is None:
@@ -136,7 +136,7 @@ def _defaults(defaults: Mapping[str, Any], body: dict[str, Any]) -> dict[str, An
 
 
 def seeded(params: SamplingParams, custom_id: str, seed: int) -> SamplingParams:
-    """With a seed of its own where it has none, so that a line's answer does not depend on the run that it is in."""
+    """Sampling parameters with a seed made of the line's id where they have none: every run samples the same then."""
     if params.seed is not None or params.greedy:
         return params
     digest = hashlib.blake2b(f"{seed}\0{custom_id}".encode(errors="surrogatepass"), digest_size=8).digest()
@@ -147,8 +147,8 @@ def seeded(params: SamplingParams, custom_id: str, seed: int) -> SamplingParams:
 # run
 
 
-class Batch:
-    """Drives an engine over the lines of an input that the output does not have yet.
+class BatchRunner:
+    """Runs an engine over the lines of an input that the output does not have yet.
 
     ``phase`` is asked before every step: ``RUN``, ``DRAIN`` or ``LEAVE``. Tensor-parallel ranks do the same, and the
     first one's phase counts.
@@ -160,30 +160,30 @@ class Batch:
         self.engine, self.prompts, self.output, self.options, self.phase = engine, prompts, output, options, phase
         self.summary = Summary()
         self.ahead = 2 * engine.sizes.max_num_seqs
-        """Answers that are asked for at a time: enough for a full cache at every step, however long the input."""
+        """Completions requested at a time: enough for a full cache at every step, however long the input."""
         self._pending: dict[str, _Pending] = {}
-        self._left = 0
+        self._unfinished = 0
         self._seen: set[str] = set()
         self._damage: Optional[ValueError] = None
 
     def run(self, source: Input, progress: Callable[[Summary], None] = lambda summary: None) -> Summary:
-        """Answer what is left. Raises what the engine raises, and ``ValueError`` for a damaged input when all before
-        the damage is answered; what is written stays written.
+        """Complete the lines that are left; what is written stays written.
+
+        Raises:
+            ValueError: the input is damaged; all before the damage is completed.
         """
         began, lines = time.monotonic(), source.lines(self.options.shard)
         summary, more = self.summary, True
         try:
             while True:
-                phase = self._agreed()
-                while more and phase == RUN and self._left < self.ahead:
+                phase = self.engine.broadcast(self.phase())
+                while more and phase == RUN and self._unfinished < self.ahead:
                     more = self._take(lines)
                 if phase == LEAVE or not self.engine.has_unfinished():
                     break
                 for output in self.engine.step():
                     self._answer(output)
-                cache = self.engine.cache  # what the prefix cache alone holds is to be had
-                used = cache.num_pages * self.engine.parallel.size - int(cache.available_pages().sum())
-                summary.peak_pages = max(summary.peak_pages, used)
+                summary.peak_pages = max(summary.peak_pages, self.engine.stats().pages_used)
                 progress(summary)
         finally:
             summary.unfinished, summary.seconds = len(self._pending), time.monotonic() - began
@@ -195,10 +195,6 @@ class Batch:
         if summary.complete:
             summary.strangers = len(self.output.done.ids - self._seen)
         return summary
-
-    def _agreed(self) -> int:
-        phase, parallel = self.phase(), self.engine.parallel
-        return phase if parallel.size == 1 else int(parallel.from_first(torch.tensor(phase, device=self.engine.device)))
 
     def _take(self, lines: Iterator[tuple[int, Optional[bytes]]]) -> bool:
         """Queue the next line, or write why it cannot be; False at the end of the input."""
@@ -238,39 +234,24 @@ class Batch:
         try:
             if isinstance(entry, APIError):
                 raise entry
-            self._ask(number, custom_id, request_of(entry, self.options))
+            self._submit(number, custom_id, body_of(entry, self.options))
         except APIError as error:
             self._fail(number, custom_id, error)
 
-    def _ask(self, number: int, custom_id: str, request: AnswerRequest) -> None:
+    def _submit(self, number: int, custom_id: str, body: Body) -> None:
         """Hand all prompts of a line to the engine, or none. Raises :class:`APIError`."""
-        params = seeded(request.sampling_params(), custom_id, self.options.seed)
-        try:
-            chat = isinstance(request, ChatCompletionRequest)
-            prompts = [self.prompts.of_chat(request)] if chat else self.prompts.of_completion(request)
-        except APIError:
-            raise
-        except Exception as error:  # a tokenizer's own
-            raise invalid(f"the prompt cannot be tokenized: {' '.join(str(error).split())[:200]}", "prompt") from None
-        for ids in prompts:
-            self.prompts.check_context(ids, params)
-            try:
-                self.engine.check(ids, params)
-            except ValueError as error:
-                raise of_value_error(error) from None
-        results = []
-        for i, ids in enumerate(prompts):
-            name = f"{number}-{i}"
-            self.engine.add_request(name, ids, params)
-            answers = [Completion(n, logprobs=None if params.logprobs is None else []) for n in range(params.n)]
-            results.append(RequestOutput(name, None, ids, answers, None if params.prompt_logprobs is None else []))
-        self._pending[str(number)] = _Pending(number, custom_id, request, results)
-        self._left += params.n * len(prompts)
+        params = seeded(body.sampling_params(), custom_id, self.options.seed)
+        requests = self.prompts.requests(body, params, str(number))
+        for request in requests:
+            self.engine.add(request)
+        results = [RequestOutput.start(request) for request in requests]
+        self._pending[str(number)] = _Pending(number, custom_id, body, results)
+        self._unfinished += params.n * len(requests)
 
     def _answer(self, output: StepOutput) -> None:
         line, _, prompt = output.request_id.partition("-")
         pending = self._pending.get(line)
-        if pending is None:  # another answer of its line has failed
+        if pending is None:  # another completion of its line has failed
             return
         pending.results[int(prompt)].add(output)
         if output.error is not None:
@@ -281,15 +262,12 @@ class Batch:
             self._write(pending)
 
     def _write(self, pending: _Pending) -> None:
-        request, results, model = pending.request, pending.results, self.options.model
         name = hashlib.blake2b(pending.custom_id.encode(errors="surrogatepass"), digest_size=12).hexdigest()
-        if isinstance(request, ChatCompletionRequest):
-            body = chat_body(request, results[0], model, self.prompts, f"chatcmpl-{name}")
-        else:
-            body = completion_body(request, results, model, self.prompts, f"cmpl-{name}")
+        prefix = "chatcmpl" if isinstance(pending.body, ChatCompletionRequest) else "cmpl"
+        body = response(pending.body, pending.results, self.options.model, self.prompts, f"{prefix}-{name}")
         self.output.write(pending.number, pending.custom_id, 200, body)
         self.summary.answered += 1
-        more, usage = usage_of(results), self.summary.usage
+        more, usage = usage_of(pending.results), self.summary.usage
         for item in dataclasses.fields(UsageCount):
             setattr(usage, item.name, getattr(usage, item.name) + getattr(more, item.name))
 
@@ -305,4 +283,4 @@ class Batch:
 
     def _forget(self, pending: _Pending) -> None:
         del self._pending[str(pending.number)]
-        self._left -= sum(len(result.outputs) for result in pending.results)
+        self._unfinished -= sum(len(result.outputs) for result in pending.results)

@@ -1,4 +1,4 @@
-"""A run of ``dmc batch``: files, engine, signals and progress around :class:`~megatron.dmc.serving.batch.Batch`."""
+"""A run of ``dmc batch``: files, engine, signals and progress around :class:`~megatron.dmc.serving.batch.BatchRunner`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron.dmc.inference import Engine, EngineConfig
 from megatron.dmc.inference.text import load_tokenizer
-from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, Batch, Options
+from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options
 from megatron.dmc.serving.batch_files import Input, Output
 from megatron.dmc.serving.config import BatchConfig
 from megatron.dmc.serving.prompts import Prompts
@@ -40,7 +39,7 @@ class Stop:
         self._deadline = min(self._deadline, time.monotonic() + self._timeout)
 
     def phase(self) -> int:
-        """Phase of the run: see :class:`~megatron.dmc.serving.batch.Batch`."""
+        """Phase of the run: see :class:`~megatron.dmc.serving.batch.BatchRunner`."""
         if self._deadline == float("inf"):
             return RUN
         return LEAVE if time.monotonic() >= self._deadline else DRAIN
@@ -78,8 +77,7 @@ def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str
     name = config.served_model_name or config.model
     names = frozenset({name, config.model, Path(config.model).name})
     options = Options(name, names, defaults, config.seed, config.shard)
-    prompts = Prompts(tokenizer, engine.info.model.vocab_size, engine.sizes.max_model_len)
-    batch = Batch(engine, prompts, output, options, stop.phase)
+    batch = BatchRunner(engine, Prompts(engine.input_processor), output, options, stop.phase)
     progress, done = _progress(source, output, config.disable_tqdm or not first)
     try:
         summary = batch.run(source, progress)
@@ -96,17 +94,16 @@ def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str
 
 def _same_on_all_ranks(engine: Engine, output: Optional[Output], path: str) -> Output:
     """Output of this rank: the first rank has mended the file, the others read it before anything is written."""
-    if engine.parallel.size == 1:
-        return output
-    dist.barrier(engine.parallel.group)
+    engine.barrier()
     output = output if output is not None else Output(path, False)
-    dist.barrier(engine.parallel.group)
+    engine.barrier()
     return output
 
 
 def _progress(source: Any, output: Any, disable: bool) -> tuple[Callable[[Any], None], Callable[[], None]]:
-    """(called after every step, called at the end). The bar is of bytes read: the number of lines is not known before
-    the end.
+    """Progress bar: a function to call after every step, and one to call at the end.
+
+    It counts bytes read, since the number of lines is not known before the end.
     """
     quiet = not sys.stderr.isatty()
     bar = tqdm(
@@ -129,16 +126,16 @@ def _progress(source: Any, output: Any, disable: bool) -> tuple[Callable[[Any], 
 
 
 def describe(summary: Any, engine: Any) -> str:
-    """What a run did, in a few lines."""
+    """Summary of a run in a few lines."""
     usage, seconds = summary.usage, max(1e-9, summary.seconds)
-    total, pages = usage.prompt_tokens + usage.completion_tokens, engine.cache.num_pages * engine.parallel.size
+    total, stats = usage.prompt_tokens + usage.completion_tokens, engine.stats()
     left = f"; {summary.unfinished} begun and left" if summary.unfinished else ""
     lines = [
         f"{summary.answered} lines answered, {summary.errors} with an error; {summary.skipped} were there before{left}",
         f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens in {summary.seconds:.1f} s: "
         f"{usage.completion_tokens / seconds:.1f} new tokens/s, {total / seconds:.1f} tokens/s",
-        f"CR {usage.body()['dmc']['compression_ratio']:.2f}; at most {summary.peak_pages} of {pages} pages in use; "
-        f"{engine.stats().preemptions} pre-emptions",
+        f"CR {usage.body()['dmc']['compression_ratio']:.2f}; at most {summary.peak_pages} of {stats.pages} pages in use; "
+        f"{stats.preemptions} preemptions",
     ]
     if summary.strangers:
         lines.append(f"{summary.strangers} lines of the output answer no line of this input")

@@ -4,7 +4,6 @@ OpenAI's error object, and the HTTP status that goes with it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -12,7 +11,7 @@ from megatron.dmc.inference.errors import InvalidRequest
 
 
 class APIError(Exception):
-    """A request that ends without its answer."""
+    """A request that ends without a completion."""
 
     def __init__(
         self,
@@ -38,15 +37,9 @@ def invalid(message: str, param: Optional[str] = None, code: Optional[str] = Non
     return APIError(400, message, param=param, code=code)
 
 
-def of_value_error(error: ValueError) -> APIError:
-    """400 from one of the engine's, which begin with the name of the wrong value."""
-    if isinstance(error, InvalidRequest):
-        return invalid(str(error), error.param, error.code)
-    message = str(error)
-    named = re.match(r"([a-z_]+)(\[\w+\])? (is|holds) ", message)
-    too_long = re.match(r"the prompt has \d+ tokens", message)
-    param = named[1] if named else "prompt" if re.search(r"\bthe prompt\b", message) else None
-    return invalid(message, param, "context_length_exceeded" if too_long else None)
+def of_invalid_request(error: InvalidRequest) -> APIError:
+    """400 from a request that the engine cannot take."""
+    return invalid(str(error), error.param, error.code)
 
 
 def wrong_key() -> APIError:
@@ -85,5 +78,5 @@ def engine_down() -> APIError:
 
 
 def not_answered(reason: str) -> APIError:
-    """500 of a request that the engine gave up: no room in the cache for it alone, or logits that are no numbers."""
+    """500 of a request that the engine gave up: no room in the cache for it alone, or logits with NaN or Inf."""
     return APIError(500, reason, type="server_error", code="not_answered")

@@ -153,7 +153,7 @@ class Metrics:
             self._generation_tokens.inc(len(output.tokens))
         prefilled = output.tokens or output.finish_reason == "length"  # no token comes when max_tokens is 0
         if first and prefilled and output.index == 0:
-            self._prompt_tokens.inc(len(stream.request(output.request_id).prompt))
+            self._prompt_tokens.inc(len(stream.request(output.request_id).prompt_token_ids))
         if output.finish_reason is not None:
             del self._running[key]
             self._finished(stream, output, progress, now)
@@ -168,12 +168,12 @@ class Metrics:
         if output.finish_reason == "abort":
             return
         request = stream.request(output.request_id)
-        self._lengths["request_prompt_tokens"].observe(len(request.prompt))
+        self._lengths["request_prompt_tokens"].observe(len(request.prompt_token_ids))
         self._lengths["request_generation_tokens"].observe(progress.tokens)
         self._lengths["request_max_num_generation_tokens"].observe(progress.tokens)
-        self._lengths["request_params_n"].observe(request.params.n)
-        if request.params.max_tokens is not None:
-            self._lengths["request_params_max_tokens"].observe(request.params.max_tokens)
+        self._lengths["request_params_n"].observe(request.sampling_params.n)
+        if request.sampling_params.max_tokens is not None:
+            self._lengths["request_params_max_tokens"].observe(request.sampling_params.max_tokens)
         self._times["e2e_request_latency_seconds"].observe(now - progress.arrived)
         timing = output.timing
         if timing is None or timing.queued is None:
@@ -203,7 +203,7 @@ class _EngineState:
         usage = stats.pages_used / stats.pages
         gauges = {
             "num_requests_running": stats.running,
-            "num_requests_waiting": max(stats.waiting, self.engine.queued_answers),
+            "num_requests_waiting": max(stats.waiting, self.engine.queued_completions),
             "num_requests_swapped": 0,
             "kv_cache_usage_perc": usage,
             "gpu_cache_usage_perc": usage,

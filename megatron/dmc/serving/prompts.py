@@ -1,27 +1,26 @@
-"""From a request's prompt to token ids, and from tokens to their text: what the server needs of a tokenizer."""
+"""From a request body to requests for the engine, and from tokens to their text: the server's side of a tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-from megatron.dmc.inference import SamplingParams
-from megatron.dmc.serving.errors import invalid
-from megatron.dmc.serving.protocol import ChatFields, CompletionRequest
+from megatron.dmc.inference import InvalidRequest, Request, SamplingParams
+from megatron.dmc.inference.input_processor import InputProcessor
+from megatron.dmc.serving.errors import invalid, of_invalid_request
+from megatron.dmc.serving.protocol import ChatCompletionRequest, ChatFields, CompletionRequest
 
 
 class Prompts:
-    """A tokenizer's side of the requests. ``tokenizer`` may be None: prompts are token ids then, and answers have no
-    text.
+    """Prompts and texts of requests. Without a tokenizer, prompts are token ids and completions have no text.
 
-    May be used by one thread while the engine decodes with the tokenizer in another; hand in a copy where that is not
-    safe.
+    May be used by one thread while the engine detokenizes in another, given a processor with a tokenizer of its own.
     """
 
-    def __init__(self, tokenizer: Optional[Any], vocab_size: int, max_model_len: int) -> None:
-        self.tokenizer, self.vocab_size, self.max_model_len = tokenizer, vocab_size, max_model_len
+    def __init__(self, processor: InputProcessor) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.vocab_size, self.max_model_len = processor.vocab_size, processor.max_model_len
         self._texts: dict[int, str] = {}
-        self._longest = max(map(len, tokenizer.get_vocab())) if tokenizer is not None else 0  # characters of a token
         self._anchor = self._find_anchor()
 
     # ------------------------------------------------------------------------------------------------ to token ids
@@ -70,25 +69,38 @@ class Prompts:
         return self.encode(text, add_special_tokens=False)  # the template writes BOS itself
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises :class:`APIError` for a text that is too long whatever its tokens are, before they are made."""
-        tokenizer = self._needed()
+        """Token ids of a text. Raises :class:`APIError`."""
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise invalid(f"character {error.start} of the prompt is half of a surrogate pair", "prompt") from None
-        if len(text) > self._longest * self.max_model_len:
-            raise invalid(
-                f"the prompt has {len(text)} characters, more than {self.max_model_len} tokens (max_model_len) can "
-                "hold",
-                "prompt",
-                "context_length_exceeded",
-            )
-        return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+            return self.processor.tokenize(text, add_special_tokens)
+        except InvalidRequest as error:
+            raise of_invalid_request(error) from None
 
-    def check_context(self, ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises :class:`APIError` when prompt and ``max_tokens`` do not fit the window together, as
-        OpenAI's API does.
+    def requests(
+        self,
+        body: Union[CompletionRequest, ChatCompletionRequest],
+        params: SamplingParams,
+        request_id: str,
+        report_cache: bool = False,
+    ) -> list[Request]:
+        """Requests for the engine, one per prompt of the body, with ids ``request_id-0``, ``request_id-1``, ...
+
+        Raises:
+            APIError: a prompt that the engine cannot take; none of the body's prompts is to be queued then.
         """
+        is_chat = isinstance(body, ChatCompletionRequest)
+        prompts = [self.of_chat(body)] if is_chat else self.of_completion(body)
+        for ids in prompts:
+            self._check_context(ids, params)
+        try:
+            return [
+                self.processor.process(f"{request_id}-{i}", ids, params, report_cache=report_cache)
+                for i, ids in enumerate(prompts)
+            ]
+        except InvalidRequest as error:
+            raise of_invalid_request(error) from None
+
+    def _check_context(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise :class:`APIError` when prompt and ``max_tokens`` exceed the context length together, as OpenAI does."""
         total = len(ids) + (params.max_tokens or 0)
         if total > self.max_model_len:
             raise invalid(
@@ -99,9 +111,10 @@ class Prompts:
             )
 
     def _needed(self) -> Any:
-        if self.tokenizer is None:
-            raise invalid("the model has no tokenizer; give the prompt as token ids", "prompt")
-        return self.tokenizer
+        try:
+            return self.processor.needed_tokenizer()
+        except InvalidRequest as error:
+            raise of_invalid_request(error) from None
 
     # ----------------------------------------------------------------------------------------------------- to text
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from megatron.dmc.inference import SamplingParams
-from megatron.dmc.serving.errors import APIError, invalid, of_value_error
+from megatron.dmc.inference import InvalidRequest, SamplingParams
+from megatron.dmc.serving.errors import APIError, invalid, of_invalid_request
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Prompt = Union[str, list[str], list[Int], list[list[Int]]]
@@ -118,8 +118,8 @@ class SamplingFields(RequestModel):
             given["logit_bias"] = _token_ids(self.logit_bias)
         try:
             return SamplingParams(**given)
-        except ValueError as error:
-            raise self.as_sent(of_value_error(error)) from None
+        except InvalidRequest as error:
+            raise self.as_sent(of_invalid_request(error)) from None
 
     def _derived_params(self) -> dict[str, Any]:
         """Sampling parameters whose name or meaning differs from the request's."""

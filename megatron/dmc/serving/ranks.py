@@ -1,8 +1,8 @@
 """Tensor parallelism under the server: rank 0 serves, the others follow it, step by step.
 
-Every rank runs the same engine on the same requests (``inference.parallel``). What rank 0 is told between two steps it
-tells the others with the next one, over a gloo group of its own. They are started by ``dmc serve`` itself, or by
-torchrun.
+Every rank runs the same engine on the same requests (``inference.parallel``). Calls that rank 0 gets between two steps
+are sent to the others with the next step, over a gloo group of their own. The ranks are started by ``dmc serve``
+itself, or by torchrun.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence as Seq
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.inference import Engine, EngineConfig, SamplingParams, StepOutput
+from megatron.dmc.inference import Engine, EngineConfig, Request, StepOutput
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.inference.weights import read_info
@@ -31,24 +30,16 @@ IDLE = timedelta(days=365)  # the others wait for the next step as long as it ta
 
 
 class LeadingEngine(Engine):
-    """Rank 0's. The same calls as on an :class:`Engine`."""
+    """Engine of rank 0: has its calls repeated by the other ranks."""
 
     def __init__(self, path: str | Path, config: EngineConfig, tokenizer: Optional[Any]) -> None:
         super().__init__(path, config, tokenizer)
         self._group = dist.new_group(backend="gloo", timeout=IDLE)
-        self._news: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[tuple[str, tuple[Any, ...]]] = []
 
-    def add_request(
-        self,
-        request_id: str,
-        prompt: str | Seq[int],
-        params: SamplingParams = SamplingParams(),
-        *,
-        cache_salt: Optional[str] = None,
-    ) -> list[int]:
-        ids = super().add_request(request_id, prompt, params, cache_salt=cache_salt)
-        self._note("add_request", request_id, ids, params, cache_salt=cache_salt)
-        return ids
+    def add(self, request: Request) -> None:
+        super().add(request)
+        self._note("add", request)
 
     def reset_prefix_cache(self) -> None:
         self._note("reset_prefix_cache")
@@ -60,20 +51,20 @@ class LeadingEngine(Engine):
 
     def step(self) -> list[StepOutput]:
         self._note("step")
-        self._tell()
+        self._send()
         return super().step()
 
     def release(self) -> None:
-        """The others may go."""
+        """Let the other ranks end."""
         self._note("stop")
-        self._tell()
+        self._send()
 
-    def _note(self, name: str, *arguments: Any, **named: Any) -> None:
-        self._news.append((name, arguments, named))
+    def _note(self, name: str, *arguments: Any) -> None:
+        self._calls.append((name, arguments))
 
-    def _tell(self) -> None:
-        news, self._news = self._news, []
-        dist.broadcast_object_list([news], src=0, group=self._group)
+    def _send(self) -> None:
+        calls, self._calls = self._calls, []
+        dist.broadcast_object_list([calls], src=0, group=self._group)
 
 
 def check_size(path: str, config: EngineConfig) -> None:
@@ -82,20 +73,20 @@ def check_size(path: str, config: EngineConfig) -> None:
 
 
 def follow(path: str, config: EngineConfig, tokenizer: str) -> None:
-    """What a rank other than 0 does, until it is released."""
+    """Repeat the calls of rank 0 on this rank, until it is released."""
     engine = Engine(path, config, load_tokenizer(tokenizer))
     group = dist.new_group(backend="gloo", timeout=IDLE)
     while True:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0, group=group)
-        for name, arguments, named in box[0]:
+        for name, arguments in box[0]:
             if name == "stop":
                 return
-            getattr(engine, name)(*arguments, **named)
+            getattr(engine, name)(*arguments)
 
 
 class Followers:
-    """The processes of the other ranks of this machine. None with one rank, or where torchrun has started them."""
+    """Processes of the other ranks on this machine; empty with one rank, or where torchrun has started them."""
 
     def __init__(self, path: str, config: EngineConfig, tokenizer: str) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -109,7 +100,7 @@ class Followers:
         told = json.dumps([path, dataclasses.asdict(config), tokenizer])
         for rank in range(1, config.tensor_parallel_size):
             env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In a session of their own: a Ctrl+C at the terminal is for rank 0, which has answers to finish.
+            # In a session of their own: a Ctrl+C at the terminal is for rank 0, which has requests to finish.
             command = [sys.executable, "-m", "megatron.dmc.serving.ranks", told]
             self.processes.append(subprocess.Popen(command, env=env, start_new_session=True))
 

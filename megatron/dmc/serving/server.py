@@ -108,8 +108,8 @@ def make_service(
     metrics = Metrics(metrics_prefix, model_name, max_model_len)
     runner = AsyncEngine(engine, limits, metrics.observe)
     metrics.watch(runner)
-    # A copy, because the engine's thread decodes with the original.
-    prompts = Prompts(copy.deepcopy(engine.tokenizer), engine.info.model.vocab_size, max_model_len)
+    # The engine's thread detokenizes with the original.
+    prompts = Prompts(engine.input_processor.with_tokenizer(copy.deepcopy(engine.tokenizer)))
     return Service(runner, prompts, model_name, str(engine.info.path), Gate(Keys(keys), max_body_bytes), metrics)
 
 

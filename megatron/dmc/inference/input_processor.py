@@ -1,0 +1,119 @@
+"""From prompts to requests: tokenize, check, refuse. The same checks serve ``LLM``, the server and the batch runner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.dmc.inference.cache import PagedCache
+from megatron.dmc.inference.errors import InvalidRequest
+from megatron.dmc.inference.request import Request
+from megatron.dmc.inference.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class InputProcessor:
+    """Makes requests that the engine can answer. Reads constants only, so threads may each use one.
+
+    Tokenizers are not safe to share between threads: :meth:`with_tokenizer` gives a processor with a copy.
+    """
+
+    tokenizer: Optional[Any]
+    """As transformers make it; None takes token ids only."""
+    vocab_size: int
+    max_model_len: int
+    cache: PagedCache
+    expected_cr: float
+    """Compression ratio by which a prompt's pages are estimated."""
+    model: str | Path
+    """Model directory, for messages."""
+
+    def with_tokenizer(self, tokenizer: Optional[Any]) -> InputProcessor:
+        return dataclasses.replace(self, tokenizer=tokenizer)
+
+    def process(
+        self,
+        request_id: str,
+        prompt: str | Iterable[int],
+        sampling_params: SamplingParams = SamplingParams(),
+        *,
+        cache_salt: Optional[str] = None,
+        report_cache: bool = False,
+    ) -> Request:
+        """The request of a prompt. Raises :class:`InvalidRequest`."""
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenize(prompt)
+        self.check(ids, sampling_params)
+        return Request(request_id, ids, sampling_params, text, cache_salt, report_cache)
+
+    def tokenize(self, prompt: str | Iterable[int], add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, or token ids as they are.
+
+        Args:
+            add_special_tokens: what the tokenizer adds to a text, such as BOS.
+
+        Raises:
+            InvalidRequest: a text without a tokenizer, one that is no Unicode, or one that is longer in characters than
+                the longest tokens could make it; it is not tokenized then.
+        """
+        if not isinstance(prompt, str):
+            return prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        tokenizer = self.needed_tokenizer()
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"character {error.start} of the prompt is half of a surrogate pair", "prompt"
+            ) from None
+        if len(prompt) > self._longest_token * self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} characters, more than {self.max_model_len} tokens (max_model_len) can "
+                "hold",
+                "prompt",
+                "context_length_exceeded",
+            )
+        return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def needed_tokenizer(self) -> Any:
+        """The tokenizer. Raises :class:`InvalidRequest` when there is none."""
+        if self.tokenizer is None:
+            raise InvalidRequest(f"{self.model} has no tokenizer; give the prompt as token ids", "prompt")
+        return self.tokenizer
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Number of characters of the tokenizer's longest token."""
+        return max(map(len, self.needed_tokenizer().get_vocab()))
+
+    def check(self, ids: list[int], params: SamplingParams) -> None:
+        """Raise :class:`InvalidRequest` for a request that can never be answered."""
+        if not ids:
+            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
+        for at, token in enumerate(ids):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+                message = f"token {at} of the prompt is {token!r}; the model has the tokens 0 to {self.vocab_size - 1}"
+                raise InvalidRequest(message, "prompt")
+        room = 0 if params.max_tokens == 0 else 1
+        longest = self.max_model_len
+        if len(ids) + room > longest:
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens; {'with room for a completion ' * room}it may have {longest - room} "
+                f"(max_model_len {longest})",
+                "prompt",
+                "context_length_exceeded",
+            )
+        params.check_vocabulary(self.vocab_size)
+        if params.stop and self.tokenizer is None:
+            message = f"stop is {list(params.stop)}, and there is no tokenizer; use stop_token_ids"
+            raise InvalidRequest(message, "stop")
+        pages = self.cache.pages_at((len(ids) + 1) / self.expected_cr)
+        if pages > self.cache.num_pages:
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens and would take {pages} pages at the model's compression ratio of "
+                f"{self.expected_cr:g}; the cache has {self.cache.num_pages}: give it more memory",
+                "prompt",
+                "context_length_exceeded",
+            )

@@ -1,0 +1,301 @@
+"""OpenAI's response objects from the engine's outputs: whole responses, and chunks of a stream."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from megatron.dmc.inference import Completion, Logprobs, RequestOutput, StepOutput
+from megatron.dmc.inference.cache import CacheUse
+from megatron.dmc.serving.prompts import Prompts, token_strings
+from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest
+
+Body = Union[CompletionRequest, ChatCompletionRequest]
+LOWEST = -9999.0
+"""Log-probability that stands for -inf, which JSON does not have."""
+
+
+def new_id(chat: bool) -> str:
+    return f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+
+def _finite(value: float) -> float:
+    return max(value, LOWEST) if math.isfinite(value) else LOWEST
+
+
+@dataclass
+class UsageCount:
+    """Sum of what the completions of one response took."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    states: int = 0
+    """Token states over all layers and heads: the slots that an uncompressed cache would take."""
+    slots: int = 0
+
+    def finished(self, usage: Optional[CacheUse]) -> None:
+        """Add the cache usage of a completion that has ended."""
+        if usage is not None:
+            self.states += usage.tokens * usage.heads
+            self.slots += usage.total_slots
+
+    def body(self) -> dict[str, Any]:
+        """The ``usage`` object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "dmc": {"slots": self.slots, "compression_ratio": self.states / self.slots if self.slots else 1.0},
+        }
+
+
+def usage_of(results: Iterable[RequestOutput]) -> UsageCount:
+    """Usage of whole results."""
+    count = UsageCount()
+    for result in results:
+        count.prompt_tokens += len(result.prompt_token_ids)
+        count.cached_tokens += result.num_cached_tokens
+        for completion in result.outputs:
+            count.completion_tokens += len(completion.token_ids)
+            count.finished(completion.cache)
+    return count
+
+
+# ------------------------------------------------------------------------------------------------- log-probabilities
+
+
+def completion_logprobs(
+    prompts: Prompts, ids: Sequence[int], found: Sequence[Optional[Logprobs]], offset: int = 0, as_ids: bool = False
+) -> dict[str, Any]:
+    """The ``logprobs`` object of a completion.
+
+    Args:
+        ids: tokens of the text.
+        found: log-probabilities of these; None for the first token of a prompt, which nothing predicts.
+        offset: of the first token in the text.
+        as_ids: name tokens as ``token_id:123``.
+    """
+    strings, offsets = token_strings(prompts, ids, as_ids), []
+    for piece in prompts.pieces(ids):
+        offsets.append(offset)
+        offset += len(piece)
+    top: list[Optional[dict[str, float]]] = []
+    for string, entry in zip(strings, found):
+        if entry is None:
+            top.append(None)
+            continue
+        names = token_strings(prompts, [token for token, _ in entry.top], as_ids)
+        row: dict[str, float] = {}
+        for name, (_, value) in zip(names, entry.top):
+            row.setdefault(name, _finite(value))  # tokens may share a text: the most likely one counts
+        row.setdefault(string, _finite(entry.logprob))
+        top.append(row)
+    values = [None if entry is None else _finite(entry.logprob) for entry in found]
+    return {"tokens": strings, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def chat_logprobs(prompts: Prompts, found: Sequence[Logprobs], as_ids: bool = False) -> dict[str, Any]:
+    """The ``logprobs`` object of a chat completion."""
+
+    def one(token: int, value: float) -> dict[str, Any]:
+        text = prompts.piece(token)
+        name = token_strings(prompts, [token], as_ids)[0]
+        return {"token": name, "logprob": _finite(value), "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    content = [
+        one(entry.token, entry.logprob) | {"top_logprobs": [one(*pair) for pair in entry.top]} for entry in found
+    ]
+    return {"content": content, "refusal": None}
+
+
+# ------------------------------------------------------------------------------------------------------------ choices
+
+
+@dataclass
+class _Piece:
+    """Part of a completion (or all of it) with its tokens and log-probabilities, for one choice."""
+
+    text: str
+    ids: Sequence[int]
+    logprobs: Sequence[Optional[Logprobs]]
+
+    def after_prompt(
+        self,
+        prompts: Prompts,
+        prompt: Union[str, Sequence[int]],
+        ids: Sequence[int],
+        found: Optional[Sequence[Logprobs]],
+    ) -> _Piece:
+        """The piece with the prompt before it, for ``echo``."""
+        text = prompt if isinstance(prompt, str) else prompts.decode(ids) if prompts.tokenizer is not None else ""
+        return _Piece(text + self.text, [*ids, *self.ids], [None, *(found or ()), *self.logprobs])
+
+
+def _completion_choice(
+    body: CompletionRequest,
+    prompts: Prompts,
+    index: int,
+    piece: _Piece,
+    output: Union[Completion, StepOutput],
+    offset: int = 0,
+) -> dict[str, Any]:
+    logprobs = None
+    if body.logprobs is not None:
+        as_ids = body.return_tokens_as_token_ids
+        logprobs = completion_logprobs(prompts, piece.ids, piece.logprobs, offset, as_ids)
+    return {"index": index, "text": piece.text, "logprobs": logprobs, **_end(output)}
+
+
+def _chat_choice(
+    body: ChatCompletionRequest,
+    prompts: Prompts,
+    index: int,
+    content: dict[str, Any],
+    output: Union[Completion, StepOutput],
+) -> dict[str, Any]:
+    """``content``: the message, or the delta of a stream."""
+    logprobs = None
+    if body.logprobs:
+        logprobs = chat_logprobs(prompts, output.logprobs or (), body.return_tokens_as_token_ids)
+    return {"index": index, **content, "logprobs": logprobs, **_end(output)}
+
+
+def _end(output: Union[Completion, StepOutput]) -> dict[str, Any]:
+    return {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+
+
+# ---------------------------------------------------------------------------------------------------- whole responses
+
+
+def response(
+    body: Body, results: Sequence[RequestOutput], model: str, prompts: Prompts, response_id: Optional[str] = None
+) -> dict[str, Any]:
+    """A ``text_completion`` or ``chat.completion`` object.
+
+    Args:
+        results: of the body's prompts, in their order, without errors.
+        response_id: None makes a new one.
+    """
+    chat = isinstance(body, ChatCompletionRequest)
+    choices = _chat_choices(body, results[0], prompts) if chat else _completion_choices(body, results, prompts)
+    if body.return_token_ids:
+        completions = ((result, completion) for result in results for completion in result.outputs)
+        for choice, (result, completion) in zip(choices, completions):
+            choice |= {"token_ids": completion.token_ids, "prompt_token_ids": list(result.prompt_token_ids)}
+    return {
+        "id": response_id or new_id(chat),
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": usage_of(results).body(),
+    }
+
+
+def _completion_choices(
+    body: CompletionRequest, results: Sequence[RequestOutput], prompts: Prompts
+) -> list[dict[str, Any]]:
+    choices: list[dict[str, Any]] = []
+    for prompt, result in zip(body.prompts, results):
+        for completion in result.outputs:
+            piece = _Piece(completion.text, completion.token_ids, completion.logprobs or ())
+            if body.echo:
+                piece = piece.after_prompt(prompts, prompt, result.prompt_token_ids, result.prompt_logprobs)
+            choices.append(_completion_choice(body, prompts, len(choices), piece, completion))
+    return choices
+
+
+def _chat_choices(body: ChatCompletionRequest, result: RequestOutput, prompts: Prompts) -> list[dict[str, Any]]:
+    choices = []
+    for completion in result.outputs:
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        choices.append(_chat_choice(body, prompts, completion.index, {"message": message}, completion))
+    return choices
+
+
+# ------------------------------------------------------------------------------------------------- chunks of a stream
+
+
+@dataclass
+class Chunks:
+    """Chunks of one streamed response. Completions of prompt p have the indices p n ... (p + 1) n - 1."""
+
+    request: Body
+    prompts: Prompts
+    ids: Sequence[Sequence[int]]
+    """Token ids of each prompt."""
+    model: str
+    name: str
+    usage: UsageCount = field(default_factory=UsageCount)
+
+    def __post_init__(self) -> None:
+        self.chat = isinstance(self.request, ChatCompletionRequest)
+        options = self.request.stream_options
+        self.with_usage = options is not None and options.include_usage
+        self.with_cache = options is not None and options.include_cache
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        self.head: dict[str, Any] = {"id": self.name, "object": kind, "created": int(time.time()), "model": self.model}
+        if self.with_usage:
+            self.head["usage"] = None
+        self.usage.prompt_tokens = sum(map(len, self.ids))
+        self.offsets: dict[int, int] = {}
+        """Length of each choice's text so far, prompt included with ``echo``."""
+        self.told: set[int] = set()
+        """Choices that have given their prompt's token ids."""
+
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks before any token: the role, in a chat."""
+        if not self.chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        choice = {"delta": delta, "logprobs": None, "finish_reason": None}
+        return [self._chunk({"index": i, **choice}) for i in range(self.request.n or 1)]
+
+    def of(self, prompt: int, output: StepOutput) -> dict[str, Any]:
+        """The chunk of one output of prompt number ``prompt``."""
+        index = prompt * (self.request.n or 1) + output.index
+        self.usage.completion_tokens += len(output.tokens)
+        if output.finished:
+            self.usage.finished(output.cache)
+            if output.index == 0:
+                self.usage.cached_tokens += output.num_cached_tokens
+        if self.chat:
+            choice = _chat_choice(self.request, self.prompts, index, {"delta": {"content": output.text}}, output)
+        else:
+            choice = self._completion(prompt, index, output)
+        if self.request.return_token_ids:
+            choice["token_ids"] = list(output.tokens)
+            if index not in self.told:
+                self.told.add(index)
+                choice["prompt_token_ids"] = list(self.ids[prompt])
+        chunk = self._chunk(choice)
+        if self.with_cache and output.cache is not None and not output.finished:
+            cache = output.cache
+            ratio = cache.compression_ratio
+            chunk["dmc"] = {"index": index, "tokens": cache.tokens, "slots": cache.slots, "compression_ratio": ratio}
+        return chunk
+
+    def last(self) -> list[dict[str, Any]]:
+        """Chunks after the last token: the usage, when asked for."""
+        return [{**self.head, "choices": [], "usage": self.usage.body()}] if self.with_usage else []
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "choices": [choice]}
+
+    def _completion(self, prompt: int, index: int, output: StepOutput) -> dict[str, Any]:
+        body = self.request
+        assert isinstance(body, CompletionRequest)
+        piece = _Piece(output.text, output.tokens, output.logprobs)
+        if body.echo and index not in self.offsets and (output.tokens or output.finished):
+            piece = piece.after_prompt(self.prompts, body.prompts[prompt], self.ids[prompt], output.prompt_logprobs)
+        offset = self.offsets.get(index, 0)
+        if piece.ids or output.finished:
+            length = sum(map(len, self.prompts.pieces(piece.ids))) if body.logprobs is not None else 0
+            self.offsets[index] = offset + length
+        return _completion_choice(body, self.prompts, index, piece, output, offset)
