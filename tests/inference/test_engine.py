@@ -285,7 +285,7 @@ def test_stats(models) -> None:
         ([1, 61], {}, "token 1 of the prompt is 61; the model has the tokens 0 to 60"),
         ([-1], {}, "token 0 of the prompt is -1"),
         ([1.5], {}, "token 0 of the prompt is 1.5"),
-        ([1] * 256, {}, "the prompt has 256 tokens; with room for an answer it may have 255"),
+        ([1] * 256, {}, "the prompt has 256 tokens; with room for a completion it may have 255"),
         ([1] * 200, {}, "the prompt has 200 tokens and would take 52 pages"),
         ("text", {}, "has no tokenizer; give the prompt as token ids"),
         ([1], {"stop": "x"}, "there is no tokenizer; use stop_token_ids"),
@@ -307,7 +307,7 @@ def test_a_bad_request_fails_alone(prompt, params: dict, message: str, models) -
 def test_the_same_id_twice_is_refused(models) -> None:
     engine = models("half").engine()
     engine.add_request("a", [1, 2, 3])
-    with pytest.raises(ValueError, match="request 'a' is being answered already"):
+    with pytest.raises(ValueError, match="request 'a' is still running"):
         engine.add_request("a", [1, 2, 3])
     assert [output.finish_reason for output in engine.abort("a")] == ["abort"]
     assert engine.abort("a") == [] and engine.step() == []
@@ -335,8 +335,9 @@ def test_logits_that_are_no_numbers(models) -> None:
     for name, answer in clean.items():
         assert ids_of(found[name, 0]) == answer
     for name in ("1", "4", "7", "10"):
-        (output,) = found[name, 0]
-        assert output.finish_reason == "error" and output.tokens == () and "are not finite" in output.error
+        *before, output = found[name, 0]
+        assert all(empty.tokens == () and not empty.finished for empty in before)  # scheduled, and still in prefill
+        assert output.finish_reason == "error" and output.tokens == () and "hold NaN or Inf" in output.error
 
 
 def test_a_sequence_that_outgrows_the_pool_fails_alone(models) -> None:
