@@ -1,4 +1,4 @@
-"""Models without weights: ``config.json`` alone, and random numbers in their place. For measuring shapes, not for text.
+"""Random weights for a ``config.json``, to measure the speed of a model's shape (``--load-format dummy``).
 
 The decision neuron of a random key is about N(0, 1), token by token, so the decision bias alone sets how often tokens
 merge: a directory that is plain can be measured as a model of any compression ratio.
@@ -22,9 +22,7 @@ LOAD_FORMATS = ("auto", "dummy")
 
 
 class RandomTensor(hf.Lazy):
-    """Norms are 1, biases 0, matrices normal with a variance that keeps activations near 1. The same numbers every
-    time.
-    """
+    """Weights made on the fly, the same every time: norms 1, biases 0, matrices normal with activations near 1."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, layers: int) -> None:
         self.name, self.shape, self.dtype = name, tuple(shape), dtype
@@ -42,9 +40,7 @@ class RandomTensor(hf.Lazy):
 
 
 def bias_for(compression_ratio: float) -> float:
-    """The decision bias above which a share of 1 - 1 / CR of N(0, 1) lies.
-    Raises ``ValueError`` for a ratio below 1.
-    """
+    """Decision bias above which a share of 1 - 1 / CR of N(0, 1) lies. Raises ``ValueError`` for a ratio up to 1."""
     if not compression_ratio > 1:
         raise ValueError(f"compression_ratio is {compression_ratio!r}; above 1 tokens merge, and 1 is a plain model")
     return NormalDist().inv_cdf(1 / compression_ratio)
@@ -75,10 +71,10 @@ def _dtype(config: dict) -> torch.dtype:
 
 
 def open_directory(path: str | Path, compression_ratio: Optional[float] = None) -> hf.HFDirectory:
-    """The directory of a ``config.json``, with random weights whatever else is in it.
+    """Open a directory by its ``config.json`` alone, with random weights.
 
     Args:
-        compression_ratio: makes the model one that merges so often (1: a plain one). None: what the file says.
+        compression_ratio: tokens per slot of the model to make; 1 makes a plain model, None takes what the file says.
 
     Raises:
         ValueError: no such file, a model that is not supported, or a ratio below 1.

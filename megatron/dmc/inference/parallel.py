@@ -1,4 +1,4 @@
-"""Tensor parallelism: which part of a tensor a rank holds, and the three collectives that the model needs."""
+"""Tensor parallelism: the part of a tensor that a rank holds, and the collectives that the model needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron.dmc.config import ModelConfig
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """One rank of ``size``. All ranks run the same engine on the same requests; only tensors differ."""
+    """One rank of a tensor-parallel group. All ranks run the same engine on the same requests; only tensors differ."""
 
     rank: int = 0
     size: int = 1
     group: Optional[Any] = None
-    """A torch.distributed process group; None: the default one."""
+    """Process group of torch.distributed; None is the default one."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ``ValueError`` when the model cannot be cut into so many parts."""
+        """Raise ``ValueError`` when the group's size does not divide the model's heads and MLP."""
         for name, value in (
             ("num_key_value_heads", model.kv_heads),
             ("num_attention_heads", model.num_attention_heads),
@@ -33,7 +33,7 @@ class TensorParallel:
                 raise ValueError(f"tensor parallelism {self.size} does not divide {name} {value}; use a divisor of it")
 
     def part(self, total: int) -> tuple[int, int]:
-        """First and last-but-one row of ``total`` that are this rank's; the last ranks may hold fewer."""
+        """Range [start, stop) of this rank's rows of ``total``; the last ranks may hold fewer."""
         each = -(-total // self.size)
         return min(self.rank * each, total), min((self.rank + 1) * each, total)
 
@@ -44,7 +44,7 @@ class TensorParallel:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """[...] of every rank -> [size, ...]."""
+        """Gather a tensor of every rank: [...] -> [size, ...]."""
         if self.size == 1:
             return x[None]
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -52,21 +52,21 @@ class TensorParallel:
         return torch.stack(parts)
 
     def columns(self, x: Tensor, total: int) -> Tensor:
-        """[n, part] of every rank -> [n, total]."""
+        """Gather columns of every rank: [n, part] -> [n, total]."""
         if self.size == 1:
             return x
         # [size, n, part] -> [n, size, part] -> [n, size * part]
         return self.gather(x).transpose(0, 1).reshape(x.size(0), self.size * x.size(1))[:, :total]
 
     def from_first(self, x: Tensor) -> Tensor:
-        """What rank 0 has, on every rank, in place: drawn tokens must not differ by a rounding."""
+        """Broadcast rank 0's values in place: sampled tokens must not differ by a rounding."""
         if self.size > 1:
             dist.broadcast(x, src=dist.get_global_rank(self.group, 0) if self.group else 0, group=self.group)
         return x
 
 
 def initialize(size: int, device: torch.device, group: Optional[Any] = None) -> TensorParallel:
-    """This process' rank among ``size``; starts the default group from torchrun's environment where there is none.
+    """Rank of this process in a group of ``size``; starts the default group from torchrun's environment if needed.
 
     Raises:
         ValueError: the group has another size.

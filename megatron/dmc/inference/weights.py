@@ -1,6 +1,4 @@
-"""Weights of a Hugging Face directory, plain or exported, streamed into the serving model's tensors. No
-file is mapped.
-"""
+"""Load weights of a Hugging Face directory, plain or exported, block by block into the serving model's tensors."""
 
 from __future__ import annotations
 
@@ -20,27 +18,28 @@ from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
 
 NEVER = 1e9
-"""A decision bias above any logit: a model of stage zero_out appends every token, with the neuron out of attention."""
+"""Decision bias above any logit: a model of stage zero_out appends every token, with the neuron out of attention."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What ``config.json`` says."""
+    """Configuration of a model directory."""
 
     path: Path
     model: ModelConfig
     dmc: Optional[DMCConfig]
-    """None: a plain model."""
+    """DMC settings; None for a plain model."""
     stage: Optional[str]
+    """Stage of the retrofit; None for a plain model."""
     expected_cr: float
-    """Tokens per slot that the model was measured, or trained, to reach; 1 for what does not merge."""
+    """Tokens per slot that the model was measured, or trained, to reach; 1 when it does not merge."""
     dtype: torch.dtype
-    """Of the weights in the files."""
+    """Data type of the weights in the files."""
     eos: tuple[int, ...]
-    """Token ids that end a text."""
+    """End-of-sequence token ids."""
 
     def check_served(self) -> None:
-        """Raises ``ValueError`` for a model that is made to compare with, not to serve."""
+        """Raise ``ValueError`` for a model that only ``megatron.dmc.evaluation`` can run."""
         if self.dmc is not None and self.dmc.method != "dmc":
             raise ValueError(
                 f"{self.path} was trained with method {self.dmc.method}, which is evaluated "
@@ -49,7 +48,9 @@ class ModelInfo:
 
     @property
     def compresses(self) -> bool:
-        """Whether the decision neuron is out of attention (a model of stage zero_out never merges, all the same)."""
+        """Whether the decision neuron is taken out of attention.
+        (A model of stage zero_out never merges all the same.)
+        """
         return self.dmc is not None
 
     @property
@@ -60,12 +61,12 @@ class ModelInfo:
 
     @property
     def window(self) -> Optional[int]:
-        """W of the pooling; 1 where nothing is ever pooled, so that nothing is kept for it."""
+        """Pooling window W; 1 where nothing is ever pooled, so that nothing is kept for it."""
         return self.dmc.window if self.dmc is not None and self.stage in mapping.COMPRESSED_STAGES else 1
 
 
 def _dmc(config: dict) -> tuple[Optional[DMCConfig], Optional[str], float]:
-    """(settings, stage, expected CR) from the ``dmc`` block; (None, None, 1) for a plain model."""
+    """DMC settings, stage and expected CR from the ``dmc`` block; (None, None, 1) for a plain model."""
     dmc = mapping.dmc_from_hf_config(config)
     if dmc is None:
         if config.get("model_type") == mapping.DMC_MODEL_TYPE:
@@ -89,7 +90,9 @@ def _eos(path: Path, config: dict) -> tuple[int, ...]:
 
 
 def read_info(directory: hf.HFDirectory) -> ModelInfo:
-    """Raises ``ValueError`` for a configuration that the serving model does not compute, naming key and value."""
+    """Read a directory's configuration. Raises ``ValueError``, naming key and value, for what the model does not
+    compute.
+    """
     path, config = directory.path, directory.config
     dmc, stage, cr = _dmc(config)
     model = mapping.from_hf_config(config)
@@ -98,7 +101,7 @@ def read_info(directory: hf.HFDirectory) -> ModelInfo:
 
 
 class Reader:
-    """Reads tensors, or a rank's part of them, and checks names, shapes and values on the way."""
+    """Reader of tensors, or of a rank's part of them, that checks names, shapes and values on the way."""
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class Reader:
         self.tensors = tensors
 
     def _fill(self, out: Tensor, name: str, rows: slice, columns: slice) -> None:
-        """Block by block: what is read is converted, moved and forgotten."""
+        """Read part of a tensor block by block, converting each and moving it to the device."""
         lazy = self.tensors[name]
         step = max(1, (32 << 20) // max(1, lazy.row_bytes))
         for start in range(rows.start, rows.stop, step):
@@ -139,7 +142,7 @@ class Reader:
         return self.rows([name], lambda n: (0, n))
 
     def rows(self, names: list[str], part: Optional[Callable[[int], tuple[int, int]]] = None) -> Tensor:
-        """This rank's rows of each tensor, one below the other, in the model's dtype and on its device."""
+        """Read this rank's rows of each tensor, one below the other, in the model's dtype and on its device."""
         part = part or self.parallel.part
         slices = [slice(*part(self.shapes[name][0])) for name in names]
         total = sum(rows.stop - rows.start for rows in slices)
@@ -151,7 +154,7 @@ class Reader:
         return out
 
     def columns(self, name: str) -> Tensor:
-        """This rank's columns of a matrix."""
+        """Read this rank's columns of a matrix."""
         rows, total = self.shapes[name]
         start, stop = self.parallel.part(total)
         out = empty_in_huge_pages((rows, stop - start), self.dtype, self.device)
@@ -160,7 +163,7 @@ class Reader:
 
 
 def dtype_of(name: str | torch.dtype, info: ModelInfo, device: torch.device) -> torch.dtype:
-    """What "auto" or a name asks for. auto: that of the files; on a CPU, fp32 for fp16, which few CPUs compute in."""
+    """Data type of a name. "auto" is the files' own, but fp32 instead of fp16 on CPUs, few of which compute in fp16."""
     if isinstance(name, torch.dtype):
         return name
     known: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,4 +1,4 @@
-"""A run of ``dmc batch``: files, engine, signals and progress around :class:`~megatron.dmc.serving.batch.BatchRunner`."""
+"""A run of ``dmc batch``: files, engine, signals and progress around the :class:`BatchRunner`."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ def describe(summary: Any, engine: Any) -> str:
     """Summary of a run in a few lines."""
     usage, seconds = summary.usage, max(1e-9, summary.seconds)
     total, stats = usage.prompt_tokens + usage.completion_tokens, engine.stats()
+    ratio = usage.body()["dmc"]["compression_ratio"]
     left = f"; {summary.unfinished} begun and left" if summary.unfinished else ""
     lines = [
         f"{summary.answered} lines answered, {summary.errors} with an error; {summary.skipped} were there before{left}",
         f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens in {summary.seconds:.1f} s: "
         f"{usage.completion_tokens / seconds:.1f} new tokens/s, {total / seconds:.1f} tokens/s",
-        f"CR {usage.body()['dmc']['compression_ratio']:.2f}; at most {summary.peak_pages} of {stats.pages} pages in use; "
-        f"{stats.preemptions} preemptions",
+        f"CR {ratio:.2f}; at most {summary.peak_pages} of {stats.pages} pages in use; {stats.preemptions} preemptions",
     ]
     if summary.strangers:
         lines.append(f"{summary.strangers} lines of the output answer no line of this input")
