@@ -148,9 +148,10 @@ def test_prompts_in_all_forms(prompts: Prompts) -> None:
     with pytest.raises(APIError, match="no tokenizer"):
         make_prompts(None, 61, 256).of_completion(parse(CompletionRequest, {"prompt": "a"}))
     with pytest.raises(APIError, match="250 tokens and max_tokens is 7") as caught:
-        prompts.check_context([1] * 250, SamplingParams(max_tokens=7))
+        prompts.requests(parse(CompletionRequest, {"prompt": [1] * 250}), SamplingParams(max_tokens=7), "x")
     assert caught.value.param == "max_tokens"
-    prompts.check_context([1] * 250, SamplingParams(max_tokens=6))
+    made = prompts.requests(parse(CompletionRequest, {"prompt": [[1] * 250, [2]]}), SamplingParams(max_tokens=6), "x")
+    assert [request.request_id for request in made] == ["x-0", "x-1"] and made[1].prompt_token_ids == [2]
 
 
 def test_chat_template(prompts: Prompts) -> None:

@@ -32,7 +32,11 @@ class OutputProcessor:
     def scheduled(self, sequences: Iterable[Sequence], outputs: Iterable[StepOutput]) -> list[StepOutput]:
         """Empty outputs of sequences that were scheduled for the first time and have none among ``outputs``."""
         told = {(output.request_id, output.index) for output in outputs}
-        return [StepOutput(*s.id) for s in sequences if not s.num_preemptions and s.id not in told]
+        return [
+            StepOutput(*s.id, num_cached_tokens=s.num_cached_tokens or 0)
+            for s in sequences
+            if not s.num_preemptions and s.id not in told
+        ]
 
     def finish(self, sequence: Sequence, reason: FinishReason, **news: Any) -> StepOutput:
         """End a sequence: frees what it holds, and returns its last output."""
