@@ -74,7 +74,7 @@ def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, aft
     """Give every head the pages that it grows by. before, after: int64 slots [N, H].
 
     Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages: no order of
-    execution changes who gets which page.
+    execution changes which head gets which page.
     """
     size, heads = state.page_size, before.size(1)
     had = -(-before // size)
@@ -116,7 +116,7 @@ def _history(state: CacheState, layer: int, rows: Tensor, window: Optional[int])
         valid, at = index >= 0, index % r
         k, v = (x.gather(2, at[..., None].expand_as(x)) for x in (k, v))
         w = w.gather(2, at)
-    # What is not of the slot may be anything, NaN too; as a slot of its own with weight 1 it does no harm.
+    # Places outside the open slot may hold anything, NaN too; as slots of their own with weight 1 they do no harm.
     k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
     return _Raw(k, v, w.masked_fill(~valid, 1.0)), valid
 
@@ -288,7 +288,7 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
     ):
         raise ValueError(f"target is {target.tolist()}; it must be distinct empty rows that are no sources")
     lengths = state.lengths[source].long()  # [n, L, H]
-    final = (lengths - 1).clamp_min(0) if state.compresses else lengths  # slots that nobody writes any more
+    final = (lengths - 1).clamp_min(0) if state.compresses else lengths  # slots that are not written any more
     held, shared = -(-lengths // state.page_size), final // state.page_size
     copied = held > shared
     total = int(copied.sum())
