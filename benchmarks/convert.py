@@ -1,14 +1,13 @@
 """Import and export of a model of 8 GB and more: memory, and speed against copying the same files.
 
 A random Llama 3 model (bf16, vocabulary 128256) is written in shards. Then, in rounds: its files are copied and it is
-imported; the checkpoint's files are copied and it is exported. Each in a process of its own, each synced to disk, each
+imported; the checkpoint's files are copied and it is exported. Each runs in a process of its own and is synced to disk,
 with what it reads in the page cache and nothing else (the rest is dropped from it). Memory is the process' peak of
 resident memory above what it has after its imports. Needs three times the model's size on disk, and twice in memory for
 the page cache.
 
 Targets (--check): import and export peak below 2 GB; both are at least 0.6 times as fast as the copy beside them
-    (median of the
-rounds); the exported files are those of the model, byte for byte.
+(median of the rounds); the exported files are those of the model, byte for byte.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def write_model(directory: Path, layers: int, seed: int = 0) -> int:
             self.name, self.shape, self.dtype = name, shape, torch.bfloat16
 
         def read_into(self, out: torch.Tensor, start: int) -> None:
-            # Pieces of one draw, from a place that depends on the tensor: drawing gigabytes would take minutes.
+            # Pieces of one sample, from a place that depends on the tensor: sampling gigabytes would take minutes.
             flat, at = out.view(-1), (hash_of(self.name) + start) % self.noise.numel()
             while flat.numel():
                 n = min(flat.numel(), self.noise.numel() - at)

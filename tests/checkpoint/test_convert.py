@@ -174,6 +174,7 @@ def test_command_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for directory in (source, tmp_path / "mg", tmp_path / "out"):
         status, out, _ = cli("inspect", directory, capsys=capsys)
         assert status == 0 and "2 layers, hidden 64" in out and "tied embeddings" in out and "llama3 scaling x8" in out
+        assert "{}" not in out and ("stage" in out) == (directory == tmp_path / "mg")  # no line without a value
 
 
 def test_verify_sees_one_bit(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
