@@ -9,6 +9,7 @@ import io
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from megatron.dmc import flags
@@ -23,6 +24,30 @@ def _ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids") from None
 
 
+@dataclass
+class GenerateConfig:
+    """Model, prompts and output of ``dmc generate``."""
+
+    model: str = field(metadata={"flags": ("model",)})
+    """Hugging Face directory, plain or exported from a retrofit."""
+    prompts: Optional[list] = field(
+        default=None, metadata={"flags": ("--prompt",), "action": "append", "dest": "prompts", "metavar": "TEXT"}
+    )
+    """Text to complete; may be given several times."""
+    tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
+    """Directory of the tokenizer. Default: the model's."""
+    stream: bool = field(default=False, metadata={"action": "store_true"})
+    """Print tokens as they are sampled, for one prompt and one completion."""
+    stats: bool = field(default=False, metadata={"action": "store_true"})
+    """Print slots and compression ratio by layer and KV head, and times, after the completions."""
+    stop: list[str] = field(default_factory=list, metadata={"action": "append", "metavar": "TEXT"})
+    """String that ends a completion, and is not part of it; may be given several times."""
+    stop_token_ids: list[int] = field(default_factory=list, metadata={"nargs": None, "type": _ids, "metavar": "IDS"})
+    """Token ids that end a completion, such as 2,13. Default: none."""
+    ignore_eos: bool = field(default=False, metadata={"action": "store_true"})
+    """Sample --max-tokens tokens, whatever the end-of-sequence token says."""
+
+
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="dmc generate",
@@ -32,51 +57,12 @@ def build_parser() -> flags.Parser:
             dmc generate Llama-2-7B-DMC-4x --prompt "The cache of" --prompt "Once upon" --temperature 0.8 --seed 1
             """,
     )
-    parser.set_defaults(run=_run)
-    parser.add_argument("model", help="Hugging Face directory, plain or exported from a retrofit.")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        dest="prompts",
-        metavar="TEXT",
-        help="Text to complete. May be given several times.",
-    )
-    parser.add_argument(
-        "--prompt-ids",
-        action="append",
-        type=_ids,
-        dest="prompts",
-        metavar="IDS",
-        help="Token ids to complete, such as 1,2,3. May be given several times.",
-    )
-    parser.add_argument("--tokenizer", metavar="DIR", help="Directory of the tokenizer. Default: the model's.")
-    parser.add_argument(
-        "--stream", action="store_true", help="Print tokens as they are sampled, for one prompt and one completion."
-    )
-    parser.add_argument(
-        "--stats",
-        action="store_true",
-        help="Print slots and compression ratio by layer and KV head, and times, after the completions.",
-    )
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="String that ends a completion, and is not part of it. May be given several times.",
-    )
-    parser.add_argument(
-        "--stop-token-ids",
-        type=_ids,
-        default=[],
-        metavar="IDS",
-        help="Token ids that end a completion, such as 2,13. Default: none.",
-    )
-    parser.add_argument(
-        "--ignore-eos", action="store_true", help="Sample --max-tokens tokens, whatever the end-of-sequence token says."
-    )
+    flags.add_fields(parser, GenerateConfig)
+    ids = "Token ids to complete, such as 1,2,3; may be given several times."
+    parser.add_argument("--prompt-ids", action="append", type=_ids, dest="prompts", metavar="IDS", help=ids)
     options.add_sampling(parser, max_tokens=128, temperature=0.0)
     options.add_engine(parser)
+    parser.set_defaults(run=_run)
     return parser
 
 
@@ -101,9 +87,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _generate(llm: Any, args: argparse.Namespace, sampling_params: SamplingParams) -> int:
     began = time.monotonic()
-    results = (
-        [_stream(llm, args.prompts[0], sampling_params)] if args.stream else llm.generate(args.prompts, sampling_params)
-    )
+    if args.stream:
+        results = [_stream(llm, args.prompts[0], sampling_params)]
+    else:
+        results = llm.generate(args.prompts, sampling_params)
     seconds = time.monotonic() - began
     status = 0
     for result in results:
@@ -127,13 +114,9 @@ def _text(completion: Completion, has_text: bool) -> str:
 def _print_result(result: RequestOutput, named: bool) -> None:
     for completion in result.outputs:
         prompt = result.prompt if result.prompt is not None else " ".join(map(str, result.prompt_token_ids))
-        head = (
-            f"--- prompt {result.request_id}, completion {completion.index} ({completion.finish_reason})\n"
-            if named
-            else ""
-        )
+        name = f"--- prompt {result.request_id}, completion {completion.index} ({completion.finish_reason})\n"
         has_text = bool(completion.text)
-        print(f"{head}{prompt}{'' if has_text else ' '}{_text(completion, has_text)}")
+        print(f"{name if named else ''}{prompt}{'' if has_text else ' '}{_text(completion, has_text)}")
 
 
 def _stream(llm: Any, prompt: str | list[int], sampling_params: SamplingParams) -> RequestOutput:

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from megatron.dmc import flags
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.sampling_params import SamplingParams
 
-ENGINE = (
-    "dtype",
-    "load_format",
-    "device",
-    "tensor_parallel_size",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "block_size",
-    "kv_cache_memory_bytes",
-    "gpu_memory_utilization",
-    "enforce_eager",
-    "enable_prefix_caching",
-)
-SAMPLING = (
-    "n",
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
+
+def _names(cls: type, without: str) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls) if field.name not in without.split())
+
+
+ENGINE = _names(EngineConfig, "num_pages max_prefix_snapshots prefix_cache_min_tokens seed")
+SAMPLING = _names(
+    SamplingParams,
+    "logit_bias stop stop_token_ids ignore_eos logprobs prompt_logprobs skip_special_tokens include_stop_str_in_output",
 )
 
 

@@ -5,12 +5,12 @@ Everything is arithmetic: memory figures are estimates; formulas and sources are
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,112 +20,75 @@ from megatron.dmc.planning.estimates import GB, PARTS, Fit, bubble, plan, servin
 from megatron.dmc.planning.layouts import as_flags, problem, recomputation, suggest, with_layout
 
 
+@dataclass
+class PlanConfig:
+    """Model, layout and hardware of a plan."""
+
+    model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
+    """Shipped configuration (such as llama2-7b), configuration file, or Hugging Face config.json or its directory."""
+    json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
+    """File to write all figures to, in bytes and fractions."""
+
+    gpus: Optional[int] = field(default=None, metadata={"group": "layout"})
+    """Number of GPUs. Default: TP x PP x DP when --dp is given, else one node or what TP x PP needs."""
+    tp: Optional[int] = None
+    """Tensor parallel size. Default: the configuration's."""
+    pp: Optional[int] = None
+    """Pipeline parallel size. Default: the configuration's."""
+    dp: Optional[int] = None
+    """Data parallel size. Default: what --gpus leaves."""
+    vp: Optional[int] = None
+    """Model chunks per pipeline stage. Default: 1 with --pp, else the configuration's."""
+    sequence_length: Optional[int] = field(default=None, metadata={"metavar": "TOKENS"})
+    """Tokens per sequence. Default: the configuration's."""
+    micro_batch: Optional[int] = field(default=None, metadata={"metavar": "SEQUENCES"})
+    """Sequences per forward pass and data-parallel rank. Default: the configuration's."""
+    global_batch: Optional[int] = field(default=None, metadata={"metavar": "SEQUENCES"})
+    """Sequences per optimizer step, over all ranks. Default: the configuration's."""
+    recompute: Optional[str] = field(default=None, metadata={"metavar": "KIND"})
+    """Recomputation of activations: none, selective[:core_attn,mlp] or full. Default: the configuration's."""
+    sequence_parallel: Optional[bool] = None
+    """Split the residual stream over the tensor-parallel ranks. Default: on when --tp is above 1."""
+    distributed_optimizer: Optional[bool] = None
+    """Shard optimizer state over the data-parallel ranks. Default: the configuration's."""
+
+    target_cr: float = field(default=4.0, metadata={"group": "training"})
+    """Compression ratio (tokens / slots) that the retrofit ends at."""
+    mfu: float = 0.40
+    """Model FLOPs over peak FLOPs, end to end, as a fraction."""
+    peak_tflops: float = 989.0
+    """Peak of one GPU in dense bf16 TFLOP/s, as an H100 SXM has."""
+    gpu_memory_gb: float = 80.0
+    """Memory of one GPU, in GB of 1e9 bytes."""
+    overhead_gb: float = 4.0
+    """Memory per GPU for the CUDA context, NCCL and fragmentation, in GB."""
+    gpus_per_node: int = 8
+    """GPUs of a node, which suggested tensor parallel sizes stay within."""
+
+    serving_tp: Optional[int] = field(default=None, metadata={"group": "serving"})
+    """Tensor parallel size of the server. Default: the least that leaves half of the memory to the cache."""
+    context: Optional[int] = field(default=None, metadata={"metavar": "TOKENS"})
+    """Tokens of every served sequence. Default: --sequence-length."""
+    page_size: list[int] = field(default_factory=lambda: [16, 64], metadata={"nargs": "+", "metavar": "SLOTS"})
+    """Slots per page of the KV cache, one table row for each size. Default: 16 64."""
+    gpu_memory_utilization: float = 0.9
+    """Fraction of a GPU's memory for weights and cache."""
+
+
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="dmc plan",
         description="Estimate whether a retrofit fits its GPUs, how long it takes, and what the result serves.\n\n"
         "What is not given comes from the model's configuration. Exit status: 0 the plan fits; 2 it cannot work or\n"
-        "does not fit, and the nearest layouts that do are listed.",
+        f"does not fit, and the nearest layouts that do are listed. Shipped: {', '.join(sorted(shipped()))}.",
         examples="""
             dmc plan llama2-70b --gpus 64 --tp 8 --pp 4
             dmc plan path/to/hf_model --gpus 8 --tp 4 --sequence-length 4096 --recompute selective
             """,
     )
-    parser.set_defaults(run=_run)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"Shipped configuration ({', '.join(sorted(shipped()))}), configuration file, or Hugging Face config.json "
-        "or its directory.",
-    )
-    _add_layout(parser.add_argument_group("layout"))
-    _add_training(parser.add_argument_group("training"))
-    _add_serving(parser.add_argument_group("serving"))
-    parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="File to write all figures to, in bytes and fractions."
-    )
+    flags.add_fields(parser, PlanConfig)
+    parser.set_defaults(run=lambda args: _run(flags.read(PlanConfig, args)))
     return parser
-
-
-def _add_layout(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--gpus",
-        type=int,
-        help="Number of GPUs. Default: TP x PP x DP when --dp is given, else one node or what TP x PP needs.",
-    )
-    group.add_argument("--tp", type=int, help="Tensor parallel size. Default: the configuration's.")
-    group.add_argument("--pp", type=int, help="Pipeline parallel size. Default: the configuration's.")
-    group.add_argument("--dp", type=int, help="Data parallel size. Default: what --gpus leaves.")
-    group.add_argument(
-        "--vp", type=int, help="Model chunks per pipeline stage. Default: 1 with --pp, else the configuration's."
-    )
-    group.add_argument(
-        "--sequence-length", type=int, metavar="TOKENS", help="Tokens per sequence. Default: the configuration's."
-    )
-    group.add_argument(
-        "--micro-batch",
-        type=int,
-        metavar="SEQUENCES",
-        help="Sequences per forward pass and data-parallel rank. Default: the configuration's.",
-    )
-    group.add_argument(
-        "--global-batch",
-        type=int,
-        metavar="SEQUENCES",
-        help="Sequences per optimizer step, over all ranks. Default: the configuration's.",
-    )
-    group.add_argument(
-        "--recompute",
-        metavar="KIND",
-        help="Recomputation of activations: none, selective[:core_attn,mlp] or full. Default: the configuration's.",
-    )
-    group.add_argument(
-        "--sequence-parallel",
-        action=argparse.BooleanOptionalAction,
-        help="Split the residual stream over the tensor-parallel ranks. Default: on when --tp is above 1.",
-    )
-    group.add_argument(
-        "--distributed-optimizer",
-        action=argparse.BooleanOptionalAction,
-        help="Shard optimizer state over the data-parallel ranks. Default: the configuration's.",
-    )
-
-
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    for flag, kind, default, text in (
-        ("--target-cr", float, 4.0, "Compression ratio (tokens / slots) that the retrofit ends at"),
-        ("--mfu", float, 0.40, "Model FLOPs over peak FLOPs, end to end, as a fraction"),
-        ("--peak-tflops", float, 989.0, "Peak of one GPU in dense bf16 TFLOP/s; the default is an H100 SXM's"),
-        ("--gpu-memory-gb", float, 80.0, "Memory of one GPU in GB of 1e9 bytes"),
-        ("--overhead-gb", float, 4.0, "Memory per GPU, in GB, for the CUDA context, NCCL and fragmentation"),
-        ("--gpus-per-node", int, 8, "GPUs of a node, which suggested tensor parallel sizes stay within"),
-    ):
-        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s).")
-
-
-def _add_serving(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--serving-tp",
-        type=int,
-        help="Tensor parallel size of the server. Default: the least that leaves half of the memory to the cache.",
-    )
-    group.add_argument(
-        "--context", type=int, metavar="TOKENS", help="Tokens of every served sequence. Default: --sequence-length."
-    )
-    group.add_argument(
-        "--page-size",
-        type=int,
-        nargs="+",
-        default=[16, 64],
-        metavar="SLOTS",
-        help="Slots per page of the KV cache, one table row for each size (default: 16 64).",
-    )
-    group.add_argument(
-        "--gpu-memory-utilization",
-        type=float,
-        default=0.9,
-        help="Fraction of a GPU's memory for weights and cache (default: %(default)s).",
-    )
 
 
 def shipped() -> dict[str, Path]:
@@ -158,9 +121,9 @@ def load_model(name: str) -> RunConfig:
     return run
 
 
-def resolve(args: argparse.Namespace) -> tuple[RunConfig, int]:
+def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
     """The run and its number of GPUs. Raises ``ValueError`` for values that make no sense in any layout."""
-    for name, value in vars(args).items():
+    for name, value in dataclasses.asdict(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 zero = name == "overhead_gb"
@@ -288,7 +251,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return flags.run(build_parser(), argv, refused=(ValueError, OSError))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: PlanConfig) -> int:
     run, gpus = resolve(args)
     fit = Fit(args.gpu_memory_gb * GB, args.overhead_gb * GB, args.gpus_per_node)
     wrong, figures = problem(run, gpus, fit), {}
