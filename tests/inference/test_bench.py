@@ -239,36 +239,9 @@ def test_a_request_that_fails_ends_the_measurement(model: Model) -> None:
 def test_bench_throughput_of_several_models(bare: Path, tmp_path: Path, capsys) -> None:
     """One memory for all; the one that merges holds more; ratios are of the same rounds."""
     out = tmp_path / "deep" / "t.json"
-    assert (
-        main(
-            [
-                "bench",
-                "throughput",
-                str(bare),
-                "--load-format",
-                "dummy",
-                "--compression-ratio",
-                "1,4",
-                "--input-len",
-                "60,150",
-                "--output-len",
-                "6",
-                "--num-prompts",
-                "8",
-                "--kv-cache-memory-bytes",
-                "900000",
-                "--max-num-seqs",
-                "8",
-                "--num-iters",
-                "2",
-                "--output-json",
-                str(out),
-                "--random-range-ratio",
-                "0.2",
-            ]
-        )
-        == 0
-    )
+    options = "--load-format dummy --compression-ratio 1,4 --input-len 60,150 --output-len 6 --num-prompts 8"
+    options += " --kv-cache-memory-bytes 900000 --max-num-seqs 8 --num-iters 2 --random-range-ratio 0.2"
+    assert main(["bench", "throughput", str(bare), *options.split(), "--output-json", str(out)]) == 0
     text = capsys.readouterr().out
     assert "where the time of a step goes" in text and "x first" in text and f"{bare.name} CR 4" in text
     figures = json.loads(out.read_text())
@@ -300,25 +273,10 @@ def test_bench_throughput_of_several_models(bare: Path, tmp_path: Path, capsys) 
 
 def test_bench_throughput_of_a_dataset(model: Model, tmp_path: Path, capsys) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": [1, 2, 3]}\n\n{"prompt": [4, 5, 6, 7, 8, 9]}\n')
-    options = [
-        "bench",
-        "throughput",
-        model.path,
-        "--dataset-path",
-        str(tmp_path / "p.jsonl"),
-        "--num-prompts",
-        "3",
-        "--num-iters",
-        "1",
-        "--num-iters-warmup",
-        "0",
-        "--output-len",
-        "4",
-        "--output-json",
-        str(tmp_path / "o.json"),
-    ]
+    paths = ["--dataset-path", str(tmp_path / "p.jsonl"), "--output-json", str(tmp_path / "o.json")]
+    options = "--num-prompts 3 --num-iters 1 --num-iters-warmup 0 --output-len 4".split()
     for more, tokens in ((), 3 + 6 + 3), (("--input-len", "4"), 3 + 4 + 3):
-        assert main([*options, *more]) == 0
+        assert main(["bench", "throughput", model.path, *paths, *options, *more]) == 0
         found = json.loads((tmp_path / "o.json").read_text())
         assert (found["total_prompt_tokens"], found["total_output_tokens"], found["step_parts_ms"]) == (
             tokens,
@@ -331,28 +289,8 @@ def test_bench_throughput_of_a_dataset(model: Model, tmp_path: Path, capsys) -> 
 
 def test_bench_latency(model: Model, tmp_path: Path, capsys) -> None:
     out = tmp_path / "l.json"
-    assert (
-        main(
-            [
-                "bench",
-                "latency",
-                model.path,
-                "--input-len",
-                "20",
-                "--output-len",
-                "5",
-                "--batch-size",
-                "3",
-                "--num-iters-warmup",
-                "0",
-                "--num-iters",
-                "4",
-                "--output-json",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    options = "--input-len 20 --output-len 5 --batch-size 3 --num-iters-warmup 0 --num-iters 4"
+    assert main(["bench", "latency", model.path, *options.split(), "--output-json", str(out)]) == 0
     figures = json.loads(out.read_text())
     assert len(figures["latencies"]) == 4 and figures["percentiles"].keys() == {"10", "25", "50", "75", "90", "99"}
     assert figures["avg_latency"] == pytest.approx(sum(figures["latencies"]) / 4)
@@ -392,27 +330,9 @@ def test_bench_refuses_options_that_are_no_numbers(options: list[str], capsys) -
 def test_bench_on_two_ranks(bare: Path, tmp_path: Path, run_distributed: Callable) -> None:
     """All ranks work, one speaks; the time that they wait for each other is a part of a step."""
     out = tmp_path / "o.json"
-    arguments = [
-        "bench",
-        "latency",
-        str(bare),
-        "--load-format",
-        "dummy",
-        "--compression-ratio",
-        "1,4",
-        "--output-json",
-        str(out),
-        "--tensor-parallel-size",
-        "2",
-        "--num-iters-warmup",
-        "1",
-        "--num-iters",
-        "1",
-        "--input-len",
-        "40",
-        "--output-len",
-        "8",
-    ]
+    options = "--load-format dummy --compression-ratio 1,4 --tensor-parallel-size 2 --num-iters-warmup 1 --num-iters 1"
+    arguments = ["bench", "latency", str(bare), *options.split(), "--input-len", "40", "--output-len", "8"]
+    arguments += ["--output-json", str(out)]
     result = run_distributed("megatron.dmc.cli", 2, arguments)
     assert result.stdout.count("x first") == 1
     plain, dmc = json.loads(out.read_text())["results"]

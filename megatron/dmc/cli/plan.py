@@ -1,4 +1,4 @@
-"""``dmc plan``: does a retrofit fit, how long does it take, what does it serve, and which other layouts would do?
+"""``dmc plan``: memory, time and serving capacity of a retrofit, and the layouts that would fit.
 
 Everything is arithmetic: memory figures are estimates; formulas and sources are in docs/plan.md. GB is 1e9 bytes.
 """
@@ -122,7 +122,7 @@ def load_model(name: str) -> RunConfig:
 
 
 def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
-    """The run and its number of GPUs. Raises ``ValueError`` for values that make no sense in any layout."""
+    """Resolve a run and its number of GPUs. Raises ``ValueError`` for values that make no sense in any layout."""
     for name, value in dataclasses.asdict(args).items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
@@ -173,7 +173,7 @@ def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns, the first to the left, the others to the right."""
+    """Table with aligned columns, the first to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [

@@ -1,9 +1,8 @@
-"""Measures an engine offline: requests in, seconds out, and what the cache did meanwhile. ``bench_cli.py`` is the
-command.
+"""Offline measurement of one engine: requests in, seconds out, and the use of the cache meanwhile.
 
-A timed iteration runs with nothing around the engine but a clock and a counter per step. Where the time of a step goes
-is looked at in a warm-up iteration, so that looking does not disturb what is timed: torch's profiler watches some steps
-from the middle on.
+A timed iteration runs with nothing around the engine but a clock and a counter per step. The time of a step is broken
+down in a warm-up iteration, so that profiling does not disturb what is timed: torch's profiler records some steps from
+the middle on. ``bench_models.py`` measures several models side by side.
 """
 
 from __future__ import annotations
@@ -33,18 +32,16 @@ KERNELS = {
     "linear": ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "xmma"),
     "communication": ("nccl",),
 }
-"""Parts of a step by what the names of GPU kernels (with their parameters) hold, where nothing else tells; all else is
-"other".
-"""
+"""Parts of a step -> words in the names of GPU kernels (with their parameters), where no op tells the part."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one iteration asks for."""
+    """Requests of one iteration."""
 
     prompts: list[list[int]]
     output_lens: list[int]
-    """Exact: the end of the text is ignored."""
+    """Tokens of each completion, exactly: the end-of-sequence token is ignored."""
     n: int = 1
     temperature: float = 1.0
 
@@ -59,10 +56,10 @@ class Workload:
 
 @dataclass
 class Iteration:
-    """One run of the work."""
+    """Measurements of one run of a workload."""
 
     elapsed: float = 0.0
-    """Seconds."""
+    """Seconds from the first request to the last token."""
     step_seconds: list[float] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)
     """Sequences in the cache, by step."""
@@ -77,18 +74,17 @@ class Iteration:
 
     @property
     def first_token(self) -> float:
-        """Seconds until the last answer had its first token."""
+        """Seconds until the last completion had its first token."""
         return max(
             o.timing.first_token for o in self.finished if o.timing is not None and o.timing.first_token is not None
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- the
-# work
+# -------------------------------------------------------------------------------------------------------- requests
 
 
 def random_lens(mean: int, spread: float, count: int, generator: np.random.Generator) -> list[int]:
-    """Uniform in [mean (1 - spread), mean (1 + spread)], as ``vllm bench --random-range-ratio`` draws them."""
+    """Lengths uniform in [mean (1 - spread), mean (1 + spread)], as ``vllm bench --random-range-ratio`` has them."""
     if not 0 <= spread < 1:
         raise ValueError(f"random_range_ratio is {spread!r}; it must be at least 0 and below 1")
     low, high = max(1, int(mean * (1 - spread))), max(1, int(mean * (1 + spread)))
@@ -100,8 +96,7 @@ def random_prompts(lens: Sequence[int], vocab_size: int, generator: np.random.Ge
 
 
 def read_prompts(path: str | Path, count: int) -> list[str | list[int]]:
-    """The prompts of the first ``count`` lines ``{"prompt": text or token ids}``; from the start again when there are
-    fewer.
+    """Prompts of the first ``count`` lines ``{"prompt": text or token ids}``, repeated when there are fewer.
 
     Raises:
         ValueError: a line without a prompt, by its number, or none at all.
@@ -132,14 +127,11 @@ def _prompt(line: str, where: str) -> str | list[int]:
     return prompt
 
 
-# ------------------------------------------------------------------------------------------------------------ one
-# iteration
+# --------------------------------------------------------------------------------------------------- one iteration
 
 
 def iterate(engine: Engine, work: Workload, profiler: Optional[StepProfiler] = None) -> Iteration:
-    """Run the work once; all requests are there from the beginning.
-    Raises ``ValueError`` when one cannot be answered.
-    """
+    """Run a workload once, with all requests added at the start. Raises ``ValueError`` when a request fails."""
     found, at_first = Iteration(), engine.stats()
     last = began = time.perf_counter()
     for i, (prompt, new) in enumerate(zip(work.prompts, work.output_lens)):
@@ -167,14 +159,11 @@ def iterate(engine: Engine, work: Workload, profiler: Optional[StepProfiler] = N
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- parts of a
-# step
+# ------------------------------------------------------------------------------------------------- parts of a step
 
 
 class StepProfiler:
-    """Looks at the cache after every step of an iteration, and at ``steps`` steps of its second half with torch's
-    profiler.
-    """
+    """Profile of an iteration: pages in use after every step, and the parts of ``steps`` steps of its second half."""
 
     def __init__(self, work: Workload, steps: int = 24) -> None:
         self.half = sum(work.output_lens) * work.n // 2
@@ -231,7 +220,7 @@ class StepProfiler:
 
 
 class _Named:
-    """Shows a method of one object to the profiler, under a name, until :meth:`undo`."""
+    """A method of one object that the profiler sees under a name, until :meth:`undo`."""
 
     def __init__(self, owner: object, method: str, name: str) -> None:
         self.owner, self.method = owner, method
@@ -248,7 +237,7 @@ class _Named:
 
 
 def _part(event: Any) -> Optional[str]:
-    """Which part of a step an event on the CPU belongs to by itself; None for one that only lies in another."""
+    """Part of a step that a CPU event is by its own name; None for an event that has none."""
     name = event.name
     if name in ("dmc.schedule", "dmc.sampling", "dmc.forward"):
         return name.removeprefix("dmc.")
@@ -262,7 +251,7 @@ def _part(event: Any) -> Optional[str]:
 
 
 def _outer(event: Any) -> Optional[str]:
-    """The part that an event lies in."""
+    """Part of a step that an event lies in, by the events around it."""
     parent = event.cpu_parent
     while parent is not None:
         part = _part(parent)
@@ -273,9 +262,7 @@ def _outer(event: Any) -> Optional[str]:
 
 
 def _cpu_parts(events: Iterable[Any]) -> dict[str, float]:
-    """Seconds by part. Ops of the forward pass count once, by the outermost that has a part; "other" is what is left of
-    it.
-    """
+    """Seconds by part. An op of the forward pass counts once, by the outermost that has a part; "other" is the rest."""
     found = dict.fromkeys(("schedule", "append", "attention", "linear", "communication", "sampling"), 0.0)
     forward = 0.0
     for event in events:
@@ -292,9 +279,9 @@ def _cpu_parts(events: Iterable[Any]) -> dict[str, float]:
 
 
 def _gpu_parts(events: Iterable[Any]) -> dict[str, float]:
-    """Seconds in which the GPU ran kernels, by part; what is left of a step ("host") it waited for the CPU.
+    """Seconds in which the GPU ran kernels, by part; in the rest of a step ("host") it waited for the CPU.
 
-    A kernel belongs to the op that launched it. Kernels of a CUDA graph have none: their names tell.
+    A kernel belongs to the op that launched it. Kernels of a CUDA graph have no op: their names tell.
     """
     found = dict.fromkeys((*KERNELS, "sampling", "other"), 0.0)
     by_name: Counter[str] = Counter()
@@ -314,28 +301,28 @@ def _gpu_parts(events: Iterable[Any]) -> dict[str, float]:
 
 
 def part_of_kernel(name: str) -> str:
+    """Part of a step that a GPU kernel belongs to, by its demangled name."""
     lower = name.lower()
     return next((part for part, words in KERNELS.items() if any(word in lower for word in words)), "other")
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# figures
+# --------------------------------------------------------------------------------------------------------- figures
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """median, quartiles, least and most of what was measured, and how often."""
+    """Median, quartiles, minimum, maximum and number of measurements."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values[:1] * 3
     return {"median": median, "q1": low, "q3": high, "min": min(values), "max": max(values), "n": len(values)}
 
 
 def cache_bytes(engine: Engine) -> int:
-    """Of the pool with its tables and rings, on one rank."""
+    """Bytes of the page pool with its tables and rings, on one rank."""
     sizes = engine.sizes
     return sizes.num_pages * (sizes.page_bytes + 4) + sizes.max_num_seqs * sizes.row_bytes
 
 
 def cache_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration]) -> dict[str, Any]:
-    """What the cache held: measured at the end of every answer, over all iterations."""
+    """Use of the cache, measured at the end of every completion, over all iterations."""
     uses = [use for iteration in iterations for use in iteration.uses]
     slots, pages = sum(use.total_slots for use in uses), sum(use.pages for use in uses)
     peak = max(max(iteration.batch) for iteration in iterations)
@@ -357,7 +344,7 @@ def cache_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration
 
 
 def throughput_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration]) -> dict[str, Any]:
-    """Keys of ``vllm bench throughput --output-json`` (medians of the iterations), and what is special here."""
+    """Keys of ``vllm bench throughput --output-json`` (medians of the iterations), and the use of the cache."""
     elapsed = spread([iteration.elapsed for iteration in iterations])
     prompt, output = iterations[0].prompt_tokens, iterations[0].output_tokens
     return {
@@ -379,7 +366,7 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 
 
 def latency_figures(engine: Engine, work: Workload, iterations: Sequence[Iteration]) -> dict[str, Any]:
-    """Keys of ``vllm bench latency --output-json``, and what is special here."""
+    """Keys of ``vllm bench latency --output-json``, and the use of the cache."""
     latencies = np.array([iteration.elapsed for iteration in iterations])
     return {
         "avg_latency": latencies.mean().item(),

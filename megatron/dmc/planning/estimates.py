@@ -27,12 +27,12 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "DMC's extra", "wor
 
 
 class Fit(NamedTuple):
-    """What a plan has to fit into."""
+    """Hardware that a plan has to fit into."""
 
     gpu_memory: float = 80 * GB
-    """Bytes per GPU."""
+    """Memory of one GPU, in bytes."""
     overhead: float = 4 * GB
-    """Bytes that no formula here knows: CUDA context, NCCL's and cuBLAS's buffers, fragmentation. An assumption."""
+    """Memory per GPU that no formula covers, in bytes: CUDA context, NCCL, cuBLAS, fragmentation. An assumption."""
     gpus_per_node: int = 8
 
 
@@ -61,9 +61,7 @@ def parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def parameters_per_gpu(model: ModelConfig, tp: int, pp: int, rank: int) -> int:
-    """Parameters on each GPU of pipeline stage ``rank``. Norms are whole on every tensor-parallel rank, the rest is
-    cut.
-    """
+    """Parameters on each GPU of pipeline stage ``rank``. Tensor parallelism splits all weights but the norms'."""
     total, last = parameters(model), rank == pp - 1
     final_norm = model.hidden_size
     count = (total["attention"] + total["mlp"]) // pp // tp + (total["norms"] - final_norm) // pp
@@ -120,15 +118,15 @@ class LayerBytes(NamedTuple):
     mlp: float
     """The gate and up projections' output, and the down projection's input."""
     dmc: float
-    """What the compressing stages keep besides, in the attention."""
+    """Tensors of the attention that only the compressing stages keep."""
     boundary: float
-    """The layer's input alone: what full recomputation keeps."""
+    """Input of the layer, which is all that full recomputation keeps."""
     row: float
-    """The carried slot count's row of that input, in the compressing stages."""
+    """Row of the layer's input that carries the slot count, in the compressing stages."""
     core_input: float
-    """What recomputing attention keeps instead of ``attention`` and ``dmc``: raw q, k, v and the projection's input."""
+    """Raw q, k, v and the projection's input, kept instead of ``attention`` and ``dmc`` when these are recomputed."""
     work: float
-    """Short-lived at the most, in the backward pass of the attention or of the MLP."""
+    """Largest short-lived memory, in the backward pass of the attention or of the MLP."""
 
 
 def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
@@ -240,7 +238,7 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
 
 
 def micro_batches(run: RunConfig, gpus: int) -> int:
-    """Per optimizer step and data-parallel rank."""
+    """Number of micro-batches per optimizer step and data-parallel rank."""
     p, t = run.parallel, run.training
     dp = gpus // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
     return t.global_batch_size // (t.micro_batch_size * dp)
@@ -253,9 +251,7 @@ def bubble(run: RunConfig, gpus: int) -> float:
 
 
 def training_memory(run: RunConfig, gpus: int, fit: Fit) -> dict[str, Any]:
-    """By pipeline stage while compressing, the worst stage, and its need in zero_out, whose attention keeps other
-    tensors.
-    """
+    """Memory by pipeline stage while compressing, the worst stage, and the need of zero_out, which differs."""
     pp = run.parallel.pipeline_model_parallel_size
     stages = [stage_memory(run, gpus, rank, fit) for rank in range(pp)]
     totals = [sum(parts.values()) for parts in stages]

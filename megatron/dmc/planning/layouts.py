@@ -13,7 +13,7 @@ from megatron.dmc.planning.estimates import GB, Fit, bubble, powers_of_two, reco
 
 
 def problem(run: RunConfig, gpus: int, fit: Fit) -> Optional[str]:
-    """Why a layout cannot work or does not fit; None when it does."""
+    """Reason why a layout cannot work or does not fit; None when it works and fits."""
     try:
         run.check(gpus)
     except ValueError as error:
@@ -37,7 +37,7 @@ RECOMPUTE = {"none": 0, "selective:core_attn": 1, "selective:mlp": 1.5, "selecti
 
 
 def with_layout(run: RunConfig, **parallel: Any) -> RunConfig:
-    """A copy with other layout fields; ``recompute`` as :func:`recomputation` says it, ``micro_batch`` in sequences."""
+    """Copy of a run with other layout fields, ``recompute`` (a value of ``--recompute``) and ``micro_batch``."""
     recompute, micro_batch = parallel.pop("recompute", None), parallel.pop("micro_batch", None)
     if recompute is not None:
         granularity, _, modules = recompute.partition(":")
@@ -51,7 +51,7 @@ def with_layout(run: RunConfig, **parallel: Any) -> RunConfig:
 
 
 def _distance(asked: RunConfig, gpus: int, other: RunConfig, other_gpus: int) -> float:
-    """Doublings between two layouts; changing GPUs weighs most, then TP and PP, then what can be turned freely."""
+    """Distance of two layouts in doublings; changing GPUs weighs most, then TP and PP, then what is free to choose."""
 
     def doublings(a: float, b: float) -> float:
         return abs(math.log2(max(a, 1)) - math.log2(max(b, 1)))
@@ -92,9 +92,7 @@ def candidates(run: RunConfig, gpus: int, fit: Fit) -> Iterator[RunConfig]:
 
 
 def suggest(run: RunConfig, gpus: int, fit: Fit, count: int = 5) -> list[tuple[RunConfig, int]]:
-    """The nearest layouts that work and fit, nearest first:
-    on as many GPUs, or if none does, on other numbers of them.
-    """
+    """Nearest layouts that work and fit, nearest first; on other numbers of GPUs where none is on as many."""
     try:
         with_layout(
             run,

@@ -25,9 +25,8 @@ UNFINISHED = 75
 
 
 class Stop:
-    """SIGTERM, SIGUSR1 (a SLURM job's time is nearly over) and the first SIGINT: finish what ends within ``timeout``
-    seconds.
-    """
+    """Handler of SIGTERM, SIGUSR1 (a SLURM job's time is nearly over) and the first SIGINT: what runs may finish within
+    ``timeout`` seconds."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout, self._deadline = timeout, float("inf")

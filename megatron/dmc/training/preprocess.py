@@ -36,11 +36,11 @@ class Chunk(NamedTuple):
     first_line: int
     lines: list[bytes]
     read_bytes: int
-    """Of the file as it lies on disk, up to the end of this chunk."""
+    """Bytes read of the file on disk, up to the end of this chunk."""
 
 
 class Encoded(NamedTuple):
-    """A chunk's documents: their token ids one after the other as bytes, and each one's number of tokens."""
+    """Documents of a chunk: their token ids, concatenated as bytes, and the number of tokens of each."""
 
     ids: bytes
     lengths: list[int]
@@ -74,7 +74,7 @@ class PreprocessConfig:
     """Replace an existing dataset."""
 
     def check(self) -> None:
-        """Raise ``ValueError`` for a wrong value, a missing input file."""
+        """Raise ``ValueError`` for a wrong value or a missing input file."""
         if self.workers < 1:
             raise ValueError(f"--workers is {self.workers}; use at least 1")
         for file in self.input:
@@ -102,7 +102,7 @@ def read_chunks(files: list[str]) -> Iterator[Chunk]:
 
 
 class Encoder:
-    """Parses and tokenizes chunks; one in every worker process."""
+    """Parser and tokenizer of chunks; one in every worker process."""
 
     def __init__(self, config: PreprocessConfig, tokenizer: Tokenizer, dtype: str) -> None:
         self.tokenizer, self.dtype, self.key = tokenizer, dtype, config.json_key
@@ -110,7 +110,7 @@ class Encoder:
         self.after = [tokenizer.eod_id] if config.append_eod else []
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Raises ``ValueError`` naming file and line for a line that is not a JSON object with a text under the key."""
+        """Encode a chunk. Raises ``ValueError`` naming file and line for a line that is no JSON object with a text."""
         import numpy
 
         out, lengths, empty = io.BytesIO(), [], 0
@@ -187,9 +187,7 @@ def encode_chunks(config: PreprocessConfig, tokenizer: Tokenizer, dtype: str) ->
 
 
 def write_dataset(config: PreprocessConfig, tokenizer: Tokenizer, directory: Path) -> str:
-    """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``.
-    Returns a line that says how much that was.
-    """
+    """Write ``data.bin``, ``data.idx``, ``data.json`` into ``directory``. Returns a line with the sizes."""
     import numpy
     from tqdm import tqdm
 
@@ -223,7 +221,7 @@ def write_dataset(config: PreprocessConfig, tokenizer: Tokenizer, directory: Pat
 
 
 def preprocess(config: PreprocessConfig) -> str:
-    """Tokenize, write and publish a dataset. Returns a line that says how much that was.
+    """Tokenize, write and publish a dataset. Returns a line with the sizes.
 
     Raises:
         ValueError, OSError: what the user must mend, with the file and line.
