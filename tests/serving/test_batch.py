@@ -4,89 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from batch_lines import GREEDY, command, completion, mixed, read, run, strip, write
 from helpers.engines import Model, all_back
-from helpers.processes import ROOT, subprocess_env
 from helpers.serving import make_model
 
 from megatron.dmc.cli import main
 from megatron.dmc.inference import LLM, Engine, EngineConfig, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving import batch_files
-from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options, Summary, seeded
+from megatron.dmc.serving.batch import BatchRunner, Options
 from megatron.dmc.serving.batch_files import Input, Output
-from megatron.dmc.serving.batch_run import UNFINISHED
 from megatron.dmc.serving.prompts import Prompts
-
-KILLS = int(os.environ.get("DMC_TEST_KILLS", 8))
-GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return make_model(tmp_path_factory.mktemp("batch") / "m")
-
-
-def completion(custom_id: str | None, **body: object) -> dict:
-    line = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "abc", **GREEDY, **body}}
-    return line if custom_id is None else {"custom_id": custom_id, **line}
-
-
-def write(path: Path, lines: list) -> Path:
-    """``lines``: objects, or bytes as they are."""
-    path.write_bytes(b"".join(x + b"\n" if isinstance(x, bytes) else json.dumps(x).encode() + b"\n" for x in lines))
-    return path
-
-
-def mixed(count: int) -> list[dict]:
-    """Greedy and drawn, both endpoints, several answers, plain lines."""
-    draw = random.Random(1)
-    lines: list[dict] = []
-    for i in range(count):
-        prompt = [draw.randrange(58) for _ in range(draw.randrange(3, 40))]
-        more = {"max_tokens": draw.randrange(3, 14), "ignore_eos": True}
-        kind = i % 4
-        if kind == 0:
-            lines.append(completion(f"c{i}", prompt=prompt, **more))
-        elif kind == 1:
-            lines.append(completion(f"s{i}", **{**GREEDY, "prompt": ["ab", "cd"], "n": 2, "temperature": 1.0, **more}))
-        elif kind == 2:
-            body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.7, **more}
-            lines.append({"custom_id": f"m{i}", "method": "POST", "url": "/v1/chat/completions", "body": body})
-        else:
-            lines.append({"prompt": prompt, "temperature": 1.0, **more})
-    return lines
-
-
-def read(path: Path) -> dict[str, dict]:
-    """Output lines by custom_id, each there once, less what depends on when it was made."""
-    found: dict[str, dict] = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        assert entry.keys() == {"id", "custom_id", "response", "error"} and entry["custom_id"] not in found
-        found[entry["custom_id"]] = timeless(entry)
-    return found
-
-
-def timeless(entry: dict) -> dict:
-    """Without the time, and what the prefix cache had of earlier lines."""
-    body = entry["response"]["body"]
-    body.pop("created", None)
-    body.get("usage", {}).pop("prompt_tokens_details", None)
-    return entry
-
-
-def command(model: Model, source: Path, out: Path, *more: str) -> list[str]:
-    return ["batch", "-i", str(source), "-o", str(out), "--model", model.path, "--disable-tqdm", *more]
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -185,16 +122,6 @@ def test_a_bad_line_is_an_error_line_and_stops_nothing(
     )
 
 
-def run(engine: Engine, source: Path, out: Path, phase: Callable[[], int] = lambda: RUN, **options: object) -> Summary:
-    prompts = Prompts(engine.input_processor)
-    output, lines = Output(out), Input(source)
-    try:
-        return BatchRunner(engine, prompts, output, Options("m", frozenset({"m"}), **options), phase).run(lines)
-    finally:
-        output.close()
-        lines.close()
-
-
 def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
     """The first line has the answer, every later one an error, in this run and in the next."""
     lines = [
@@ -218,10 +145,6 @@ def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
         part.write_bytes(b"".join(line + b"\n" for line in out.read_bytes().splitlines()[:kept]))
         assert run(engine, source, part).skipped == kept
         assert [strip(line) for line in sorted(part.read_bytes().splitlines())] == [strip(line) for line in whole]
-
-
-def strip(line: bytes) -> dict:
-    return timeless(json.loads(line))
 
 
 def test_requests_that_the_engine_gives_up(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,165 +275,3 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/2", "a/b", "1/0", "/2"])
 def test_shards_that_are_none(text: str, capsys) -> None:
     assert main(["batch", "-i", "a", "-o", "b", "--model", "m", f"--shard={text}"]) == 2
-
-
-# -------------------------------------------------------------------------------------------------------- interruptions
-
-
-def test_seeds_belong_to_lines() -> None:
-    drawn, greedy, own = SamplingParams(), SamplingParams(temperature=0), SamplingParams(seed=5)
-    assert seeded(greedy, "a", 0) is greedy and seeded(own, "a", 0) is own
-    seeds = {seeded(drawn, name, seed).seed for name in ("a", "b", "\ud800") for seed in (0, 1)}
-    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
-    assert seeded(drawn, "a", 0) == seeded(drawn, "a", 0)
-
-
-def test_an_output_that_is_cut_anywhere_is_completed(model: Model, tmp_path: Path) -> None:
-    """As a kill or a full disk leaves it: the torn line is answered again, and nothing else."""
-    engine = Engine(model.path, EngineConfig(max_num_seqs=4), load_tokenizer(model.path))
-    source = write(tmp_path / "in", mixed(12))
-    run(engine, source, tmp_path / "whole")
-    whole, data = read(tmp_path / "whole"), (tmp_path / "whole").read_bytes()
-    ends = [i + 1 for i, byte in enumerate(data) if byte == 10]
-    cuts = [
-        0,
-        1,
-        ends[0] - 1,
-        ends[0],
-        ends[0] + 1,
-        ends[5],
-        len(data) - 1,
-        *random.Random(3).sample(range(len(data)), 6),
-    ]
-    for cut in cuts:
-        (tmp_path / "out").write_bytes(data[:cut])
-        said = run(engine, source, tmp_path / "out")
-        assert said.skipped == sum(end <= cut for end in ends) and said.complete and not said.strangers
-        assert read(tmp_path / "out") == whole
-    (tmp_path / "out").write_bytes(data[: ends[3]] + b"\0" * 50)  # what a power cut may leave
-    assert run(engine, source, tmp_path / "out").skipped == 4 and read(tmp_path / "out") == whole
-
-
-def test_lines_may_move_between_runs(model: Model, tmp_path: Path) -> None:
-    """It is the custom_id that counts; answers to lines that are gone are told of."""
-    engine = Engine(model.path, EngineConfig(max_num_seqs=4), load_tokenizer(model.path))
-    lines = [completion(name) for name in "abcd"]
-    run(engine, write(tmp_path / "in", lines), tmp_path / "out")
-    said = run(engine, write(tmp_path / "in", [completion("e"), *lines[:0:-1]]), tmp_path / "out")
-    assert (said.answered, said.skipped, said.strangers) == (1, 3, 1)
-    assert read(tmp_path / "out").keys() == set("abcde")
-
-
-@pytest.mark.parametrize("later", [LEAVE, DRAIN])
-def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -> None:
-    """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the
-    file.
-    """
-    # The lines have one prompt: with the prefix cache the second would start when the first has read it.
-    engine = Engine(model.path, EngineConfig(max_num_seqs=2, enable_prefix_caching=False), load_tokenizer(model.path))
-    source = write(tmp_path / "in", [completion(f"{n}", max_tokens=8) for n in range(10)])
-    phases = iter([RUN] * 9)
-    said = run(engine, source, tmp_path / "out", lambda: next(phases, later))
-    all_back(engine)
-    assert not said.complete and 0 < said.answered < 10
-    assert said.unfinished == (0 if later == DRAIN else 4) and said.answered == (2 if later == LEAVE else 6)
-    assert run(engine, source, tmp_path / "out").complete
-    assert run(engine, source, tmp_path / "other").answered == 10 and read(tmp_path / "out") == read(tmp_path / "other")
-
-
-class Worker:
-    """Runs commands in children of a process that has imported all; see batch_worker.py."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "serving" / "batch_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=subprocess_env(),
-            cwd=ROOT,
-        )
-
-    def start(self, arguments: list[str]) -> int:
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def status(self) -> int:
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def worker():
-    made = Worker()
-    yield made
-    made.close()
-
-
-def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"{path} has not got {count} lines")
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path, worker: Worker) -> None:
-    """kill -9 after a random number of lines and a random moment more: at the end every line is answered once, and as
-    if nothing had happened.
-    """
-    source, draw = write(tmp_path / "in", [*mixed(6 * KILLS), b"{bad", completion("c0")]), random.Random()
-    options = ("--max-num-seqs", "4")
-    worker.start(command(model, source, tmp_path / "whole", *options))
-    assert worker.status() == 0
-    out, killed = tmp_path / "out", 0
-    for _ in range(KILLS):
-        there = out.read_bytes().count(b"\n") if out.exists() else 0
-        pid = worker.start(command(model, source, out, *options))
-        wait_for_lines(out, there + draw.randrange(0, 4))
-        time.sleep(draw.random() * 0.02)
-        os.kill(pid, signal.SIGKILL)
-        killed += worker.status() == -signal.SIGKILL
-    assert killed == KILLS
-    worker.start(command(model, source, out, *options))
-    assert worker.status() == 0
-    lines = {
-        name: sorted(path.read_bytes().splitlines(), key=lambda x: json.loads(x)["id"])
-        for name, path in (("whole", tmp_path / "whole"), ("out", out))
-    }
-    assert len(lines["whole"]) == 6 * KILLS + 2
-    assert [strip(line) for line in lines["out"]] == [strip(line) for line in lines["whole"]]
-
-
-@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGTERM, "0"), (signal.SIGTERM, "60"), (signal.SIGINT, "0")])
-def test_a_signal_ends_a_run_that_can_go_on(
-    number: int, timeout: str, model: Model, tmp_path: Path, worker: Worker
-) -> None:
-    source, out = write(tmp_path / "in", mixed(80)), tmp_path / "out"
-    arguments = command(model, source, out, "--max-num-seqs", "4", "--shutdown-timeout", timeout)
-    pid = worker.start(arguments)
-    wait_for_lines(out, 3)
-    os.kill(pid, number)
-    assert worker.status() == UNFINISHED
-    there = len(read(out))
-    assert 3 <= there < 80 and out.read_bytes().endswith(b"\n")
-    worker.start(arguments)
-    assert worker.status() == 0 and len(read(out)) == 80
-
-
-@pytest.mark.slow
-def test_two_ranks_write_one_file(model: Model, tmp_path: Path, run_distributed: Callable) -> None:
-    """Tensor parallel ranks, which all read the input and a torn output; one of them writes."""
-    source, out = write(tmp_path / "in", [*mixed(8), b"{bad"]), tmp_path / "out"
-    assert main(command(model, source, tmp_path / "whole")) == 0
-    data = (tmp_path / "whole").read_bytes()
-    out.write_bytes(data[: len(data) // 2])
-    arguments = command(model, source, out, "--tensor-parallel-size", "2")
-    result = run_distributed("megatron.dmc.cli", 2, arguments)
-    assert result.stdout.count("lines answered") == 1 and read(out) == read(tmp_path / "whole")
