@@ -122,6 +122,26 @@ def test_a_bad_line_is_an_error_line_and_stops_nothing(
     )
 
 
+def test_errors_name_the_parameter_of_the_line(model: Model, tmp_path: Path) -> None:
+    """As over HTTP, where tests/serving/test_request_parameters.py walks all of them."""
+    message = {"messages": [{"role": "user", "content": "hi"}]}
+    wrong = {
+        "max_completion_tokens": message | {"max_completion_tokens": 250},
+        "max_tokens": {"prompt": "ab", "max_tokens": 255},
+        "top_logprobs": message | {"logprobs": True, "top_logprobs": 101},
+        "prompt": {"prompt": [99]},
+        "messages": {"messages": [{"role": "tool", "content": "x"}]},
+        "logit_bias": {"prompt": "ab", "logit_bias": {"61": 1}},
+        "n": {"prompt": "ab", "n": 0},
+    }
+    engine = Engine(model.path, EngineConfig(), load_tokenizer(model.path))
+    lines = [{"custom_id": param, **body} for param, body in wrong.items()]
+    run(engine, write(tmp_path / "in", lines), tmp_path / "out")
+    found = read(tmp_path / "out")
+    params = {custom_id: entry["response"]["body"]["error"]["param"] for custom_id, entry in found.items()}
+    assert params == {param: param for param in wrong}
+
+
 def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
     """The first line has the answer, every later one an error, in this run and in the next."""
     lines = [

@@ -19,11 +19,13 @@ from megatron.dmc.inference import Engine, RequestOutput, SamplingParams, StepOu
 from megatron.dmc.serving.batch_files import DUPLICATE, MAX_LINE, Input, Output
 from megatron.dmc.serving.errors import APIError, invalid, not_answered
 from megatron.dmc.serving.prompts import Prompts
-from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, parse
+from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse
 from megatron.dmc.serving.responses import UsageCount, response, usage_of
 
-Body = Union[CompletionRequest, ChatCompletionRequest]
-URLS: dict[str, type[Body]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+URLS: dict[str, type[GenerationRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
 RUN, DRAIN, LEAVE = range(3)
 """Phases of a run: take lines, only finish what runs, leave what runs to the next run."""
 
@@ -73,7 +75,7 @@ class _Pending:
 
     number: int
     custom_id: str
-    body: Body
+    body: GenerationRequest
     results: list[RequestOutput]
 
 
@@ -104,7 +106,7 @@ def id_of(entry: dict[str, Any], number: int) -> str:
     return custom_id
 
 
-def body_of(entry: dict[str, Any], options: Options) -> Body:
+def body_of(entry: dict[str, Any], options: Options) -> GenerationRequest:
     """The request body of a line. Raises :class:`APIError` for anything that the HTTP server would not take either."""
     if entry.keys() & {"body", "url", "method"}:
         kind, body = URLS.get(str(entry.get("url"))), entry.get("body")
@@ -238,10 +240,13 @@ class BatchRunner:
         except APIError as error:
             self._fail(number, custom_id, error)
 
-    def _submit(self, number: int, custom_id: str, body: Body) -> None:
+    def _submit(self, number: int, custom_id: str, body: GenerationRequest) -> None:
         """Hand all prompts of a line to the engine, or none. Raises :class:`APIError`."""
         params = seeded(body.sampling_params(), custom_id, self.options.seed)
-        requests = self.prompts.requests(body, params, str(number))
+        try:
+            requests = self.prompts.requests(body, params, str(number))
+        except APIError as error:
+            raise body.as_sent(error) from None
         for request in requests:
             self.engine.add(request)
         results = [RequestOutput.start(request) for request in requests]

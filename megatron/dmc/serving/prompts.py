@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from megatron.dmc.inference import InvalidRequest, Request, SamplingParams
 from megatron.dmc.inference.input_processor import InputProcessor
 from megatron.dmc.serving.errors import invalid, of_invalid_request
-from megatron.dmc.serving.protocol import ChatCompletionRequest, ChatFields, CompletionRequest
+from megatron.dmc.serving.protocol import ChatCompletionRequest, ChatFields, CompletionRequest, GenerationRequest
 
 
 class Prompts:
@@ -76,11 +76,7 @@ class Prompts:
             raise of_invalid_request(error) from None
 
     def requests(
-        self,
-        body: Union[CompletionRequest, ChatCompletionRequest],
-        params: SamplingParams,
-        request_id: str,
-        report_cache: bool = False,
+        self, body: GenerationRequest, params: SamplingParams, request_id: str, report_cache: bool = False
     ) -> list[Request]:
         """Requests for the engine, one per prompt of the body, with ids ``request_id-0``, ``request_id-1``, ...
 
@@ -104,8 +100,8 @@ class Prompts:
         total = len(ids) + (params.max_tokens or 0)
         if total > self.max_model_len:
             raise invalid(
-                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens or 0}; together they may be "
-                f"{self.max_model_len} (max_model_len)",
+                f"the prompt has {len(ids)} tokens and the completion may have {params.max_tokens or 0}; together they "
+                f"may have {self.max_model_len} (max_model_len)",
                 "max_tokens" if params.max_tokens and len(ids) < self.max_model_len else "prompt",
                 "context_length_exceeded",
             )

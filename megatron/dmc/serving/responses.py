@@ -12,9 +12,8 @@ from typing import Any, Optional, Union
 from megatron.dmc.inference import Completion, Logprobs, RequestOutput, StepOutput
 from megatron.dmc.inference.cache import CacheUse
 from megatron.dmc.serving.prompts import Prompts, token_strings
-from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest
+from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
-Body = Union[CompletionRequest, ChatCompletionRequest]
 LOWEST = -9999.0
 """Log-probability that stands for -inf, which JSON does not have."""
 
@@ -174,7 +173,11 @@ def _end(output: Union[Completion, StepOutput]) -> dict[str, Any]:
 
 
 def response(
-    body: Body, results: Sequence[RequestOutput], model: str, prompts: Prompts, response_id: Optional[str] = None
+    body: GenerationRequest,
+    results: Sequence[RequestOutput],
+    model: str,
+    prompts: Prompts,
+    response_id: Optional[str] = None,
 ) -> dict[str, Any]:
     """A ``text_completion`` or ``chat.completion`` object.
 
@@ -226,7 +229,7 @@ def _chat_choices(body: ChatCompletionRequest, result: RequestOutput, prompts: P
 class Chunks:
     """Chunks of one streamed response. Completions of prompt p have the indices p n ... (p + 1) n - 1."""
 
-    request: Body
+    request: GenerationRequest
     prompts: Prompts
     ids: Sequence[Sequence[int]]
     """Token ids of each prompt."""
