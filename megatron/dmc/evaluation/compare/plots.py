@@ -47,12 +47,24 @@ def _bars(axis: Any, points: list[tuple[float, list[float]]], style: tuple[str, 
     )
 
 
+def _relative(measured: list[Measured], title: str) -> Column:
+    return Column(title, lambda m: relative(measured, m) or 1.0, 3)
+
+
+def _first_seed(measured: list[Measured]) -> list[Measured]:
+    """Main table of the first seed."""
+    return [m for m in measured if m.row.table == "main" and m.row.seed == measured[0].row.seed]
+
+
+def _greatest_ratio(measured: list[Measured]) -> list[Measured]:
+    """Compressed models of the first seed's main table at the greatest ratio."""
+    most = max(m.row.ratio for m in measured if m.row.table == "main")
+    return [m for m in _first_seed(measured) if m.row.ratio == most and m.row.baseline]
+
+
 def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None:
     """Plot every task against the measured compression: one line per method, and the control's level."""
-    shown = [
-        Column("perplexity / control's", lambda m: relative(measured, m) or 1.0, 3),
-        *columns(config, measured)[1:7],
-    ]
+    shown = [_relative(measured, "perplexity / control's"), *columns(config, measured)[1:7]]
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
     methods = dict.fromkeys(m.row.method for m in measured if m.row.table == "main" and m.row.baseline)
     widest = max(m.ratio for m in measured if m.row.table == "main")
@@ -78,33 +90,26 @@ def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None
 
 def by_head(measured: list[Measured], path: Path) -> None:
     """Plot CR by layer and head for the trained methods of the first seed."""
-    first = measured[0].row.seed
-    shown = [
-        dict(
-            name=f"{m.row.method} {m.row.ratio:g}x",
-            target_cr=m.row.ratio,
-            cr=m.ratio,
-            cr_by_head=m.compression["by_head"],
-        )
-        for m in measured
-        if m.row.seed == first and m.row.table == "main" and m.row.method.startswith(("DMC", "DMS"))
-    ]
+    shown = []
+    for m in _first_seed(measured):
+        if m.row.method.startswith(("DMC", "DMS")):
+            heads = m.compression["by_head"]
+            name = f"{m.row.method} {m.row.ratio:g}x"
+            shown.append(dict(name=name, target_cr=m.row.ratio, cr=m.ratio, cr_by_head=heads))
     if shown:
         plot_heads(shown, path)
 
 
 def by_position(measured: list[Measured], path: Path) -> None:
     """Plot CR after every token of a sequence, for the first seed and the greatest ratio."""
-    first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for m in measured:
-        row = m.row
-        if row.seed == first and row.table == "main" and row.ratio == most and row.baseline:
-            values = [row.heads_ratio * value for value in m.compression["by_position"]]
-            color, style = STYLES[row.method]
-            axis.plot(range(1, len(values) + 1), values, style.lstrip("osD^vx"), color=color, label=row.method)
+    for m in _greatest_ratio(measured):
+        values = [m.row.heads_ratio * value for value in m.compression["by_position"]]
+        color, style = STYLES[m.row.method]
+        axis.plot(range(1, len(values) + 1), values, style.lstrip("osD^vx"), color=color, label=m.row.method)
     axis.set_xlabel("tokens")
     axis.set_ylabel("tokens / slots")
+    most = max(m.row.ratio for m in measured if m.row.table == "main")
     axis.set_title(f"compression by position, {most:g}x asked")
     axis.legend()
     axis.grid(alpha=0.3)
@@ -113,18 +118,9 @@ def by_position(measured: list[Measured], path: Path) -> None:
 
 def curves(config: CompareConfig, graph: JobGraph, measured: list[Measured], path: Path) -> None:
     """Plot training loss and CR over the steps after the original, for the first seed and the greatest ratio."""
-    first, most = measured[0].row.seed, max(m.row.ratio for m in measured if m.row.table == "main")
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
-    controls = [m for m in measured if m.row.method == "control" and m.row.seed == first][-1:]
-    trained = [
-        m
-        for m in measured
-        if m.row.table == "main"
-        and m.row.seed == first
-        and m.row.ratio == most
-        and m.row.baseline
-        and m.row.policy is None
-    ]
+    controls = [m for m in _first_seed(measured) if m.row.method == "control"][-1:]
+    trained = [m for m in _greatest_ratio(measured) if m.row.policy is None]
     for m in [*controls, *trained]:
         runs = [run for run in graph.after_original(m.row.run) if graph.jobs[run].iters]
         found = read_curves([str(Path(config.output) / run / "tensorboard") for run in runs])
@@ -148,21 +144,18 @@ def curves(config: CompareConfig, graph: JobGraph, measured: list[Measured], pat
 def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None:
     """Plot quality at one ratio against the steps of the retrofit, one line per method."""
     assert config.economy is not None
-    ratio = config.economy.ratio
-    rows = [
-        m
-        for m in measured
-        if m.row.method in config.economy.methods and m.row.ratio == ratio and m.row.table != "compound"
-    ]
+    ratio, methods = config.economy.ratio, config.economy.methods
+    found = [m for m in measured if m.row.method in methods and m.row.table != "compound"]
+    rows = [m for m in found if m.row.ratio == ratio]
     if not rows:
         return  # a report before any of them
     steps = sorted({m.steps for m in rows})
-    first = Column("perplexity / control's at the full schedule", lambda m: relative(measured, m) or 1.0, 3)
+    first = _relative(measured, "perplexity / control's at the full schedule")
     reached = Column("times that the cache is smaller", lambda m: m.ratio, 2)
     shown = [first, reached, *columns(config, measured)[3:7]]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
     for axis, column in zip(axes.flat, shown):
-        for method in config.economy.methods:
+        for method in methods:
             points: dict[int, list[float]] = {}
             for m in rows:
                 if m.row.method == method:

@@ -109,14 +109,8 @@ def relative(measured: list[Measured], m: Measured) -> Optional[float]:
 def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
     """Markdown table with a row for every method and ratio, means over seeds."""
     shown = columns(config, measured)
-    head = [
-        "method",
-        "cache asked",
-        "cache measured: end, reads",
-        "steps",
-        "perplexity / control's",
-        *(c.title for c in shown),
-    ]
+    head = ["method", "cache asked", "cache measured: end, reads", "steps", "perplexity / control's"]
+    head += [column.title for column in shown]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (method, ratio, steps), rows in groups(measured, name).items():
         relatives = [r for r in (relative(measured, m) for m in rows) if r is not None]
@@ -134,26 +128,13 @@ def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
 
 def to_json(config: CompareConfig, measured: list[Measured], machine: dict[str, Any]) -> dict[str, Any]:
     """All measurements, ready for JSON."""
-    return {
-        "machine": machine,
-        "config": {
-            name: value for name, value in config.to_dict().items() if name != "output"
-        },  # a path of this machine
-        "rows": [
-            {
-                **{
-                    name: getattr(m.row, name)
-                    for name in ("method", "ratio", "seed", "run", "baseline", "table", "heads_ratio")
-                },
-                "steps": m.steps,
-                "perplexity": m.perplexity,
-                "perplexity_ratio": relative(measured, m),
-                "cache_ratio": m.ratio,
-                "compression": m.compression,
-                "figures": [
-                    {"task": task, "where": where, "value": value} for (task, where), value in m.figures.items()
-                ],
-            }
-            for m in measured
-        ],
-    }
+    settings = {name: value for name, value in config.to_dict().items() if name != "output"}  # a path of this machine
+    rows = []
+    for m in measured:
+        names = ("method", "ratio", "seed", "run", "baseline", "table", "heads_ratio")
+        row = {name: getattr(m.row, name) for name in names}
+        row |= {"steps": m.steps, "perplexity": m.perplexity, "perplexity_ratio": relative(measured, m)}
+        row |= {"cache_ratio": m.ratio, "compression": m.compression}
+        row["figures"] = [dict(task=task, where=where, value=value) for (task, where), value in m.figures.items()]
+        rows.append(row)
+    return {"machine": machine, "config": settings, "rows": rows}
