@@ -144,15 +144,9 @@ class DMC(CachePolicy):
     def attend(self, x: Projections) -> Attended:
         _require_neuron(self, x)
         dmc, s = self.dmc, x.k.size(2)
-        c = compress(
-            x.q,
-            x.k,
-            x.v,
-            *cos_sin(x.inv_freq, x.positions()),
-            decision_bias=dmc.decision_bias,
-            epsilon=dmc.importance_epsilon,
-            window=dmc.window,
-        )
+        tables = cos_sin(x.inv_freq, x.positions())
+        settings = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
+        c = compress(x.q, x.k, x.v, *tables, **settings)
         parts = []
         for rows in (slice(start, start + ROWS) for start in range(0, s, ROWS)):
             own = {name: getattr(c, name)[:, :, rows] for name in ("q", "slot", "k_own", "v_own")}

@@ -29,17 +29,9 @@ class ReferenceDecoder:
             raise ValueError(f"{loaded.path} was trained with method {loaded.config.dmc.method}; this decodes dmc only")
         self.model, self.config = loaded.model, loaded.config
         m, dmc = self.config.model, self.config.dmc
-        self.caches = [
-            OracleCache(
-                1,
-                m.kv_heads,
-                self.model.rotary_pos_emb.inv_freq,
-                decision_bias=dmc.decision_bias,
-                epsilon=dmc.importance_epsilon,
-                window=dmc.window,
-            )
-            for _ in range(m.num_layers)
-        ]
+        inv_freq = self.model.rotary_pos_emb.inv_freq
+        settings = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
+        self.caches = [OracleCache(1, m.kv_heads, inv_freq, **settings) for _ in range(m.num_layers)]
         self.tokens = 0
 
     def lengths(self) -> Tensor:
@@ -64,12 +56,8 @@ class ReferenceDecoder:
             gate, up = F.linear(layer.pre_mlp_layernorm(x), layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight)
         self.tokens += 1
-        head = (
-            model.output_layer.weight
-            if m.untie_embeddings_and_output_weights
-            else model.embedding.word_embeddings.weight
-        )
-        return F.linear(model.decoder.final_layernorm(x), head)[0, : m.vocab_size].float()
+        head = model.output_layer if m.untie_embeddings_and_output_weights else model.embedding.word_embeddings
+        return F.linear(model.decoder.final_layernorm(x), head.weight)[0, : m.vocab_size].float()
 
     def generate(
         self,

@@ -37,14 +37,9 @@ class Figure:
 
     @classmethod
     def mean(cls, task: str, where: str, observations: Tensor) -> Figure:
-        x = observations.double()
-        return cls(
-            task,
-            where,
-            float(x.mean()),
-            x.numel(),
-            float(x.std() / math.sqrt(x.numel())) if x.numel() > 1 else math.nan,
-        )
+        x, n = observations.double(), observations.numel()
+        stderr = float(x.std() / math.sqrt(n)) if n > 1 else math.nan
+        return cls(task, where, float(x.mean()), n, stderr)
 
     def __str__(self) -> str:
         return f"{self.task} ({self.where}): {self.value:.4f} ± {self.stderr:.4f}, n = {self.n}"
@@ -181,10 +176,8 @@ def identifiers(
         raise ValueError("no identifier comes twice in a window; use longer windows, or text with identifiers")
     scored = model.score(tokens, policy, batch)
     figures = []
-    for where, lowest, highest in [
-        ("all", 0, math.inf),
-        *((f"gap >= {a}", a, b) for a, b in zip(gaps, [*gaps[1:], math.inf])),
-    ]:
+    ranges = [(f"gap >= {a}", a, b) for a, b in zip(gaps, [*gaps[1:], math.inf])]
+    for where, lowest, highest in [("all", 0, math.inf), *ranges]:
         right: dict[int, list[bool]] = {}
         for o in occurrences:
             if lowest <= o.gap < highest:
@@ -200,12 +193,9 @@ def answer_figures(task: str, where: str, scored: Scored, graded: Tensor) -> lis
     Args:
         graded: bool [a], True for the tokens of the answer that count; the others are given.
     """
-    correct, loss = (
-        scored.correct[:, -len(graded) :][:, graded],
-        -scored.log_prob[:, -len(graded) :][:, graded].double(),
-    )
+    correct, log_prob = (x[:, -len(graded) :][:, graded] for x in (scored.correct, scored.log_prob))
     return [
         Figure.mean(f"{task}, exact", where, correct.all(dim=1)),
         Figure.mean(f"{task}, tokens", where, correct.double().mean(dim=1)),
-        Figure.mean(f"{task}, loss", where, loss.mean(dim=1)),
+        Figure.mean(f"{task}, loss", where, (-log_prob.double()).mean(dim=1)),
     ]

@@ -89,12 +89,8 @@ class TeacherForced(Model):
 
     def own_policy(self) -> CachePolicy:
         """The policy that the model was trained for: DMC or DMS after their retrofit, else the full cache."""
-        if (
-            self.info.compresses
-            and self.info.dmc is not None
-            and self.info.decision_bias == self.info.dmc.decision_bias
-        ):
-            dmc = self.info.dmc
+        dmc = self.info.dmc
+        if self.info.compresses and dmc is not None and self.info.decision_bias == dmc.decision_bias:
             return DMC(dmc) if dmc.method == "dmc" else DMS(dmc.decision_bias, dmc.window or 1)
         return FullCache()
 

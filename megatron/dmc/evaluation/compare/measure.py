@@ -49,33 +49,23 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = TeacherForced.load(spec["model"], device=device)
-    policy, tokenizer, tasks = (
-        policy_of(spec["policy"], spec["ratio"]),
-        load_tokenizer(spec["tokenizer"]),
-        spec["tasks"],
-    )
+    policy = policy_of(spec["policy"], spec["ratio"])
+    tokenizer, tasks = load_tokenizer(spec["tokenizer"]), spec["tasks"]
     with Path(spec["valid"]).open() as lines:
         documents = [tokenizer.encode(json.loads(line)["text"]) for line in lines]
     tokens = windows(documents, spec["length"], tasks["windows"])
+    material, batch = TextMaterial(tokenizer, documents), tasks["batch"]
+    samples = {name: tasks[f"recall_{name}"] for name in ("lengths", "depths", "samples")}
     results = {
-        "loss": perplexity_by_position(model, policy, tokens, edges(spec["length"]), batch=tasks["batch"]),
-        "identifiers": identifiers(model, policy, tokens, tokenizer, batch=tasks["batch"]),
-        **recall(
-            model,
-            policy,
-            TextMaterial(tokenizer, documents),
-            lengths=tasks["recall_lengths"],
-            depths=tasks["recall_depths"],
-            samples=tasks["recall_samples"],
-            seed=spec["seed"],
-            batch=tasks["batch"],
-        ),
+        "loss": perplexity_by_position(model, policy, tokens, edges(spec["length"]), batch=batch),
+        "identifiers": identifiers(model, policy, tokens, tokenizer, batch=batch),
+        **recall(model, policy, material, **samples, seed=spec["seed"], batch=batch),
     }
     figures = [figure for result in results.values() for figure in result.figures]
     if tasks["lm_eval_tasks"]:
         from megatron.dmc.evaluation import harness  # lm-eval is an extra
 
-        lm = harness.PolicyLM(model, policy, tokenizer, tasks["batch"])
+        lm = harness.PolicyLM(model, policy, tokenizer, batch)
         figures += harness.evaluate(lm, tasks["lm_eval_tasks"], tasks.get("lm_eval_include"))
     compression = results["loss"].compression
     return {
