@@ -223,7 +223,7 @@ def test_commands_are_found() -> None:
         "torchrun",
         "sbatch",
         "make",
-        "tools/convert_checkpoint.py",
+        "pip",
     }
     for wrong in (
         "dmc serve MODEL --prot 8000",
