@@ -254,7 +254,7 @@ def test_tables_are_means_over_seeds_beside_the_control_of_the_same_seed(tmp_pat
 
 
 def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
-    """Of what has been measured: here all of the first seed's rows but one, and nothing of the second's."""
+    """The report covers what has been measured: all of the first seed's rows but one, and none of the second's."""
     config = everything(tmp_path)
     output = Path(config.output)
     graph = build_graph(config)

@@ -163,7 +163,7 @@ def test_generation_refuses_a_model_that_does_not_compress(trained: Path, capsys
 
 
 def test_top_p_keeps_the_most_likely_tokens(trained: Path) -> None:
-    """With a tiny nucleus sampling is greedy, whatever the seed."""
+    """Sampling from a tiny nucleus is greedy, whatever the seed."""
     loaded = load_checkpoint(trained / "retrofit")
     greedy = list(ReferenceDecoder(loaded).generate([5, 6], 5))
     for seed in range(3):
