@@ -169,7 +169,7 @@ def filled(path: Path, context: int, rows: int, memory: int, device: torch.devic
             break  # there was nothing to read, and still no room for another
     for sequence in list(engine.scheduler.waiting):
         engine.abort(sequence.request_id)
-    # Whoever decodes on needs pages: one more for every head, or else the youngest would be pre-empted while we
+    # Whoever decodes on needs pages: one more for every head, or else the youngest would be preempted while we
     # measure.
     while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * engine.cache.lengths[0].size:
         engine.abort(engine.scheduler.running[-1].request_id)

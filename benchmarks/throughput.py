@@ -268,7 +268,7 @@ def throughput_cells(f: dict, rows: list[dict]) -> dict[str, object]:
         "CR": f["compression_ratio"],
         "batch": f["batch"],
         "empty": f"{f['page_waste']:.1%}",
-        "pre-empted": f["preemptions"],
+        "preempted": f["preemptions"],
         "tokens/s": f["tokens_per_second"],
         "x first": f["tokens_per_second"] / first["tokens_per_second"],
         "ms/step": f["decode_step_ms"]["median"],

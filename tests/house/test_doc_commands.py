@@ -26,7 +26,7 @@ from megatron.dmc.training import arguments
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "dmc" / "README.md"]
 SLURM = ROOT / "examples" / "dmc" / "slurm"
-OUTPUTS = ("11980 lines answered, ", "iteration 20/140 | ")  # how blocks begin that show what a program prints
+OUTPUTS = ("11980 lines completed, ", "iteration 20/140 | ")  # how blocks begin that show what a program prints
 FOREIGN = {"curl", "lm_eval", "cd", "export", "grep", "mv", "docker"}
 TOOLS = {"convert_checkpoint.py": ["convert"], "plan.py": ["plan"], "preprocess_data.py": ["data", "preprocess"]}
 MODULES = {
@@ -218,13 +218,7 @@ def test_commands_are_taken_by_their_programs(page: Path) -> None:
 def test_commands_are_found() -> None:
     """What a page with a mistake would do: the test above is not blind."""
     found = [words for _, text in SHELL for words in commands(text)]
-    assert len(found) > 50 and {words[0] for words in found} >= {
-        "dmc",
-        "torchrun",
-        "sbatch",
-        "make",
-        "pip",
-    }
+    assert len(found) > 50 and {words[0] for words in found} >= {"dmc", "torchrun", "sbatch", "make", "pip"}
     for wrong in (
         "dmc serve MODEL --prot 8000",
         "make quickstrat",

@@ -148,7 +148,7 @@ ACTIONS = st.lists(
     pages=st.integers(7 * HEADS, 10 * HEADS),
 )
 def test_any_schedule(models, case: str, actions: list, rows: int, chunk: int, pages: int) -> None:
-    """Arrivals, aborts, chunk budgets and pools that force pre-emption, at random: always the oracle's tokens, never a
+    """Arrivals, aborts, chunk budgets and pools that force preemption, at random: always the oracle's tokens, never a
     lost page, and an aborted request stops where it was.
     """
     model = models(case)

@@ -154,7 +154,7 @@ def test_sharing_makes_room_for_more(models) -> None:
 @pytest.mark.parametrize("rows", [2, 5])
 def test_a_full_cache_changes_nothing_for_others(case: str, rows: int, models) -> None:
     """Requests that share nothing with a cache full of snapshots run as in an engine without them, step by step: no
-    refusal, no pre-emption, no smaller batch, no later token.
+    refusal, no preemption, no smaller batch, no later token.
     """
     model = models(case)
     options = dict(

@@ -53,7 +53,7 @@ def test_any_schedule(
     models, case: str, actions: list, rows: int, snapshots: int, chunk: int, pages: int, least: int
 ) -> None:
     """Prompts that share prefixes, several answers, aborts and resets in small pools, so that snapshots are forgotten
-    and sequences pre-empted: always the oracle's tokens, and the host's and the device's pictures agree after every
+    and sequences preempted: always the oracle's tokens, and the host's and the device's pictures agree after every
     step.
     """
     model = models(case)

@@ -19,7 +19,7 @@ import _flashinfer
 
 
 def test_throughput_of_a_tiny_shape(tmp_path: Path) -> None:
-    """Every part, with what it counts: CR as asked for, nothing pre-empted in the cache that was filled to the last
+    """Every part, with what it counts: CR as asked for, nothing preempted in the cache that was filled to the last
     pages.
     """
     out = tmp_path / "out.json"

@@ -60,7 +60,9 @@ def test_answers_have_openais_shape_and_are_the_engines_own(model: Model, tmp_pa
     assert [(c["index"], c["text"]) for c in body["four"]["choices"]] == list(enumerate(drawn))
     assert body["two"]["object"] == "chat.completion" and body["two"]["choices"] == body["five"]["choices"]
     said = capsys.readouterr().out
-    assert "5 lines answered, 0 with an error; 0 were there before" in said and "CR " in said and "pages in use" in said
+    assert (
+        "5 lines completed, 0 with an error; 0 were there before" in said and "CR " in said and "pages in use" in said
+    )
 
 
 BAD = [
@@ -101,7 +103,7 @@ def test_a_bad_line_is_an_error_line_and_stops_nothing(
     source = write(tmp_path / "in", lines)
     said = run(engine, source, out)
     all_back(engine)
-    assert said.complete and (said.answered, said.errors) == (1 + len(BAD), len(BAD))
+    assert said.complete and (said.completed, said.errors) == (1 + len(BAD), len(BAD))
     found = read(out)
     assert len(found) == len(lines)
     for n, (_, code, message) in enumerate(BAD):
@@ -118,7 +120,7 @@ def test_a_bad_line_is_an_error_line_and_stops_nothing(
     assert (
         (again := run(engine, source, out)).complete
         and again.skipped == len(lines)
-        and again.answered + again.errors == 0
+        and again.completed + again.errors == 0
     )
 
 
@@ -155,7 +157,7 @@ def test_ids_that_are_there_twice(model: Model, tmp_path: Path) -> None:
     engine = Engine(model.path, EngineConfig(max_num_seqs=2), load_tokenizer(model.path))
     source, out = write(tmp_path / "in", lines), tmp_path / "out"
     said = run(engine, source, out)
-    assert (said.answered, said.errors) == (3, 3)
+    assert (said.completed, said.errors) == (3, 3)
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     wrong = {(entry["id"], entry["custom_id"], entry["error"]["code"]) for entry in entries if entry["error"]}
     assert wrong == {(f"batch_req_{n}", name, "duplicate_custom_id") for n, name in ((3, "a"), (5, "line-4"), (6, "a"))}
@@ -255,7 +257,7 @@ def test_no_more_is_read_than_is_needed(model: Model, tmp_path: Path) -> None:
         tmp_path / "in", [{"prompt": [1, 2], "n": 1 + n % 3, **GREEDY, "temperature": 1.0} for n in range(40)]
     )
     output, prompts = Output(tmp_path / "out"), Prompts(engine.input_processor)
-    assert BatchRunner(engine, prompts, output, Options("m", frozenset())).run(Watched(source)).answered == 40
+    assert BatchRunner(engine, prompts, output, Options("m", frozenset())).run(Watched(source)).completed == 40
     assert 2 <= max(ahead) <= 4 and ahead[0] == 0
     output.close()
 
@@ -265,8 +267,8 @@ def test_no_more_is_read_than_is_needed(model: Model, tmp_path: Path) -> None:
     [
         (["-i", "{tmp}/none"], "none cannot be read"),
         (["-o", "{tmp}/in"], "in is the input"),
-        (["-o", "{tmp}/foreign"], "foreign, line 1 is no line of a batch's answers"),
-        (["-o", "{tmp}/broken"], "broken, line 2 is no line of a batch's answers"),
+        (["-o", "{tmp}/foreign"], "foreign, line 1 is not a line that dmc batch writes"),
+        (["-o", "{tmp}/broken"], "broken, line 2 is not a line that dmc batch writes"),
         (["-o", "{tmp}"], "cannot be opened"),
         (["--model", "{tmp}"], "config.json cannot be read"),
     ],

@@ -72,7 +72,7 @@ def test_lines_may_move_between_runs(model: Model, tmp_path: Path) -> None:
     lines = [completion(name) for name in "abcd"]
     run(engine, write(tmp_path / "in", lines), tmp_path / "out")
     said = run(engine, write(tmp_path / "in", [completion("e"), *lines[:0:-1]]), tmp_path / "out")
-    assert (said.answered, said.skipped, said.strangers) == (1, 3, 1)
+    assert (said.completed, said.skipped, said.strangers) == (1, 3, 1)
     assert read(tmp_path / "out").keys() == set("abcde")
 
 
@@ -87,10 +87,12 @@ def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -
     phases = iter([RUN] * 9)
     said = run(engine, source, tmp_path / "out", lambda: next(phases, later))
     all_back(engine)
-    assert not said.complete and 0 < said.answered < 10
-    assert said.unfinished == (0 if later == DRAIN else 4) and said.answered == (2 if later == LEAVE else 6)
+    assert not said.complete and 0 < said.completed < 10
+    assert said.unfinished == (0 if later == DRAIN else 4) and said.completed == (2 if later == LEAVE else 6)
     assert run(engine, source, tmp_path / "out").complete
-    assert run(engine, source, tmp_path / "other").answered == 10 and read(tmp_path / "out") == read(tmp_path / "other")
+    assert run(engine, source, tmp_path / "other").completed == 10 and read(tmp_path / "out") == read(
+        tmp_path / "other"
+    )
 
 
 class Worker:
@@ -188,4 +190,4 @@ def test_two_ranks_write_one_file(model: Model, tmp_path: Path, run_distributed:
     out.write_bytes(data[: len(data) // 2])
     arguments = command(model, source, out, "--tensor-parallel-size", "2")
     result = run_distributed("megatron.dmc.cli", 2, arguments)
-    assert result.stdout.count("lines answered") == 1 and read(out) == read(tmp_path / "whole")
+    assert result.stdout.count("lines completed") == 1 and read(out) == read(tmp_path / "whole")

@@ -153,6 +153,6 @@ def _summary(stats: Any, results: Sequence[RequestOutput], seconds: float) -> st
     return (
         f"--- {stats.prompt_tokens} prompt + {stats.generation_tokens} new tokens in {seconds:.2f} s, {stats.steps} "
         f"steps: {stats.generation_tokens / max(seconds, 1e-9):.1f} new tokens/s; first token after {first:.3f} s; "
-        f"{stats.prefix_cache_hits} prompt tokens found in the prefix cache; {stats.preemptions} pre-emptions; pool of "
+        f"{stats.prefix_cache_hits} prompt tokens found in the prefix cache; {stats.preemptions} preemptions; pool of "
         f"{stats.pages} pages"
     )

@@ -284,7 +284,7 @@ def _tables(rows: Sequence[Figures], columns: Columns) -> str:
         "batch": lambda r: r["peak_batch_size"],
         "limit": lambda r: r["batch_limited_by"],
         "empty": lambda r: f"{r['page_waste']:.1%}",
-        "pre-empted": lambda r: f"{r['num_preemptions']:g}",
+        "preempted": lambda r: f"{r['num_preemptions']:g}",
         **columns,
         "x first": lambda r: _ranged(r["speedup"], 2),
     }

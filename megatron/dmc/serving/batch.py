@@ -52,7 +52,7 @@ class Summary:
 
     skipped: int = 0
     """Lines completed by earlier runs."""
-    answered: int = 0
+    completed: int = 0
     """Lines completed by this run."""
     errors: int = 0
     """Lines that got an error."""
@@ -184,7 +184,7 @@ class BatchRunner:
                 if phase == LEAVE or not self.engine.has_unfinished():
                     break
                 for output in self.engine.step():
-                    self._answer(output)
+                    self._take_output(output)
                 summary.peak_pages = max(summary.peak_pages, self.engine.stats().pages_used)
                 progress(summary)
         finally:
@@ -253,7 +253,7 @@ class BatchRunner:
         self._pending[str(number)] = _Pending(number, custom_id, body, results)
         self._unfinished += params.n * len(requests)
 
-    def _answer(self, output: StepOutput) -> None:
+    def _take_output(self, output: StepOutput) -> None:
         line, _, prompt = output.request_id.partition("-")
         pending = self._pending.get(line)
         if pending is None:  # another completion of its line has failed
@@ -271,7 +271,7 @@ class BatchRunner:
         prefix = "chatcmpl" if isinstance(pending.body, ChatCompletionRequest) else "cmpl"
         body = response(pending.body, pending.results, self.options.model, self.prompts, f"{prefix}-{name}")
         self.output.write(pending.number, pending.custom_id, 200, body)
-        self.summary.answered += 1
+        self.summary.completed += 1
         more, usage = usage_of(pending.results), self.summary.usage
         for item in dataclasses.fields(UsageCount):
             setattr(usage, item.name, getattr(usage, item.name) + getattr(more, item.name))

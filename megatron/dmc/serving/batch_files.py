@@ -1,7 +1,8 @@
-"""The two files of ``dmc batch``: lines of requests in, lines of answers out. Either may be larger than memory.
+"""The two files of ``dmc batch``: lines of requests in, lines of responses out. Either may be larger than memory.
 
-The output is the journal of the run. A line is written by one call, whole, when its answer is there; what a kill leaves
-behind is at most one torn line at the end, which is cut off when the next run begins. So a line that is there is done.
+The output is the journal of the run. A line is written by one call, whole, when its response is there; what a kill
+leaves behind is at most one torn line at the end, which is cut off when the next run begins. So a line that is there is
+done.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-MAX_LINE = 64 << 20  # bytes; a longer one is answered with an error, without being held in memory
+MAX_LINE = 64 << 20  # bytes; a longer line gets an error, without being held in memory
 SYNC_EVERY = 1.0  # seconds between two fsyncs: a kill loses nothing, a power cut at most this
 DUPLICATE = "duplicate_custom_id"
 _PREFIX = "batch_req_"
 
 
 class Input:
-    """Lines of a file, plain or gzip (told by its first bytes)."""
+    """Reader of the lines of a file, plain or gzip (told by its first bytes)."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ``ValueError`` when it cannot be read."""
+        """Open the file. Raises ``ValueError`` when it cannot be read."""
         self.path = path
         try:
             self._raw: BinaryIO = open(path, "rb")  # noqa: SIM115
@@ -38,11 +39,12 @@ class Input:
         self.nbytes = os.fstat(self._raw.fileno()).st_size
 
     def tell(self) -> int:
-        """Bytes of the file, as it lies there, that have been read."""
+        """Position in the file as it lies there, in bytes."""
         return self._raw.tell()
 
     def lines(self, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[int, Optional[bytes]]]:
-        """(line number from 1, line; None: longer than ``MAX_LINE``) of every ``shard[1]``-th line, without blank ones.
+        """Number (from 1) and bytes of every ``shard[1]``-th line that is not blank; None for one longer than
+        ``MAX_LINE``.
 
         Raises:
             ValueError: a gzip file that is damaged or cut off; what came before has been given.
@@ -70,31 +72,33 @@ class Input:
 
 @dataclass
 class Done:
-    """What the output has already."""
+    """Lines that the output has already."""
 
     ids: set[str] = field(default_factory=set)
+    """Their ``custom_id``, without duplicates."""
     duplicates: set[tuple[int, str]] = field(default_factory=set)
-    """(line number, custom_id) of lines that were answered with an error because their id was there before."""
+    """Line number and ``custom_id`` of lines that got an error because their id was there before."""
     errors: int = 0
+    """Number of lines with an error."""
 
     def __len__(self) -> int:
         return len(self.ids) + len(self.duplicates)
 
 
 def _number(entry: Any, where: str) -> int:
-    """The number of the input line that an output line answers. Raises ``ValueError`` for a line that is not ours."""
+    """Number of the input line of an output line. Raises ``ValueError`` for a line that ``dmc batch`` did not write."""
     name, custom = (entry.get("id"), entry.get("custom_id")) if isinstance(entry, dict) else (None, None)
     number = name.removeprefix(_PREFIX) if isinstance(name, str) else ""
     if not number.isdecimal() or not isinstance(custom, str):
-        raise ValueError(f"{where} is no line of a batch's answers; name another output file")
+        raise ValueError(f"{where} is not a line that dmc batch writes; name another output file")
     return int(number)
 
 
 class Output:
-    """The answers' file, held by one run at a time."""
+    """Output file, held by one run at a time."""
 
     def __init__(self, path: str | Path, write: bool = True) -> None:
-        """Open it, or make it; cut off a torn last line; read what is done.
+        """Open or make the file, cut off a torn last line, and read which lines are done.
 
         Args:
             write: False for a rank that only has to know what is done.
@@ -122,7 +126,7 @@ class Output:
             raise ValueError(f"{path} cannot be opened: {error.strerror}") from error
 
     def _read(self) -> int:
-        """Where the last whole line ends."""
+        """Read the lines that are done; returns where the last whole line ends."""
         end = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -144,15 +148,14 @@ class Output:
     def write(
         self, number: int, custom_id: str, status: int, body: dict[str, Any], error: Optional[dict[str, Any]] = None
     ) -> None:
-        """Append the answer to input line ``number``: OpenAI's shape, in one write."""
+        """Append the response to input line ``number`` in OpenAI's form, in one write."""
         if self._fd is None:
             return
         response = {"status_code": status, "request_id": f"req_{number}", "body": body}
         entry = {"id": f"{_PREFIX}{number}", "custom_id": custom_id, "response": response, "error": error}
         data = memoryview(json.dumps(entry).encode() + b"\n")
-        while (
-            data
-        ):  # a write may be short on a full disk; what is left of the line is then torn, and the next run's to mend
+        # A write may be short on a full disk; the line is torn then, and the next run cuts it off.
+        while data:
             data = data[os.write(self._fd, data) :]
         if time.monotonic() - self._synced > SYNC_EVERY:
             self._sync()
@@ -163,7 +166,7 @@ class Output:
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """What was written is on the disk then."""
+        """Close the file; what was written is on the disk then."""
         if self._fd is not None:
             self._sync()
             os.close(self._fd)

@@ -113,7 +113,7 @@ def _progress(source: Any, output: Any, disable: bool) -> tuple[Callable[[Any], 
     def update(summary: Any) -> None:
         usage, seconds = summary.usage, max(1e-9, time.monotonic() - began)
         bar.set_postfix(
-            lines=summary.skipped + summary.answered + summary.errors,
+            lines=summary.skipped + summary.completed + summary.errors,
             errors=earlier + summary.errors,
             tok_s=f"{usage.completion_tokens / seconds:.0f}",
             CR=f"{usage.body()['dmc']['compression_ratio']:.2f}",
@@ -131,11 +131,12 @@ def describe(summary: Any, engine: Any) -> str:
     ratio = usage.body()["dmc"]["compression_ratio"]
     left = f"; {summary.unfinished} begun and left" if summary.unfinished else ""
     lines = [
-        f"{summary.answered} lines answered, {summary.errors} with an error; {summary.skipped} were there before{left}",
+        f"{summary.completed} lines completed, {summary.errors} with an error; {summary.skipped} were there "
+        f"before{left}",
         f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new tokens in {summary.seconds:.1f} s: "
         f"{usage.completion_tokens / seconds:.1f} new tokens/s, {total / seconds:.1f} tokens/s",
         f"CR {ratio:.2f}; at most {summary.peak_pages} of {stats.pages} pages in use; {stats.preemptions} preemptions",
     ]
     if summary.strangers:
-        lines.append(f"{summary.strangers} lines of the output answer no line of this input")
+        lines.append(f"{summary.strangers} lines of the output belong to no line of this input")
     return "\n".join(lines)

@@ -1,6 +1,4 @@
-"""What a client is told when a request is not answered:
-OpenAI's error object, and the HTTP status that goes with it.
-"""
+"""Errors of requests: OpenAI's error object, and the HTTP status that goes with it."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def wrong_key() -> APIError:
 
 
 def overloaded(message: str, retry_after: int = 1) -> APIError:
-    """503: the same request may be answered later."""
+    """503: the same request may succeed later."""
     return APIError(
         503, message, type="service_unavailable", code="overloaded", headers={"Retry-After": str(retry_after)}
     )
@@ -64,7 +62,7 @@ def shutting_down() -> APIError:
 
 
 def engine_failed() -> APIError:
-    """500 of a request that the engine took down with it. The cause is in the server's log, not in the answer."""
+    """500 of a request that the engine took down with it. The cause is in the server's log, not in the response."""
     return APIError(
         500, "the engine has failed; the cause is in the server's log", type="server_error", code="engine_failed"
     )

@@ -1,1 +1,1 @@
-"""Training on megatron-core: data, loop, metrics, pre-emption and the entry point. Import the modules themselves."""
+"""Training on megatron-core: data, loop, metrics, preemption and the entry point. Import the modules themselves."""
