@@ -103,9 +103,9 @@ def test_the_picture_shows_what_may_be_imported():
 
 
 def test_the_places_in_the_architecture_exist():
-    """Every file of the table "Where is what" is there, and holds the names that stand behind it."""
+    """Every file of the table "Where things are" is there, and holds the names that stand behind it."""
     text = (ROOT / "docs" / "architecture.md").read_text()
-    table = text[text.index("## Where is what") : text.index("## How it works")]
+    table = text[text.index("## Where things are") : text.index("## How it works")]
     places = 0
     for row in (line.split(" | ")[1] for line in table.splitlines() if line.startswith("| ") and " | " in line):
         source = ""
