@@ -28,7 +28,7 @@ def _ids(text: str) -> list[int]:
 class GenerateConfig:
     """Model, prompts and output of ``dmc generate``."""
 
-    model: str = field(metadata={"flags": ("model",)})
+    model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
     """Hugging Face directory, plain or exported from a retrofit."""
     prompts: Optional[list] = field(
         default=None, metadata={"flags": ("--prompt",), "action": "append", "dest": "prompts", "metavar": "TEXT"}

@@ -61,8 +61,8 @@ class SamplingParams:
     logit_bias: Optional[Mapping[int, float]] = None
     """Values added to logits, by token id, each from -100 to 100."""
     max_tokens: Optional[int] = 16
-    """Most tokens to generate per completion. None means up to the context length; 0 computes the prompt's
-    log-probabilities and generates nothing."""
+    """Most tokens to generate per completion. 0 computes the prompt's log-probabilities and generates nothing.
+    In Python, None means up to the context length."""
     min_tokens: int = 0
     """Fewest tokens to generate before an end-of-sequence token or one of ``stop_token_ids`` may be sampled."""
     stop: Sequence[str] = ()

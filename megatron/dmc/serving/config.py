@@ -22,7 +22,7 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 class ServerConfig:
     """Model, address and limits of ``dmc serve``."""
 
-    model: str = field(metadata={"flags": ("model",)})
+    model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
     """Hugging Face directory, plain or exported from a retrofit."""
     tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
     """Directory of the tokenizer. Default: the model's."""
