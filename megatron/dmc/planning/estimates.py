@@ -190,6 +190,43 @@ def in_flight(run: RunConfig, gpus: int, rank: int) -> float:
     return min(2 * (pp - rank - 1) + (v - 1) * pp + 1, count * v) / v
 
 
+class KeptActivations(NamedTuple):
+    """What a pipeline stage keeps for the backward pass of one micro-batch, in bytes, given the recomputation."""
+
+    layers: int
+    """Layers that keep their activations."""
+    layer: float
+    """What each of these keeps, without DMC's extra."""
+    layer_dmc: float
+    """DMC's extra in each of these."""
+    boundaries: int
+    """Inputs of layers that are kept to recompute from."""
+    live: float
+    """What exists once, while it is recomputed, without DMC's extra."""
+    live_dmc: float
+    """DMC's extra in that."""
+
+
+def _kept_activations(run: RunConfig, layer: LayerBytes) -> KeptActivations:
+    p = run.parallel
+    layers = run.model.num_layers // p.pipeline_model_parallel_size
+    whole = layer.frame + layer.attention + layer.mlp
+    if p.recompute_granularity == "full":
+        chunks = p.virtual_pipeline_model_parallel_size or 1
+        again = min(p.recompute_num_layers, layers // chunks)  # layers of each model chunk
+        if p.recompute_method == "block":  # the first ones, one at a time
+            return KeptActivations(layers - again * chunks, whole, layer.dmc, again * chunks, whole, layer.dmc)
+        boundaries = chunks * math.ceil(layers // chunks / again)  # uniform: all, ``again`` at a time
+        return KeptActivations(0, whole, layer.dmc, boundaries, again * whole, again * layer.dmc)
+    kept, extra, live, live_dmc = whole, layer.dmc, 0.0, 0.0
+    if p.recompute_granularity == "selective" and "core_attn" in p.recompute_modules:
+        kept, extra = kept - layer.attention + layer.core_input, 0.0
+        live, live_dmc = layer.attention, layer.dmc
+    if p.recompute_granularity == "selective" and "mlp" in p.recompute_modules:
+        kept, live = kept - layer.mlp, live + layer.mlp
+    return KeptActivations(layers, kept, extra, 0, live, live_dmc)
+
+
 def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool = True) -> dict[str, float]:
     """Bytes on each GPU of pipeline stage ``rank``, by :data:`PARTS`.
 
@@ -198,31 +235,14 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
     """
     m, p, t = run.model, run.parallel, run.training
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    v = p.virtual_pipeline_model_parallel_size or 1
     e = 2 if t.bf16 else 4
     count = parameters_per_gpu(m, tp, pp, rank)
     state = (12 if t.bf16 else 8) * count / (gpus // (tp * pp) if p.use_distributed_optimizer else 1)
 
-    layer, layers = layer_bytes(run, compress), m.num_layers // pp
-    whole = layer.frame + layer.attention + layer.mlp
-    kept, extra, live, live_dmc = whole, layer.dmc, 0.0, 0.0  # per layer; "live" once, while it is recomputed
-    saved, boundaries = layers, 0  # layers that keep all of that, and inputs that are kept to recompute from
-    if p.recompute_granularity == "selective":
-        if "core_attn" in p.recompute_modules:
-            kept, extra = kept - layer.attention + layer.core_input, 0.0
-            live, live_dmc = layer.attention, layer.dmc
-        if "mlp" in p.recompute_modules:
-            kept, live = kept - layer.mlp, live + layer.mlp
-    elif p.recompute_granularity == "full":
-        again = min(
-            p.recompute_num_layers, layers // v
-        )  # of a model chunk: its first layers (block), or layers at once
-        block = p.recompute_method == "block"
-        saved, boundaries = (layers - again * v, again * v) if block else (0, v * math.ceil(layers // v / again))
-        live, live_dmc = (1 if block else again) * whole, (1 if block else again) * layer.dmc
-    flying = in_flight(run, gpus, rank)
-    activations = flying * (saved * kept + boundaries * layer.boundary) + live
-    dmc = flying * (saved * (extra + layer.row) + boundaries * layer.row) + live_dmc
+    layer = layer_bytes(run, compress)
+    kept, flying = _kept_activations(run, layer), in_flight(run, gpus, rank)
+    activations = flying * (kept.layers * kept.layer + kept.boundaries * layer.boundary) + kept.live
+    dmc = flying * (kept.layers * (kept.layer_dmc + layer.row) + kept.boundaries * layer.row) + kept.live_dmc
 
     tokens = t.micro_batch_size * run.data.seq_length
     work = layer.work + (2 * layer.boundary if pp > 1 else 0)
