@@ -173,26 +173,29 @@ class _Distill(torch.autograd.Function):
         rows = max(1, CHUNK // (part * logits.size(1)))
         chunks = [slice(start, min(start + rows, s)) for start in range(0, s, rows)]
 
+        # The largest logit of the student and of the teacher, over the whole vocabulary.
         top = torch.stack((logits.amax(dim=-1), teacher.amax(dim=-1))).to(wide)
         top = _reduce(top, distributed.ReduceOp.MAX, group)[..., None]  # [2, s, b, 1]
 
         def shifted(at: slice) -> tuple[Tensor, Tensor]:
             return logits[at].to(wide) - top[0, at], teacher[at].to(wide) - top[1, at]
 
-        # Sums over the vocabulary: exp(z), exp(z / T), exp(t / T), exp(t / T) (t - z) / T, and the label's z.
+        # With z the student's logits and t the teacher's, less their maxima, the sums over the vocabulary of: exp(z),
+        # exp(z / T), exp(t / T), exp(t / T) (t - z) / T, and z of the label. One tensor, for one reduction.
         sums = torch.empty(5, *labels.shape, dtype=wide, device=logits.device)
+        plain_sums, student_sums, teacher_sums, cross, label = sums
         for at in chunks:
             z, t = shifted(at)
-            sums[4, at] = z.gather(-1, local[at])[..., 0].masked_fill_(~here[at], 0.0)
+            label[at] = z.gather(-1, local[at])[..., 0].masked_fill_(~here[at], 0.0)
             difference = t.sub(z).div_(temperature)
-            sums[0, at] = z.exp().sum(dim=-1)
-            sums[1, at] = z.div_(temperature).exp_().sum(dim=-1)
+            plain_sums[at] = z.exp().sum(dim=-1)
+            student_sums[at] = z.div_(temperature).exp_().sum(dim=-1)
             weights = t.div_(temperature).exp_()
-            sums[2, at] = weights.sum(dim=-1)
-            sums[3, at] = weights.mul_(difference).sum(dim=-1)
-        plain, warm, of_teacher, cross, label = _reduce(sums, distributed.ReduceOp.SUM, group)
-        ce = plain.log() - label
-        kl = cross / of_teacher - of_teacher.log() + warm.log()
+            teacher_sums[at] = weights.sum(dim=-1)
+            cross[at] = weights.mul_(difference).sum(dim=-1)
+        _reduce(sums, distributed.ReduceOp.SUM, group)  # in place
+        ce = plain_sums.log() - label
+        kl = cross / teacher_sums - teacher_sums.log() + student_sums.log()
         loss = (1 - weight) * ce + weight * temperature**2 * kl
 
         if ctx.needs_input_grad[0]:
@@ -200,10 +203,10 @@ class _Distill(torch.autograd.Function):
             for at in chunks:
                 z, t = shifted(at)
                 # d CE / dz = p - onehot; d (T^2 KL) / dz = T (p_T - q_T)
-                total = t.div_(temperature).exp_().div_(of_teacher[at, :, None]).mul_(-weight * temperature)
-                total.add_((z / temperature).exp_().div_(warm[at, :, None]), alpha=weight * temperature)
+                total = t.div_(temperature).exp_().div_(teacher_sums[at, :, None]).mul_(-weight * temperature)
+                total.add_((z / temperature).exp_().div_(student_sums[at, :, None]), alpha=weight * temperature)
                 if weight < 1:
-                    total.add_(z.exp_().div_(plain[at, :, None]), alpha=1 - weight)
+                    total.add_(z.exp_().div_(plain_sums[at, :, None]), alpha=1 - weight)
                     total.scatter_add_(-1, local[at], here[at, :, None].to(wide) * (weight - 1))
                 grad[at] = total
             ctx.save_for_backward(grad)
