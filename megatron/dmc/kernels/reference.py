@@ -38,6 +38,11 @@ class _Layout(NamedTuple):
     rows: Tensor
     """int64 [N], row of the cache."""
 
+    @property
+    def last(self) -> Tensor:
+        """int64 [N], place of each sequence's last token among the T'."""
+        return self.first + self.count - 1
+
 
 def _layout(cu_seqlens: Tensor, rows: Tensor) -> _Layout:
     """Layout without padding (a row below 0) and sequences without tokens."""
@@ -172,40 +177,58 @@ def _pool_chunks(
     return k_out, v_out
 
 
+def _decide(params: AppendParams, layout: _Layout, before: Tensor) -> Tensor:
+    """Which tokens merge into their head's last slot: bool [T', H]. before: int64 slots [N, H]."""
+    neuron = params.k[layout.token, :, -1]
+    if not params.compress:
+        return torch.zeros_like(neuron, dtype=torch.bool)
+    merge = decision_logits(neuron, params.bias) > 0
+    merge[layout.first] &= before > 0  # the first token of a sequence has nothing to merge with
+    return merge
+
+
+def _slot_of_each_token(layout: _Layout, merge: Tensor, before: Tensor) -> Tensor:
+    """Slot that each token opens or merges into, counted from 0 in its head: int64 [T', H]."""
+    appends = (~merge).long().cumsum(0)  # over all sequences
+    appends_of_earlier = F.pad(appends, (0, 0, 1, 0))[layout.first]  # in sequences before: [N, H]
+    return (before - appends_of_earlier)[layout.sequence] + appends - 1
+
+
+def _write_slots(
+    state: CacheState, layer: int, layout: _Layout, merge: Tensor, slot: Tensor, k_part: Tensor, v_part: Tensor
+) -> None:
+    """Write the final state of every slot: that after its newest token, which is its sequence's last or is followed by
+    an append.
+    """
+    newest = torch.ones_like(merge)
+    newest[:-1] = ~merge[1:]
+    newest[layout.last] = True
+    t, h = newest.nonzero(as_tuple=True)
+    column, place = slot[t, h] // state.page_size, slot[t, h] % state.page_size
+    page = state.page_table[layout.rows[layout.sequence[t]], layer, h, column].long()
+    state.k_pages[page, place] = k_part[t, h].to(state.k_pages.dtype)
+    state.v_pages[page, place] = v_part[t, h].to(state.v_pages.dtype)
+
+
 def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
     """See :func:`megatron.dmc.kernels.append`."""
     q, k, v, inv_freq, compress = params.q, params.k, params.v, params.inv_freq, params.compress
-    layout, heads = _layout(params.cu_seqlens, params.rows), k.size(1)
-    where = params.positions[layout.token]
-    raw_k, raw_v = k[layout.token].float(), v[layout.token].float()
-    before = state.lengths[layout.rows, layer].long()  # [N, H]
-    if compress:
-        merge = decision_logits(k[layout.token, :, -1], params.bias) > 0
-        merge[layout.first] &= before > 0  # the first token of a sequence has nothing to merge with
-        omega = importance(q[layout.token, :, -1][..., None], heads, params.bias, params.epsilon)[..., 0]
-    else:
-        merge = torch.zeros(raw_k.shape[:2], dtype=torch.bool, device=k.device)
-    # Appends so far, within the sequence: [T', H]
-    opens = (~merge).long().cumsum(0)
-    opens = opens - F.pad(opens, (0, 0, 1, 0))[layout.first][layout.sequence]
-    slot = before[layout.sequence] - 1 + opens
-    last = layout.first + layout.count - 1
-    after = slot[last] + 1
+    layout = _layout(params.cu_seqlens, params.rows)
+    before = state.lengths[layout.rows, layer].long()  # slots: [N, H]
+    merge = _decide(params, layout, before)
+    slot = _slot_of_each_token(layout, merge, before)
+    after = slot[layout.last] + 1
     _take_pages(state, layer, layout.rows, before, after)
     state.lengths[layout.rows, layer] = after.to(state.lengths.dtype)
+
+    k_part, v_part = k[layout.token].float(), v[layout.token].float()
     if compress:
-        raw_k, raw_v = _pool_chunks(state, layer, layout, _Raw(raw_k, raw_v, omega), merge, params.window)
-    k_part = rotate(raw_k, where, inv_freq, compress).to(k.dtype)
-    v_part = raw_v.to(v.dtype)
-    # A slot keeps the state after its newest token: one that is its sequence's last, or that an append follows.
-    newest = torch.ones_like(merge)
-    newest[:-1] = ~merge[1:]
-    newest[last] = True
-    t, h = newest.nonzero(as_tuple=True)
-    at = slot[t, h]
-    page = state.page_table[layout.rows[layout.sequence[t]], layer, h, at // state.page_size].long()
-    state.k_pages[page, at % state.page_size] = k_part[t, h].to(state.k_pages.dtype)
-    state.v_pages[page, at % state.page_size] = v_part[t, h].to(state.v_pages.dtype)
+        omega = importance(q[layout.token, :, -1][..., None], k.size(1), params.bias, params.epsilon)[..., 0]
+        k_part, v_part = _pool_chunks(state, layer, layout, _Raw(k_part, v_part, omega), merge, params.window)
+    where = params.positions[layout.token]
+    k_part, v_part = rotate(k_part, where, inv_freq, compress).to(k.dtype), v_part.to(v.dtype)
+    _write_slots(state, layer, layout, merge, slot, k_part, v_part)
+
     q_rot = torch.zeros_like(q, memory_format=torch.contiguous_format)
     q_rot[layout.token] = rotate(q[layout.token], where, inv_freq, compress).to(q.dtype)
     if not params.partial:
