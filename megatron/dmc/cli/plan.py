@@ -121,20 +121,24 @@ def load_model(name: str) -> RunConfig:
     return run
 
 
-def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
-    """Resolve a run and its number of GPUs. Raises ``ValueError`` for values that make no sense in any layout."""
+def _check_numbers(args: PlanConfig) -> None:
+    """Raise ``ValueError`` for a number that makes no sense in any layout."""
     for name, value in dataclasses.asdict(args).items():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                zero = name == "overhead_gb"
-                if not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
-                    raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be positive")
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            allowed = number >= 0 if name == "overhead_gb" else number > 0
+            if not (math.isfinite(number) and allowed):
+                raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be positive")
     for name in ("mfu", "gpu_memory_utilization"):
         if getattr(args, name) > 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it is a fraction, at most 1")
     if args.target_cr <= 1:
         raise ValueError(f"--target-cr is {args.target_cr:g}; a retrofit compresses, so use more than 1")
-    run = load_model(args.model)
+
+
+def _given_layout(args: PlanConfig, run: RunConfig) -> dict[str, Any]:
+    """What the flags say of the layout, as keywords of :func:`with_layout`. Flags that are not given are left out."""
     layout: dict[str, Any] = {"micro_batch": args.micro_batch}
     if args.recompute is not None:
         kind, colon, modules = args.recompute.partition(":")
@@ -154,7 +158,14 @@ def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
     if args.distributed_optimizer is not None:
         layout["use_distributed_optimizer"] = args.distributed_optimizer
         layout["overlap_param_gather"] = run.parallel.overlap_param_gather and args.distributed_optimizer
-    run = with_layout(run, **layout)
+    return layout
+
+
+def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
+    """Resolve a run and its number of GPUs. Raises ``ValueError`` for values that make no sense in any layout."""
+    _check_numbers(args)
+    run = load_model(args.model)
+    run = with_layout(run, **_given_layout(args, run))
     run.stage = dataclasses.replace(
         run.stage, stage="retrofit", target_cr=args.target_cr, train_iters=None, start_cr=None
     )
@@ -202,17 +213,16 @@ def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]
     stage_rows = [
         [name, f"{f['steps']:,}", f"{f['tokens'] / 1e9:.1f}", f"{f['days']:.1f}"] for name, f in times.items()
     ]
-    batch = run.training.global_batch_size
+    counts, batch = figures["parameters"], run.training.global_batch_size
+    parts = ", ".join(f"{name} {n / 1e9:.2f}B" for name, n in counts.items() if name != "total" and n > 5e6)
+    tensor = f"TP {tp}{' with SP' if p.sequence_parallel else ''}"
+    pipeline = f"PP {pp}{f' ({v} chunks each)' if v > 1 else ''}"
     sharing = "optimizer sharded over DP" if p.use_distributed_optimizer else "optimizer whole on every rank"
     return "\n".join(
         [
-            f"model       {figures['parameters']['total'] / 1e9:.2f}B parameters: "
-            + ", ".join(
-                f"{name} {n / 1e9:.2f}B" for name, n in figures["parameters"].items() if name != "total" and n > 5e6
-            ),
-            f"layout      {gpus} GPUs = TP {tp}{' with SP' if p.sequence_parallel else ''} x PP {pp}"
-            + (f" ({v} chunks each)" if v > 1 else "")
-            + f" x DP {figures['dp']}; {sharing}; recomputation {recomputation(run)}",
+            f"model       {counts['total'] / 1e9:.2f}B parameters: {parts}",
+            f"layout      {gpus} GPUs = {tensor} x {pipeline} x DP {figures['dp']}; {sharing}; "
+            f"recomputation {recomputation(run)}",
             f"batch       {batch} sequences x {run.data.seq_length} = {figures['tokens_per_step']:,} tokens/step"
             f"; {figures['micro_batches']} micro-batches of {run.training.micro_batch_size} per rank",
             f"bubble      {figures['bubble']:.3f} of the pipeline's ideal time",
