@@ -19,6 +19,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -32,24 +33,64 @@ STILL = 0.6
 """Radians that a channel pair may turn over the whole window to count as hardly turned."""
 NEAR, SAME, SURE = 6.0, 1.0, 0.35
 """Amplitude of the distance scores per channel pair; score per matching sign; logit per sign of a copied code."""
+SIGN, LEVEL = 0.5, 2.0
+"""Amplitude of a code's signs, and of the constant, in the residual stream."""
 
 
-def _split(model: ModelConfig) -> tuple[int, int, list[int]]:
-    """Channels of a copy, channels of the code, and the channel pairs that hardly turn.
+class _Stream(NamedTuple):
+    """How the residual stream is divided, and which channels of a head compare contents."""
 
-    The last pair is left out: it has the decision neuron.
-    """
+    coded: int
+    """Channels 0..coded-1 hold the token's code."""
+    copied: int
+    """Channels of a code that the two heads copy."""
+    still: list[int]
+    """Channel pairs of a head that hardly turn."""
+
+    @property
+    def constant(self) -> int:
+        return self.coded
+
+    @property
+    def previous(self) -> slice:
+        """Where the head of layer 1 writes the code of the token before."""
+        return slice(self.coded + 1, self.coded + 1 + self.copied)
+
+    @property
+    def following(self) -> slice:
+        """Where the head of layer 2 writes the code of the token that followed the same one."""
+        return slice(self.coded + 1 + self.copied, None)
+
+
+class _Head(NamedTuple):
+    """Head 0 of a layer: its parts of the four projections, set to zero."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    norm: float
+    """Factor by which the norm before it scales its input."""
+
+    def copy_code(self, channels: int, to: slice) -> None:
+        """Copy the first channels of the code of where the head looks."""
+        n = torch.arange(channels)
+        self.v[n, n], self.o[n + to.start, n] = 1 / (SIGN * self.norm), SIGN
+
+
+def _divide(model: ModelConfig) -> _Stream:
     d = model.head_dim
-    copy = min(d, model.hidden_size // 4)
+    copied = min(d, model.hidden_size // 4)
     turned = rotary_frequencies(d, model.rotary_base, model.rope_scaling) * model.max_position_embeddings
-    still = [i for i in range(min(d // 2 - 1, copy)) if float(turned[i]) < STILL]
+    # The last pair is left out: it has the decision neuron.
+    still = [i for i in range(min(d // 2 - 1, copied)) if float(turned[i]) < STILL]
     if model.num_layers < 2 or len(still) < 5 or model.add_qkv_bias or model.qk_layernorm:
         raise ValueError(
             f"no room for an induction circuit: {model.num_layers} layers, {len(still)} of {d // 2 - 1} channel pairs "
             f"that turn by less than {STILL} over {model.max_position_embeddings} tokens; it takes 2 layers, 5 such "
             "pairs (raise rotary_base), no biases and no norms of q and k"
         )
-    return copy, model.hidden_size - 2 * copy - 1, still
+    return _Stream(model.hidden_size - 2 * copied - 1, copied, still)
 
 
 def weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -58,46 +99,58 @@ def weights(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the circuit does not fit into the model.
     """
-    copy, coded, still = _split(model)
+    stream = _divide(model)
     generator = torch.Generator().manual_seed(seed)
-    d, std, half = model.head_dim, model.init_method_std, model.head_dim // 2
-    found = {}
+    tensors = _random_weights(model, generator)
+    code = torch.randint(0, 2, (model.vocab_size, stream.coded), generator=generator) * 2.0 - 1
+    embedding = tensors["model.embed_tokens.weight"].zero_()
+    embedding[:, : stream.coded], embedding[:, stream.constant] = SIGN * code, LEVEL
+    squares = stream.coded * SIGN**2 + LEVEL**2  # of the residual stream's channels, summed
+    _look_at_token_before(_head(tensors, model, 0, squares), model, stream)
+    _look_behind_same_token(_head(tensors, model, 1, squares + stream.copied * SIGN**2), model, stream)
+    output = tensors.get("lm_head.weight")
+    if output is not None:
+        output.mul_(0.25)[:, stream.following] = SURE * code[:, : stream.copied]
+    return tensors
+
+
+def _random_weights(model: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    tensors, std = {}, model.init_method_std
     for name, shape in mapping.hf_shapes(mapping.FAMILIES["llama"], model).items():
         scale = std / math.sqrt(2 * model.num_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else std
-        found[name] = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * scale
-    code = torch.randint(0, 2, (model.vocab_size, coded), generator=generator) * 2.0 - 1
-    constant, before, after = coded, slice(coded + 1, coded + 1 + copy), slice(coded + 1 + copy, None)
-    sign, level, n = 0.5, 2.0, torch.arange(copy)
-    embedding = found["model.embed_tokens.weight"].zero_()
-    embedding[:, :coded], embedding[:, constant] = sign * code, level
+        tensors[name] = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * scale
+    return tensors
 
-    def head(layer: int, squares: float) -> tuple[list[Tensor], float]:
-        """Head 0's parts of the four projections, set to zero, and the factor by which the norm scales its input."""
-        names = [f"model.layers.{layer}.self_attn.{x}_proj.weight" for x in "qkvo"]
-        parts = [found[name][:d] for name in names[:3]] + [found[names[3]][:, :d]]
-        for part in parts:
-            part.zero_()
-        return parts, 1 / math.sqrt(squares / model.hidden_size + model.norm_epsilon)
 
-    # Layer 1: the token before. A query turned by -1 position meets the key best at distance 1.
-    squares = coded * sign**2 + level**2
-    (q, k, v, o), norm = head(0, squares)
-    angle = -rotary_frequencies(d, model.rotary_base, model.rope_scaling)
+def _head(tensors: dict[str, Tensor], model: ModelConfig, layer: int, squares: float) -> _Head:
+    """Head 0 of a layer whose input has channels with this sum of squares."""
+    d = model.head_dim
+    q, k, v, o = (tensors[f"model.layers.{layer}.self_attn.{x}_proj.weight"] for x in "qkvo")
+    parts = [x.zero_() for x in (q[:d], k[:d], v[:d], o[:, :d])]
+    return _Head(*parts, 1 / math.sqrt(squares / model.hidden_size + model.norm_epsilon))
+
+
+def _look_at_token_before(head: _Head, model: ModelConfig, stream: _Stream) -> None:
+    """Layer 1: a query turned by -1 position meets the key best at distance 1."""
+    half = model.head_dim // 2
+    angle = -rotary_frequencies(model.head_dim, model.rotary_base, model.rope_scaling)
     near = torch.full((half,), NEAR)
     near[-1] = 0  # the decision neuron's pair
-    q[:half, constant], q[half:, constant] = near * angle.cos() / (level * norm), near * angle.sin() / (level * norm)
-    k[:half, constant] = near / (level * norm)
-    v[n, n], o[n + before.start, n] = 1 / (sign * norm), sign
-    # Layer 2: where the token before was this token. The copy's channels count too from here on.
-    (q, k, v, o), norm = head(1, squares + copy * sign**2)
-    strength = math.sqrt(SAME * math.sqrt(d)) / (sign * norm)
-    for i, channel in enumerate([*still, *(pair + half for pair in still)][:copy]):
-        q[channel, i], k[channel, before.start + i] = strength, strength
-    v[n, n], o[n + after.start, n] = 1 / (sign * norm), sign
-    output = found.get("lm_head.weight")
-    if output is not None:
-        output.mul_(0.25)[:, after] = SURE * code[:, :copy]
-    return found
+    read = LEVEL * head.norm  # the constant, as the head reads it
+    head.q[:half, stream.constant] = near * angle.cos() / read
+    head.q[half:, stream.constant] = near * angle.sin() / read
+    head.k[:half, stream.constant] = near / read
+    head.copy_code(stream.copied, stream.previous)
+
+
+def _look_behind_same_token(head: _Head, model: ModelConfig, stream: _Stream) -> None:
+    """Layer 2: a token's own code meets the places whose token before had the same."""
+    half = model.head_dim // 2
+    strength = math.sqrt(SAME * math.sqrt(model.head_dim)) / (SIGN * head.norm)
+    still = [*stream.still, *(pair + half for pair in stream.still)]
+    for i, channel in enumerate(still[: stream.copied]):
+        head.q[channel, i], head.k[channel, stream.previous.start + i] = strength, strength
+    head.copy_code(stream.copied, stream.following)
 
 
 def write(directory: str | Path, model: ModelConfig, seed: int) -> None:
