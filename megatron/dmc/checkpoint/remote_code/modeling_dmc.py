@@ -189,24 +189,11 @@ class DMCModel(DMCPreTrainedModel):
         **kwargs,
     ):
         """Hidden states of a batch. Arguments: :meth:`DMCForCausalLM.forward`."""
-        if self.training:
-            raise ValueError(
-                "this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc"
-            )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if kwargs.get("output_attentions"):
-            raise ValueError("a compressed cache has no attention weight per token; leave output_attentions out")
+        self._check_arguments(input_ids, inputs_embeds, past_key_values, kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, DMCCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; give the DMCCache of an earlier call, or None"
-            )
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if cache is None:
-            cache = DMCCache(self.config)
+        cache = DMCCache(self.config) if past_key_values is None else past_key_values
         valid = self._valid(attention_mask, cache.columns, x)
         before = cache.take(valid)
         if position_ids is None:
@@ -240,6 +227,20 @@ class DMCModel(DMCPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def _check_arguments(self, input_ids, inputs_embeds, cache, others):
+        if self.training:
+            raise ValueError(
+                "this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if others.get("output_attentions"):
+            raise ValueError("a compressed cache has no attention weight per token; leave output_attentions out")
+        if cache is not None and not isinstance(cache, DMCCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; give the DMCCache of an earlier call, or None"
+            )
 
     @staticmethod
     def _valid(mask, columns, x):
