@@ -196,7 +196,7 @@ class Trainer:
         """Train to the end of the stage, or until ``stop`` says to leave. Returns whether the stage is finished."""
         t = self.config.training
         iterators = self.iterators(self.train_data, self.iteration * t.global_batch_size)
-        unlogged, saved = StepSums.zeros(self.config, self.device), self.iteration
+        unlogged = StepSums.zeros(self.config, self.device)
         self.logger.restart_clock()
         while self.iteration < self.total_iters:
             begun = time.monotonic()
@@ -221,13 +221,13 @@ class Trainer:
                 if reason and t.save and not save_is_due and unlogged.steps:
                     unlogged = self._log(unlogged, grad_norm)
             if t.save and (save_is_due or reason):
-                begun, saved = time.monotonic(), self.iteration
+                begun = time.monotonic()
                 self.save()
                 if reason or last:
                     self.finish_saving(wait=True)
                 stop.record("checkpoint", time.monotonic() - begun)
             if reason and not last:
-                state = f"saved at iteration {saved}" if t.save else "nothing saved (no --save)"
+                state = f"saved at iteration {self.iteration}" if t.save else "nothing saved (no --save)"
                 self.logger.print(f"leaving at iteration {self.iteration} of {self.total_iters}: {reason}; {state}")
                 return False
         if self.valid_data is not None:
