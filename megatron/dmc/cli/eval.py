@@ -34,7 +34,7 @@ def build_parser() -> flags.Parser:
     flags.add_fields(text, GenerateConfig)
     text.set_defaults(run=lambda args: generate(flags.read(GenerateConfig, args)))
     _add_recall_data(
-        flags.subcommand(commands, "recall-data", "Write training text that teaches looking back", EXAMPLES)
+        flags.subcommand(commands, "recall-data", "Write training text that teaches a model to look back", EXAMPLES)
     )
     _add_induction(
         flags.subcommand(commands, "induction", "Write a model that starts with an induction circuit", EXAMPLES)

@@ -55,7 +55,7 @@ class BenchConfig:
     num_iters: int = field(default=3, metadata={"type": number(int, 1)})
     """Number of timed iterations."""
     disable_detokenize: bool = field(default=False, metadata={"action": "store_true"})
-    """Make no text of the sampled tokens."""
+    """Leave the sampled tokens as ids, without text."""
     output_json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
     """JSON file to write the measurements to."""
 

@@ -63,7 +63,7 @@ class PreprocessConfig:
     output_prefix: str = field(metadata={"metavar": "P"})
     """Prefix of the dataset: P.bin and P.idx (Megatron's format), and P.json, which names tokenizer and sizes."""
     workers: int = field(default_factory=_cores, metadata={"metavar": "N"})
-    """Number of tokenizing processes; the default is the number of cores of this job."""
+    """Number of tokenizing processes. Default: the number of cores of this job."""
     json_key: str = field(default="text", metadata={"metavar": "KEY"})
     """Key of the text in every JSON document."""
     append_eod: bool = True
