@@ -16,7 +16,7 @@ from megatron.dmc.inference.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class InputProcessor:
-    """Makes requests that the engine can answer. Reads constants only, so threads may each use one.
+    """Makes requests that the engine can complete. Reads constants only, so threads may each use one.
 
     Tokenizers are not safe to share between threads: :meth:`with_tokenizer` gives a processor with a copy.
     """
@@ -89,7 +89,7 @@ class InputProcessor:
         return max(map(len, self.needed_tokenizer().get_vocab()))
 
     def check(self, ids: list[int], params: SamplingParams) -> None:
-        """Raise :class:`InvalidRequest` for a request that can never be answered."""
+        """Raise :class:`InvalidRequest` for a request that can never be completed."""
         if not ids:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
         for at, token in enumerate(ids):

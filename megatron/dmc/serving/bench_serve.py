@@ -149,7 +149,7 @@ async def benchmark(config: BenchServeConfig) -> dict[str, Any]:
     for output in [output for output in outputs if not output.success][:10]:
         print(f"failed: {output.error}")
     if not any(output.success for output in outputs):
-        raise ValueError(f"none of {len(outputs)} requests was answered; the first one: {outputs[0].error}")
+        raise ValueError(f"none of {len(outputs)} requests was completed; the first one: {outputs[0].error}")
     percentiles, selected = config.metric_percentiles, config.percentile_metrics
     found = load.figures(outputs, duration, percentiles, dict(config.goodput), selected)
     print(load.block(found, percentiles, selected, config.request_rate, config.max_concurrency))

@@ -100,7 +100,7 @@ async def ask(client: httpx2.AsyncClient, path: str, body: bytes, prompt_len: in
         return found
     found.success = ended and found.ttft > 0
     if not found.success:
-        found.error = "the stream ended before the answer" if not ended else "the answer has no tokens"
+        found.error = "the stream ended before the completion did" if not ended else "the completion has no tokens"
     return found
 
 
