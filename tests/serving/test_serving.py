@@ -85,6 +85,7 @@ def test_all_sampling_parameters_reach_the_engine() -> None:
     ("change", "param"),
     [
         ({"temprature": 1}, "temprature"),
+        ({"": 1}, ""),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),

@@ -315,10 +315,11 @@ def of_validation(errors: Sequence[Any]) -> APIError:
     """HTTP 400 for the first of pydantic's errors about a body. An unknown parameter comes before all others."""
     found = [(_parameter(error), error) for error in errors]
     param, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
-    if first["type"] == "json_invalid" or not param:
+    if first["type"] == "json_invalid" or param is None:
         return invalid("the body is not a JSON object; send one with Content-Type: application/json")
     # A value that may have several types has an error for each; the one that goes deepest has the intended type.
-    within = [(path, error) for path, error in found if path == param or path.startswith((f"{param}.", f"{param}["))]
+    below = (f"{param}.", f"{param}[")
+    within = [(path, error) for path, error in found if path is not None and (path == param or path.startswith(below))]
     param, first = max(within, key=lambda pair: pair[0].count("."))
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown parameter: {param[:200]!r}", param[:100], "unknown_parameter")
@@ -328,15 +329,18 @@ def of_validation(errors: Sequence[Any]) -> APIError:
     return invalid(f"{param} is {reprlib.repr(first['input'])}: {wanted[:400]}", param, "invalid_type")
 
 
-def _parameter(error: Any) -> str:
-    """Parameter that an error is about, such as ``messages[0].content``. Elements of lists and maps have no name."""
-    path, index, fields = "", "", PARAMETERS
+def _parameter(error: Any) -> Optional[str]:
+    """Parameter that an error is about, such as ``messages[0].content``. Elements of lists and maps have no name.
+
+    None: the body as a whole. The name of an unknown parameter may be empty.
+    """
+    path, index, fields = None, "", PARAMETERS
     unknown = len(error["loc"]) - 1 if error["type"] == "extra_forbidden" else None
     for at, part in enumerate(error["loc"]):
         if isinstance(part, int):
             index = f"[{part}]"
         elif part in fields or at == unknown:  # otherwise "body", or the name of a type
-            path += f"{index}.{part}" if path else part
+            path = part if path is None else f"{path}{index}.{part}"
             index, fields = "", fields.get(part, {})
     return path
 
