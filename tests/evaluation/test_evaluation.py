@@ -97,6 +97,12 @@ def test_report_writes_table_json_and_plots(trained: Path, capsys) -> None:
     assert "| DMC |" in (trained / "report/report.md").read_text()
 
 
+def test_a_report_on_no_sequences_is_refused(capsys) -> None:
+    needed = ["--tokenizer", "t.model", "--data", "valid", "--output", "report", "--row", "a=b"]
+    assert main(["report", *needed, "--sequences", "0"]) == 2
+    assert "--sequences: 0 is not a number of at least 1" in capsys.readouterr().err
+
+
 def test_decoding_token_by_token_gives_the_validation_loss(trained: Path) -> None:
     """The oracle's decoder and the teacher-forced evaluation are two programs: losses and slots must agree."""
     from megatron.dmc.training.tokenizer import load_tokenizer

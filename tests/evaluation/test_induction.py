@@ -75,3 +75,6 @@ def test_its_command(tmp_path, capsys) -> None:
     config.write_text("model: {num_layers: 1}\n")
     assert main(["induction", "--config", str(config), "--save", str(tmp_path / "no")]) == 2
     assert "error: no room" in capsys.readouterr().err
+    config.write_text("- 1\n")
+    assert main(["induction", "--config", str(config), "--save", str(tmp_path / "no")]) == 2
+    assert f"error: configuration file {config} must be a mapping, not list" in capsys.readouterr().err

@@ -283,6 +283,10 @@ def test_recall_data_is_a_dataset_that_training_takes(tmp_path, text_material, c
     assert all(document[-1] == tokenizer.eod_id and document.max() < tokenizer.vocab_size for document in documents)
     assert main(["recall-data", *arguments, "--longest", "64", "--output-prefix", str(tmp_path / "b")]) == 2
     assert "error: documents of at most 64" in capsys.readouterr().err and not list(tmp_path.glob("b*"))
+    for line in ('{"text": 5}', '{"words": "a"}', "[1]", "no JSON"):
+        (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+        assert main(["recall-data", *arguments, "--output-prefix", str(tmp_path / "c")]) == 2, line
+        assert f"error: {tmp_path}/text.jsonl:2 is no JSON of the form" in capsys.readouterr().err
 
 
 # lm-eval

@@ -396,6 +396,7 @@ def test_a_step_that_raises_loses_nothing(when: str, models, monkeypatch: pytest
         ({"num_pages": 3}, "the cache would have 3 pages, and the 4 heads"),
         ({"kv_cache_memory_bytes": 1000}, "give kv_cache_memory_bytes"),
         ({"block_size": 5}, "page_size 5 is not possible"),
+        ({"block_size": 0}, "block_size is 0; it must be an integer, at least 1"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens is 8, less than max_num_seqs 9"),

@@ -72,4 +72,5 @@ def load_file(path: str | Path) -> dict:
             data = yaml.safe_load(path.read_text())
     except Exception as error:
         raise ValueError(f"configuration file {path} cannot be read: {' '.join(str(error).split())}") from error
+    require(isinstance(data or {}, dict), f"configuration file {path} must be a mapping, not {type(data).__name__}")
     return data or {}

@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.dmc.evaluation.recall import SUITE, Ids, Material, TextMaterial
@@ -63,6 +63,19 @@ def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
     return out[:length]
 
 
+def _texts(corpus: str | Path) -> Iterator[str]:
+    """Texts of a JSONL file. Raises ``ValueError`` with the file and line of what is none."""
+    with Path(corpus).open() as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{corpus}:{number} is no JSON of the form {{"text": "..."}}')
+            yield text
+
+
 def write(
     prefix: str | Path,
     tokenizer_path: str,
@@ -90,8 +103,7 @@ def write(
     if longest < 16 or (longest < 128 and repeated < 1):
         raise ValueError(f"documents of at most {longest} tokens are too short; use 128, or 16 with repeated 1")
     tokenizer, rng = load_tokenizer(tokenizer_path), random.Random(seed)
-    with Path(corpus).open() as lines:
-        material = TextMaterial(tokenizer, [tokenizer.encode(json.loads(line)["text"]) for line in lines])
+    material = TextMaterial(tokenizer, [tokenizer.encode(text) for text in _texts(corpus)])
     # The special tokens and bytes at the beginning of a sentencepiece vocabulary are left out.
     ids = range(min(300, tokenizer.vocab_size // 2), tokenizer.vocab_size)
     parent = Path(prefix).absolute().parent

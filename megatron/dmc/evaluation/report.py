@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from megatron.dmc.flags import number
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -24,7 +26,7 @@ class ReportConfig:
     against the row that BASELINE names."""
     curves: list[str] = field(default_factory=list, metadata={"metavar": "DIR"})
     """TensorBoard directories of the stages, in their order, to plot compression and losses over training."""
-    sequences: int = 200
+    sequences: int = field(default=200, metadata={"type": number(int, 1), "metavar": "N"})
     """Number of validation sequences to measure on."""
 
 
