@@ -439,6 +439,8 @@ def test_bad_directories(models, tmp_path: Path) -> None:
         ("newer", lambda c, d: c["dmc"].update(format_version=2), "dmc.format_version is 2"),
         ("block lacks a key", lambda c, d: c["dmc"].pop("window"), "dmc.window is missing"),
         ("block is no object", lambda c, d: c.update(dmc=[4]), r"dmc is \[4\]; it must be an object"),
+        ("bias", lambda c, d: c["dmc"].update(decision_bias="x"), "dmc.decision_bias is 'x'; it must be a number"),
+        ("window", lambda c, d: c["dmc"].update(window=12.0), "dmc.window is 12.0; it must be of type int"),
         ("stage", lambda c, d: c["dmc"].update(stage="pretrain"), "dmc.stage is 'pretrain'"),
         ("truncated", truncate, "not a complete safetensors file"),
         ("not finite", poison, r"model.layers.1.mlp.up_proj.weight in .* holds NaN"),

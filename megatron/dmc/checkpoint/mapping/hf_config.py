@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family
-from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
+from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig, build
 
 DMC_FORMAT_VERSION = 1
 DMC_MODEL_TYPE = "dmc"
@@ -54,7 +54,7 @@ def base_config(config: dict) -> dict:
     if "dmc" not in config:
         return config
     plain = {k: v for k, v in config.items() if k not in ("dmc", "auto_map")}
-    family = config["dmc"].get("base_model_type")
+    family = _dmc_block(config).get("base_model_type")
     if family not in FAMILIES:
         raise ValueError(f"config.json: dmc.base_model_type is {family!r}; known families: {', '.join(FAMILIES)}")
     plain["model_type"], plain["architectures"] = family, [FAMILIES[family].architecture]
@@ -168,9 +168,7 @@ def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
     """
     if "dmc" not in config:
         return None
-    block = config["dmc"]
-    if not isinstance(block, dict):
-        raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
+    block = _dmc_block(config)
     if block.get("format_version") != DMC_FORMAT_VERSION:
         raise ValueError(
             f"config.json: dmc.format_version is {block.get('format_version')!r}; this version reads "
@@ -179,10 +177,17 @@ def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
     missing = [key for key in _DMC_KEYS if key not in block]
     if missing:
         raise ValueError(f"config.json: dmc.{missing[0]} is missing; the block needs {', '.join(_DMC_KEYS)}")
-    names = ("decision_bias", "window", "importance_epsilon")
-    dmc = DMCConfig(method=block.get("method", "dmc"), **{name: block[name] for name in names})
+    names = ("method", "decision_bias", "window", "importance_epsilon")
+    dmc = build(DMCConfig, {name: block[name] for name in names if name in block}, "config.json: dmc.")
     dmc.check()
     return dmc
+
+
+def _dmc_block(config: dict) -> dict:
+    block = config["dmc"]
+    if not isinstance(block, dict):
+        raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
+    return block
 
 
 def to_hf_config(model: ModelConfig, dtype: str) -> dict:
