@@ -163,16 +163,16 @@ def filled(path: Path, context: int, rows: int, memory: int, device: torch.devic
         engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=ROOM, ignore_eos=True))
     while True:
         before = list(engine.scheduler.running)
-        all_decode = bool(before) and all(sequence.remaining == 1 for sequence in before)
+        all_decode = bool(before) and all(sequence.num_uncomputed_tokens == 1 for sequence in before)
         engine.step()
         if all_decode and engine.scheduler.running == before:
             break  # there was nothing to read, and still no room for another
     for sequence in list(engine.scheduler.waiting):
-        engine.abort(sequence.request_id)
+        engine.abort(sequence.request.request_id)
     # Whoever decodes on needs pages: one more for every head, or else the youngest would be preempted while we
     # measure.
     while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * engine.cache.lengths[0].size:
-        engine.abort(engine.scheduler.running[-1].request_id)
+        engine.abort(engine.scheduler.running[-1].request.request_id)
     del engine.model.forward
     return llm
 

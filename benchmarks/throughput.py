@@ -112,11 +112,11 @@ class Steps:
 
     def step(self, engine: Engine) -> list[StepOutput]:
         running = list(engine.scheduler.running)
-        all_decode = len(running) == self.count and all(sequence.remaining == 1 for sequence in running)
+        all_decode = len(running) == self.count and all(sequence.num_uncomputed_tokens == 1 for sequence in running)
         began = time.perf_counter()
         outputs = engine.step()
         self.seconds.append(time.perf_counter() - began)
-        if self.first is None and outputs:
+        if self.first is None and any(output.tokens for output in outputs):
             self.first = sum(self.seconds)
         if all_decode and len(outputs) == self.count and engine.has_unfinished():
             self.decoding.append((self.seconds[-1], engine.stats().slots_used))

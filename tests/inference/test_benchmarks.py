@@ -1,0 +1,29 @@
+"""The benchmarks of the engine, the server and a training step run, at sizes that say nothing of speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.processes import ROOT, run_command
+
+MODEL = "--layers 1 --hidden 64 --heads 2 --head-dim 16"
+COMMANDS = {
+    "engine": f"{MODEL} --cache-tokens 512 --contexts 64 --prompt 8 --new-tokens 4 --seconds 0.2",
+    "prefix_caching": f"{MODEL} --prefix 64 --question 40 --requests 2 --new-tokens 2 --step-tokens 64 --seconds 0.2",
+    "serving": f"{MODEL} --mode overhead --clients 2 --per-client 1 --prompt 8 --new-tokens 4 --rounds 1",
+    "train_step": "--layers 1 --hidden 64 --seq-length 64 --batch 1 --seconds 0.2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    run_command(
+        [sys.executable, f"benchmarks/{name}.py", *COMMANDS[name].split(), "--threads", "1", "--json", str(out)]
+    )
+    record = json.loads(out.read_text())
+    assert record["benchmark"] == name and record["figures"] and record["machine"]
