@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.processes import ROOT, run_command
+from helpers.processes import run_command
 
 MODEL = "--layers 1 --hidden 64 --heads 2 --head-dim 16"
 COMMANDS = {
