@@ -138,7 +138,7 @@ def _check_numbers(args: PlanConfig) -> None:
 
 
 def _given_layout(args: PlanConfig, run: RunConfig) -> dict[str, Any]:
-    """What the flags say of the layout, as keywords of :func:`with_layout`. Flags that are not given are left out."""
+    """Keywords of :func:`with_layout` for the layout flags that were given."""
     layout: dict[str, Any] = {"micro_batch": args.micro_batch}
     if args.recompute is not None:
         kind, colon, modules = args.recompute.partition(":")

@@ -1,4 +1,4 @@
-"""From prompts to requests: tokenize, check, refuse. The same checks serve ``LLM``, the server and the batch runner."""
+"""Input processor: tokenizes prompts and checks requests, the same for ``LLM``, the server and the batch runner."""
 
 from __future__ import annotations
 

@@ -145,11 +145,11 @@ class _Step:
         if not sequences:
             return
         pages = self.cache.growth([s.row for s in sequences], [1] * len(sequences))
-        needed = pages.sum(0)
-        if (needed <= self.free).all() and all(s.num_computed_tokens >= s.prompt_length for s in sequences):
+        total = pages.sum(0)
+        if (total <= self.free).all() and all(s.num_computed_tokens >= s.prompt_length for s in sequences):
             self.single = [ScheduledSequence(s, 1, True) for s in sequences]  # nearly always
             self.budget -= len(sequences)
-            self._promise(needed)
+            self._promise(total)
             return
         for sequence, needed in zip(sequences, pages):
             if sequence.row is not None and self._make_room(sequence, needed):
