@@ -21,7 +21,7 @@ from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.app import create_app
 from megatron.dmc.serving.async_engine import Limits
 from megatron.dmc.serving.prompts import Prompts
-from megatron.dmc.serving.server import Server, bind, make_service
+from megatron.dmc.serving.server import Server, listen, make_service
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -101,7 +101,7 @@ class Running:
             metrics_prefix=metrics_prefix,
         )
         self._timeout, self._ready = timeout, threading.Event()
-        self.sock = bind("127.0.0.1", 0)
+        self.sock = listen("127.0.0.1", 0)
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)

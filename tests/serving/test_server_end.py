@@ -22,6 +22,7 @@ from helpers.serving import Running, make_model, until
 from test_server import COMPLETIONS, GREEDY, IGNORE, samples
 
 from megatron.dmc.cli import main
+from megatron.dmc.serving.server import listen
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,12 @@ def test_wrong_options(model: Model, options: list[str], said: str, capsys: pyte
 def test_a_taken_port(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", model.path, "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_port_of_a_server_that_still_loads(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as loading:
+        assert main(["serve", model.path, "--port", str(loading.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
 
 

@@ -158,14 +158,19 @@ async def benchmark(config: BenchServeConfig) -> dict[str, Any]:
 
 async def ready(client: Any, config: BenchServeConfig) -> None:
     """Wait until the server lists its models. Raises ``ValueError`` when that takes too long."""
-    deadline = time.monotonic() + config.ready_check_timeout_sec
-    while config.ready_check_timeout_sec:
+    seconds = config.ready_check_timeout_sec
+    deadline = time.monotonic() + seconds
+    while seconds:
+        left = max(1.0, deadline - time.monotonic())
         try:
-            await _call(client, "GET", "/v1/models", "no answer from")
+            # A server that loads its model may accept the connection long before it answers.
+            await asyncio.wait_for(_call(client, "GET", "/v1/models", "no answer from"), left)
             return
+        except asyncio.TimeoutError:
+            raise ValueError(f"no answer from {client.base_url} for {seconds:g} s") from None
         except ValueError as error:
             if time.monotonic() > deadline:
-                raise ValueError(f"{error}, for {config.ready_check_timeout_sec:g} s") from None
+                raise ValueError(f"{error}, for {seconds:g} s") from None
             await asyncio.sleep(1)
 
 

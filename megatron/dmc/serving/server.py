@@ -29,6 +29,7 @@ from megatron.dmc.serving.ranks import Followers, LeadingEngine, check_size, fol
 
 log = logging.getLogger(__name__)
 LINGER = 0.25  # seconds in which requests that are on their way are still answered 503
+BACKLOG = 512  # connections that the kernel holds until they are accepted
 CLOSE = 5  # seconds for the last bytes of responses
 
 
@@ -79,15 +80,20 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Bind a port, before the model is loaded. Raises ``ValueError``."""
+def listen(host: str, port: int) -> socket.socket:
+    """Socket that listens on a port, before the model is loaded, so that a second server on it fails at once.
+
+    Connections made while the model is loaded wait in the backlog. Raises ``ValueError``.
+    """
     if not 0 <= port < 65536:
         raise ValueError(f"--port is {port}; it must be 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is IPPROTO_TCP; accepted ones take it from this one.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen(BACKLOG)
     except OSError as error:
         made.close()
         raise ValueError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
@@ -132,7 +138,7 @@ async def serve(
         access_log=not settings.disable_access_log,
         lifespan="off",
         timeout_graceful_shutdown=CLOSE,
-        backlog=2048,
+        backlog=BACKLOG,
         server_header=False,
     )
     server = Server(config, service, settings.shutdown_timeout)
@@ -181,7 +187,7 @@ def run(settings: ServerConfig, config: EngineConfig) -> int:
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's
         follow(settings.model, config, source)
         return 0
-    with contextlib.closing(bind(settings.host, settings.port)) as sock:
+    with contextlib.closing(listen(settings.host, settings.port)) as sock:
         tokenizer = load_tokenizer(source)
         if config.tensor_parallel_size == 1:
             engine = Engine(settings.model, config, tokenizer)
