@@ -30,7 +30,8 @@ class DMCStep:
     compress: bool = True
     """True: merge tokens. False: plain attention, with the decision neuron scaled by ``neuron_scale``."""
     neuron_scale: float = 1.0
-    """Factor on channel D-1 of q and k before and after RoPE, when not compressing: 1 plain, 0 neuron out."""
+    """Factor on channel D-1 of q and k, as they leave the projection and after RoPE, when not compressing: 1 plain, 0
+    neuron out."""
     sample_ids: Optional[Tensor] = None
     """Global index of each sequence, int64 [b], a key of the noise. None: hard decisions, no noise (evaluation)."""
     seed: int = 0
@@ -105,7 +106,7 @@ class DMCSelfAttention(SelfAttention):
                 f"{self.hidden_size_per_attention_head} channels of a head: position_embedding_type rope, "
                 "rotary_percent 1"
             )
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        query, key, value = self._project(hidden_states, step)
         # The model may have made frequencies for more rows than there are tokens (the carried row).
         angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
         attend = partial(self._attend, step, angles)
@@ -114,6 +115,20 @@ class DMCSelfAttention(SelfAttention):
         else:
             context, self.kept_count = attend(query, key, value)
         return self.linear_proj(context)
+
+    def _project(self, hidden_states: Tensor, step: DMCStep) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [s, b, h] -> query [s, b, np, D], key, value [s, b, ng, D], before RoPE."""
+        # mixed: [s, b, ng, (g + 2) * D], before the norms of q and k
+        mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        query, key, value = mixed.split(sizes, dim=-1)
+        query = query.reshape(*query.shape[:2], -1, self.hidden_size_per_attention_head)
+        if not step.compress:
+            # Before the norms: zero_out ends with zeros in the projection, so the channel leaves the root mean square
+            # of the others too. Faded after the norms it would leave that one at once, at the end.
+            query, key = _scale_neuron(query, step), _scale_neuron(key, step)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
 
     def _attend(
         self, step: DMCStep, angles: Tensor, query: Tensor, key: Tensor, value: Tensor
@@ -126,7 +141,7 @@ class DMCSelfAttention(SelfAttention):
             out, kept = self._compressed_attention(step, q, k, v, cos, sin)
         else:
             kept = torch.zeros(q.size(0), dtype=torch.float64, device=q.device)
-            q, k = ops.rotate(_scale_neuron(q, step), cos, sin), ops.rotate(_scale_neuron(k, step), cos, sin)
+            q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
             # A rotation refills the channel from its partner.
             out = ops.flash_attention(_scale_neuron(q, step), _scale_neuron(k, step), v)
         # [b, np, s, D] -> [s, b, np * D]
@@ -165,7 +180,7 @@ class DMCSelfAttention(SelfAttention):
 
 
 def _scale_neuron(x: Tensor, step: DMCStep) -> Tensor:
-    """Scale channel D-1 of [b, h, s, D]."""
+    """Scale channel D-1 of [..., D]."""
     if step.neuron_scale == 1.0:
         return x
     factor = torch.ones(x.size(-1), dtype=x.dtype, device=x.device)
