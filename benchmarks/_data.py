@@ -15,7 +15,7 @@ from megatron.dmc.training.tokenizer import Tokenizer
 class RandomIds(Tokenizer):
     """Stands in for a tokenizer whose text nobody reads."""
 
-    path, bos_id, eod_id, fingerprint = "random", None, 0, "0" * 64
+    path, bos_id, adds_bos, eod_id, fingerprint = "random", None, False, 0, "0" * 64
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

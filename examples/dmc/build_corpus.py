@@ -61,6 +61,8 @@ def is_valid(name: str, text: str) -> bool:
 def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> None:
     """Train a byte-pair sentencepiece model that is lossless on code, and write it to ``path``.
 
+    A tokenizer_config.json beside it says that texts begin without BOS, in training data and at inference.
+
     Raises:
         ValueError: ``vocab_size`` is too small or too large for the texts.
     """
@@ -89,6 +91,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, path: Path) -> None:
     except (RuntimeError, OSError) as error:
         raise ValueError(f"--vocab-size {vocab_size} does not work for this text; use 512 to 16384: {error}") from error
     path.write_bytes(model.getvalue())
+    # For short documents on small models: nothing is spent on a token before every text.
+    path.with_name("tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}) + "\n")
 
 
 def check_round_trip(path: Path, texts: list[str]) -> None:

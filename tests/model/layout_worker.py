@@ -155,7 +155,7 @@ CASES: dict[int, dict[str, dict]] = {
 class FakeTokenizer:
     """Attributes that a dataset needs of a tokenizer."""
 
-    path, vocab_size, bos_id, eod_id, fingerprint = "fake", VOCAB, None, 0, "0" * 64
+    path, vocab_size, bos_id, adds_bos, eod_id, fingerprint = "fake", VOCAB, None, False, 0, "0" * 64
     eod = 0
     unique_identifiers = OrderedDict(fingerprint=fingerprint)
 

@@ -1,6 +1,7 @@
 """Tokenizers and ``dmc data preprocess``. No network, no GPU, a few seconds."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -51,11 +52,16 @@ def test_hugging_face_tokenizer(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     text = "  def hello ( é ) :\n\treturn 's"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.eod) == (0, 1, 1)
+    assert (tokenizer.bos_id, tokenizer.eod_id, tokenizer.eod, tokenizer.adds_bos) == (0, 1, 1, False)
     assert tokenizer.vocab_size == backend.get_vocab_size()
     before = tokenizer.fingerprint
     (tmp_path / "chat_template.jinja").write_text("changes no ids")
     assert load_tokenizer(tmp_path).fingerprint == before
+    # As Llama 3's tokenizer.json: the post-processor puts BOS before a text, tokenizer_config.json does not say it.
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.adds_bos and tokenizer.encode("def")[0] != 0
 
 
 def test_bad_tokenizer_paths(tmp_path):
@@ -163,3 +169,47 @@ def test_script_runs_from_a_checkout(tmp_path):
         text=True,
     )
     assert result.returncode == 2 and "tokenizer nowhere does not exist" in result.stderr
+
+
+# BOS
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text(corpus, config, tmp_path, capsys):
+    """By default; the sidecar says it, and training warns of data that begins otherwise, or does not say."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron.dmc.training.data import check_datasets
+
+    settings = {"none": None, "silent": {}, "yes": {"add_bos_token": True}, "no": {"add_bos_token": False}}
+    for name, content in settings.items():
+        adds, directory = name != "no", tmp_path / name
+        directory.mkdir()
+        (directory / "tokenizer.model").write_bytes((corpus / "tokenizer.model").read_bytes())
+        if content is not None:
+            (directory / "tokenizer_config.json").write_text(json.dumps(content))
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.adds_bos is adds
+        arguments = ["--tokenizer", str(directory), "--workers", "2" if name == "none" else "1"]
+        assert preprocess(corpus, "b.jsonl", str(directory / "b"), *arguments) == 0
+        said = f"beginning with BOS (id {tokenizer.bos_id})" if adds else "without BOS"
+        assert said in capsys.readouterr().out
+        indexed = IndexedDataset(str(directory / "b"))
+        assert all((document[0] == tokenizer.bos_id) == adds for document in indexed)
+        assert Sidecar.read(directory / "b").bos_prepended is adds
+        config.data.data_path, config.data.valid_data_path = [str(directory / "b")], []
+        assert check_datasets(config, tokenizer) == []
+    config.data.data_path = [str(tmp_path / "no" / "b")] * 2
+    (warning,) = check_datasets(config, load_tokenizer(tmp_path / "yes"))
+    assert "no/b: documents do not begin with BOS, but tokenizer" in warning and "preprocess --prepend-bos" in warning
+    config.data.data_path = [str(tmp_path / "yes" / "b")]
+    (warning,) = check_datasets(config, load_tokenizer(tmp_path / "no"))
+    assert "documents begin with BOS" in warning and "puts no BOS before a text" in warning
+    sidecar = json.loads((tmp_path / "yes" / "b.json").read_text())
+    del sidecar["bos_prepended"]
+    (tmp_path / "yes" / "b.json").write_text(json.dumps(sidecar))
+    (warning,) = check_datasets(config, load_tokenizer(tmp_path / "no"))
+    assert "b.json does not say whether the documents begin with BOS" in warning
+    for content, message in (("[", "is not JSON"), ("[]", "JSON object"), ('{"add_bos_token": 1}', "must be true or")):
+        (tmp_path / "no" / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path / "no")

@@ -12,6 +12,7 @@ from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.base import Source
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE
+from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 """Directory of the modelling files that a DMC model is exported with."""
@@ -32,13 +33,13 @@ def tokenizer_files(source: Source, tokenizer: Optional[str | Path], say: Callab
     if path.is_dir() and (tokenizer or source.run.data.tokenizer):
         files |= {name: (path / name).read_bytes() for name in hf.TOKENIZER_FILES if (path / name).is_file()}
     elif path.is_file():
-        files |= _sentencepiece_files(path)
+        files |= _sentencepiece_files(path, say)
     if not any(name in files for name in hf.TOKENIZER_FILES):
         say("warning: no tokenizer was found; give --tokenizer, or copy its files into the directory")
     return files
 
 
-def _sentencepiece_files(path: Path) -> dict[str, bytes]:
+def _sentencepiece_files(path: Path, say: Callable[[str], None]) -> dict[str, bytes]:
     """Files for transformers from a sentencepiece model: the model, and which special tokens it has."""
     from sentencepiece import SentencePieceProcessor
 
@@ -49,11 +50,13 @@ def _sentencepiece_files(path: Path) -> dict[str, bytes]:
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
     ids = {name: number for name, number in ids.items() if number >= 0}
     tokens = {f"{name}_token": model.id_to_piece(number) for name, number in ids.items()}
-    # As the data was prepared: documents end with EOS and begin with nothing, not even a space that the model does not
-    # add.
+    adds_bos = "bos" in ids and sentencepiece_adds_bos(path)
+    say(f"tokenizer {path}: puts {'BOS' if adds_bos else 'no BOS'} before a text (add_bos_token)")
+    # As dmc data preprocess prepares data by default: nothing is added but BOS, not even a space that the model does
+    # not add.
     config = {
         "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": False,
+        "add_bos_token": adds_bos,
         "add_eos_token": False,
         "legacy": False,
         "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581"),

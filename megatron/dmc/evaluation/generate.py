@@ -40,7 +40,7 @@ def generate(config: GenerateConfig) -> int:
     try:
         tokenizer = load_tokenizer(config.tokenizer)
         decoder = ReferenceDecoder(load_checkpoint(config.load))
-        prompt = tokenizer.encode(config.prompt)
+        prompt = [*([tokenizer.bos_id] if tokenizer.adds_bos else []), *tokenizer.encode(config.prompt)]
         ids, shown = list(prompt), config.prompt
         print(shown, end="", flush=True)
         for token in decoder.generate(

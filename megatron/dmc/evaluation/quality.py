@@ -26,6 +26,8 @@ class Quality:
     """Tokens / slots over all layers, heads and sequences."""
     cr_by_head: Tensor
     """Tokens / slots of each head: fp64 [layers, KV heads]."""
+    warnings: list[str]
+    """What :func:`check_datasets` has found odd about the validation set."""
 
     @property
     def perplexity(self) -> float:
@@ -39,8 +41,6 @@ def kv_bytes_per_token(model: ModelConfig, cr: float, element_bytes: int = 2) ->
 
 def _batches(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, batch: int) -> Iterator[dict]:
     config = loaded.config
-    config.data.data_path, config.data.valid_data_path = [prefix], [prefix]
-    check_datasets(config, tokenizer)
     _, data = build_datasets(config, tokenizer, 1, sequences)
     return batch_iterator(
         data,
@@ -57,6 +57,8 @@ def _batches(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, 
 def measure(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, batch: int = 8) -> Quality:
     """Mean loss over the first ``sequences`` (rounded down to whole batches) of the dataset ``prefix``."""
     config, loss, tokens = loaded.config, 0.0, 0
+    config.data.data_path, config.data.valid_data_path = [prefix], [prefix]
+    warnings = check_datasets(config, tokenizer)
     m = config.model
     kept = torch.zeros(m.num_layers, m.kv_heads, dtype=torch.float64)
     batch = min(batch, sequences)
@@ -71,4 +73,4 @@ def measure(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, b
             kept[layer - 1] += count.sum(dim=0).double().cpu()
     if not loaded.compresses:
         kept.fill_(tokens)
-    return Quality(tokens, loss / tokens, tokens * kept.numel() / float(kept.sum()), tokens / kept)
+    return Quality(tokens, loss / tokens, tokens * kept.numel() / float(kept.sum()), tokens / kept, warnings)

@@ -103,17 +103,18 @@ def write(
     if longest < 16 or (longest < 128 and repeated < 1):
         raise ValueError(f"documents of at most {longest} tokens are too short; use 128, or 16 with repeated 1")
     tokenizer, rng = load_tokenizer(tokenizer_path), random.Random(seed)
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     material = TextMaterial(tokenizer, [tokenizer.encode(text) for text in _texts(corpus)])
     # The special tokens and bytes at the beginning of a sentencepiece vocabulary are left out.
     ids = range(min(300, tokenizer.vocab_size // 2), tokenizer.vocab_size)
     parent = Path(prefix).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{Path(prefix).name}.", dir=parent) as directory:
-        writer = IndexedWriter(Path(directory), tokenizer, eod_appended=True)
+        writer = IndexedWriter(Path(directory), tokenizer, eod_appended=True, bos_prepended=tokenizer.adds_bos)
         while writer.tokens < tokens:
             length = rng.randint(longest // 4, longest)
             made = repeats(ids, length, rng) if rng.random() < repeated else document(material, length, rng)
-            writer.add([*made, tokenizer.eod_id])
+            writer.add([*begin, *made, tokenizer.eod_id])
         writer.close()
         publish(Path(directory), prefix)
     return writer.tokens

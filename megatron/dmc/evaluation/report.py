@@ -69,6 +69,7 @@ def evaluate_rows(config: ReportConfig) -> list[dict]:
                 "validation_tokens": quality.tokens,
                 "kv_bytes_per_token": kv_bytes_per_token(loaded.config.model, quality.cr),
                 "cr_by_head": quality.cr_by_head.tolist(),
+                "warnings": quality.warnings,
             }
         )
         print(f"  measured {name}", file=sys.stderr, flush=True)
@@ -88,7 +89,8 @@ def table(results: list[dict]) -> str:
             f"| {r['name']} | {r['perplexity']:.2f} | {r['baseline'] or ''} | {ratio} | {cr} | "
             f"{r['kv_bytes_per_token']:.0f} |"
         )
-    return "\n".join(lines)
+    warnings = dict.fromkeys(warning for r in results for warning in r["warnings"])
+    return "\n".join([*lines, *(f"\nWARNING: {warning}" for warning in warnings)])
 
 
 def read_curves(directories: list[str]) -> dict[str, list[tuple[int, float]]]:

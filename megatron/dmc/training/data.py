@@ -60,8 +60,11 @@ def parse_blend(data_path: list[str], name: str = "data_path") -> tuple[list[str
     return [os.path.abspath(item) for item in prefixes], weights
 
 
-def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     """Refuse data that cannot be trained on. Reads a few small files, builds nothing and needs no process group.
+
+    Returns:
+        Warnings for the log: datasets whose documents do not begin as the tokenizer begins a text.
 
     Raises:
         ValueError: no training data is named; a file is missing or truncated; a dataset was made with another
@@ -75,12 +78,30 @@ def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocab_size is "
             f"{model.vocab_size}; use the model's own tokenizer, or raise vocab_size"
         )
+    warnings = []
     for name in ("data_path", "valid_data_path"):
         for prefix in parse_blend(getattr(data, name), name)[0]:
-            _check_dataset(prefix, name, tokenizer, data.seq_length)
+            sidecar = _check_dataset(prefix, name, tokenizer, data.seq_length)
+            warnings += _check_bos(sidecar, prefix, tokenizer)
+    return list(dict.fromkeys(warnings))
 
 
-def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int) -> None:
+def _check_bos(sidecar: Sidecar, prefix: str, tokenizer: Tokenizer) -> list[str]:
+    """Compare what a dataset's documents begin with, and what a prompt will."""
+    if sidecar.bos_prepended is tokenizer.adds_bos or tokenizer.bos_id is None:
+        return []
+    puts = f"tokenizer {tokenizer.path} puts {'BOS' if tokenizer.adds_bos else 'no BOS'} before a text"
+    if sidecar.bos_prepended is None:
+        return [f"{prefix}.json does not say whether the documents begin with BOS; {puts}"]
+    begin = "begin with" if sidecar.bos_prepended else "do not begin with"
+    flag = "--prepend-bos" if tokenizer.adds_bos else "--no-prepend-bos"
+    return [
+        f"{prefix}: documents {begin} BOS, but {puts}, and so does inference before a prompt; "
+        f"dmc data preprocess {flag} makes them alike"
+    ]
+
+
+def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
     for suffix in (".bin", ".idx"):
         if not os.path.isfile(prefix + suffix):
             hint = f"; give the prefix without {suffix}" if prefix.endswith((".bin", ".idx")) else ""
@@ -110,6 +131,7 @@ def _check_dataset(prefix: str, name: str, tokenizer: Tokenizer, seq_length: int
             f"{name}: {prefix} has {sidecar.tokens} tokens, less than one sample of seq_length + 1 = "
             f"{seq_length + 1}; use more data or a smaller seq_length"
         )
+    return sidecar
 
 
 def build_datasets(

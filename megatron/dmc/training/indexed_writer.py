@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from megatron.dmc.training.tokenizer import Tokenizer
 
@@ -30,7 +30,10 @@ class Sidecar:
     vocab_size: int
     eod_id: int
     eod_appended: bool
-    bos_prepended: bool
+    """True when every document ends with EOD."""
+    bos_prepended: Optional[bool]
+    """True when every document begins with BOS, False when none is known to. None (null) where it was not recorded:
+    training then warns that it could not be checked."""
     dtype: str
     """Numpy name of a token's type in ``.bin``."""
     documents: int
@@ -54,7 +57,7 @@ class Sidecar:
             content = json.loads(path.read_text())
             if (content.pop("format"), content.pop("format_version")) != (_FORMAT, _FORMAT_VERSION):
                 raise ValueError("another format or version")
-            return cls(**content)
+            return cls(**{"bos_prepended": None, **content})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
@@ -76,9 +79,7 @@ class IndexedWriter:
         eod_appended, bos_prepended: policy for every document; the sidecar records it.
     """
 
-    def __init__(
-        self, directory: Path, tokenizer: Tokenizer, *, eod_appended: bool, bos_prepended: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, tokenizer: Tokenizer, *, eod_appended: bool, bos_prepended: bool) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self.paths = [directory / f"data{suffix}" for suffix in SUFFIXES]

@@ -6,6 +6,7 @@ workers. The files get their names only when all is written: an interrupted run,
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -21,7 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 if TYPE_CHECKING:
     from megatron.dmc.training.tokenizer import Tokenizer
@@ -68,8 +69,9 @@ class PreprocessConfig:
     """Key of the text in every JSON document."""
     append_eod: bool = True
     """End every document with the tokenizer's EOS token."""
-    prepend_bos: bool = False
-    """Start every document with the tokenizer's BOS token."""
+    prepend_bos: Optional[bool] = None
+    """Start every document with the tokenizer's BOS token. Default: as the tokenizer does by itself, and so will before
+    every prompt at inference."""
     overwrite: bool = field(default=False, metadata={"action": "store_true"})
     """Replace an existing dataset."""
 
@@ -217,7 +219,8 @@ def write_dataset(config: PreprocessConfig, tokenizer: Tokenizer, directory: Pat
     writer.close()
     note = f" ({empty:,} empty ones left out)" if empty else ""
     rate = writer.tokens / (time.perf_counter() - started)
-    return f"{writer.documents:,} documents{note}, {writer.tokens:,} tokens, {rate:,.0f} tokens/s"
+    begin = f"beginning with BOS (id {tokenizer.bos_id})" if config.prepend_bos else "without BOS"
+    return f"{writer.documents:,} documents{note} {begin}, {writer.tokens:,} tokens, {rate:,.0f} tokens/s"
 
 
 def preprocess(config: PreprocessConfig) -> str:
@@ -235,8 +238,7 @@ def preprocess(config: PreprocessConfig) -> str:
     if existing and not config.overwrite:
         raise ValueError(f"{existing[0]} exists already; choose another --output-prefix or add --overwrite")
     tokenizer = load_tokenizer(config.tokenizer)
-    if config.prepend_bos and tokenizer.bos_id is None:
-        raise ValueError(f"--prepend-bos: tokenizer {config.tokenizer} has no BOS token; leave it out")
+    config = dataclasses.replace(config, prepend_bos=tokenizer.resolve_bos(config.prepend_bos))
 
     parent = Path(prefix).parent
     created = [path for path in (parent, *parent.parents) if not path.exists()]

@@ -40,7 +40,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         from megatron.dmc.training.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config.data.tokenizer)
-        check_datasets(config, tokenizer)
+        warned = check_datasets(config, tokenizer)
         save = config.training.save
         restarts = RestartGuard(save if initialize.is_rank_0() else None)
         restarts.count_start(config.training.max_starts_without_step)
@@ -52,7 +52,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     initialize.initialize(config)
     try:
         with HostMonitor(config.parallel.lost_host_seconds, save) as monitor:
-            return _train(config, tokenizer, start, stop, restarts, str(monitor))
+            return _train(config, tokenizer, start, stop, restarts, str(monitor), warned)
     finally:
         stop.restore()
         initialize.shutdown()
@@ -134,6 +134,7 @@ def _train(
     stop: StopSignal,
     restarts: RestartGuard,
     monitored: str,
+    warned: list[str],
 ) -> int:
     """Load what the run starts from and train, now that the process group is there. Returns the exit status."""
     from megatron.dmc.training import initialize
@@ -146,7 +147,7 @@ def _train(
     except ValueError as error:
         restarts.clear()
         return _refuse(error)
-    for line in describe_start(config, start):
+    for line in [*(f"WARNING: {line}" for line in warned), *describe_start(config, start)]:
         trainer.logger.print(line)
     if trainer.iteration >= trainer.total_iters:
         trainer.logger.print(f"stage {config.stage.stage} is finished; nothing to do")

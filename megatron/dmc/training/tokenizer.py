@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
+
 # The files of a Hugging Face directory that decide which text becomes which ids. tokenizer_config.json is left out on
 # purpose: chat templates and library versions in it change without the ids changing.
 _DEFINING_FILES = (
@@ -42,6 +44,8 @@ class Tokenizer(ABC):
     """Number of ids: every id is smaller than this."""
     bos_id: Optional[int]
     """Beginning of sequence; None when the tokenizer has none."""
+    adds_bos: bool
+    """True when the tokenizer puts BOS before every text by itself, as it will before every prompt at inference."""
     eod_id: int
     """End of document: the tokenizer's EOS."""
     fingerprint: str
@@ -54,6 +58,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens that have a text form are kept."""
+
+    def resolve_bos(self, prepend_bos: Optional[bool]) -> bool:
+        """Whether documents shall begin with BOS: as asked, or for None as the tokenizer does by itself.
+
+        Raises:
+            ValueError: BOS is asked for and the tokenizer has none.
+        """
+        if prepend_bos and self.bos_id is None:
+            raise ValueError(f"--prepend-bos: tokenizer {self.path} has no BOS token; leave it out")
+        return self.adds_bos if prepend_bos is None else prepend_bos
 
     @property
     def eod(self) -> int:
@@ -82,6 +96,7 @@ class _SentencePieceTokenizer(Tokenizer):
         # sentencepiece says -1 for a token that the model was trained without.
         bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id = None if bos < 0 else bos
+        self.adds_bos = self.bos_id is not None and sentencepiece_adds_bos(path)
         self.eod_id = _require_eos(None if eos < 0 else eos, path)
         self.fingerprint = _hash_files([path], with_names=False)
 
@@ -115,6 +130,8 @@ class _HuggingFaceTokenizer(Tokenizer):
         # Not len(): ids may have gaps when tokens were added by hand.
         self.vocab_size = max(self._model.get_vocab().values()) + 1
         self.bos_id = self._model.bos_token_id
+        # Asked, not read: older tokenizers have add_bos_token, newer ones a post-processor in tokenizer.json.
+        self.adds_bos = self.bos_id is not None and self._model.encode("a", verbose=False)[:1] == [self.bos_id]
         self.eod_id = _require_eos(self._model.eos_token_id, path)
         self.fingerprint = _hash_files(files, with_names=True)
 
