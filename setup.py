@@ -38,6 +38,7 @@ EXTRAS_REQUIRE = {
         "openai",
         "schemathesis>=4",
         "lm-eval[api]",
+        "accelerate",
         "fastapi",
         "uvicorn",
         "pydantic>=2.9",

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import families, lm_eval_tasks
+from helpers.serving import make_model
 from torch import Tensor
 
 from megatron.dmc.cli.eval import main
@@ -21,6 +22,7 @@ from megatron.dmc.evaluation.policies import H2O, Budget, FullCache, StreamingLL
 from megatron.dmc.evaluation.recall import SUITE, IdMaterial, Material, Sample, TextMaterial
 from megatron.dmc.evaluation.tasks import Figure, identifiers, perplexity_by_position, repeated_identifiers, windows
 from megatron.dmc.evaluation.teacher_forced import Scored, TeacherForced
+from megatron.dmc.training.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples/dmc"))
 
@@ -299,12 +301,10 @@ class ScoresPairs:
         self.info = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=longest))
         self.seen: list[int] = []
 
-    def score(self, tokens: Tensor, policy=None, batch: int = 8) -> Scored:
+    def score_next(self, tokens: Tensor, labels: Tensor, policy=None, batch: int = 8) -> Scored:
         self.seen += [tokens.size(1)] * len(tokens)
-        log_prob = -(tokens[:, :-1] * 3 + tokens[:, 1:]).float() / 100
-        return Scored(
-            log_prob, tokens[:, 1:] % 2 == 0, torch.ones(1, len(tokens), 1, tokens.size(1), dtype=torch.int32)
-        )
+        log_prob = -(tokens * 3 + labels).float() / 100
+        return Scored(log_prob, labels % 2 == 0, torch.ones(1, len(tokens), 1, tokens.size(1), dtype=torch.int32))
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_lm_eval_under_a_policy(tmp_path, monkeypatch) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     text = Characters()
-    text.eod_id, text.bos_id = 0, None
+    text.eod_id, text.bos_id, text.adds_bos, text.decode = 0, None, False, lambda ids: ""
     model = ScoresPairs()
     lm = PolicyLM(model, None, text)
     pairs = lambda ids: -sum(3 * a + b for a, b in zip(ids, ids[1:])) / 100
@@ -336,3 +336,47 @@ def test_lm_eval_under_a_policy(tmp_path, monkeypatch) -> None:
     assert (figure.task, figure.where, figure.value, figure.n) == ("lm-eval local_choice", "acc", 0.5, 6)
     with pytest.raises(ValueError, match="knows no task 'nothing'"):
         evaluate(lm, ["nothing"])
+
+
+@pytest.mark.slow
+def test_lm_eval_gives_what_its_own_hf_model_gives(tmp_path) -> None:
+    """On an exported DMC model: BOS or not, texts that hold it, requests and windows longer than the context."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval (the extra dev)")
+    pytest.importorskip("accelerate", reason="needs accelerate (the extra dev)")
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron.dmc.evaluation.harness import PolicyLM
+
+    path = tmp_path / "model"
+    make_model(path)
+    model, tokenizer = TeacherForced.load(path), load_tokenizer(path)
+    assert tokenizer.adds_bos
+    longest = model.info.model.max_position_embeddings
+    rng, letters = random.Random(1), "abcdefghij ?!"
+    text = lambda n: "".join(rng.choices(letters, k=n))
+    pairs = [("", "ab c"), ("", "<s>x"), ("a b ", "c"), ("<s>ab", "cd"), (text(5), text(9)), (text(30), text(3))]
+    pairs += [(text(longest - 3), text(n)) for n in (2, 3, 4, 9)]
+    texts = [text(4), "<s>" + text(8), *(text(n) for n in (longest - 1, longest, longest + 1, 2 * longest + 5))]
+    requests = lambda rows: [SimpleNamespace(args=row) for row in rows]
+    found = {}
+    for adds in (None, False):
+        ours = PolicyLM(model, None, tokenizer, 4, add_bos_token=adds)
+        theirs = HFLM(
+            str(path), dtype="float32", device="cpu", batch_size=4, trust_remote_code=True, add_bos_token=adds
+        )
+        assert ours.prefix_token_id == theirs.prefix_token_id and ours.longest == theirs.max_length
+        assert [ours.tok_encode(t) for t in texts] == [theirs.tok_encode(t) for t in texts]
+        found[adds] = ours.loglikelihood(requests(pairs), disable_tqdm=True)
+        expected = theirs.loglikelihood(requests(pairs), disable_tqdm=True)
+        assert [greedy for _, greedy in found[adds]] == [greedy for _, greedy in expected]
+        values = [value for value, _ in found[adds]]
+        assert values == pytest.approx([value for value, _ in expected], abs=1e-5)
+        rolled = ours.loglikelihood_rolling(requests([(t,) for t in texts]), disable_tqdm=True)
+        wanted = theirs.loglikelihood_rolling(requests([(t,) for t in texts]), disable_tqdm=True)
+        assert rolled == pytest.approx(wanted, rel=1e-6, abs=1e-5)
+    assert found[None][4][0] != pytest.approx(found[False][4][0], abs=1e-2)
+    said = PolicyLM(model, None, tokenizer, 4, add_bos_token=True)
+    assert said.loglikelihood(requests(pairs), disable_tqdm=True) == found[None]
+    tokenizer.bos_id = None
+    with pytest.raises(ValueError, match="has no BOS token"):
+        PolicyLM(model, None, tokenizer, add_bos_token=True)

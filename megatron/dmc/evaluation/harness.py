@@ -21,11 +21,33 @@ from megatron.dmc.training.tokenizer import Tokenizer
 
 
 class PolicyLM(TemplateLM):
-    """Model for lm-eval: :class:`TeacherForced` under a policy. ``batch``: sequences at once, of one length."""
+    """Model for lm-eval: :class:`TeacherForced` under a policy.
 
-    def __init__(self, model: TeacherForced, policy: Optional[CachePolicy], text: Tokenizer, batch: int = 8) -> None:
+    Under the model's own policy, results equal those of lm-eval's ``--model hf`` up to rounding: BOS, the longest
+    sequence and the windows of rolling tasks follow ``HFLM`` of lm-eval 0.4.13.
+
+    Args:
+        batch: sequences at once, of one length.
+        add_bos_token: put BOS before every text, as ``add_bos_token`` in lm-eval's ``--model_args`` does; None: when
+            the tokenizer does so by itself.
+
+    Raises:
+        ValueError: ``add_bos_token`` with a tokenizer that has no BOS.
+    """
+
+    def __init__(
+        self,
+        model: TeacherForced,
+        policy: Optional[CachePolicy],
+        text: Tokenizer,
+        batch: int = 8,
+        add_bos_token: Optional[bool] = None,
+    ) -> None:
         super().__init__()
+        if add_bos_token and text.bos_id is None:
+            raise ValueError(f"add_bos_token: tokenizer {text.path} has no BOS token; leave it out")
         self.model, self.policy, self.text, self.batch = model, policy, text, batch
+        self.add_bos_token = text.adds_bos if add_bos_token is None else add_bos_token
         self.longest = model.info.model.max_position_embeddings
 
     @property
@@ -37,24 +59,30 @@ class PolicyLM(TemplateLM):
         return self.text.eod_id if self.text.bos_id is None else self.text.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: Optional[bool] = None, **kwargs: Any) -> list[int]:
-        return self.text.encode(string)
+        adds_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and (prefix := self.text.decode([self.prefix_token_id])):
+            adds_bos = adds_bos and not string.startswith(prefix)
+        bos = [self.text.bos_id] if adds_bos and self.text.bos_id is not None else []
+        return [*bos, *self.text.encode(string)]
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation in nats, and whether greedy decoding gives it.
 
-        A request longer than the model's context length loses its beginning, as elsewhere in lm-eval.
+        A request of more tokens than the model's context length and one, the last of which is only predicted, loses its
+        beginning.
 
         Args:
             requests: (unused, context ids, continuation ids) each.
         """
         # By length, so that nothing is padded: a policy's budget may depend on the length.
         lengths: dict[int, list[int]] = {}
-        rows = [(*context, *continuation)[-self.longest :] for _, context, continuation in requests]
+        rows = [(*context, *continuation)[-self.longest - 1 :] for _, context, continuation in requests]
         for i, row in enumerate(rows):
             lengths.setdefault(len(row), []).append(i)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for members in lengths.values():
-            scored = self.model.score(torch.tensor([rows[i] for i in members]), self.policy, self.batch)
+            tokens = torch.tensor([rows[i] for i in members])
+            scored = self.model.score_next(tokens[:, :-1], tokens[:, 1:], self.policy, self.batch)
             for at, i in enumerate(members):
                 n = min(len(requests[i][2]), len(rows[i]) - 1)
                 if n:
@@ -64,8 +92,7 @@ class PolicyLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         found = []
         for (text,) in (request.args for request in requests):
-            # One position is taken by the token before the first.
-            pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.longest - 1, 1)
+            pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.longest, 1)
             parts = [(None, *make_disjoint_window(pair)) for pair in pairs]
             found.append(sum(value for value, _ in self._loglikelihood_tokens(parts)))
         return found

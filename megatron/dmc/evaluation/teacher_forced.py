@@ -53,12 +53,12 @@ class Compression:
 
 @dataclass
 class Scored:
-    """Predictions of tokens 1...s-1 of each sequence."""
+    """Predictions of n tokens of each sequence: tokens 1...s-1, or after :meth:`TeacherForced.score_next` 1...s."""
 
     log_prob: Tensor
-    """Log-probability of the token that came, in nats: fp32 [b, s - 1]."""
+    """Log-probability of the token that came, in nats: fp32 [b, n]."""
     correct: Tensor
-    """True where that token was the most likely one, which greedy decoding would have given: bool [b, s - 1]."""
+    """True where that token was the most likely one, which greedy decoding would have given: bool [b, n]."""
     slots: Tensor
     """Slots held after each token: int32 [layers, b, ng, s]."""
 
@@ -107,19 +107,33 @@ class TeacherForced(Model):
             ValueError: ids beyond the vocabulary, sequences beyond the model's context length, or a policy that does
                 not fit the model.
         """
-        vocabulary, longest = self.info.model.vocab_size, self.info.model.max_position_embeddings
         if tokens.dim() != 2 or tokens.size(1) < 2:
             raise ValueError(f"tokens have shape {list(tokens.shape)}; give [sequences, at least 2 tokens]")
+        return self.score_next(tokens, tokens[:, 1:], policy, batch)
+
+    @torch.inference_mode()
+    def score_next(self, tokens: Tensor, labels: Tensor, policy: CachePolicy | None = None, batch: int = 8) -> Scored:
+        """Score the token after each of the sequences' tokens; the last label itself never enters a cache.
+
+        Args:
+            tokens: int64 [n, s], no padding.
+            labels: int64 [n, s] or, to leave out the last prediction, [n, s - 1].
+            policy, batch: see :meth:`score`.
+
+        Raises:
+            ValueError: see :meth:`score`.
+        """
+        vocabulary, longest = self.info.model.vocab_size, self.info.model.max_position_embeddings
         if tokens.size(1) > longest:
             raise ValueError(f"sequences of {tokens.size(1)} tokens exceed max_position_embeddings {longest}")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-            raise ValueError(
-                f"token ids run from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {vocabulary}"
-            )
+        low, high = (int(f(f(tokens), f(labels))) for f in (torch.min, torch.max))
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"token ids run from {low} to {high}; the vocabulary has {vocabulary}")
         policy = policy or self.own_policy()
-        return Scored.cat([self._score(part.to(self.device), policy) for part in tokens.split(batch)])
+        parts = zip(tokens.split(batch), labels.split(batch))
+        return Scored.cat([self._score(part.to(self.device), after.to(self.device), policy) for part, after in parts])
 
-    def _score(self, tokens: Tensor, policy: CachePolicy) -> Scored:
+    def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
         (b, s), d = tokens.shape, self.head_dim
         x, slots = self._embed(tokens.flatten()), []
         for layer in self.layers:
@@ -133,10 +147,10 @@ class TeacherForced(Model):
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
             gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, layer.down)
-        x = self._normed(x, self.norm).view(b, s, -1)[:, :-1].flatten(0, 1)
+        x = self._normed(x, self.norm).view(b, s, -1)[:, : labels.size(1)].flatten(0, 1)
         log_prob, correct = [], []
-        for rows, labels in zip(x.split(LOGITS), tokens[:, 1:].flatten().split(LOGITS)):
+        for rows, after in zip(x.split(LOGITS), labels.flatten().split(LOGITS)):
             logits = self._logits(rows)
-            log_prob.append(-F.cross_entropy(logits, labels, reduction="none"))
-            correct.append(logits.argmax(dim=-1) == labels)
-        return Scored(torch.cat(log_prob).view(b, s - 1), torch.cat(correct).view(b, s - 1), torch.stack(slots))
+            log_prob.append(-F.cross_entropy(logits, after, reduction="none"))
+            correct.append(logits.argmax(dim=-1) == after)
+        return Scored(torch.cat(log_prob).view_as(labels), torch.cat(correct).view_as(labels), torch.stack(slots))

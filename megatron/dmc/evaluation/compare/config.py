@@ -134,6 +134,8 @@ class MeasureConfig:
     """Sequences that are evaluated at once."""
     lm_eval_tasks: list[str] = field(default_factory=list)
     """Tasks of lm-eval that score given text, run under every policy. Their data must be at hand."""
+    lm_eval_add_bos_token: Optional[bool] = None
+    """Put BOS before every text of these tasks; null: when the tokenizer does so by itself, as lm-eval's ``hf``."""
     lm_eval_include: Optional[str] = None
     """Folder with YAML files of further lm-eval tasks."""
 

@@ -65,7 +65,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if tasks["lm_eval_tasks"]:
         from megatron.dmc.evaluation import harness  # lm-eval is an extra
 
-        lm = harness.PolicyLM(model, policy, tokenizer, batch)
+        lm = harness.PolicyLM(model, policy, tokenizer, batch, tasks.get("lm_eval_add_bos_token"))
         figures += harness.evaluate(lm, tasks["lm_eval_tasks"], tasks.get("lm_eval_include"))
     compression = results["loss"].compression
     return {
