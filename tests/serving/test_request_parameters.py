@@ -18,11 +18,16 @@ from pydantic import BaseModel, ValidationError
 
 from megatron.dmc.serving import protocol
 from megatron.dmc.serving.async_engine import Limits
+from megatron.dmc.serving.errors import APIError
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "me"}
 OPTIONS = {"stream": True, "stream_options": {"include_usage": True, "include_cache": True}}
 REQUESTS: dict[str, tuple[str, type[BaseModel], dict[str, Any]]] = {
-    "completion": (COMPLETIONS, protocol.CompletionRequest, {"prompt": "hi", "max_tokens": 2, "echo": True} | OPTIONS),
+    "completion": (
+        COMPLETIONS,
+        protocol.CompletionRequest,
+        {"prompt": "hi", "max_tokens": 2, "echo": True, "response_format": {"type": "text"}} | OPTIONS,
+    ),
     "chat": (
         CHAT,
         protocol.ChatCompletionRequest,
@@ -62,12 +67,15 @@ WRONG_VALUES: dict[str, list[Any]] = {
 """Values of the right type that are wrong, on a model of 61 tokens and a context length of 256."""
 ANY_VALUE = {"seed", "user", "stream_options", "response_format", "messages[0].content", "messages[0].content[0].text"}
 ANY_VALUE |= {"messages[0].role", "messages[0].name", "messages[0].content[0].type", "response_format.type"}
+ANY_VALUE |= {"messages[0].reasoning_content", "messages[0].reasoning", "messages[0].annotations"}
+ANY_VALUE |= {"messages[0].content[0].prompt_cache_breakpoint", "metadata", "safety_identifier", "prompt_cache_key"}
+ANY_VALUE |= {"request_id", "session_id", "prompt_cache_options"}
 """Parameters that take every value of their type, as booleans do, or fail with the whole prompt."""
 
 
 def nested(annotation: Any) -> tuple[str, type[BaseModel] | None]:
     """(index, model) of the request model inside a field's type."""
-    models = protocol._models_in(annotation)
+    models = protocol.models_in(annotation)
     return ("[0]" if "list[" in str(annotation) else ""), (models[0] if models else None)
 
 
@@ -158,9 +166,83 @@ def test_an_unknown_and_a_missing_parameter(server: Running, kind: str) -> None:
             refused(server, path, change(good, name, remove=True), name)
 
 
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_null_stands_for_a_parameter_that_is_left_out(kind: str) -> None:
+    _, model, good = REQUESTS[kind]
+    for name, field in parameters(model):
+        assert is_wrong(model, change(good, name)) == field.is_required(), name
+
+
+PLACES = [""] + ["stream_options.", "response_format.", "messages[0].", "messages[0].content[0]."]
+ASKS = ["x", 7, -7, True, False, ["x"], {"x": "y"}]
+"""Values of which each parameter that is not supported takes some at most."""
+
+
+def unsupported(model: type[BaseModel]) -> Iterator[tuple[str, protocol.dialect.Unsupported]]:
+    """(path, entry) of every parameter of other servers that a request may hold, at every depth."""
+    fields = dict(parameters(model))
+    for before in PLACES:
+        outer = before.removesuffix(".").removesuffix("[0]")
+        at = model if not before else nested(fields[outer].annotation)[1] if outer in fields else None
+        names = (set(at.unsupported) - set(at.model_fields)) if at is not None else ()
+        yield from ((before + name, at.unsupported[name]) for name in sorted(names))
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat", "tokenize a chat"])
+def test_a_parameter_of_another_server(kind: str) -> None:
+    """Taken where it asks for nothing; refused by name, as not supported, where it asks for something."""
+    _, model, good = REQUESTS[kind]
+    found = list(unsupported(model))
+    assert found
+    for path, entry in found:
+        for value in [None, *entry.neutral, *(["", [], {}] if entry.empty else [])]:
+            assert not is_wrong(model, change(good, path, value)), (path, value)
+        asks = [value for value in ASKS if not entry.asks_for_nothing(value)]
+        assert len(asks) >= 5, path
+        for value in asks:
+            with pytest.raises(APIError) as refusal:
+                protocol.parse(model, change(good, path, value))
+            error = refusal.value
+            assert (error.status, error.param, error.code) == (400, path, "unsupported_parameter"), error.message
+            assert error.message.startswith(f"{path} is not supported"), error.message
+
+
+def test_a_value_that_only_other_servers_take(server: Running) -> None:
+    for kind, path in (("chat", "messages[0].content[0].type"), ("chat", "response_format.type")):
+        url, _, good = REQUESTS[kind]
+        entry = (protocol.ResponseFormat if "format" in path else protocol.ContentPart).unsupported["type"]
+        for value in entry.values:
+            refused(server, url, change(good, path, value), path)
+            assert "not supported" in server.json(url, change(good, path, value), 400)["error"]["message"]
+        refused(server, url, change(good, path, "x"), path)
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_all_that_asks_for_nothing_at_once(server: Running, kind: str) -> None:
+    """The response is that of the request without it."""
+    path, model, _ = REQUESTS[kind]
+    body = {"max_tokens": 2, "temperature": 0} | ({"prompt": "hi"} if kind == "completion" else {"messages": [MESSAGE]})
+    more = {name: next(iter(entry.neutral), None) for name, entry in unsupported(model) if "." not in name}
+    more |= {"user": "", "metadata": {}, "seed": None, "stream_options": {"include_usage": False}, "stream": False}
+    more |= {"max_tokens": 2.0, "n": 1.0, "logprobs": None, "return_token_ids": None, "response_format": None}
+    more |= {"logprobs": False, "top_logprobs": 0, "parallel_tool_calls": True} if kind == "chat" else {}
+    plain, full = server.json(path, body), server.json(path, body | more)
+    assert plain["choices"] == full["choices"]
+
+
+def test_an_assistant_message_comes_back_as_the_server_sent_it(server: Running) -> None:
+    body = {"messages": [MESSAGE], "max_tokens": 4, "temperature": 0}
+    sent = server.json(CHAT, body)["choices"][0]["message"]
+    clients = {"annotations": [], "tool_calls": None, "function_call": None, "audio": None, "reasoning_content": None}
+    plain = [MESSAGE, {"role": "assistant", "content": sent["content"]}, MESSAGE]
+    wanted = server.json(CHAT, body | {"messages": plain})["choices"]
+    for message in (sent, sent | clients, sent | clients | {"tool_calls": []}):
+        assert server.json(CHAT, body | {"messages": [MESSAGE, message, MESSAGE]})["choices"] == wanted
+
+
 def test_parameters_that_need_another(server: Running) -> None:
     chat = {"messages": [MESSAGE]}
-    refused(server, COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options")
+    refused(server, COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options")
     refused(server, CHAT, chat | {"top_logprobs": 2}, "top_logprobs")
     refused(server, CHAT, chat | {"max_completion_tokens": 2, "max_tokens": 9, "min_tokens": 3}, "min_tokens")
     refused(server, COMPLETIONS, {"prompt": "a" * 250}, "prompt")  # with the default of max_tokens

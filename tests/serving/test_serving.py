@@ -92,7 +92,7 @@ def test_all_sampling_parameters_reach_the_engine() -> None:
         ({"temperature": -1}, "temperature"),
         ({"n": 0}, "n"),
         ({"n": True}, "n"),
-        ({"n": 1.0}, "n"),
+        ({"n": 1.5}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 10**400}, "max_tokens"),
         ({"seed": 2**63}, "seed"),
@@ -121,7 +121,8 @@ def test_what_is_not_a_request() -> None:
     for body in (None, [], "x", 3):
         assert "JSON object" in refused(CompletionRequest, body).message
     assert refused(CompletionRequest, {}).param == "prompt"
-    assert refused(CompletionRequest, {"prompt": "x", "tools": []}).code == "unknown_parameter"
+    assert refused(CompletionRequest, {"prompt": "x", "tool": []}).code == "unknown_parameter"
+    assert refused(CompletionRequest, {"prompt": "x", "tools": [{}]}).code == "unsupported_parameter"
     messages = [{"role": "user", "content": "x"}]
     assert refused(ChatCompletionRequest, {"messages": []}).param == "messages"
     assert refused(ChatCompletionRequest, {"messages": messages, "top_logprobs": 2}).param == "top_logprobs"

@@ -180,11 +180,11 @@ class EventStream(Response):
         begun = False
         try:
             async for updates in self.stream:
-                found = [chunks.of(update.prompt, update.output) for update in updates]
+                found = [] if begun else chunks.first()
+                found += [chunks.of(update.prompt, update.output) for update in updates]
                 if not begun:
                     begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    found = [*chunks.first(), *found]
                 await put(*found)
             await put(*chunks.last())
         except APIError as error:

@@ -43,14 +43,21 @@ class UsageCount:
             self.states += usage.tokens * usage.heads
             self.slots += usage.total_slots
 
-    def body(self) -> dict[str, Any]:
-        """The ``usage`` object."""
+    def tokens(self) -> dict[str, Any]:
+        """The ``usage`` object of a stream that goes on: what is known before its completions have ended."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    def body(self) -> dict[str, Any]:
+        """The ``usage`` object."""
+        ratio = self.states / self.slots if self.slots else 1.0
+        return {
+            **self.tokens(),
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "dmc": {"slots": self.slots, "compression_ratio": self.states / self.slots if self.slots else 1.0},
+            "dmc": {"slots": self.slots, "compression_ratio": ratio},
         }
 
 
@@ -241,6 +248,7 @@ class Chunks:
         self.chat = isinstance(self.request, ChatCompletionRequest)
         options = self.request.stream_options
         self.with_usage = options is not None and options.include_usage
+        self.with_usage_so_far = options is not None and options.continuous_usage_stats
         self.with_cache = options is not None and options.include_cache
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         self.head: dict[str, Any] = {"id": self.name, "object": kind, "created": int(time.time()), "model": self.model}
@@ -289,7 +297,10 @@ class Chunks:
         return [{**self.head, "choices": [], "usage": self.usage.body()}] if self.with_usage else []
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self.head, "choices": [choice]}
+        chunk = {**self.head, "choices": [choice]}
+        if self.with_usage_so_far:
+            chunk["usage"] = self.usage.tokens()
+        return chunk
 
     def _completion(self, prompt: int, index: int, output: StepOutput) -> dict[str, Any]:
         body = self.request

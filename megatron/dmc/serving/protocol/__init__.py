@@ -1,0 +1,61 @@
+"""Request and response bodies of OpenAI's API, with vLLM's extra parameters, and the sampling parameters they ask for.
+
+Types are checked here, strictly: a number in quotes, NaN and an unknown parameter are refused. ``dialect`` has the
+parameters that are known and not implemented. Ranges are checked by :class:`SamplingParams` and by the engine. Either
+way the error names the parameter as the client sent it.
+"""
+
+from typing import Union
+
+from megatron.dmc.serving.protocol.base import Int, RequestModel, TokenIds
+from megatron.dmc.serving.protocol.chat import ChatCompletionRequest, ChatFields, ContentPart, Message
+from megatron.dmc.serving.protocol.generation import CompletionRequest, ResponseFormat, SamplingFields, StreamOptions
+from megatron.dmc.serving.protocol.response_models import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+    VersionResponse,
+)
+from megatron.dmc.serving.protocol.tokenizer import (
+    AnyTokenizeRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
+from megatron.dmc.serving.protocol.validation import models_in, of_validation, parse
+
+GenerationRequest = Union[CompletionRequest, ChatCompletionRequest]
+
+__all__ = [
+    "AnyTokenizeRequest",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "ChatFields",
+    "CompletionRequest",
+    "CompletionResponse",
+    "ContentPart",
+    "DetokenizeRequest",
+    "DetokenizeResponse",
+    "ErrorResponse",
+    "GenerationRequest",
+    "Int",
+    "Message",
+    "ModelCard",
+    "ModelList",
+    "RequestModel",
+    "ResponseFormat",
+    "SamplingFields",
+    "StreamOptions",
+    "TokenIds",
+    "TokenizeChatRequest",
+    "TokenizeRequest",
+    "TokenizeResponse",
+    "VersionResponse",
+    "models_in",
+    "of_validation",
+    "parse",
+]

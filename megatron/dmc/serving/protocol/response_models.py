@@ -1,0 +1,133 @@
+"""Bodies of responses, for the OpenAPI schema."""
+
+from __future__ import annotations
+
+from typing import Literal, Optional, Union
+
+from pydantic import BaseModel, Field
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: Optional[str]
+    code: Optional[str]
+
+
+class ErrorResponse(BaseModel):
+    error: Error
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Number of prompt tokens found in the prefix cache.")
+
+
+class CacheUsage(BaseModel):
+    """Share of the KV cache that the completions took."""
+
+    slots: int = Field(description="Number of KV slots, over all layers and KV heads.")
+    compression_ratio: float = Field(description="Slots of an uncompressed cache divided by slots.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    dmc: CacheUsage
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[Optional[float]]
+    top_logprobs: list[Optional[dict[str, float]]]
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    """Fields of every completion of a response."""
+
+    index: int
+    stop_reason: Union[int, str, None] = Field(description="Stop token or string that ended the completion.")
+    token_ids: list[int] = Field([], description="Token ids of the completion, with return_token_ids.")
+    prompt_token_ids: list[int] = Field([], description="Token ids of the prompt, with return_token_ids.")
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: Optional[CompletionLogprobs]
+    finish_reason: Optional[Literal["stop", "length"]]
+
+
+class CompletionResponse(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: Optional[list[int]]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Choice):
+    message: ChatMessage
+    logprobs: Optional[ChatLogprobs]
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletionResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: Optional[list[str]]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class VersionResponse(BaseModel):
+    version: str
