@@ -277,7 +277,10 @@ def against_transformers(
 ) -> tuple[dict, list[str]]:
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
+    reference = reference.to(device).eval()
     # Without prefix caching: every round asks the same prompts.
     llm = LLM(
         plain,

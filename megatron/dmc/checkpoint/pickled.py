@@ -7,6 +7,7 @@ fake-tensor mode it also leaves the data where it is and notes each storage's pl
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import zipfile
@@ -24,6 +25,7 @@ from megatron.dmc.checkpoint.tensors import FileTensor, Lazy
 
 _DAMAGED = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError, AssertionError, struct.error)
 """Errors that readers raise for a damaged file."""
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class _FilePart(io.RawIOBase):
@@ -88,7 +90,8 @@ def _stand_ins(file: io.BufferedReader, allow: Callable[[str], bool]) -> list[tu
     return [(type("StandIn", (StandIn,), {"name": name}), name) for name in needed]
 
 
-def _message(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """What a reader's exception says, on one line and without what torch advises to switch off."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     found = re.search(r"Unsupported (?:global|class|operand)[^\n]*", text)
     return found.group() if found else " ".join(text.split())[:300]
@@ -125,29 +128,36 @@ def load_lazily(
 
 
 @contextmanager
-def _nothing_allowed() -> Iterator[None]:
-    """Forget, for a while, the classes that other code has declared safe, as megatron-core does when it is imported:
-    what a file may hold must not depend on what was imported before.
+def weights_only() -> Iterator[None]:
+    """Let every ``torch.load`` of this process, whoever calls it, take tensors and plain containers and nothing else.
+
+    PyTorch's environment variable wins over the argument of the call, and over the variable with which some containers
+    switch the check off. What other code has declared safe, as megatron-core does when it is imported, is forgotten for
+    a while: what a file may hold must not depend on what was imported before.
     """
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
     try:
         yield
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(declared)
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _load(part: io.BufferedReader, path: Path, allow: Optional[Callable[[str], bool]]) -> Any:
     try:
-        with _nothing_allowed():
+        with weights_only():
             stand_ins: list[Any] = [] if allow is None else _stand_ins(part, allow)
             with torch.serialization.safe_globals(stand_ins), FakeTensorMode():
                 return torch.load(part, weights_only=True)
     except UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it would run code when it is read ({_message(error)})") from error
+        raise ValueError(f"{path} is refused: it would run code when it is read ({cause(error)})") from error
     except _DAMAGED as error:
-        raise ValueError(f"{path} cannot be read: {_message(error)}; copy it again") from error
+        raise ValueError(f"{path} cannot be read: {cause(error)}; copy it again") from error
 
 
 def _replace(value: Any, path: Path, offset: int, name: str) -> Any:

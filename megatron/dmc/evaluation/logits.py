@@ -60,7 +60,7 @@ def prompts(directory: Path, vocab_size: int, longest: int) -> list[Tensor]:
     if any((directory / name).is_file() for name in hf.TOKENIZER_FILES):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         texts = [torch.tensor(tokenizer(text)["input_ids"][:longest]) for text in _TEXT]
         found += [ids for ids in texts if len(ids) and int(ids.max()) < vocab_size]
     return found
@@ -75,12 +75,15 @@ def compare_logits(source: str | Path, load: str | Path) -> str:
     """
     from transformers import AutoModelForCausalLM
 
+    from megatron.dmc.checkpoint.remote_code.modeling_dmc import DMCForCausalLM
+
     source = Path(source)
     is_dmc = "dmc" in hf.read_json(source / "config.json")
     try:
-        # The modelling file of an exported DMC directory is this project's own.
-        reference = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, local_files_only=True, trust_remote_code=is_dmc
+        # This package's own modelling file, not the copy in the directory: that could be anybody's.
+        model_class = DMCForCausalLM if is_dmc else AutoModelForCausalLM
+        reference = model_class.from_pretrained(
+            source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many types
         raise ValueError(f"transformers cannot load {source}: {error}") from error

@@ -20,6 +20,7 @@ from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.dmc.checkpoint import checksums
+from megatron.dmc.checkpoint.formats.torch_dist.metadata import read_metadata
 from megatron.dmc.checkpoint.manifest import (
     LATEST,
     TEMPORARY,
@@ -29,6 +30,7 @@ from megatron.dmc.checkpoint.manifest import (
     read_manifest,
     write_hf_files,
 )
+from megatron.dmc.checkpoint.pickled import cause, weights_only
 from megatron.dmc.checkpoint.staging import sync, sync_tree
 from megatron.dmc.model import DMCGPTModel
 from megatron.dmc.training import mcore_compat
@@ -176,20 +178,23 @@ def load(
     """
     if verify:
         _verify(directory)
+    metadata = read_metadata(directory)
     if optimizer is not None:
         mcore_compat.create_adam_state(optimizer)
     try:
-        loaded = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(directory))
+        with weights_only(), mcore_compat.use_metadata(metadata):
+            loaded = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(directory))
     except (
         dist_checkpointing.core.CheckpointingException,
         CheckpointException,  # derives from BaseException
         KeyError,
+        AttributeError,
         RuntimeError,
         OSError,
         EOFError,
         pickle.UnpicklingError,
     ) as error:
-        raise ValueError(f"checkpoint {directory} does not fit this model: {error}") from error
+        raise ValueError(_refusal(directory, error)) from error
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
         found = chunk.load_state_dict(loaded[name], strict=False)
         odd = [key for key in (*found.missing_keys, *found.unexpected_keys) if _EXTRA_STATE not in key]
@@ -199,6 +204,15 @@ def load(
         mcore_compat.load_optimizer_state(optimizer, loaded["optimizer"])
     else:
         distributed.barrier()
+
+
+def _refusal(directory: Path, error: BaseException) -> str:
+    """Message for a checkpoint that cannot be loaded, with the cause of the first rank that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):
+        return f"checkpoint {directory} is refused: {cause(error)}; it would run code when it is read"
+    return f"checkpoint {directory} does not fit this model: {cause(error)}"
 
 
 def _verify(directory: Path) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron.dmc.config import RunConfig
 from megatron.dmc.training.indexed_writer import Sidecar
-from megatron.dmc.training.mcore_compat import process_group_for_blends
+from megatron.dmc.training.mcore_compat import arrays_only, process_group_for_blends
 from megatron.dmc.training.tokenizer import Tokenizer
 
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -188,8 +188,14 @@ def build_datasets(
             create_attention_mask=False,
         )
         try:
-            train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, settings).build()
+            with arrays_only():
+                train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, settings).build()
         except BaseException as error:
+            if isinstance(error, ValueError) and not builds:
+                raise ValueError(
+                    f"the index cache {cache.directory} is damaged, or not of training's making ({error}); remove it, "
+                    "and it is made anew"
+                ) from error
             if rank != 0 and isinstance(error, FileNotFoundError):
                 raise ValueError(
                     f"rank {rank} cannot see {error.filename}, which rank 0 wrote; set data_cache_path to a "

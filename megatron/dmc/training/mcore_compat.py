@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -19,6 +20,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, distributed
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 
 class ResultsFile:
@@ -53,6 +56,21 @@ def use_results_file() -> ResultsFile:
     results = ResultsFile()
     filesystem_async._results_queue = results
     return results
+
+
+@contextmanager
+def use_metadata(metadata: Metadata) -> Iterator[None]:
+    """Let megatron-core take a checkpoint's ``.metadata`` as it was read here: torch's reader runs what is in it."""
+
+    def read_metadata(reader: FileSystemReader, *_: Any, **__: Any) -> Metadata:
+        metadata.storage_meta = StorageMeta(load_id=reader.load_id)
+        return metadata
+
+    inner, FileSystemReader.read_metadata = FileSystemReader.read_metadata, read_metadata  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata = inner  # type: ignore[method-assign]
 
 
 def give_own_storages(state: dict) -> dict:
@@ -147,6 +165,24 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     return [part.optimizer for part in _parts(optimizer)]
+
+
+@contextmanager
+def arrays_only() -> Iterator[None]:
+    """Let megatron-core's index caches hold arrays and nothing else.
+
+    It reads them with ``allow_pickle=True``, which runs whatever pickle has been put in an array's place.
+    """
+    inner = numpy.load
+
+    def load(*args: Any, **settings: Any) -> Any:
+        return inner(*args, **{**settings, "allow_pickle": False})
+
+    numpy.load = load  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        numpy.load = inner
 
 
 @contextmanager

@@ -6,45 +6,22 @@ Chunks may be cut in any way.
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron.dmc.checkpoint.formats.torch_dist.metadata import read_metadata
 from megatron.dmc.checkpoint.pickled import TensorFinder
 from megatron.dmc.checkpoint.tensors import FileTensor, Grid, Lazy
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes of a checkpoint's ``.metadata`` and nothing else."""
-
-    # Names are compared whole: a dotted one would reach into what a module imports.
-    _ALLOWED = {
-        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata "
-        "BytesStorageMetadata ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
-        "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData",
-        "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
-        "torch": "Size float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 bool",
-        "torch.serialization": "_get_layout",
-        "pathlib": "PosixPath PurePosixPath",
-        "collections": "OrderedDict",
-        "builtins": "set frozenset",
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in self._ALLOWED.get(module, "").split():
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 @dataclass(frozen=True)
@@ -96,21 +73,10 @@ class DistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self._find = directory, TensorFinder()
-        path = directory / ".metadata"
-        try:
-            content = path.read_bytes()
-            self.metadata: Metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-            self._chunks: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = defaultdict(list)
-            for index, info in self.metadata.storage_data.items():
-                self._chunks[index.fqn].append((index, info))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} is refused: it would run code when it is read, or is damaged ({error})"
-            ) from error
-        except (EOFError, AttributeError, TypeError, ValueError, IndexError, ImportError) as error:
-            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        self.metadata: Metadata = read_metadata(directory)
+        self._chunks: dict[str, list[tuple[MetadataIndex, _StorageInfo]]] = defaultdict(list)
+        for index, info in self.metadata.storage_data.items():
+            self._chunks[index.fqn].append((index, info))
 
     def tensors(
         self, prefixes: Sequence[str] = ("embedding.", "decoder.", "output_layer.")
