@@ -29,12 +29,14 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2", "httpx2"],
+    "gguf": ["gguf"],
     "eval": ["lm-eval[api]", "transformers"],
     # The second line is "serve", whose tests need it.
     "dev": [
         "pytest>=8",
         "hypothesis",
         "ruff>=0.9",
+        "gguf",
         "openai",
         "schemathesis>=4",
         "lm-eval[api]",

@@ -167,7 +167,8 @@ def test_trained_from_scratch(lineage: Path, tmp_path: Path) -> None:
     text = "def read(self, n):\n    return 1\n\n\tx  = 'é'"
     ours = load_tokenizer(lineage / "tokenizer.model")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs(text)["input_ids"] == ours.encode(text)
+    for some in (text, " read", "  two spaces", "\n x\n", ""):
+        assert theirs(some)["input_ids"] == ours.encode(some)
     assert theirs.eos_token_id == ours.eod_id
     tokens = torch.tensor([ours.encode(text)])
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import torch
 import yaml
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
-from megatron.dmc.checkpoint.formats import hf, legacy, torch_dist
+from megatron.dmc.checkpoint.formats import gguf, hf, legacy, torch_dist
 from megatron.dmc.checkpoint.formats.base import Given, Source
 from megatron.dmc.checkpoint.manifest import write_hf_files
 from megatron.dmc.checkpoint.model_card import REMOTE_CODE, model_card, tokenizer_files
@@ -122,6 +123,23 @@ def import_legacy(
     """
     given = Given(vocab_size, target_cr)
     return import_model(legacy.open_model(Path(source), given), Path(save), overwrite, progress)
+
+
+def import_gguf(
+    source: str | Path,
+    save: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Optional[Progress] = None,
+    dtype: Optional[torch.dtype] = None,
+) -> Path:
+    """:func:`import_model` of a GGUF file of llama.cpp.
+
+    Args:
+        dtype: see :class:`Given`.
+    """
+    given = Given(dtype=dtype)
+    return import_model(gguf.open_model(Path(source), given), Path(save), overwrite, progress)
 
 
 def import_model(source: Source, save: Path, overwrite: bool = False, progress: Optional[Progress] = None) -> Path:

@@ -12,6 +12,7 @@ from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.base import Source
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE
+from megatron.dmc.checkpoint.sentencepieces import begin_and_end, fast_tokenizer, from_model_file
 from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -54,17 +55,18 @@ def _sentencepiece_files(path: Path, say: Callable[[str], None]) -> dict[str, by
     say(f"tokenizer {path}: puts {'BOS' if adds_bos else 'no BOS'} before a text (add_bos_token)")
     # As dmc data preprocess prepares data by default: nothing is added but BOS, not even a space that the model does
     # not add.
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": adds_bos,
-        "add_eos_token": False,
-        "legacy": False,
-        "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581"),
-        **tokens,
-    }
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": adds_bos, "add_eos_token": False, **tokens}
+    files = {"tokenizer.model": path.read_bytes()}
+    if pieces := from_model_file(files["tokenizer.model"]):
+        tokenizer = fast_tokenizer(pieces)
+        begin_and_end(tokenizer, bos=(tokens["bos_token"], ids["bos"]) if adds_bos else None)
+        files["tokenizer.json"] = tokenizer.to_str().encode()
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        config |= {"legacy": False, "add_prefix_space": model.encode("x", out_type=str)[0].startswith("\u2581")}
     generation = {f"{name}_token_id": number for name, number in ids.items() if name != "unk"}
     return {
-        "tokenizer.model": path.read_bytes(),
+        **files,
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
         "generation_config.json": json.dumps(generation, indent=2).encode(),
     }

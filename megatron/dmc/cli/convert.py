@@ -16,6 +16,7 @@ from megatron.dmc import flags
 
 EXAMPLES = """
     dmc convert import --hf Llama-2-7b-hf --save llama2-7b            # for dmc train --init-from, any TP x PP
+    dmc convert import --gguf SmolLM2-135M-Instruct.Q4_1.gguf --save smollm2
     dmc convert import --legacy megatron-dmc-release --save llama2-7b-dmc
     dmc convert verify --hf Llama-2-7b-hf --load llama2-7b --logits
     dmc convert export --load dmc-4x --save Llama-2-7b-DMC-4x         # loads with trust_remote_code=True
@@ -42,6 +43,13 @@ def build_parser() -> flags.Parser:
     source.add_argument("--hf", metavar="DIR", help="Hugging Face directory to import.")
     source.add_argument(
         "--legacy", metavar="DIR", help="Megatron directory with mp_rank_*/model_optim_rng.pt files to import."
+    )
+    source.add_argument("--gguf", metavar="FILE", help="GGUF file of llama.cpp to import, quantized or not.")
+    load.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Type of the imported weights of a --gguf file. Default: the type of its matrices, or bfloat16 where they "
+        "are quantized.",
     )
     load.add_argument(
         "--vocab-size",
@@ -77,8 +85,10 @@ def build_parser() -> flags.Parser:
     verify.add_argument(
         "--logits", action="store_true", help="Compare logits with transformers' implementation too, in fp32."
     )
-    inspect = command("inspect", "Describe what a directory holds", _inspect)
-    inspect.add_argument("directory", metavar="DIR", help="Directory of any format that dmc convert knows.")
+    inspect = command("inspect", "Describe what a directory or file holds", _inspect)
+    inspect.add_argument(
+        "directory", metavar="PATH", help="Directory, or GGUF file, of any format that dmc convert knows."
+    )
     return parser
 
 
@@ -117,6 +127,13 @@ def _import(args: argparse.Namespace) -> int:
         from megatron.dmc.checkpoint.convert import import_hf
 
         return _wrote(_with_progress(import_hf, args.hf, args.save, overwrite=args.overwrite))
+    if args.gguf:
+        import torch
+
+        from megatron.dmc.checkpoint.convert import import_gguf
+
+        dtype = args.dtype and getattr(torch, args.dtype)
+        return _wrote(_with_progress(import_gguf, args.gguf, args.save, overwrite=args.overwrite, dtype=dtype))
     from megatron.dmc.checkpoint.convert import import_legacy
 
     said = {"vocab_size": args.vocab_size, "target_cr": args.target_cr}

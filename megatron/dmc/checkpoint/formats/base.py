@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
+import torch
+
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.views import Key
@@ -54,6 +56,8 @@ class Given:
     """Rows of the vocabulary without padding."""
     target_cr: Optional[float] = None
     """Compression ratio that a DMC model was trained to."""
+    dtype: Optional[torch.dtype] = None
+    """Type that the weights of a GGUF file are read as."""
 
 
 class Format(Protocol):

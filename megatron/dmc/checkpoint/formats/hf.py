@@ -246,6 +246,17 @@ def matches(path: Path) -> bool:
 def open_model(path: Path, given: Given = Given()) -> Source:
     """The model in a directory, plain or exported."""
     directory = open_directory(path)
+    files = {file.name: file.read_bytes() for file in directory.side_files()}
+    files["config.json"] = (path / "config.json").read_bytes()
+    return source_of(directory, files)
+
+
+def source_of(directory: HFDirectory, files: dict[str, bytes]) -> Source:
+    """The model in a directory that was opened, or in a file that was read as one.
+
+    Args:
+        files: small files to carry along: tokenizer, configuration.
+    """
     config = directory.config
     model, family = mapping.from_hf_config(config), mapping.family_of(config)
     dmc = mapping.dmc_from_hf_config(config) or DMCConfig()
@@ -253,13 +264,11 @@ def open_model(path: Path, given: Given = Given()) -> Source:
     dropped = sorted(set(directory.tensors) - set(tensors))
     more = ", ..." if dropped[3:] else ""
     notes = [f"left out (computed from the configuration): {', '.join(dropped[:3])}{more}"] if dropped else []
-    manifest = _manifest(config, family, path)
+    manifest = _manifest(config, family, directory.path)
     weight_map = safetensors_names({name: directory.weight_map[name] for name in tensors})
-    files = {file.name: file.read_bytes() for file in directory.side_files()}
-    files["config.json"] = (path / "config.json").read_bytes()
-    files[SHARDS_FILE] = json.dumps(weight_map, indent=1).encode()
+    files = {**files, SHARDS_FILE: json.dumps(weight_map, indent=1).encode()}
     return Source(
-        path=path,
+        path=directory.path,
         kind=family.model_type,
         family=family,
         config=config,

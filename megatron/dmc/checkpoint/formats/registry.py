@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.dmc.checkpoint.formats import hf, legacy, torch_dist
+from megatron.dmc.checkpoint.formats import gguf, hf, legacy, torch_dist
 from megatron.dmc.checkpoint.formats.base import Format, lines
 from megatron.dmc.checkpoint.manifest import resolve_checkpoint
 
-FORMATS: dict[str, Format] = {"hf": hf, "torch_dist": torch_dist, "legacy": legacy}
+FORMATS: dict[str, Format] = {"gguf": gguf, "hf": hf, "torch_dist": torch_dist, "legacy": legacy}
 
 
 def format_of(path: Path) -> Format:
-    """Format of a directory, by the names of its files.
+    """Format of a directory, by the names of its files, or of a file.
 
     Raises:
         ValueError: no format has it, with what is missing where that can be told.
     """
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a directory")
     for found in FORMATS.values():
         if found.matches(path):
             return found
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a directory nor a GGUF file (NAME.gguf)")
     resolve_checkpoint(path)  # raises: says what is missing
     raise ValueError(f"{path} is neither a Hugging Face directory nor a Megatron checkpoint")
 

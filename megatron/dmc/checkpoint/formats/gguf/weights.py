@@ -1,0 +1,110 @@
+"""Tensors of a GGUF file under transformers' names, dequantized row by row as they are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.formats.gguf.metadata import Metadata
+from megatron.dmc.checkpoint.tensors import Lazy
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that repeat what the configuration says."""
+
+
+class GGUFTensor(Lazy):
+    """One tensor of a GGUF file, dequantized to ``dtype``.
+
+    Args:
+        heads: of a query or key projection in a file of architecture ``llama``. There the rows of a head are stored in
+            another order: transformers rotates channel i with channel i + D / 2, llama.cpp rotates neighbours.
+    """
+
+    def __init__(self, metadata: Metadata, name: str, dtype: torch.dtype, heads: Optional[int] = None) -> None:
+        tensor = metadata.tensors[name]
+        self.name = f"{name} in {metadata.path}"
+        self.shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
+        self.dtype = dtype
+        self._type = tensor.tensor_type
+        self._rows = tensor.data  # [rows, bytes or elements of a row], a view of the file
+        self._order = stored_order(self.shape[0], heads) if heads else None
+
+    def read_into(self, out: Tensor, start: int) -> None:
+        from gguf import dequantize
+
+        stop = start + out.shape[0]
+        rows = self._rows[start:stop] if self._order is None else self._rows[self._order[start:stop]]
+        out.copy_(torch.from_numpy(np.require(dequantize(rows, self._type), requirements="CW")).view(out.shape))
+
+
+def stored_order(rows: int, heads: int) -> np.ndarray:
+    """Row of the file for every row of transformers' projection, [rows]: (head, half, i) stands at (head, i, half)."""
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def hf_tensors(
+    metadata: Metadata, config: dict[str, Any], dtype: Optional[torch.dtype] = None
+) -> tuple[dict[str, Lazy], torch.dtype]:
+    """Hugging Face name -> tensor, layer by layer, and the type that they are read as.
+
+    Raises:
+        ValueError: a tensor is missing, too much, or of a quantization that the library cannot read, by its name.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    model, family = mapping.from_hf_config(config), mapping.family_of(config)
+    names = get_tensor_name_map(MODEL_ARCH[metadata.architecture.upper()], model.num_layers)
+    wanted = {name: names.get_name(name, (".weight", ".bias")) for name in mapping.hf_shapes(family, model)}
+    _check_names(metadata, set(wanted.values()))
+    _check_types(metadata)
+    dtype = dtype or _natural_type(metadata)
+    tensors: dict[str, Lazy] = {}
+    for name, stored in wanted.items():
+        heads = None
+        if metadata.architecture == "llama" and name.endswith((".q_proj.weight", ".k_proj.weight")):
+            heads = model.num_attention_heads if ".q_proj." in name else model.kv_heads
+        tensors[name] = GGUFTensor(metadata, stored, dtype, heads)
+    return tensors, dtype
+
+
+def stored_types(metadata: Metadata) -> str:
+    """Types of the weights in the file, most bytes first."""
+    nbytes = Counter()
+    for tensor in metadata.tensors.values():
+        nbytes[tensor.tensor_type.name] += int(tensor.n_bytes)
+    return ", ".join(name for name, _ in nbytes.most_common())
+
+
+def _natural_type(metadata: Metadata) -> torch.dtype:
+    """Type that holds the weights: the matrices' own, or bfloat16 where most bytes are quantized."""
+    return _PLAIN.get(stored_types(metadata).split(", ")[0], torch.bfloat16)
+
+
+def _check_names(metadata: Metadata, wanted: set[str]) -> None:
+    found = set(metadata.tensors) - set(_COMPUTED)
+    for names, what in (
+        (wanted - found, "lacks {} tensors that its configuration asks for"),
+        (found - wanted, f"has {{}} tensors that are not supported for {metadata.architecture}"),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{metadata.path} {what.format(len(names))}: {some}")
+
+
+def _check_types(metadata: Metadata) -> None:
+    """Raise ``ValueError`` for a type of which the library cannot read a row."""
+    from gguf import dequantize
+
+    for kind, tensor in {tensor.tensor_type: tensor for tensor in metadata.tensors.values()}.items():
+        try:
+            dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{tensor.name} in {metadata.path} is stored as {kind.name}, which the gguf library cannot dequantize"
+            ) from error
