@@ -14,6 +14,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import sys
 import textwrap
 import types
@@ -76,6 +77,17 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def say(text: str, stream: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Print a last word. Where nobody reads it any more (a closed pipe, a full disk), the exit status stays."""
+    try:
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # What is left in the stream's buffer is written when the process ends: to nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, getattr(sys, stream).fileno())
+        os.close(nowhere)
 
 
 def subcommand(commands: Any, name: str, text: str, examples: str) -> Parser:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -270,6 +274,20 @@ def test_no_more_is_read_than_is_needed(model: Model, tmp_path: Path) -> None:
         (["-o", "{tmp}/foreign"], "foreign, line 1 is not a line that dmc batch writes"),
         (["-o", "{tmp}/broken"], "broken, line 2 is not a line that dmc batch writes"),
         (["-o", "{tmp}"], "cannot be opened"),
+        (["-o", "{tmp}/pipe"], "pipe cannot be opened: it is no regular file"),
+        (["-o", "{tmp}/array"], "array, line 1 has no end and is not a line that dmc batch writes"),
+        (["-o", "{tmp}/binary"], "binary, line 1 has no end and is not a line that dmc batch writes"),
+        (["-o", "{tmp}/brace"], "brace, line 1 has no end"),
+        (["-o", "{tmp}/mixed"], "mixed, line 2 has no end"),
+        (["-o", "{tmp}/text"], "text, line 1 is not a line"),
+        (["-o", "{tmp}/deep"], "deep, line 1 is not a line"),
+        (["-i", "{tmp}/in.zst"], "in.zst is zstd; decompress it first"),
+        (["-i", "{tmp}/utf16"], "utf16 is UTF-16; convert it first"),
+        (["-i", "{tmp}/utf16le"], "utf16le is UTF-16 or UTF-32"),
+        (["-i", "{tmp}/utf16.gz"], "utf16.gz is UTF-16; convert it first"),
+        (["-i", "{tmp}/array"], "array is one JSON array; write each element on a line of its own"),
+        (["-i", "{tmp}/pretty"], "pretty has no JSON object in its first"),
+        (["-i", "{tmp}/deep"], "one JSON array"),
         (["--model", "{tmp}"], "config.json cannot be read"),
     ],
 )
@@ -279,11 +297,53 @@ def test_what_is_wrong_with_the_files(options: list[str], message: str, model: M
     write(tmp_path / "foreign", [{"custom_id": "a", "text": "mine"}])
     good = json.dumps({"id": "batch_req_1", "custom_id": "a", "response": {}, "error": None}).encode()
     write(tmp_path / "broken", [good, b"\0\0\0", good])
-    before = {name: (tmp_path / name).read_bytes() for name in ("in", "foreign", "broken")}
+    write(tmp_path / "text", [good.replace(b"null", b'"a text"')])
+    write(tmp_path / "deep", [b"[" * 100000])
+    (tmp_path / "array").write_text(json.dumps([completion("a")]))
+    (tmp_path / "pretty").write_text(json.dumps([completion("a")], indent=1)[1:-1])
+    (tmp_path / "binary").write_bytes(bytes(range(11, 256)) * 9)
+    (tmp_path / "brace").write_bytes(b"{")
+    (tmp_path / "mixed").write_bytes(good + b'\n{"id": "another"')
+    (tmp_path / "in.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(200)))
+    (tmp_path / "utf16").write_text('{"prompt": "a"}\n', encoding="utf-16")
+    (tmp_path / "utf16le").write_text('{"prompt": "a"}\n', encoding="utf-16-le")
+    (tmp_path / "utf16.gz").write_bytes(gzip.compress((tmp_path / "utf16").read_bytes()))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    os.mkfifo(tmp_path / "pipe")
     assert main([*command(model, tmp_path / "in", tmp_path / "out"), *(o.format(tmp=tmp_path) for o in options)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_a_disk_that_is_full(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One line names the file; what is there is whole, and the next run does the rest."""
+    source, out, real = write(tmp_path / "in", [completion(f"c{n}") for n in range(4)]), tmp_path / "out", os.write
+
+    def short(fd: int, data: memoryview) -> int:
+        """A file may be 2,000 bytes long, which is no whole number of lines."""
+        room = 2000 - out.stat().st_size
+        if room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data[:room])
+
+    monkeypatch.setattr(batch_files.os, "write", short)
+    assert main(command(model, source, out)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and f"{out} cannot be written: No space left" in err and err.count("\n") == 1
+    there = read(out)
+    assert out.read_bytes().endswith(b"\n") and 0 < len(there) < 4
+    monkeypatch.undo()
+    assert main(command(model, source, out)) == 0
+    assert there.items() <= read(out).items() and len(read(out)) == 4
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_last_word_that_nobody_hears(stream: str) -> None:
+    """The exit status is that of the work."""
+    code = f"from megatron.dmc import flags; flags.say('done', {stream!r}); flags.say('again', {stream!r})"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], **{stream: full}).returncode == 0
 
 
 def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def id_of(entry: dict[str, Any], number: int) -> str:
     if custom_id is None:
         return f"line-{number}"
     if not isinstance(custom_id, str) or not custom_id:
-        raise invalid(f"custom_id is {json.dumps(custom_id)[:100]}; it must be a text that is not empty", "custom_id")
+        raise invalid(f"custom_id is {reprlib.repr(custom_id)}; it must be a text that is not empty", "custom_id")
     return custom_id
 
 
@@ -111,9 +112,9 @@ def body_of(entry: dict[str, Any], options: Options) -> GenerationRequest:
     if entry.keys() & {"body", "url", "method"}:
         kind, body = URLS.get(str(entry.get("url"))), entry.get("body")
         if kind is None:
-            raise invalid(f"url is {json.dumps(entry.get('url'))[:100]}; use {' or '.join(URLS)}", "url")
+            raise invalid(f"url is {reprlib.repr(entry.get('url'))}; use {' or '.join(URLS)}", "url")
         if entry.get("method", "POST") != "POST":
-            raise invalid(f"method is {json.dumps(entry['method'])[:100]}; use POST", "method")
+            raise invalid(f"method is {reprlib.repr(entry['method'])}; use POST", "method")
     else:
         body = {key: value for key, value in entry.items() if key != "custom_id"}
         kind = ChatCompletionRequest if "messages" in body else CompletionRequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any, Optional
 
 from tqdm import tqdm
 
+from megatron.dmc import flags
 from megatron.dmc.inference import Engine, EngineConfig
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options
@@ -85,9 +87,9 @@ def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str
         output.close()
         source.close()
     if first:
-        print(describe(summary, engine))
+        flags.say(describe(summary, engine))
         if not summary.complete:
-            print("stopped before the end: run the same command again for the rest", file=sys.stderr)
+            flags.say("stopped before the end: run the same command again for the rest", "stderr")
     return 0 if summary.complete else UNFINISHED
 
 
@@ -99,14 +101,35 @@ def _same_on_all_ranks(engine: Engine, output: Optional[Output], path: str) -> O
     return output
 
 
+class _Unbreakable:
+    """Stderr for a progress bar: one that nobody reads any more ends no run."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()  # for the width of the terminal
+
+
 def _progress(source: Any, output: Any, disable: bool) -> tuple[Callable[[Any], None], Callable[[], None]]:
     """Progress bar: a function to call after every step, and one to call at the end.
 
     It counts bytes read, since the number of lines is not known before the end.
     """
-    quiet = not sys.stderr.isatty()
+    quiet = sys.stderr is None or not sys.stderr.isatty()
     bar = tqdm(
-        total=source.nbytes, unit="B", unit_scale=True, disable=disable, mininterval=60 if quiet else 0.5, miniters=1
+        total=source.nbytes,
+        unit="B",
+        unit_scale=True,
+        disable=disable or sys.stderr is None,
+        mininterval=60 if quiet else 0.5,
+        miniters=1,
+        file=_Unbreakable(),
     )
     earlier, began = output.done.errors, time.monotonic()
 
