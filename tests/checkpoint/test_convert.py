@@ -97,6 +97,38 @@ def test_config_of_transformers_4(made: Path, case: str, tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == old
 
 
+@pytest.mark.parametrize(
+    "longest, rope, wanted, context",
+    [  # Qwen 2.5, Qwen 3, Yarn-Llama-2 and the wordings that transformers takes for its defaults
+        (32768, {"factor": 4.0}, {"factor": 4.0}, 131072),
+        (40960, {"factor": 4.0, "original_max_position_embeddings": 32768}, {"factor": 4.0}, 131072),
+        (
+            65536,
+            {
+                "factor": 2.0,
+                "original_max_position_embeddings": 32768,
+                "finetuned": True,
+                "mscale": 0,
+                "beta_fast": None,
+            },
+            {"factor": 2.0},
+            65536,
+        ),
+        (32768, {"factor": 2.0, "truncate": None}, {"factor": 2.0, "truncate": False}, 65536),
+    ],
+)
+def test_published_yarn(made: Path, longest: int, rope: dict, wanted: dict, context: int) -> None:
+    config = json.loads((made / "qwen2.hf" / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"max_position_embeddings": longest, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", **rope}}
+    model = mapping.from_hf_config(config)
+    assert model.rope_scaling == {"rope_type": "yarn", "original_max_position_embeddings": 32768, **wanted}
+    assert model.max_position_embeddings == context
+    again = mapping.from_hf_config(mapping.to_hf_config(model, "float32"))
+    assert (again.rope_scaling, again.max_position_embeddings) == (model.rope_scaling, context)
+    assert mapping.changed_config(config, model, "float32") == config
+
+
 def test_one_file_and_odd_shapes(tmp_path: Path) -> None:
     families.make("qwen3", tmp_path / "hf", shard="1GB", vocab_size=257, num_hidden_layers=3)
     convert.import_hf(tmp_path / "hf", tmp_path / "mg")
@@ -213,7 +245,7 @@ def test_a_configuration_that_is_not_understood(
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     if key == "rope_parameters":
-        key, value = "rope_type", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+        key, value = "rope_type", {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}
         config["rope_parameters"] = value
     elif value is None:
         del config[key]

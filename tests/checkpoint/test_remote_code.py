@@ -331,8 +331,9 @@ def test_a_block_that_is_not_understood_is_refused(change, message, tmp_path: Pa
 def test_unknown_rotary_embeddings_are_refused(tmp_path: Path) -> None:
     exported = Exported(tmp_path / "model", bias=0.0)
     for scaling, message in (
-        ({"rope_type": "yarn", "factor": 2.0}, "'yarn'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "'longrope'"),
         ({"type": "llama3", "factor": 8.0}, "lack"),
+        ({"type": "yarn"}, "lack factor"),
     ):
         (exported.directory / "config.json").write_text(json.dumps({**exported.config, "rope_scaling": scaling}))
         with pytest.raises(ValueError, match=message):

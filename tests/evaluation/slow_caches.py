@@ -25,10 +25,17 @@ class SlowCache:
     """Holds every token. budget: entry n is what may be held after n tokens."""
 
     def __init__(
-        self, batch: int, groups: int, inv_freq: Tensor, budget: list[int] | None = None, neuron_out: bool = False
+        self,
+        batch: int,
+        groups: int,
+        inv_freq: Tensor,
+        budget: list[int] | None = None,
+        neuron_out: bool = False,
+        factor: float = 1.0,
     ) -> None:
         self.held: list[list[list[Token]]] = [[[] for _ in range(groups)] for _ in range(batch)]
         self.inv_freq, self.budget, self.neuron_out, self.position = inv_freq, budget, neuron_out, 0
+        self.factor = factor
 
     def lengths(self) -> Tensor:
         return torch.tensor([[len(head) for head in row] for row in self.held])
@@ -41,7 +48,7 @@ class SlowCache:
         if self.neuron_out:
             x[-1] = 0
         angle = (position * self.inv_freq).to(x.dtype)
-        turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
+        turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.full_like(angle, self.factor), angle)
         out = torch.cat((turned.real, turned.imag))
         if self.neuron_out:
             out[-1] = 0

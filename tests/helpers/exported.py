@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.dmc import checkpoint
-from megatron.dmc.ops import OracleCache, rotary_frequencies
+from megatron.dmc.ops import OracleCache, attention_factor, rotary_frequencies
 
 REMOTE_CODE = Path(checkpoint.__file__).parent / "remote_code"
 EPSILON, VOCABULARY, HIDDEN, LAYERS, GROUPS, D = 2.0**-7, 61, 32, 2, 2, 16
@@ -23,6 +23,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.2,
 }
 
 # decision_bias sets how often tokens merge: the neuron's rows below give keys[D-1] of about N(0, 1).
@@ -36,6 +43,7 @@ CASES = {
     "qwen 3": dict(bias=-0.8, qk_norm=True, head_dim=24),
     "llama 3": dict(bias=-0.8, rope=LLAMA3, g=4, window=None),
     "rope_parameters": dict(bias=-0.8, rope=LLAMA3, new_style=True),
+    "yarn": dict(bias=-0.8, rope=YARN),
     "no merging": dict(bias=50.0),
     "one slot": dict(bias=-50.0),
     "zero_out": dict(bias=-1.6, stage="zero_out"),
@@ -69,7 +77,7 @@ class Exported:
             head_dim or D,
             stage,
         )
-        self.inv_freq = rotary_frequencies(self.d, 5e4, rope)
+        self.inv_freq, self.rotary_factor = rotary_frequencies(self.d, 5e4, rope), attention_factor(rope)
         self.dmc = {
             "format_version": 1,
             "base_model_type": "llama",
@@ -158,7 +166,15 @@ class Oracle:
         # Above any logit: a model of zero_out appends always, with the neuron out of attention.
         bias = model.bias if model.stage != "zero_out" else 1e9
         self.caches = [
-            OracleCache(1, GROUPS, model.inv_freq, decision_bias=bias, epsilon=EPSILON, window=model.window)
+            OracleCache(
+                1,
+                GROUPS,
+                model.inv_freq,
+                decision_bias=bias,
+                epsilon=EPSILON,
+                window=model.window,
+                factor=model.rotary_factor,
+            )
             for _ in range(LAYERS)
         ]
 

@@ -20,6 +20,7 @@ SIZES = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 
 CASES: dict[str, dict] = {
     "llama2": dict(family="Llama", num_key_value_heads=4),
@@ -29,6 +30,7 @@ CASES: dict[str, dict] = {
     "mistral": dict(family="Mistral", head_dim=32, sliding_window=None, dtype="float16"),
     "qwen2": dict(family="Qwen2", rms_norm_eps=1e-5),
     "qwen2.5-tied": dict(family="Qwen2", tie_word_embeddings=True, dtype="bfloat16"),
+    "qwen2.5-yarn": dict(family="Qwen2", rope_parameters={"rope_theta": 1e4, **YARN}),
     "qwen3": dict(family="Qwen3", head_dim=24, tie_word_embeddings=True),
     "qwen3-untied": dict(family="Qwen3", head_dim=16),
 }

@@ -17,13 +17,15 @@ from torch import Tensor
 from megatron.dmc.config import DMCConfig, RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep, get_dmc_layer_spec, have_transformer_engine
 from megatron.dmc.model.carry import read_count, write_count
-from megatron.dmc.ops import OracleCache, rotary_frequencies
+from megatron.dmc.ops import OracleCache, attention_factor, rotary_frequencies
 from megatron.dmc.training.model import transformer_config
 
 EXACT = 1e-5
 LLAMA3 = dict(
     rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +79,7 @@ def test_plain_is_stock_megatron(groups, qk_layernorm, add_qkv_bias):
     assert difference(ours, theirs) <= EXACT
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN])
 @torch.no_grad()
 def test_plain_is_hugging_face_llama(scaling):
     transformers = pytest.importorskip("transformers")
@@ -220,7 +222,15 @@ def one_token_at_a_time(model: DMCGPTModel, run: RunConfig, ids: Tensor) -> tupl
     g = m.num_attention_heads // ng
     inv_freq = rotary_frequencies(d, m.rotary_base, m.rope_scaling)
     caches = [
-        OracleCache(b, ng, inv_freq, decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
+        OracleCache(
+            b,
+            ng,
+            inv_freq,
+            decision_bias=dmc.decision_bias,
+            epsilon=dmc.importance_epsilon,
+            window=dmc.window,
+            factor=attention_factor(m.rope_scaling),
+        )
         for _ in range(m.num_layers)
     ]
 
@@ -269,6 +279,18 @@ def test_hard_decisions_are_inference(groups, window, length):
         model = build(run, carry=True)
         mix_decisions(model)
         assert difference(model(ids, positions)[0], expected) > 1e-3
+
+
+@torch.no_grad()
+def test_hard_decisions_are_inference_with_yarn():
+    run = run_config(num_query_groups=2, add_qkv_bias=True, rope_scaling=YARN, rotary_base=1000.0)
+    model = build(run, carry=True)
+    mix_decisions(model)
+    ids, positions = tokens(60)
+    logits, kept = model(ids, positions)
+    expected, slots, _ = one_token_at_a_time(model, run, ids)
+    assert difference(logits, expected) <= 1e-4 and kept.tolist() == slots.tolist()
+    assert kept.sum().item() < 0.8 * 2 * 2 * 2 * 60
 
 
 @torch.no_grad()

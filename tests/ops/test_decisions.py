@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.dmc.ops import (
+    attention_factor,
     decision_logits,
     hard_decisions,
     importance,
@@ -156,7 +157,23 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize(("base", "scaling"), [(10000.0, None), (500000.0, LLAMA3)])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+SCALINGS = {
+    "none": (10000.0, None),
+    "llama3": (500000.0, LLAMA3),
+    "yarn": (1000000.0, YARN),
+    "yarn, short context": (10000.0, {**YARN, "factor": 40.0, "original_max_position_embeddings": 64}),
+    "yarn, DeepSeek": (10000.0, {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707}),
+    "yarn, one mscale": (10000.0, {**YARN, "mscale": 0.5}),
+    "yarn, every key": (
+        150000.0,
+        {**YARN, "factor": 32, "attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    ),
+    "yarn, factor 1": (10000.0, {**YARN, "factor": 1.0}),
+}
+
+
+@pytest.mark.parametrize(("base", "scaling"), SCALINGS.values(), ids=SCALINGS)
 @pytest.mark.parametrize("dim", [32, 128])
 def test_rotation_is_llamas(dim, base, scaling) -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -169,8 +186,9 @@ def test_rotation_is_llamas(dim, base, scaling) -> None:
     theirs = llama.LlamaRotaryEmbedding(config)
     inv_freq = rotary_frequencies(dim, base, scaling)
     assert torch.allclose(inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert attention_factor(scaling) == pytest.approx(theirs.attention_scaling, rel=1e-12)
     positions = torch.tensor([0, 1, 5, 1000, 8191])
-    cos, sin = cos_sin(theirs.inv_freq, positions)
+    cos, sin = cos_sin(theirs.inv_freq, positions, attention_factor(scaling))
     q, k = torch.randn(2, 4, 5, dim), torch.randn(2, 2, 5, dim)
     want_q, want_k = llama.apply_rotary_pos_emb(q, k, *theirs(q, positions[None]))
     assert torch.allclose(rotate(q, cos, sin), want_q, atol=1e-5)

@@ -77,6 +77,7 @@ def test_learning_rates():
 # Checks: section, values, world size, what the message must say (the value, and the fix)
 
 GOOD = dict(stage=dict(stage="pretrain", train_iters=5), training=dict(global_batch_size=8))
+YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 1024}
 WRONG = [
     ("dmc", dict(window=0), ["window is 0", "null for no window"]),
     ("dmc", dict(temperature=0), ["temperature is 0.0", "positive"]),
@@ -88,7 +89,15 @@ WRONG = [
     ("model", dict(num_query_groups=5), ["num_attention_heads 32", "num_query_groups 5"]),
     ("model", dict(hidden_size=4100), ["hidden_size 4100", "num_attention_heads 32", "set kv_channels"]),
     ("model", dict(kv_channels=20), ["head dimension 20", "multiple of 8"]),
-    ("model", dict(rope_scaling={"rope_type": "yarn"}), ["'yarn'", "llama3"]),
+    ("model", dict(rope_scaling={"rope_type": "longrope"}), ["'longrope'", "llama3 and yarn"]),
+    ("model", dict(rope_scaling={"rope_type": ["yarn"]}), ["['yarn']", "llama3 and yarn"]),
+    ("model", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["original_max_position_embeddings"]),
+    ("model", dict(rope_scaling={**YARN, "mscal": 1}), ["mscal", "may have", "mscale_all_dim"]),
+    ("model", dict(rope_scaling={**YARN, "factor": 0.5}), ["rope_scaling.factor is 0.5"]),
+    ("model", dict(rope_scaling={**YARN, "factor": "4"}), ["rope_scaling.factor is '4'", "positive number"]),
+    ("model", dict(rope_scaling={**YARN, "truncate": 1}), ["rope_scaling.truncate is 1"]),
+    ("model", dict(rope_scaling={**YARN, "beta_slow": 32}), ["beta_fast 32", "beta_slow 32"]),
+    ("model", dict(rope_scaling={**YARN, "factor": 8}), ["max_position_embeddings is 4096", "to 8192"]),
     ("model", dict(rope_scaling={"rope_type": "llama3", "factr": 8}), ["factr", "low_freq_factor"]),
     ("parallel", dict(tensor_model_parallel_size=0), ["tensor_model_parallel_size is 0"]),
     ("parallel", dict(tensor_model_parallel_size=64), ["tensor_model_parallel_size 64", "32 KV heads", "at most 32"]),

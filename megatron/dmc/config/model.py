@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from megatron.dmc.config.checks import not_negative, one_of, positive, require
-
-LLAMA3_ROPE = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+from megatron.dmc.config.rope import check_rope_scaling
 
 
 @dataclass
@@ -65,8 +64,10 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Base of the rotary embedding's frequencies (theta)."""
     rope_scaling: Optional[dict] = None
-    """Llama 3.1's scaling of rotary frequencies, as JSON: {"rope_type": "llama3", "factor": ...,
-    "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}. Default: no scaling."""
+    """Scaling of rotary frequencies, as JSON with Hugging Face's keys. Llama 3.1's: {"rope_type": "llama3", "factor":
+    ..., "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}. YaRN's (arXiv
+    2309.00071): {"rope_type": "yarn", "factor": ..., "original_max_position_embeddings": ...} and, optional,
+    attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim and truncate. Default: no scaling."""
     norm_epsilon: float = 1e-5
     """Epsilon of RMSNorm."""
     add_qkv_bias: bool = False
@@ -107,12 +108,4 @@ class ModelConfig:
         )
         require(self.head_dim % 8 == 0, f"head dimension {self.head_dim} is not a multiple of 8; set kv_channels")
         if self.rope_scaling is not None:
-            self._check_rope_scaling(self.rope_scaling)
-
-    @staticmethod
-    def _check_rope_scaling(scaling: dict) -> None:
-        kind, odd = scaling.get("rope_type"), set(scaling) ^ LLAMA3_ROPE
-        require(kind == "llama3", f"rope_scaling type {kind!r} is unknown; llama3 is supported")
-        require(
-            not odd, f"rope_scaling has unknown or missing keys {sorted(odd)}; it needs exactly {sorted(LLAMA3_ROPE)}"
-        )
+            check_rope_scaling(self.rope_scaling, self.rotary_base, self.max_position_embeddings)

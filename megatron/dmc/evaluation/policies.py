@@ -46,10 +46,16 @@ class Projections:
     """fp32 [D / 2]"""
     neuron_out: bool = False
     """The model has a decision neuron: channel D-1 of q and k takes no part in attention."""
+    factor: float = 1.0
+    """Factor on rotated queries and keys (YaRN's)."""
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of integer ``positions`` [s]: fp32 [s, D / 2] each."""
+        return cos_sin(self.inv_freq, positions, self.factor)
 
     def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x [b, h, s, D] to integer ``positions`` [s]."""
-        tables = cos_sin(self.inv_freq, positions)
+        tables = self.tables(positions)
         return rotate_and_split_neuron(x, *tables, 0.0)[0] if self.neuron_out else rotate(x, *tables)
 
     def positions(self) -> Tensor:
@@ -144,7 +150,7 @@ class DMC(CachePolicy):
     def attend(self, x: Projections) -> Attended:
         _require_neuron(self, x)
         dmc, s = self.dmc, x.k.size(2)
-        tables = cos_sin(x.inv_freq, x.positions())
+        tables = x.tables(x.positions())
         settings = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
         c = compress(x.q, x.k, x.v, *tables, **settings)
         parts = []
@@ -226,7 +232,8 @@ class StreamingLLM(_Masked):
             here = (held * angle).cos()[:, None] * (places * angle).cos()
             there = torch.outer((rows * angle).cos(), (at[:stop] * angle).cos())
             q, partner = _by_group(x.q[:, :, start:stop, n : n + 1], k.size(1)), x.k[:, :, None, :stop, n : n + 1]
-            scores += _wide(q @ partner.transpose(-1, -2)) * (here - there) / math.sqrt(k.size(-1))
+            turned = (here - there) * x.factor**2
+            scores += _wide(q @ partner.transpose(-1, -2)) * turned / math.sqrt(k.size(-1))
         q = _by_group(x.rotated(x.q[:, :, start:stop], held), k.size(1))
         n = min(self.sinks, stop)
         scores[..., :n] = _wide(q @ k[:, :, None, :n].transpose(-1, -2)) / math.sqrt(k.size(-1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.evaluation.load import Loaded
-from megatron.dmc.ops import OracleCache
+from megatron.dmc.ops import OracleCache, attention_factor
 
 
 class ReferenceDecoder:
@@ -31,6 +31,7 @@ class ReferenceDecoder:
         m, dmc = self.config.model, self.config.dmc
         inv_freq = self.model.rotary_pos_emb.inv_freq
         settings = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
+        settings["factor"] = attention_factor(m.rope_scaling)
         self.caches = [OracleCache(1, m.kv_heads, inv_freq, **settings) for _ in range(m.num_layers)]
         self.tokens = 0
 

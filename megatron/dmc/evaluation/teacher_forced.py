@@ -142,7 +142,7 @@ class TeacherForced(Model):
                 y.view(b, s, -1, d).transpose(1, 2).contiguous()
                 for y in self._project(layer, self._normed(x, layer.input_norm))
             )
-            attended = policy.attend(Projections(q, k, v, self.inv_freq, self.info.compresses))
+            attended = policy.attend(Projections(q, k, v, self.inv_freq, self.info.compresses, self.rotary_factor))
             slots.append(attended.slots.to(torch.int32))
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
             gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)

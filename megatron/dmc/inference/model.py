@@ -20,7 +20,7 @@ from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import ModelInfo, Reader
 from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
-from megatron.dmc.ops import rotary_frequencies
+from megatron.dmc.ops import attention_factor, rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Model:
         self.norm = reader.whole("model.norm.weight")
         self.head = reader.rows(["lm_head.weight"]) if c.untie_embeddings_and_output_weights else self.embedding
         self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
+        self.rotary_factor = attention_factor(c.rope_scaling)
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
@@ -152,7 +153,8 @@ class Model:
         epsilon = dmc.importance_epsilon if dmc else 0.0
         rule = (self.info.decision_bias, epsilon, self.info.window, self.info.compresses)
         done = kernels.append(state, n, kernels.AppendParams(*tokens, *rule, partial=chunks))
-        scale, d = 1 / math.sqrt(self.head_dim), batch.decoding
+        # YaRN's factor is on rotated queries and keys alike.
+        scale, d = self.rotary_factor**2 / math.sqrt(self.head_dim), batch.decoding
         parts = []
         if d:
             parts.append(kernels.decode_attention(state, n, done.q_rot[:d], batch.rows[:d], scale))

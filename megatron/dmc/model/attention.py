@@ -8,6 +8,7 @@ from typing import Optional
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,11 +59,16 @@ class DMCSelfAttention(SelfAttention):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         *,
         dmc: DMCConfig,
+        rotary_factor: Optional[float] = None,
         **kwargs,
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, **kwargs)
         _refuse_unsupported(config, self.world_size)
         self.dmc = dmc
+        self.rotary_factor = (
+            _yarn_get_concentration_factor_from_config(config) if rotary_factor is None else rotary_factor
+        )
+        """Factor on the cosines and sines: YaRN's, else 1."""
         self.kept_count: Optional[Tensor] = None
         rank = self.tp_group.rank() if self.tp_group is not None else 0
         n = self.num_query_groups_per_partition
@@ -136,7 +142,7 @@ class DMCSelfAttention(SelfAttention):
         """query [s, b, np, D], key, value [s, b, ng, D] -> (context [s, b, np * D], kept fp64 [b])."""
         # [s, b, heads, D] -> [b, heads, s, D]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * self.rotary_factor, angles.sin() * self.rotary_factor
         if step.compress:
             out, kept = self._compressed_attention(step, q, k, v, cos, sin)
         else:

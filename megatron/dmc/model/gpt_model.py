@@ -15,7 +15,7 @@ from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.model.attention import DMCSelfAttention, DMCStep
 from megatron.dmc.model.carry import read_count, write_count
 from megatron.dmc.model.layer_specs import get_dmc_block_spec
-from megatron.dmc.ops import rotary_frequencies
+from megatron.dmc.ops import attention_factor, rotary_frequencies
 
 
 class DMCGPTModel(GPTModel):
@@ -43,9 +43,12 @@ class DMCGPTModel(GPTModel):
         vp_stage: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
+        factor = attention_factor(model.rope_scaling)
         super().__init__(
             config=config,
-            transformer_layer_spec=get_dmc_block_spec(config, dmc, transformer_impl, carry=carry, vp_stage=vp_stage),
+            transformer_layer_spec=get_dmc_block_spec(
+                config, dmc, transformer_impl, carry=carry, rotary_factor=factor, vp_stage=vp_stage
+            ),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=model.max_position_embeddings,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,

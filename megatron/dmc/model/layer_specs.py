@@ -45,7 +45,12 @@ def resolve_transformer_impl(transformer_impl: str) -> str:
 
 
 def get_dmc_layer_spec(
-    config: TransformerConfig, dmc: DMCConfig, transformer_impl: str = "auto", *, carry: bool = False
+    config: TransformerConfig,
+    dmc: DMCConfig,
+    transformer_impl: str = "auto",
+    *,
+    carry: bool = False,
+    rotary_factor: Optional[float] = None,
 ) -> ModuleSpec:
     """Spec of a transformer layer with DMC attention, for ``GPTModel(transformer_layer_spec=...)``.
 
@@ -55,6 +60,8 @@ def get_dmc_layer_spec(
         transformer_impl: "local" (megatron-core's own modules), "transformer_engine", or "auto".
         carry: the layer's input has one more row, see :mod:`megatron.dmc.model.carry`. ``DMCGPTModel`` sets it; for
             a plain ``GPTModel`` leave it out and use ``DMCStep.kept``.
+        rotary_factor: factor on the cosines and sines of the rotation (YaRN). None: what ``GPTModel`` would take from
+            ``config``'s yarn_rotary_scaling_factor, yarn_mscale and yarn_mscale_all_dim, 1 without them.
 
     Raises:
         ValueError: Transformer Engine is asked for and cannot run, or the normalization is another one.
@@ -74,7 +81,7 @@ def get_dmc_layer_spec(
     spec.params = {**spec.params, "carry": carry}
     attention = spec.submodules.self_attention
     attention.module = DMCSelfAttention
-    attention.params = {**attention.params, "dmc": dmc}
+    attention.params = {**attention.params, "dmc": dmc, "rotary_factor": rotary_factor}
     attention.submodules.core_attention = IdentityOp
     return spec
 
@@ -85,10 +92,11 @@ def get_dmc_block_spec(
     transformer_impl: str = "auto",
     *,
     carry: bool,
+    rotary_factor: Optional[float] = None,
     vp_stage: Optional[int] = None,
     pp_rank: Optional[int] = None,
 ) -> TransformerBlockSubmodules:
     """Spec of this rank's part of the decoder: its layers and the final norm."""
-    layer = get_dmc_layer_spec(config, dmc, transformer_impl, carry=carry)
+    layer = get_dmc_layer_spec(config, dmc, transformer_impl, carry=carry, rotary_factor=rotary_factor)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNormBesideCarry if carry else RMSNorm)

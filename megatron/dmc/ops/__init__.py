@@ -18,12 +18,13 @@ from megatron.dmc.ops.noise import logistic_noise
 from megatron.dmc.ops.oracle import OracleCache
 from megatron.dmc.ops.pooling import pool
 from megatron.dmc.ops.prefill import compress, prefill_attention
-from megatron.dmc.ops.rotary import rotary_frequencies, rotate, rotate_and_split_neuron
+from megatron.dmc.ops.rotary import attention_factor, rotary_frequencies, rotate, rotate_and_split_neuron
 
 __all__ = [
     "Decisions",
     "OracleCache",
     "attention_backend",
+    "attention_factor",
     "compress",
     "decision_logits",
     "dmc_attention",

@@ -28,11 +28,22 @@ class OracleCache:
     """Compressed cache of one layer for a batch of sequences that start empty."""
 
     def __init__(
-        self, batch: int, groups: int, inv_freq: Tensor, *, decision_bias: float, epsilon: float, window: Optional[int]
+        self,
+        batch: int,
+        groups: int,
+        inv_freq: Tensor,
+        *,
+        decision_bias: float,
+        epsilon: float,
+        window: Optional[int],
+        factor: float = 1.0,
     ) -> None:
-        """Empty cache. groups: ng, KV heads; inv_freq: fp32 [D / 2]; window: W, or None for the whole segment."""
+        """Empty cache. groups: ng, KV heads; inv_freq: fp32 [D / 2]; window: W, or None for the whole segment; factor:
+        YaRN's, on rotated queries and keys.
+        """
         self.heads = [[_Head() for _ in range(groups)] for _ in range(batch)]
         self.inv_freq, self.bias, self.epsilon, self.window = inv_freq, decision_bias, epsilon, window
+        self.factor = factor
         self.position = 0
 
     def lengths(self) -> Tensor:
@@ -45,7 +56,9 @@ class OracleCache:
         angle = self.position * self.inv_freq.to(x.device)
         x = x.clone()
         x[-1] = 0
-        turned = torch.complex(x[:half].float(), x[half:].float()) * torch.polar(torch.ones_like(angle), angle)
+        turned = torch.complex(x[:half].float(), x[half:].float()) * torch.polar(
+            torch.full_like(angle, self.factor), angle
+        )
         out = torch.cat((turned.real, turned.imag))
         out[-1] = 0
         return out

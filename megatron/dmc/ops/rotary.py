@@ -20,23 +20,70 @@ def rotary_frequencies(dim: int, base: float, scaling: Optional[dict] = None, de
     Args:
         dim: D, head dimension.
         base: theta of the model's configuration.
-        scaling: as in the config.json of Llama 3.1 (rope_type llama3), or None.
+        scaling: as in the config.json of Llama 3.1 (rope_type llama3) or of a model with YaRN (yarn), or None. YaRN
+            also scales attention: :func:`attention_factor`.
     """
     inv = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
     if scaling is None:
         return inv
-    # Llama 3.1's published scaling rule: wavelengths beyond the original context are stretched by `factor`.
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    kept = _llama3_kept(inv, scaling) if scaling["rope_type"] == "llama3" else _yarn_kept(inv, base, scaling)
+    return inv * (kept + (1.0 - kept) / scaling["factor"])
+
+
+def _llama3_kept(inv: Tensor, scaling: dict) -> Tensor:
+    """Share of each frequency that is kept, [dim / 2]; the rest is divided by the factor.
+
+    Llama 3.1's published rule: wavelengths beyond the original context are stretched.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelength = 2 * math.pi / inv
     ratio = scaling["original_max_position_embeddings"] / wavelength
-    smooth = ((ratio - low) / (high - low)).clamp(0.0, 1.0)
-    return inv * (smooth + (1.0 - smooth) / factor)
+    return ((ratio - low) / (high - low)).clamp(0.0, 1.0)
 
 
-def cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables of cosines and sines for integer ``positions`` [s]: fp32 [s, D/2] each."""
+def _yarn_kept(inv: Tensor, base: float, scaling: dict) -> Tensor:
+    """Share of each frequency that is kept, [dim / 2]; the rest is divided by the factor.
+
+    YaRN, "NTK-by-parts" (arXiv 2309.00071, section 3.2): channel pairs that turn ``beta_fast`` times over the original
+    context are kept, those that turn ``beta_slow`` times are stretched. Between them the share falls linearly in the
+    pair's index, and the two ends are whole indices unless ``truncate`` is false, as in the authors' code.
+    """
+    dim, original = 2 * inv.numel(), scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = (pair_that_turns(scaling.get(*beta)) for beta in (("beta_fast", 32), ("beta_slow", 1)))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    width = last - first or 1e-3
+    pairs = torch.arange(inv.numel(), dtype=torch.float32, device=inv.device)
+    return 1.0 - ((pairs - first) / width).clamp(0.0, 1.0)
+
+
+def attention_factor(scaling: Optional[dict]) -> float:
+    """Factor on the cosines and sines, so its square is one on attention's scores: YaRN's, 1 for other rotations.
+
+    ``0.1 ln(factor) + 1`` (arXiv 2309.00071, section 3.4), unless the configuration gives it, or gives ``mscale`` and
+    ``mscale_all_dim``, whose factors are divided (DeepSeek V2, arXiv 2405.04434).
+    """
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def factor(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0
+
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return factor(over) / factor(under) if over and under else factor(1.0)
+
+
+def cos_sin(inv_freq: Tensor, positions: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Tables of cosines and sines for integer ``positions`` [s], times ``factor``: fp32 [s, D/2] each."""
     angle = positions.float()[:, None] * inv_freq[None, :]
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family
+from megatron.dmc.checkpoint.mapping.rope import yarn_context_length, yarn_scaling
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig, build
 
 DMC_FORMAT_VERSION = 1
@@ -75,8 +76,12 @@ def family_of(config: dict) -> Family:
     return family
 
 
-def _rope(config: dict, defaults: Mapping[str, Any]) -> tuple[float, Optional[dict]]:
-    """(base, scaling) from transformers 4's rope_theta + rope_scaling, or transformers 5's rope_parameters."""
+def _rope(config: dict, defaults: Mapping[str, Any], longest: int) -> tuple[float, Optional[dict]]:
+    """(base, scaling) from transformers 4's rope_theta + rope_scaling, or transformers 5's rope_parameters.
+
+    Args:
+        longest: max_position_embeddings.
+    """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = rope.pop("rope_theta", None) or config.get("rope_theta") or defaults["rope_theta"]
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
@@ -89,8 +94,10 @@ def _rope(config: dict, defaults: Mapping[str, Any]) -> tuple[float, Optional[di
                 f"config.json: rope parameters {sorted(rope)} without a rope_type; name it, or remove them"
             )
         return float(base), None
+    if kind == "yarn":
+        return float(base), yarn_scaling(rope, longest)
     if kind != "llama3":
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported; default and llama3 are")
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported; default, llama3 and yarn are")
     return float(base), {"rope_type": kind, **rope}
 
 
@@ -118,7 +125,10 @@ def from_hf_config(config: dict) -> ModelConfig:
     family, config = family_of(config), base_config(config)
     _check_keys(config, family)
     values = {**family.switches, **_read_sizes(config, family)}
-    values["rotary_base"], values["rope_scaling"] = _rope(config, family.defaults)
+    longest = values["max_position_embeddings"]
+    values["rotary_base"], values["rope_scaling"] = _rope(config, family.defaults, longest)
+    if values["rope_scaling"] and values["rope_scaling"]["rope_type"] == "yarn":
+        values["max_position_embeddings"] = yarn_context_length(values["rope_scaling"], longest)
     tied = config.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
     model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied)
     _check_window(config, family, model.max_position_embeddings)

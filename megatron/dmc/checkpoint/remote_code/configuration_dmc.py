@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 STAGES = {"zero_out": False, "retrofit": True, "finetune": True}  # does the stage merge tokens?
 REQUIRED = ("decision_bias", "window", "importance_epsilon", "stage")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN = ("factor", "original_max_position_embeddings")
 
 
 class DMCConfig(PretrainedConfig):
@@ -66,7 +67,7 @@ class DMCConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
-        self.rope_parameters = checked_rope(rope_theta, rope_scaling, rope_parameters)
+        self.rope_parameters = checked_rope(rope_theta, rope_scaling, rope_parameters, max_position_embeddings)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
@@ -114,13 +115,18 @@ def checked_block(dmc):
     return dict(dmc)
 
 
-def checked_rope(theta, scaling, parameters):
-    """One dict from both styles: ``rope_theta`` and ``rope_scaling``, or transformers 5's ``rope_parameters``."""
+def checked_rope(theta, scaling, parameters, longest):
+    """One dict from both styles: ``rope_theta`` and ``rope_scaling``, or transformers 5's ``rope_parameters``.
+
+    longest: max_position_embeddings, the context before YaRN where the dict does not have it.
+    """
     rope = {**(scaling or {}), **(parameters or {})}
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     rope = {"rope_type": kind, "rope_theta": theta or 10000.0, **rope}
-    needed = {"default": (), "llama3": LLAMA3}.get(kind)
+    if kind == "yarn" and not rope.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = longest
+    needed = {"default": (), "llama3": LLAMA3, "yarn": YARN}.get(kind)
     if needed is None:
         raise ValueError(f"rotary embeddings of type {kind!r} are unknown here; default and llama3 are known")
     missing = [key for key in needed if key not in rope]

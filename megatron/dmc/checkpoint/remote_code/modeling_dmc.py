@@ -41,16 +41,53 @@ QUERY_SCORES = 2**26  # more scores than this
 
 
 def rotary_tables(config, positions):
-    """cos and sin, fp32 [b, 1, s, D/2], at ``positions`` (int64 [b, s])."""
-    rope, d = config.rope_parameters, config.head_dim
+    """cos and sin, fp32 [b, 1, s, D/2], at ``positions`` (int64 [b, s]), times YaRN's factor where there is one."""
+    rope, d, factor = config.rope_parameters, config.head_dim, 1.0
     frequency = rope["rope_theta"] ** -(torch.arange(0, d, 2, device=positions.device).float() / d)
-    if rope["rope_type"] == "llama3":  # wavelengths beyond the original context are stretched by the factor
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (smooth + (1 - smooth) / rope["factor"])
+    if rope["rope_type"] != "default":
+        kept = llama3_kept(rope, frequency) if rope["rope_type"] == "llama3" else yarn_kept(rope, frequency)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
+    if rope["rope_type"] == "yarn":
+        factor = yarn_factor(rope)
     angle = positions[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
+
+
+def llama3_kept(rope, frequency):
+    """Share of each frequency [D/2] that is kept: wavelengths beyond the original context are stretched."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def yarn_kept(rope, frequency):
+    """Share of each frequency [D/2] that is kept (arXiv 2309.00071, section 3.2): pairs that turn beta_fast times over
+    the original context are, those that turn beta_slow times are stretched.
+    """
+    d = 2 * frequency.numel()
+
+    def pair(turns):
+        original = rope["original_max_position_embeddings"]
+        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    first, last = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    index = torch.arange(d // 2, device=frequency.device).float()
+    return 1 - ((index - first) / (last - first or 1e-3)).clamp(0, 1)
+
+
+def yarn_factor(rope):
+    """YaRN's factor on queries and keys (section 3.4 there)."""
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def factor(weight):
+        return 0.1 * weight * math.log(rope["factor"]) + 1
+
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    return factor(over) / factor(under) if over and under else factor(1)
 
 
 def attend(q, cache, slot, k_own, v_own):
