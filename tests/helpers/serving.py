@@ -12,16 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import uvicorn
 from helpers.engines import Model, all_back
 
 from megatron.dmc.inference import Engine, EngineConfig
 from megatron.dmc.inference.input_processor import InputProcessor
 from megatron.dmc.inference.text import load_tokenizer
-from megatron.dmc.serving.app import create_app
 from megatron.dmc.serving.async_engine import Limits
+from megatron.dmc.serving.http_config import HTTPConfig
+from megatron.dmc.serving.middleware import GateMiddleware
 from megatron.dmc.serving.prompts import Prompts
-from megatron.dmc.serving.server import Server, listen, make_service
+from megatron.dmc.serving.server import listen, make_server, make_service
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -90,6 +90,7 @@ class Running:
         max_body_bytes: int = 1 << 20,
         metrics_prefix: str = "dmc",
         timeout: float = 20,
+        http: HTTPConfig = HTTPConfig(),
         **settings: object,
     ) -> None:
         self.engine = Engine(path, EngineConfig(**settings), load_tokenizer(path))
@@ -99,8 +100,9 @@ class Running:
             limits=limits or Limits(),
             max_body_bytes=max_body_bytes,
             metrics_prefix=metrics_prefix,
+            timeout_body=http.timeout_body,
         )
-        self._timeout, self._ready = timeout, threading.Event()
+        self.http, self._timeout, self._ready = http, timeout, threading.Event()
         self.sock = listen("127.0.0.1", 0)
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -109,10 +111,7 @@ class Running:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.service = make_service(self.engine, **self._options)
-        config = uvicorn.Config(
-            create_app(self.service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5
-        )
-        self.server = Server(config, self.service, self._timeout)
+        self.server = make_server(self.service, self._timeout, self.http)
         self._ready.set()
         try:
             await self.server.serve([self.sock])
@@ -173,6 +172,13 @@ class Running:
         """On the engine's thread, between two steps."""
         return asyncio.run_coroutine_threadsafe(self.service.runner.call(function), self.loop).result(60)
 
+    def app_gate(self) -> GateMiddleware:
+        """The middleware that all requests pass."""
+        layer = self.server.config.loaded_app
+        while not isinstance(layer, GateMiddleware):
+            layer = getattr(layer, "middleware_stack", None) or layer.app
+        return layer
+
     def settle(self) -> None:
         """Wait until nothing runs; then every page and every place in the queue must be free."""
         deadline = time.monotonic() + 30
@@ -197,8 +203,12 @@ def client(server: Running, key: str = "none") -> OpenAI:
 
 
 def samples(text: str) -> dict[str, float]:
-    """Values of Prometheus metrics by name and labels."""
+    """Values of Prometheus metrics by name and labels, without the label ``engine``, which is 0 everywhere."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return {f"{sample.name}{sorted(sample.labels.items())}": sample.value for sample in found}
+
+    def labels(sample: object) -> list[tuple[str, str]]:
+        return sorted(item for item in sample.labels.items() if item != ("engine", "0"))
+
+    return {f"{sample.name}{labels(sample)}": sample.value for sample in found}

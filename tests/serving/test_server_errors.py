@@ -106,7 +106,7 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
         connection.close()
         server.settle()
-        assert 'requests_refused_total{model_name="m",status="413"} 2.0' in server.ask("/metrics")[2]
+        assert 'requests_refused_total{engine="0",model_name="m",status="413"} 2.0' in server.ask("/metrics")[2]
     assert not any("sk-" in record.getMessage() for record in caplog.records)
 
 
@@ -125,7 +125,7 @@ def test_a_full_queue(model: Model) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> None:
-    aborted = 'dmc:request_success_total{finished_reason="abort",model_name="m"} '
+    aborted = 'dmc:request_success_total{engine="0",finished_reason="abort",model_name="m"} '
     before = float(server.ask("/metrics")[2].split(aborted)[1].split()[0])
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     body = json.dumps({"prompt": ["a", "b"], "stream": stream, "max_tokens": 254 - 10, **IGNORE}).encode()

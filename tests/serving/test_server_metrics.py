@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.engines import Model
 from helpers.processes import ROOT
-from helpers.serving import COMPLETIONS, IGNORE, Running, samples
+from helpers.serving import COMPLETIONS, IGNORE, Running, samples, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron.dmc.serving.metrics import HELP
@@ -30,6 +31,7 @@ def test_every_metric_has_a_help_sentence(server: Running) -> None:
     server.json(COMPLETIONS, {"prompt": "a"})
     families = list(text_string_to_metric_families(server.ask("/metrics")[2]))
     names = {family.name.removeprefix("dmc:") for family in families if not family.name.endswith("_created")}
+    names = {name for name in names if not name.startswith("process_")}
     assert names == set(HELP) and len(families) >= len(names)
     for name, text in HELP.items():
         assert re.fullmatch(
@@ -45,6 +47,32 @@ def test_every_metric_has_a_help_sentence(server: Running) -> None:
         assert all(unit in text for end, unit in units.items() if name.endswith(end)), (name, text)
         assert not re.search(r"\b(the same|those|answers?|draws?|read|window)\b", text), (name, text)
     assert len(set(HELP.values())) == len(HELP), "no two metrics have the same help"
+
+
+def test_labels_as_vllms_dashboards_use_them(server: Running) -> None:
+    """Every metric of the engine names its model and its engine; those of HTTP and the process have their own names."""
+    server.json(COMPLETIONS, {"prompt": "a", "max_tokens": 1})
+    server.ask("/v1/models/m")
+    server.ask("/nowhere", method="BREW")
+    text = server.ask("/metrics")[2]
+    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    ours = [sample for sample in found if sample.name.startswith("dmc:")]
+    assert ours and all((sample.labels["model_name"], sample.labels["engine"]) == ("m", "0") for sample in ours)
+    assert {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"} <= {s.name for s in found}
+    (info,) = (sample for sample in ours if sample.name == "dmc:cache_config_info")
+    assert info.value == 1 and info.labels["num_gpu_blocks"] == str(server.engine.cache.num_pages)
+    counted = [sample.labels for sample in found if sample.name == "http_requests_total"]
+    assert {"handler": "/v1/completions", "method": "POST", "status": "2xx"} in counted
+    assert {"handler": "/v1/models/{name:path}", "method": "GET", "status": "2xx"} in counted
+    assert {"handler": "none", "method": "other", "status": "4xx"} in counted, "a client may make no label of its own"
+
+
+def test_the_compression_ratio_while_sequences_run(server: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.json, COMPLETIONS, {"prompt": "a", "max_tokens": 200} | IGNORE)
+        until(lambda: "dmc:compression_ratio{" in server.ask("/metrics")[2] or asked.done())
+        assert not asked.done()
+        asked.result()
 
 
 def test_metrics(model: Model) -> None:
@@ -75,7 +103,8 @@ def test_metrics(model: Model) -> None:
         assert (
             value("num_pages_free") == value("num_pages") == server.engine.cache.num_pages and value("engine_up") == 1
         )
-        assert value("compression_ratio", layer="0") == 1 and value("page_waste_perc") == 0
+        assert value("page_waste_perc") == 0 and value("request_num_preemptions_count") == 5
+        assert "vllm:compression_ratio" not in names, "an idle server has no compression ratio"
         server.settle()
 
 
@@ -99,6 +128,6 @@ def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
     server.json(COMPLETIONS, {"prompt": "a"})
     asked = set(re.findall(r"(?:\$\{prefix\}|dmc):(\w+)", text))
     there = {key.split("[")[0].removeprefix("dmc:") for key in samples(server.ask("/metrics")[2])}
-    assert len(asked) > 20 and not asked - there
+    assert len(asked) > 20 and not asked - there - {"compression_ratio"}  # an idle server has none
     ids = [panel["id"] for panel in json.loads(text)["panels"]]
     assert len(ids) == len(set(ids))

@@ -9,6 +9,7 @@ from typing import Optional
 from megatron.dmc import flags
 from megatron.dmc.cli import options
 from megatron.dmc.serving.config import ServerConfig
+from megatron.dmc.serving.http_config import HTTPConfig
 
 
 def build_parser() -> flags.Parser:
@@ -22,6 +23,7 @@ def build_parser() -> flags.Parser:
             """,
     )
     flags.add_fields(parser.add_argument_group("server"), ServerConfig)
+    flags.add_fields(parser.add_argument_group("connections"), HTTPConfig)
     options.add_engine(parser)
     parser.set_defaults(run=_run)
     return parser
@@ -33,7 +35,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     config = flags.read(ServerConfig, args)
-    config.keys()  # wrong keys are refused before anything slow is imported
+    http = flags.read(HTTPConfig, args)
+    config.keys()  # wrong keys and certificates are refused before anything slow is imported
+    http.check()
     from megatron.dmc.serving import server
 
-    return server.run(config, options.engine_config(args))
+    return server.run(config, http, options.engine_config(args))

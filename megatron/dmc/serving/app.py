@@ -15,15 +15,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from megatron.dmc import __version__
 from megatron.dmc.inference import SamplingParams
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import protocol as p
 from megatron.dmc.serving import responses
+from megatron.dmc.serving.bodies import Receive
 from megatron.dmc.serving.errors import APIError, engine_down, shutting_down
+from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.metrics import Metrics
-from megatron.dmc.serving.middleware import Gate, GateMiddleware, Receive, Scope, Send
+from megatron.dmc.serving.middleware import Gate, GateMiddleware, Scope, Send
 from megatron.dmc.serving.prompts import Prompts
 
 T = TypeVar("T")
@@ -196,14 +199,25 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:
     """Application with its endpoints, its middleware, and OpenAI's error shape for every path and method."""
     app = FastAPI(
         title="megatron.dmc",
         version=__version__,
         description="OpenAI's API with vLLM's parameters, over a KV cache compressed by Dynamic Memory Compression.",
     )
-    app.add_middleware(GateMiddleware, gate=service.gate, refused=service.metrics.refused)
+    app.add_middleware(
+        GateMiddleware, gate=service.gate, refused=service.metrics.refused, answered=service.metrics.answered
+    )
+    if http.allowed_origins:  # outside the gate: a browser asks for leave without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=http.allowed_origins,
+            allow_methods=http.allowed_methods,
+            allow_headers=http.allowed_headers,
+            allow_credentials=http.allow_credentials,
+            expose_headers=["x-request-id"],
+        )
     _add_generation(app, service)
     _add_tokenizer(app, service)
     _add_operator(app, service)

@@ -41,8 +41,8 @@ class ServerConfig:
     """Completions that may wait for a place in the cache; further requests get status 503."""
     max_num_queued_tokens: Optional[int] = field(default=None, metadata={"type": number(int, 1), "metavar": "N"})
     """Prompt tokens of the waiting completions; further requests get status 503. Default: no bound."""
-    max_body_bytes: int = field(default=16 << 20, metadata={"type": number(int, 1), "metavar": "N"})
-    """Bytes of the largest request body."""
+    max_body_bytes: Optional[int] = field(default=None, metadata={"type": number(int, 1), "metavar": "N"})
+    """Bytes of the largest request body. Default: 1 MiB and 32 bytes per token of the context length."""
     shutdown_timeout: float = field(
         default=30.0, metadata={"type": number(float, 0, finite=True), "metavar": "SECONDS"}
     )

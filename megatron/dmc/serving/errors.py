@@ -47,11 +47,23 @@ def wrong_key() -> APIError:
     )
 
 
-def overloaded(message: str, retry_after: int = 1) -> APIError:
-    """503: the same request may succeed later."""
-    return APIError(
-        503, message, type="service_unavailable", code="overloaded", headers={"Retry-After": str(retry_after)}
-    )
+def overloaded(message: str, retry_after: int = 1, close: bool = False) -> APIError:
+    """503: the same request may succeed later. ``close``: the connection cannot be used again."""
+    headers = {"Retry-After": str(retry_after)} | ({"Connection": "close"} if close else {})
+    return APIError(503, message, type="service_unavailable", code="overloaded", headers=headers)
+
+
+def too_many_connections(most: int) -> APIError:
+    """503 on a connection above the limit."""
+    headers = {"Retry-After": "1", "Connection": "close"}
+    message = f"{most} connections are open, and no more may be; try again later"
+    return APIError(503, message, type="service_unavailable", code="too_many_connections", headers=headers)
+
+
+def too_slow(what: str, seconds: float) -> APIError:
+    """408: a part of the request has not come in time."""
+    message = f"the {what} of the request did not come within {seconds:g} s"
+    return APIError(408, message, code="request_timeout", headers={"Connection": "close"})
 
 
 def shutting_down() -> APIError:

@@ -1,16 +1,17 @@
 """Prometheus metrics of the server: vLLM's, so that its dashboards can read them, and those of the compressed KV cache.
 
-The prefix of every name is ``dmc:``, or ``vllm:`` with ``--metrics-prefix vllm``. Every metric has the label
-``model_name``.
+The prefix of every name is ``dmc:``, or ``vllm:`` with ``--metrics-prefix vllm``. Every metric has the labels
+``model_name`` and ``engine``, which is 0. Metrics of HTTP and of the process have their usual names and no such labels.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from megatron.dmc.inference import StepOutput
@@ -31,6 +32,7 @@ HELP = {
     "request_prompt_tokens": "Number of prompt tokens per completion.",
     "request_generation_tokens": "Number of generated tokens per completion.",
     "request_max_num_generation_tokens": "Number of generated tokens per completion (older name).",
+    "request_num_preemptions": "Number of times the sequence of a completion was preempted.",
     "request_params_n": "Parameter n of the request, in completions per prompt.",
     "request_params_max_tokens": "Parameter max_tokens of the request, in tokens.",
     # Counters of requests.
@@ -40,19 +42,22 @@ HELP = {
     "requests_refused": "Number of requests answered with an error, by HTTP status.",
     "cache_token_states": "Number of token states (tokens times KV heads) of ended completions, by layer.",
     "cache_slots": "Number of KV slots taken by the token states of ended completions, by layer.",
+    "http_requests": "Number of HTTP requests answered, by path of the endpoint, method and kind of status.",
+    "http_request_duration_seconds": "Time from the headers of a request to the end of its response, in seconds.",
     # Gauges of the scheduler and the cache.
     "num_requests_running": "Number of sequences that are running, which hold a row of the KV cache.",
     "num_requests_waiting": "Number of sequences that wait to be scheduled.",
     "num_requests_swapped": "Number of sequences swapped out; always 0, as preempted ones are recomputed.",
     "kv_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1.",
     "gpu_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1 (older name).",
+    "cache_config_info": "State of the KV cache's settings, in labels; the value is 1.",
     "num_pages": "Number of pages of the KV cache; a page has slots of one KV head.",
     "num_pages_free": "Number of KV cache pages that sequences can take; num_pages_cached counts among them.",
     "num_pages_cached": "Number of KV cache pages held by the prefix cache alone.",
     "page_waste_perc": "Fraction of the KV slots in allocated pages that are empty, from 0 to 1.",
     "cache_slots_used": "Number of KV slots held by running sequences; shared slots count once.",
     "cache_tokens": "Number of tokens, prompt and generated, that running sequences have in the KV cache.",
-    "compression_ratio": "Compression ratio of running sequences, in token states per KV slot, by layer.",
+    "compression_ratio": "Compression ratio of running sequences, token states per KV slot, by layer; absent if idle.",
     "engine_up": "State of the engine: 1 while it runs, 0 after it has failed.",
     # Counters of the engine.
     "num_preemptions": "Number of times a sequence was preempted to free pages.",
@@ -86,6 +91,14 @@ LENGTHS = (
 )
 
 
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+DURATIONS = (0.01, 0.1, 0.5, 1, 5, 10, 60, 600)
+
+
+LABELS = ("model_name", "engine")
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+
+
 def length_bounds(max_model_len: int) -> list[int]:
     """Bucket bounds of the length histograms: 1, 2, 5, 10, ... up to the context length."""
     steps = [m * 10**e for e in range(12) for m in (1, 2, 5)]
@@ -105,35 +118,56 @@ class Metrics:
     """Registry that follows the engine's outputs on the event loop and reads the engine's state when it is scraped."""
 
     def __init__(self, prefix: str, model_name: str, max_model_len: int) -> None:
-        self.prefix, self.model = f"{prefix}:", model_name
+        self.prefix, self.labels = f"{prefix}:", (model_name, "0")
         self.registry = CollectorRegistry()
         self._running: dict[tuple[str, int], _Progress] = {}
         bounds = length_bounds(max_model_len)
         self._times = {name: self._histogram(name, seconds) for name, seconds in TIMES.items()}
         self._lengths = {name: self._histogram(name, bounds) for name in LENGTHS}
-        self._prompt_tokens = self._counter("prompt_tokens").labels(self.model)
-        self._generation_tokens = self._counter("generation_tokens").labels(self.model)
+        self._preemptions = self._histogram("request_num_preemptions", PREEMPTIONS)
+        self._prompt_tokens = self._counter("prompt_tokens").labels(*self.labels)
+        self._generation_tokens = self._counter("generation_tokens").labels(*self.labels)
         ended = self._counter("request_success", "finished_reason")
-        self._ended = {reason: ended.labels(self.model, reason) for reason in ("stop", "length", "abort", "error")}
+        self._ended = {reason: ended.labels(*self.labels, reason) for reason in ("stop", "length", "abort", "error")}
         self._states = self._counter("cache_token_states", "layer")
         self._slots = self._counter("cache_slots", "layer")
         self._refused = self._counter("requests_refused", "status")
-        self._refused.labels(self.model, "503")  # exported from the start, so that its first increase is a rate
+        # Names and labels of prometheus-fastapi-instrumentator, which vLLM's server exports.
+        self._requests = Counter(
+            "http_requests_total", HELP["http_requests"], ("handler", "method", "status"), registry=self.registry
+        )
+        self._durations = Histogram(
+            "http_request_duration_seconds",
+            HELP["http_request_duration_seconds"],
+            ("handler", "method"),
+            buckets=DURATIONS,
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)
+        self._refused.labels(*self.labels, "503")  # exported from the start, so that its first increase is a rate
 
     def _counter(self, name: str, *labels: str) -> Counter:
-        return Counter(self.prefix + name, HELP[name], ("model_name", *labels), registry=self.registry)
+        return Counter(self.prefix + name, HELP[name], (*LABELS, *labels), registry=self.registry)
 
     def _histogram(self, name: str, bounds: Sequence[float]) -> Histogram:
-        made = Histogram(self.prefix + name, HELP[name], ("model_name",), buckets=bounds, registry=self.registry)
-        return made.labels(self.model)
+        made = Histogram(self.prefix + name, HELP[name], LABELS, buckets=bounds, registry=self.registry)
+        return made.labels(*self.labels)
 
     def watch(self, engine: AsyncEngine) -> None:
         """Export the state of this engine from now on."""
-        self.registry.register(_EngineState(self.prefix, self.model, engine))
+        self.registry.register(_EngineState(self.prefix, self.labels, engine))
 
     def refused(self, status: int) -> None:
         """Count a request that was answered with an error."""
-        self._refused.labels(self.model, str(status)).inc()
+        self._refused.labels(*self.labels, str(status)).inc()
+
+    def answered(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
+        """Count a request at the end of its response, by the endpoint's path, the method and the kind of status."""
+        route = scope.get("route")
+        handler = "none" if route is None else route.path
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._requests.labels(handler, method, f"{status // 100}xx").inc()
+        self._durations.labels(handler, method).observe(seconds)
 
     def observe(self, stream: Stream, output: StepOutput) -> None:
         """Count one output of the engine. Outputs of a completion must come in order."""
@@ -163,8 +197,8 @@ class Metrics:
         self._ended[output.finish_reason].inc()
         if output.cache is not None:
             for layer, slots in enumerate(output.cache.slots):
-                self._states.labels(self.model, str(layer)).inc(output.cache.tokens * len(slots))
-                self._slots.labels(self.model, str(layer)).inc(sum(slots))
+                self._states.labels(*self.labels, str(layer)).inc(output.cache.tokens * len(slots))
+                self._slots.labels(*self.labels, str(layer)).inc(sum(slots))
         if output.finish_reason == "abort":
             return
         request = stream.request(output.request_id)
@@ -178,6 +212,7 @@ class Metrics:
         timing = output.timing
         if timing is None or timing.queued is None:
             return
+        self._preemptions.observe(timing.preemptions)
         self._times["request_queue_time_seconds"].observe(timing.queued)
         self._times["request_inference_time_seconds"].observe(timing.total - timing.queued)
         if timing.first_token is not None:
@@ -195,8 +230,8 @@ class Metrics:
 class _EngineState:
     """Collector of the engine's latest statistics, which may be a tenth of a second old."""
 
-    def __init__(self, prefix: str, model: str, engine: AsyncEngine) -> None:
-        self.prefix, self.model, self.engine = prefix, model, engine
+    def __init__(self, prefix: str, labels: tuple[str, str], engine: AsyncEngine) -> None:
+        self.prefix, self.labels, self.engine = prefix, labels, engine
 
     def collect(self) -> Iterator[Metric]:
         stats = self.engine.stats
@@ -218,11 +253,13 @@ class _EngineState:
         for name, value in gauges.items():
             yield self._family(GaugeMetricFamily, name, value)
         ratios = GaugeMetricFamily(
-            self.prefix + "compression_ratio", HELP["compression_ratio"], labels=("model_name", "layer")
+            self.prefix + "compression_ratio", HELP["compression_ratio"], labels=(*LABELS, "layer")
         )
-        for layer, ratio in enumerate(stats.layer_compression_ratios):
-            ratios.add_metric((self.model, str(layer)), ratio)
+        # An empty cache has no ratio; a sample of 1 would say that nothing is compressed.
+        for layer, ratio in enumerate(stats.layer_compression_ratios if stats.slots_used else ()):
+            ratios.add_metric((*self.labels, str(layer)), ratio)
         yield ratios
+        yield self._cache_config()
         counters = {
             "num_preemptions": stats.preemptions,
             "engine_steps": stats.steps,
@@ -232,7 +269,22 @@ class _EngineState:
         for name, value in counters.items():
             yield self._family(CounterMetricFamily, name, value)
 
+    def _cache_config(self) -> Metric:
+        """Settings of the cache as labels of a sample of 1, as vLLM exports its own."""
+        sizes, config = self.engine.engine.sizes, self.engine.engine.config
+        info = {
+            "block_size": config.block_size,
+            "num_gpu_blocks": sizes.num_pages,
+            "max_model_len": sizes.max_model_len,
+            "max_num_seqs": sizes.max_num_seqs,
+            "enable_prefix_caching": config.enable_prefix_caching,
+        }
+        name = self.prefix + "cache_config_info"
+        family = GaugeMetricFamily(name, HELP["cache_config_info"], labels=(*LABELS, *info))
+        family.add_metric((*self.labels, *map(str, info.values())), 1)
+        return family
+
     def _family(self, kind: type, name: str, value: float) -> Metric:
-        family = kind(self.prefix + name, HELP[name], labels=("model_name",))
-        family.add_metric((self.model,), value)
+        family = kind(self.prefix + name, HELP[name], labels=LABELS)
+        family.add_metric(self.labels, value)
         return family

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import logging
 import os
 import signal
@@ -20,8 +21,11 @@ from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.app import Service, create_app
 from megatron.dmc.serving.async_engine import AsyncEngine, Limits
+from megatron.dmc.serving.bodies import BodyLimits, default_max_body_bytes
 from megatron.dmc.serving.config import ServerConfig
+from megatron.dmc.serving.connection import Connection, ConnectionLimits
 from megatron.dmc.serving.errors import shutting_down
+from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, Keys
 from megatron.dmc.serving.prompts import Prompts
@@ -106,8 +110,10 @@ def make_service(
     model_name: str,
     keys: Sequence[str] = (),
     limits: Limits = Limits(),
-    max_body_bytes: int = 16 << 20,
+    max_body_bytes: Optional[int] = None,
     metrics_prefix: str = "dmc",
+    timeout_body: float = 20.0,
+    log_requests: bool = False,
 ) -> Service:
     """Service around an engine, with everything that the application needs. Call it on the event loop."""
     max_model_len = engine.sizes.max_model_len
@@ -116,11 +122,43 @@ def make_service(
     metrics.watch(runner)
     # The engine's thread detokenizes with the original.
     prompts = Prompts(engine.input_processor.with_tokenizer(copy.deepcopy(engine.tokenizer)))
-    return Service(runner, prompts, model_name, str(engine.info.path), Gate(Keys(keys), max_body_bytes), metrics)
+    most = default_max_body_bytes(max_model_len) if max_body_bytes is None else max_body_bytes
+    gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
+    return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics)
+
+
+def make_server(service: Service, timeout: float, http: HTTPConfig = HTTPConfig()) -> Server:
+    """Server of a service.
+
+    Args:
+        timeout: seconds for running requests to finish once the shutdown has begun.
+        http: settings of its connections.
+    """
+    limits = ConnectionLimits(http.raise_file_limit(), http.timeout_header)
+    config = uvicorn.Config(
+        create_app(service, http),
+        http=functools.partial(Connection, limits=limits, refused=service.metrics.refused),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,  # the gate writes it, with the request's id
+        lifespan="off",
+        timeout_graceful_shutdown=CLOSE,
+        timeout_keep_alive=http.timeout_keep_alive,  # type: ignore[arg-type]
+        backlog=BACKLOG,
+        server_header=False,
+        proxy_headers=bool(http.forwarded_allow_ips),
+        forwarded_allow_ips=http.forwarded_allow_ips,
+        root_path=http.root_path,
+        ssl_keyfile=http.ssl_keyfile,
+        ssl_certfile=http.ssl_certfile,
+        ssl_ca_certs=None if http.ssl_ca_certs is None else str(http.ssl_ca_certs),
+        ssl_cert_reqs=http.ssl_cert_reqs,
+    )
+    return Server(config, service, timeout)
 
 
 async def serve(
-    engine: Engine, settings: ServerConfig, sock: socket.socket, followers: Optional[Followers] = None
+    engine: Engine, settings: ServerConfig, http: HTTPConfig, sock: socket.socket, followers: Optional[Followers] = None
 ) -> int:
     """Serve until a signal comes. Returns the exit status: 0, or 1 when the engine has failed."""
     keys = settings.keys()
@@ -131,17 +169,10 @@ async def serve(
         limits=Limits(settings.max_num_queued_requests, settings.max_num_queued_tokens),
         max_body_bytes=settings.max_body_bytes,
         metrics_prefix=settings.metrics_prefix,
+        timeout_body=http.timeout_body,
+        log_requests=not settings.disable_access_log,
     )
-    config = uvicorn.Config(
-        create_app(service),
-        log_config=None,
-        access_log=not settings.disable_access_log,
-        lifespan="off",
-        timeout_graceful_shutdown=CLOSE,
-        backlog=BACKLOG,
-        server_header=False,
-    )
-    server = Server(config, service, settings.shutdown_timeout)
+    server = make_server(service, settings.shutdown_timeout, http)
     log.info("%d keys, %s", len(keys), _pool(engine))
     watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
     try:
@@ -180,7 +211,7 @@ def _pool(engine: Engine) -> str:
     )
 
 
-def run(settings: ServerConfig, config: EngineConfig) -> int:
+def run(settings: ServerConfig, http: HTTPConfig, config: EngineConfig) -> int:
     """Run ``dmc serve``. Returns the exit status; raises ``ValueError`` for a wrong setting or model."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     source = settings.tokenizer or settings.model
@@ -192,17 +223,19 @@ def run(settings: ServerConfig, config: EngineConfig) -> int:
         if config.tensor_parallel_size == 1:
             engine = Engine(settings.model, config, tokenizer)
             warm_up(engine)
-            return asyncio.run(serve(engine, settings, sock))
-        return _run_ranks(settings, sock, config, tokenizer)
+            return asyncio.run(serve(engine, settings, http, sock))
+        return _run_ranks(settings, http, sock, config, tokenizer)
 
 
-def _run_ranks(settings: ServerConfig, sock: socket.socket, config: EngineConfig, tokenizer: Any) -> int:
+def _run_ranks(
+    settings: ServerConfig, http: HTTPConfig, sock: socket.socket, config: EngineConfig, tokenizer: Any
+) -> int:
     check_size(settings.model, config)  # before others wait for this rank
     followers = Followers(settings.model, config, settings.tokenizer or settings.model)
     try:
         engine = LeadingEngine(settings.model, config, tokenizer)
         warm_up(engine)
-        status = asyncio.run(serve(engine, settings, sock, followers))
+        status = asyncio.run(serve(engine, settings, http, sock, followers))
         if status == 0:
             engine.release()
         return status
