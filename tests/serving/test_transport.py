@@ -117,7 +117,7 @@ def test_silent_connections_are_closed(server: Running) -> None:
         again.sendall(HEAD)
         assert until_closed(silent) == b""
         assert until_closed(half).startswith(b"HTTP/1.1 408 ")
-        assert until_closed(again).startswith(b"HTTP/1.1 408 "), "the second request of a connection, too"
+        assert b"HTTP/1.1 408 " in until_closed(again), "the second request of a connection, too"
 
 
 def test_a_body_that_does_not_come(server: Running) -> None:
