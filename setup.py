@@ -25,10 +25,19 @@ INSTALL_REQUIRES = [
     "matplotlib",
 ]
 
-# jinja2 is for chat templates, httpx2 for `dmc bench serve`.
+# jinja2 is for chat templates, httpx2 for `dmc bench serve`, llguidance for structured outputs.
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "transformers", "jinja2", "httpx2"],
+    "serve": [
+        "fastapi",
+        "uvicorn",
+        "pydantic>=2.9",
+        "prometheus_client",
+        "transformers",
+        "jinja2",
+        "httpx2",
+        "llguidance",
+    ],
     "gguf": ["gguf"],
     "eval": ["lm-eval[api]", "transformers"],
     # The second line is "serve", whose tests need it.
@@ -48,6 +57,7 @@ EXTRAS_REQUIRE = {
         "transformers",
         "jinja2",
         "httpx2",
+        "llguidance",
     ],
 }
 

@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.inference import LLM, SamplingParams, StructuredOutputsParams
 
 
 def main() -> None:
@@ -20,6 +20,8 @@ def main() -> None:
     llm = LLM(model, tensor_parallel_size=size, **settings)
     results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, logprobs=0))
     random = llm.generate(prompts, SamplingParams(max_tokens=8))  # drawn from the engine's generator
+    numbers = SamplingParams(max_tokens=24, n=2, structured_outputs=StructuredOutputsParams(regex="[0-9]{3,8}[A-F]"))
+    structured = llm.generate([*prompts, prompts[0]], [numbers] * len(prompts) + [SamplingParams(max_tokens=4)])
     longer = [prompt + more for prompt in prompts for more in ([], [7], [7, 8, 9])]
     again = llm.generate(longer, SamplingParams(temperature=0, max_tokens=24, n=2))
     llm.engine.cache.check_integrity()
@@ -28,6 +30,7 @@ def main() -> None:
     answer = {
         "tokens": [r.outputs[0].token_ids for r in results],
         "random": [r.outputs[0].token_ids for r in random],
+        "structured": [[c.text for c in r.outputs] for r in structured[:-1]],
         "logprobs": [[entry.logprob for entry in r.outputs[0].logprobs] for r in results],
         "again": [[c.token_ids for c in r.outputs] for r in again],
         "longer": longer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -351,6 +352,7 @@ def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed
     line = next(line for line in result.stdout.splitlines() if line.startswith("ANSWERS "))
     first, second = json.loads(line.removeprefix("ANSWERS "))
     assert first == second and first["free"]
+    assert all(re.fullmatch("[0-9]{3,8}[A-F]", text) for texts in first["structured"] for text in texts)
     one = LLM(model.path)
     for prompt, got, scores, slots in zip(prompts, first["tokens"], first["logprobs"], first["slots"]):
         whole = one.generate(prompt, SamplingParams(temperature=0, max_tokens=24, logprobs=0))[0].outputs[0]

@@ -13,6 +13,7 @@ from megatron.dmc.inference.llm import LLM
 from megatron.dmc.inference.request import Completion, Request, RequestOutput, StepOutput
 from megatron.dmc.inference.sampler import Logprobs
 from megatron.dmc.inference.sampling_params import SamplingParams
+from megatron.dmc.inference.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -26,4 +27,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StepOutput",
+    "StructuredOutputsParams",
 ]

@@ -20,6 +20,7 @@ from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache, make_cache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
 from megatron.dmc.inference.errors import InvalidRequest
+from megatron.dmc.inference.grammar import GrammarCompiler
 from megatron.dmc.inference.input_processor import InputProcessor
 from megatron.dmc.inference.kv_cache_manager import KVCacheManager
 from megatron.dmc.inference.model import Model
@@ -109,10 +110,12 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, self.kv_cache_manager, sizes.max_num_seqs, sizes.max_num_batched_tokens, info.expected_cr
         )
+        eos = self._eos_token_ids()
+        grammars = GrammarCompiler(tokenizer, vocab_size, eos)
         self.input_processor = InputProcessor(
-            tokenizer, vocab_size, sizes.max_model_len, self.cache, info.expected_cr, info.path
+            tokenizer, vocab_size, sizes.max_model_len, self.cache, info.expected_cr, info.path, grammars
         )
-        self.output_processor = OutputProcessor(self.scheduler, self.cache, self._eos_token_ids())
+        self.output_processor = OutputProcessor(self.scheduler, self.cache, eos)
         self._arrivals = self._steps = self._prompt_tokens = 0
 
     def _make_cache(self, dtype: torch.dtype) -> PagedCache:
@@ -184,6 +187,8 @@ class Engine:
         forbidden = list(stop_ids | eos if params.min_tokens else stop_ids)
         max_length = longest if params.max_tokens is None else min(longest, len(prompt) + params.max_tokens)
         prompt_logprobs: list[Any] = []
+        # Rank 0 samples for all ranks, so it alone follows the grammar.
+        grammar = (request.grammar or self.input_processor.grammar(params)) if self.parallel.rank == 0 else None
         sequences = []
         for index in range(params.n):
             state = SamplerState.start(params, prompt, forbidden, self.info.model.vocab_size, index, self.device)
@@ -191,7 +196,16 @@ class Engine:
             self._arrivals += 1
             sequences.append(
                 Sequence(
-                    request, index, self._arrivals, list(prompt), state, stop_ids, max_length, text, prompt_logprobs
+                    request,
+                    index,
+                    self._arrivals,
+                    list(prompt),
+                    state,
+                    stop_ids,
+                    max_length,
+                    text,
+                    None if grammar is None else grammar.start(),
+                    prompt_logprobs,
                 )
             )
         return sequences

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from megatron.dmc.inference.cache import PagedCache
 from megatron.dmc.inference.errors import InvalidRequest
+from megatron.dmc.inference.grammar import Grammar, GrammarCompiler
 from megatron.dmc.inference.request import Request
 from megatron.dmc.inference.sampling_params import SamplingParams
 
@@ -30,6 +31,8 @@ class InputProcessor:
     """Compression ratio by which a prompt's pages are estimated."""
     model: str | Path
     """Model directory, for messages."""
+    grammars: Optional[GrammarCompiler] = None
+    """Compiler of structured outputs, which all copies share."""
 
     def with_tokenizer(self, tokenizer: Optional[Any]) -> InputProcessor:
         return dataclasses.replace(self, tokenizer=tokenizer)
@@ -47,7 +50,22 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenize(prompt)
         self.check(ids, sampling_params)
-        return Request(request_id, ids, sampling_params, text, cache_salt, report_cache)
+        return Request(request_id, ids, sampling_params, text, cache_salt, report_cache, self.grammar(sampling_params))
+
+    def grammar(self, sampling_params: SamplingParams) -> Optional[Grammar]:
+        """The compiled grammar of ``structured_outputs``; None where none is asked for.
+
+        It may take a second for a grammar that was not compiled lately, and does not need the tokenizer's thread.
+
+        Raises:
+            InvalidRequest: a constraint that cannot be compiled.
+        """
+        constraint = sampling_params.structured_outputs
+        if constraint is None:
+            return None
+        if self.grammars is None:
+            raise InvalidRequest("structured_outputs is not supported: there is no tokenizer", "structured_outputs")
+        return self.grammars.compile(constraint)
 
     def tokenize(self, prompt: str | Iterable[int], add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, or token ids as they are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Optional
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.inference.cache import PagedCache
+from megatron.dmc.inference.grammar import MaskFiller, TokenMasks
 from megatron.dmc.inference.graphs import DecodeGraphs
 from megatron.dmc.inference.model import InputBatch, Model
 from megatron.dmc.inference.request import Sequence
@@ -24,7 +26,7 @@ class SampledToken:
 
     sequence: Sequence
     token_id: Optional[int]
-    """None when the logits hold NaN or Inf."""
+    """None when the logits hold NaN or Inf, or a grammar allows no token."""
     logprobs: Optional[Logprobs]
     """Log-probabilities of the token and of the most likely ones, when asked for."""
 
@@ -45,16 +47,23 @@ class ModelRunner:
         """``use_graphs``: capture decode steps of up to ``max_num_seqs`` sequences as CUDA graphs."""
         self.model, self.cache, self.sampler = model, cache, sampler
         self.device, self.parallel = model.device, model.parallel
+        self.mask_filler = MaskFiller(model.info.model.vocab_size)
         self.graphs = DecodeGraphs(self.forward, max_num_seqs, self.device) if use_graphs else None
 
     def run(self, scheduled: list[ScheduledSequence]) -> ModelRunnerOutput:
         """Compute the scheduled tokens into the cache, and sample where all tokens of a sequence are computed."""
         computing = [part for part in scheduled if part.num_tokens]
-        logits, num_logits = self._logits(computing)
-        last = list(itertools.accumulate(num_logits))  # row i + 1 of ``logits`` follows part i's last one
         sampling = [part.sequence for part in scheduled if part.samples]
+        filling = self.mask_filler.start([sequence.grammar for sequence in sampling])
+        try:
+            logits, num_logits = self._logits(computing)
+        finally:
+            if filling is not None:
+                wait([filling])
+        last = list(itertools.accumulate(num_logits))  # row i + 1 of ``logits`` follows part i's last one
         rows = [end - 1 for part, end in zip(computing, last) if part.samples]
-        sampled = self.sample(self._rows_to_sample(logits, rows, sampling), sampling)
+        masks = None if filling is None else filling.result()
+        sampled = self.sample(self._rows_to_sample(logits, rows, sampling), sampling, masks)
         if any(part.sequence.needs_prompt_logprobs for part in computing):
             for part, begin, end in zip(computing, [0, *last], last):
                 _append_prompt_logprobs(part, logits[begin:end])
@@ -70,16 +79,23 @@ class ModelRunner:
         """Logits of the tokens that need them: fp32 [m, vocabulary]."""
         return self.model.forward(batch, self.cache.state)
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, sequences: list[Sequence], masks: Optional[TokenMasks] = None
+    ) -> list[SampledToken]:
         """Next token of each sequence.
 
         Args:
             logits: fp32 [n, vocabulary], one row per sequence.
+            masks: of the rows with a grammar.
         """
         if not sequences:
             return []
         # A NaN is both the largest and the smallest value. Two reductions: aminmax is ten times slower on CPUs.
         finite = torch.isfinite(logits.amax(dim=-1)) & torch.isfinite(logits.amin(dim=-1))
+        if masks is not None:
+            logits, stuck = masks.apply(logits)
+            if stuck:
+                finite[stuck] = False
         # Rows with NaN or Inf are sampled too, and their tokens thrown away: only the host knows what to do then.
         tokens = self.sampler(logits, [sequence.sampler_state for sequence in sequences])
         tokens = self.parallel.from_first(torch.where(finite, tokens, -1))

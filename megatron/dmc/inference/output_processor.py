@@ -66,11 +66,14 @@ class OutputProcessor:
         """Append one token, and end the sequence if it is the last one."""
         sequence, token = sampled.sequence, sampled.token_id
         if token is None:
-            error = f"the model's logits after {len(sequence.token_ids)} tokens hold NaN or Inf"
+            error = sequence.grammar.error if sequence.grammar is not None else None
+            error = error or f"the model's logits after {len(sequence.token_ids)} tokens hold NaN or Inf"
             return self.finish(sequence, "error", error=error)
         if sequence.max_length == sequence.prompt_length:  # max_tokens is 0
             return self.finish(sequence, "length", prompt_logprobs=tuple(sequence.prompt_logprobs))
         sequence.token_ids.append(token)
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token)
         self.num_generated_tokens += 1
         if sequence.sampler_state.constrained:
             sequence.sampler_state.record(token)
@@ -100,7 +103,9 @@ class OutputProcessor:
         """Finish reason and stop reason after ``token``, which goes into the text unless it ends the completion."""
         params = sequence.request.sampling_params
         enough = params.min_tokens == 0 or sequence.num_generated_tokens >= params.min_tokens
-        if enough and token in sequence.stop_token_ids:
+        # A grammar allows an end-of-sequence token only where it ends, and before min_tokens only where it must end.
+        ends = token in self.eos_token_ids and params.structured_outputs is not None
+        if ends or (enough and token in sequence.stop_token_ids):
             is_eos = token in self.eos_token_ids and token not in params.stop_token_ids
             return "stop", None if is_eos else token
         detokenizer = sequence.detokenizer

@@ -9,6 +9,7 @@ from typing import Literal, Optional
 from torch import Tensor
 
 from megatron.dmc.inference.cache import CacheUse
+from megatron.dmc.inference.grammar import Grammar, GrammarState
 from megatron.dmc.inference.sampler import Logprobs, SamplerState
 from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.text import Detokenizer
@@ -29,6 +30,8 @@ class Request:
     """Requests share cached prefixes with requests of the same salt only."""
     report_cache: bool = False
     """Whether every output carries the cache usage of its sequence."""
+    grammar: Optional[Grammar] = field(default=None, compare=False, repr=False)
+    """Compiled ``structured_outputs``; None on the ranks that do not sample."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +52,8 @@ class Sequence:
     """Length in tokens, prompt included, at which the completion ends."""
     detokenizer: Optional[Detokenizer] = None
     """None without a tokenizer."""
+    grammar: Optional[GrammarState] = None
+    """Place of the completion in its grammar, where it has one and this rank samples."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """Log-probabilities of the prompt so far; one list shared by all completions of a request."""
     prompt_length: int = 0

@@ -1,7 +1,7 @@
 """Sampler: the next token of every sequence of a step at once, by each sequence's own parameters.
 
-Order of operations: log-probabilities are those of the model's own logits; then ``logit_bias`` and ``min_tokens``,
-penalties, temperature, ``min_p``, ``top_k``, ``top_p``, and the random choice.
+Order of operations: the mask of a grammar; log-probabilities are those of the model's logits under it; then
+``logit_bias`` and ``min_tokens``, penalties, temperature, ``min_p``, ``top_k``, ``top_p``, and the random choice.
 """
 
 from __future__ import annotations
@@ -178,9 +178,17 @@ def constrain(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
         if state.bias is not None:
             x.index_add_(0, *state.bias)
         if state.num_generated < state.params.min_tokens:
-            x[state.stop_ids] = -math.inf
+            _forbid(x, state)
     _penalize(logits, [row for row in rows if states[row].counts is not None], states)
     return logits
+
+
+def _forbid(x: Tensor, state: SamplerState) -> None:
+    """Forbid the stop tokens in place, unless a grammar allows nothing else."""
+    kept = x[state.stop_ids]
+    x[state.stop_ids] = -math.inf
+    if state.params.structured_outputs is not None and not bool((x > -math.inf).any()):
+        x[state.stop_ids] = kept
 
 
 def _penalize(logits: Tensor, rows: Sequence[int], states: Sequence[SamplerState]) -> None:
@@ -235,7 +243,7 @@ def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logp
     """Log-probabilities of ``tokens`` and of the ``counts[i]`` most likely tokens of each row.
 
     Args:
-        logits: fp32 [n, vocabulary], as the model gives them.
+        logits: fp32 [n, vocabulary], as the model gives them, or under the masks of grammars.
         tokens: int64 [n].
         counts: number of most likely tokens wanted at each row.
     """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from megatron.dmc.inference.errors import InvalidRequest
+from megatron.dmc.inference.structured_outputs import StructuredOutputsParams
 
 GREEDY = 1e-5
 """Temperatures below this mean greedy decoding."""
@@ -81,6 +82,9 @@ class SamplingParams:
     """Whether special tokens are left out of the text."""
     include_stop_str_in_output: bool = False
     """Whether the text keeps the stop string that ended it."""
+    structured_outputs: Optional[StructuredOutputsParams] = None
+    """What the completion must match: a JSON schema, a regular expression, one of several texts, or a grammar. It ends
+    where nothing may follow, whatever ``min_tokens`` and ``ignore_eos`` say."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -96,6 +100,10 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         self._check_lengths()
         self._check_tokens()
+        constraint = self.structured_outputs
+        known = constraint is None or isinstance(constraint, StructuredOutputsParams)
+        message = f"structured_outputs is {type(constraint).__name__}; it must be StructuredOutputsParams"
+        _require(known, "structured_outputs", message)
 
     def _check_lengths(self) -> None:
         if self.seed is not None:
