@@ -115,7 +115,7 @@ def test_teachers(tmp_path, capsys) -> None:
     new = dict(target_cr=2, train_iters=2, init_from=zero, save=tmp_path / "new")
     old = dict(target_cr=2, train_iters=2, init_from=zero, save=tmp_path / "taught")
     for message, options in {
-        "is a Hugging Face directory; import it first": new | dict(distill_from=tmp_path / "hf"),
+        "is a Hugging Face directory; dmc convert import --hf": new | dict(distill_from=tmp_path / "hf"),
         "is of stage retrofit, which compresses": new | dict(distill_from=tmp_path / "taught"),
         "has model.rotary_base 500.0, this run 10000.0": new | dict(distill_from=other),
         "does not exist": new | dict(distill_from=tmp_path / "nowhere"),

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
-from megatron.dmc.checkpoint.formats import gguf, hf, legacy, torch_dist
+from megatron.dmc.checkpoint.formats import gguf, hf, legacy, megatron, torch_dist
 from megatron.dmc.checkpoint.formats.base import Given, Source
 from megatron.dmc.checkpoint.manifest import write_hf_files
 from megatron.dmc.checkpoint.model_card import REMOTE_CODE, model_card, tokenizer_files
@@ -140,6 +140,24 @@ def import_gguf(
     """
     given = Given(dtype=dtype)
     return import_model(gguf.open_model(Path(source), given), Path(save), overwrite, progress)
+
+
+def import_megatron(
+    source: str | Path,
+    save: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Optional[Progress] = None,
+    vocab_size: Optional[int] = None,
+    target_cr: Optional[float] = None,
+) -> Path:
+    """:func:`import_model` of a ``torch_dist`` checkpoint that Megatron-LM, Megatron-Bridge or NeMo wrote.
+
+    Args:
+        vocab_size, target_cr: see :class:`Given`.
+    """
+    given = Given(vocab_size, target_cr)
+    return import_model(megatron.open_model(Path(source), given), Path(save), overwrite, progress)
 
 
 def import_model(source: Source, save: Path, overwrite: bool = False, progress: Optional[Progress] = None) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from megatron.dmc.checkpoint import checksums
+from megatron.dmc.checkpoint import checksums, foreign
 
 FORMAT = "megatron.dmc.torch_dist"
 FORMAT_VERSION = 1
@@ -137,6 +137,8 @@ def newest_checkpoint(save: str | Path) -> Optional[Path]:
         # A run that was killed between naming a checkpoint and noting it here is one checkpoint ahead of the note.
         if not text.isdigit() or int(text) > newest:
             broken = [iteration_directory(save, int(text)) if text.isdigit() else latest]
+    if broken and (what := foreign.import_command(max(broken)) or (not found and foreign.import_command(save))):
+        raise ValueError(f"{save} is no place to go on from: {what}; give this run a --save of its own")
     if broken:
         path = max(broken)
         other = f" to use {found[-1].name}" if found else ""
@@ -152,6 +154,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} does not exist")
+    if not complete_checkpoints(path) and (what := foreign.import_command(path)):
+        raise ValueError(f"{what}: name that one")
     if (path / "manifest.json").is_file() or (path / "metadata.json").is_file():
         read_manifest(path)
         return path

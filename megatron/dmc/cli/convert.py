@@ -17,6 +17,7 @@ from megatron.dmc import flags
 EXAMPLES = """
     dmc convert import --hf Llama-2-7b-hf --save llama2-7b            # for dmc train --init-from, any TP x PP
     dmc convert import --gguf SmolLM2-135M-Instruct.Q4_1.gguf --save smollm2
+    dmc convert import --megatron checkpoints/llama --save llama      # torch_dist of Megatron-LM, Megatron-Bridge, NeMo
     dmc convert import --legacy megatron-dmc-release --save llama2-7b-dmc
     dmc convert verify --hf Llama-2-7b-hf --load llama2-7b --logits
     dmc convert export --load dmc-4x --save Llama-2-7b-DMC-4x         # loads with trust_remote_code=True
@@ -42,6 +43,12 @@ def build_parser() -> flags.Parser:
     source = load.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", metavar="DIR", help="Hugging Face directory to import.")
     source.add_argument(
+        "--megatron",
+        metavar="DIR",
+        help="Checkpoint of Megatron-LM, Megatron-Bridge or NeMo (torch_dist) to import: its --save directory, or one "
+        "iteration.",
+    )
+    source.add_argument(
         "--legacy", metavar="DIR", help="Megatron directory with mp_rank_*/model_optim_rng.pt files to import."
     )
     source.add_argument("--gguf", metavar="FILE", help="GGUF file of llama.cpp to import, quantized or not.")
@@ -54,12 +61,12 @@ def build_parser() -> flags.Parser:
     load.add_argument(
         "--vocab-size",
         type=int,
-        help="Tokens in the vocabulary without padding, for a --legacy checkpoint that does not record it.",
+        help="Tokens in the vocabulary without padding, for a Megatron checkpoint that does not record it.",
     )
     load.add_argument(
         "--target-cr",
         type=float,
-        help="Compression ratio (tokens / slots) of a DMC model, for a --legacy checkpoint that does not record it.",
+        help="Compression ratio (tokens / slots) of a DMC model, for a Megatron checkpoint that does not record it.",
     )
     save = command("export", "Write a Hugging Face directory from a checkpoint", _export)
     save.add_argument(
@@ -134,10 +141,12 @@ def _import(args: argparse.Namespace) -> int:
 
         dtype = args.dtype and getattr(torch, args.dtype)
         return _wrote(_with_progress(import_gguf, args.gguf, args.save, overwrite=args.overwrite, dtype=dtype))
-    from megatron.dmc.checkpoint.convert import import_legacy
+    from megatron.dmc.checkpoint.convert import import_legacy, import_megatron
 
-    said = {"vocab_size": args.vocab_size, "target_cr": args.target_cr}
-    return _wrote(_with_progress(import_legacy, args.legacy, args.save, overwrite=args.overwrite, **said))
+    said = {"vocab_size": args.vocab_size, "target_cr": args.target_cr, "overwrite": args.overwrite}
+    if args.megatron:
+        return _wrote(_with_progress(import_megatron, args.megatron, args.save, **said))
+    return _wrote(_with_progress(import_legacy, args.legacy, args.save, **said))
 
 
 def _export(args: argparse.Namespace) -> int:

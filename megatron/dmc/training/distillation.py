@@ -36,8 +36,6 @@ def find_teacher(config: RunConfig) -> tuple[Path, Manifest]:
         ValueError: there is none, it compresses, it is half-way through zero_out, or it is of another model.
     """
     asked = Path(config.training.distill_from or "")
-    if (asked / "config.json").is_file() and not (asked / "manifest.json").is_file():
-        raise ValueError(f"distill_from {asked} is a Hugging Face directory; import it first with dmc convert import")
     path = resolve_checkpoint(asked)
     manifest = read_manifest(path)
     saved = RunConfig.from_dict(arguments.read_saved_config(path))

@@ -20,8 +20,7 @@ from pathlib import Path
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.base import Given, Row, Source, imported_run, model_rows, weight_row
-from megatron.dmc.checkpoint.formats.legacy.arguments import model_config, read_training
-from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE, wrong
+from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE
 from megatron.dmc.checkpoint.formats.legacy.ranks import (
     LegacyCheckpoint,
     find_directory,
@@ -29,6 +28,7 @@ from megatron.dmc.checkpoint.formats.legacy.ranks import (
     open_legacy,
     parameters,
 )
+from megatron.dmc.checkpoint.formats.megatron.arguments import model_config, read_training, wrong
 from megatron.dmc.checkpoint.mapping import views
 from megatron.dmc.checkpoint.mapping.views import Key
 from megatron.dmc.checkpoint.tensors import Lazy
@@ -53,10 +53,11 @@ def open_model(path: Path, given: Given = Given()) -> Source:
 
 def _open(path: Path, given: Given) -> Source:
     checkpoint = open_legacy(path)
-    model = model_config(checkpoint, given)
+    recorded = checkpoint.recorded()
+    model = model_config(recorded, given)
     config = mapping.to_hf_config(model, str(checkpoint.dtype).removeprefix("torch."))
     family = mapping.family_of(config)
-    manifest, dmc = read_training(checkpoint, given)
+    manifest, dmc = read_training(recorded, given)
     run = imported_run(model, dmc, manifest)
     found = parameters(checkpoint, family, model)
     tensors = views.to_hf(family, model, found)

@@ -9,31 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.dmc.checkpoint.formats.megatron.arguments import int_arg, megatron_objects, wrong
 from megatron.dmc.checkpoint.pickled import StandIn, load_lazily
 from megatron.dmc.checkpoint.tensors import Lazy
 
 FILE = "model_optim_rng.pt"
-
-# What Megatron's files hold beside tensors and plain containers: arguments and the enums in them, Transformer Engine's
-# extra state (a BytesIO before its version 1.14), numpy's random state.
-_MEGATRON_PACKAGES = ("megatron.", "transformer_engine.")
-_MEGATRON_OTHERS = set(
-    "argparse.Namespace types.SimpleNamespace _io.BytesIO builtins.bytes builtins.frozenset signal.Signals "
-    "builtins.getattr "  # members of enums, as Python 3.11 pickles them
-    "pathlib.Path pathlib.PosixPath pathlib.PurePath pathlib.PurePosixPath datetime.timedelta numpy.ndarray "
-    "numpy.dtype numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy._core.multiarray._reconstruct "
-    "numpy._core.multiarray.scalar".split()
-)
-
-
-def megatron_objects(name: str) -> bool:
-    """``allow`` of :func:`load_lazily` for what Megatron-LM saves."""
-    return name in _MEGATRON_OTHERS or name.startswith(_MEGATRON_PACKAGES)
-
-
-def wrong(what: object, found: str, expected: str) -> ValueError:
-    """An error that says what is where and what should be."""
-    return ValueError(f"{what} {found}; expected {expected}")
 
 
 @dataclass
@@ -54,12 +34,6 @@ class RankFile:
             int_arg(self.args, f"{x}_model_parallel_size", 1) for x in ("tensor", "pipeline", "virtual_pipeline")
         )
         return tensor, pipeline, virtual
-
-
-def int_arg(args: dict[str, Any], name: str, default: int) -> int:
-    """``args[name]`` when it is a whole number, else ``default``."""
-    value = args.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
 def read_rank_file(path: Path) -> RankFile:

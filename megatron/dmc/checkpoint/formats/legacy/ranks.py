@@ -10,9 +10,10 @@ from typing import Optional
 
 import torch
 
-from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint import foreign, mapping
 from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE, RankFile, read_rank_file, wrong
+from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE, RankFile, read_rank_file
+from megatron.dmc.checkpoint.formats.megatron.arguments import Recorded, wrong
 from megatron.dmc.checkpoint.manifest import LATEST
 from megatron.dmc.checkpoint.mapping import TensorRule
 from megatron.dmc.checkpoint.mapping.transforms import Vocabulary
@@ -62,6 +63,20 @@ class LegacyCheckpoint:
     def dtype(self) -> torch.dtype:
         return self.shares[EMBEDDING][0].dtype
 
+    def recorded(self) -> Recorded:
+        """What the arguments are read with; the notes are this checkpoint's own."""
+        return Recorded(
+            args=self.first.args,
+            where=str(self.first.path),
+            directory=self.directory,
+            iteration=self.first.iteration,
+            rows=self.rows,
+            embedding=self.shares[EMBEDDING][0].name,
+            tensor_parallel_size=self.tp,
+            dtype=self.dtype,
+            notes=self.notes,
+        )
+
 
 def _has_ranks(path: Path) -> bool:
     return any(_RANK.fullmatch(p.name) for p in path.glob("mp_rank_*"))
@@ -104,10 +119,15 @@ def find_directory(source: Path) -> Path:
             source, f"holds {', '.join(p.name for p in iterations[:5])} and no {LATEST}", "one of them to be named"
         )
     if (source / ".metadata").is_file():
-        raise ValueError(
-            f"{source} is a torch_dist checkpoint, which needs no import: export it, or give it to --init-from"
-        )
+        raise ValueError(f"{source} is a torch_dist checkpoint, not one of {FILE} files: {_way(source)}")
     raise wrong(source, "is no Megatron checkpoint", f"mp_rank_00/{FILE} in it, in release/, or in what {LATEST} names")
+
+
+def _way(checkpoint: Path) -> str:
+    """What to do with a ``torch_dist`` checkpoint."""
+    if foreign.is_megatron(checkpoint):
+        return f"import it with dmc convert import --megatron {checkpoint} --save DIR"
+    return "it needs no import: export it, or give it to --init-from"
 
 
 def open_legacy(source: str | Path) -> LegacyCheckpoint:

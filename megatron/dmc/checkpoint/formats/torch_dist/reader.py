@@ -88,6 +88,11 @@ class DistReader:
             if isinstance(entry, TensorStorageMetadata) and name.startswith(tuple(prefixes))
         }
 
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """File, offset and length of an object that is no tensor."""
+        _, info = self._chunks[name][0]
+        return self.directory / info.relative_path, info.offset, info.length
+
     def get(self, name: str, layer: Optional[int] = None) -> Lazy:
         """A tensor; with ``layer`` one entry of its first dimension."""
         entry = self.metadata.state_dict_metadata[name]

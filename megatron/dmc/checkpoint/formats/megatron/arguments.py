@@ -1,17 +1,67 @@
-"""Arguments in Megatron's older files: to our configuration, and to what was trained."""
+"""Arguments of a Megatron-LM run, as its checkpoints record them: to our configuration, and to what was trained."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
 from megatron.dmc.checkpoint.formats.base import Given
-from megatron.dmc.checkpoint.formats.legacy.rank_file import int_arg, wrong
-from megatron.dmc.checkpoint.formats.legacy.ranks import EMBEDDING, LegacyCheckpoint
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
 from megatron.dmc.environment import versions
+
+# What Megatron's files hold beside tensors and plain containers: arguments and the enums in them, Transformer Engine's
+# extra state (a BytesIO before its version 1.14), numpy's random state.
+_MEGATRON_PACKAGES = ("megatron.", "transformer_engine.")
+_MEGATRON_OTHERS = set(
+    "argparse.Namespace types.SimpleNamespace _io.BytesIO builtins.bytes builtins.frozenset signal.Signals "
+    "builtins.getattr "  # members of enums, as Python 3.11 pickles them
+    "pathlib.Path pathlib.PosixPath pathlib.PurePath pathlib.PurePosixPath datetime.timedelta numpy.ndarray "
+    "numpy.dtype numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy._core.multiarray._reconstruct "
+    "numpy._core.multiarray.scalar".split()
+)
+
+
+def megatron_objects(name: str) -> bool:
+    """``allow`` of :func:`load_lazily` for what Megatron-LM saves."""
+    return name in _MEGATRON_OTHERS or name.startswith(_MEGATRON_PACKAGES)
+
+
+def wrong(what: object, found: str, expected: str) -> ValueError:
+    """An error that says what is where and what should be."""
+    return ValueError(f"{what} {found}; expected {expected}")
+
+
+def int_arg(args: dict[str, Any], name: str, default: int) -> int:
+    """``args[name]`` when it is a whole number, else ``default``."""
+    value = args.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a checkpoint of Megatron's says of itself, beside its tensors."""
+
+    args: Mapping[str, Any]
+    """The run's arguments by Megatron-LM's names."""
+    where: str
+    """The file of the arguments, for messages."""
+    directory: Path
+    iteration: int
+    rows: int
+    """Rows of the embedding, padding included."""
+    embedding: str
+    """The embedding, as a message names it."""
+    tensor_parallel_size: int
+    dtype: torch.dtype
+    """Type of the weights."""
+    notes: list[str] = field(default_factory=list)
+    """Remarks for the user: what was assumed."""
+
 
 # Arguments that give another model than ours: what they must be, and what Megatron takes where one is missing.
 _REQUIRED: dict[str, tuple[Any, Any]] = {
@@ -26,8 +76,10 @@ _OFF = (
     "rotary_interleaved rotary_seq_len_interpolation_factor apply_layernorm_1p num_experts multi_latent_attention "
     "openai_gelu squared_relu quick_geglu apply_residual_connection_post_layernorm retro_add_retriever window_size "
     "window_attn_skip_freq no_rope_freq qk_l2_norm attention_output_gate mtp_num_layers hybrid_override_pattern "
-    "heterogeneous_layers_config_path mrope_section softmax_scale use_legacy_models experimental_attention_variant "
-    "glu_linear_offset activation_func_clamp_value".split()
+    "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json mrope_section softmax_scale "
+    "use_legacy_models experimental_attention_variant glu_linear_offset activation_func_clamp_value "
+    "hybrid_layer_pattern is_hybrid_model linear_attention_freq enable_mhc_connections use_mup "
+    "heterogeneous_block_specs".split()
 )
 _SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings")
 _OPTIONAL = (
@@ -45,17 +97,17 @@ _ROPE_SCALING = {
 _VOCABULARIES = {"Llama2Tokenizer": 32000}
 _DMC_ARGS = set(
     "dmc_init_val dmc_window_size dmc_temp dmc_cr dmc_finetune dmc_is_stage_one dmc_paged_cache_size "
-    "dmc_paged_block_size".split()
+    "dmc_paged_block_size dmc_importance_epsilon".split()
 )
 
 
-def model_config(checkpoint: LegacyCheckpoint, given: Given) -> ModelConfig:
-    """Our configuration from the arguments in the checkpoint.
+def model_config(recorded: Recorded, given: Given) -> ModelConfig:
+    """Our configuration from the arguments in the recorded.
 
     Raises:
         ValueError: an argument that is missing, or that gives a model which ours is not, by its name.
     """
-    args, where = dict(checkpoint.first.args), f"{checkpoint.first.path}: args."
+    args, where = dict(recorded.args), f"{recorded.where}: args."
     if "disable_bias_linear" in args:  # what it was called before
         args.setdefault("add_bias_linear", not args["disable_bias_linear"])
     if args.get("use_rotary_position_embeddings"):
@@ -74,7 +126,7 @@ def model_config(checkpoint: LegacyCheckpoint, given: Given) -> ModelConfig:
     groups = "num_query_groups" if args.get("group_query_attention") else "num_attention_heads"
     values["num_query_groups"] = args.get(groups)
     values["untie_embeddings_and_output_weights"] = bool(args.get("untie_embeddings_and_output_weights"))
-    values["vocab_size"] = _vocabulary(checkpoint, given.vocab_size)
+    values["vocab_size"] = _vocabulary(recorded, given.vocab_size)
     try:
         if args.get("use_rope_scaling"):
             values["rope_scaling"] = {**_ROPE_SCALING, "factor": float(args.get("rope_scaling_factor") or 8.0)}
@@ -85,38 +137,34 @@ def model_config(checkpoint: LegacyCheckpoint, given: Given) -> ModelConfig:
     return model
 
 
-def _vocabulary(checkpoint: LegacyCheckpoint, known: Optional[int]) -> int:
+def _vocabulary(recorded: Recorded, known: Optional[int]) -> int:
     """Rows of the vocabulary without padding: ``known``, else from the arguments, else what the tokenizer that they
     name is known to have, else all rows.
     """
-    args, rows, why = checkpoint.first.args, checkpoint.rows, "as given"
+    args, rows, why = recorded.args, recorded.rows, "as given"
     if known is None and int_arg(args, "vocab_size", 0) > 0:
         # Megatron's NullTokenizer adds an end of document.
         known, why = args["vocab_size"] + (args.get("tokenizer_type") == "NullTokenizer"), "args.vocab_size"
     if known is None:
         size = _VOCABULARIES.get(str(args.get("tokenizer_type")), 0)
-        multiple = int_arg(args, "make_vocab_size_divisible_by", 128) * checkpoint.tp
+        multiple = int_arg(args, "make_vocab_size_divisible_by", 128) * recorded.tensor_parallel_size
         # --tokenizer-type names a class, not a vocabulary; that it pads to what is there is the second witness.
         if size and rows in (size, -(-size // multiple) * multiple):
             known, why = size, f"{args['tokenizer_type']}, padded to {rows}"
     if known is None:
-        checkpoint.notes.append(
+        recorded.notes.append(
             f"vocab_size: {rows}, padding included: the args do not say how much of it is padding; give --vocab-size "
             "if you know"
         )
         return rows
     if not 0 < known <= rows:
-        raise wrong(
-            checkpoint.shares[EMBEDDING][0].name,
-            f"and its other shares have {rows} rows",
-            f"at least the vocabulary's {known} ({why}) and 1",
-        )
+        raise wrong(recorded.embedding, f"has {rows} rows in all", f"at least the vocabulary's {known} ({why}) and 1")
     if known < rows:
-        checkpoint.notes.append(f"vocab_size: {known} ({why}); {rows - known} rows of padding are left out")
+        recorded.notes.append(f"vocab_size: {known} ({why}); {rows - known} rows of padding are left out")
     return known
 
 
-def read_training(checkpoint: LegacyCheckpoint, given: Given) -> tuple[Manifest, DMCConfig]:
+def read_training(recorded: Recorded, given: Given) -> tuple[Manifest, DMCConfig]:
     """Stage, compression ratio and DMC settings, from the ``dmc_*`` arguments of the authors' branch.
 
     ``given.target_cr`` overrides the arguments. A plain model's have none: the ratio says that it is a DMC model
@@ -125,12 +173,12 @@ def read_training(checkpoint: LegacyCheckpoint, given: Given) -> tuple[Manifest,
     Raises:
         ValueError: a DMC model of unknown compression ratio, or values that do not fit together.
     """
-    args, iteration = checkpoint.first.args, checkpoint.first.iteration
+    args, iteration = recorded.args, recorded.iteration
     theirs = {name: value for name, value in args.items() if "dmc" in name.lower()}
     if odd := sorted(set(theirs) - _DMC_ARGS):
         said = ", ".join(f"{name} = {theirs[name]!r}" for name in odd)
-        checkpoint.notes.append(f"warning: not understood in args: {said}")
-    stage, ratio = _stage_and_ratio(checkpoint, theirs, given.target_cr)
+        recorded.notes.append(f"warning: not understood in args: {said}")
+    stage, ratio = _stage_and_ratio(recorded, theirs, given.target_cr)
     # When it is saved, an unfinished run has more iterations before it, an imported model none, and stage one's final
     # checkpoint is numbered 1.
     planned = iteration if stage == "import" else max(int_arg(args, "train_iters", 0), iteration)
@@ -145,16 +193,16 @@ def read_training(checkpoint: LegacyCheckpoint, given: Given) -> tuple[Manifest,
         consumed_samples=samples,
         consumed_tokens=samples * int_arg(args, "seq_length", 0),
         target_cr=float(ratio),
-        source=checkpoint.directory.name,
+        source=recorded.directory.name,
         versions=versions(),
         has_optimizer=False,
     )
     if stage == "import":
-        checkpoint.notes.append("stage: import (a plain model: no dmc_* in its args)")
+        recorded.notes.append("stage: import (a plain model: no dmc_* in its args)")
         return manifest, DMCConfig()
-    dmc = _dmc_config(checkpoint, theirs)
+    dmc = _dmc_config(recorded, theirs)
     missing = sorted({"dmc_init_val", "dmc_window_size"} - set(theirs))
-    checkpoint.notes.append(
+    recorded.notes.append(
         f"stage: {stage} ({'from args' if theirs else 'since a compression ratio was given'}), compression ratio "
         f"{ratio:g}, decision bias {dmc.decision_bias:g}, window {dmc.window or 'unbounded'}"
         + (f" ({', '.join(missing)} not in args: as in the published models)" if missing else "")
@@ -162,14 +210,12 @@ def read_training(checkpoint: LegacyCheckpoint, given: Given) -> tuple[Manifest,
     return manifest, dmc
 
 
-def _stage_and_ratio(
-    checkpoint: LegacyCheckpoint, theirs: dict[str, Any], target_cr: Optional[float]
-) -> tuple[str, float]:
+def _stage_and_ratio(recorded: Recorded, theirs: dict[str, Any], target_cr: Optional[float]) -> tuple[str, float]:
     """Stage, and the compression ratio that it was trained to."""
-    where = checkpoint.first.path
+    where = recorded.where
     if not theirs and target_cr is None:
-        if "dmc" in checkpoint.directory.absolute().as_posix().lower():
-            checkpoint.notes.append(
+        if "dmc" in recorded.directory.absolute().as_posix().lower():
+            recorded.notes.append(
                 "warning: the directory's name says DMC and the args do not; if this is a DMC model, give --target-cr, "
                 "or its output will be nonsense"
             )
@@ -190,15 +236,15 @@ def _stage_and_ratio(
     return "retrofit" if theirs.get("dmc_finetune") is False else "finetune", ratio
 
 
-def _dmc_config(checkpoint: LegacyCheckpoint, theirs: dict[str, Any]) -> DMCConfig:
+def _dmc_config(recorded: Recorded, theirs: dict[str, Any]) -> DMCConfig:
     dmc = DMCConfig()
     try:
         dmc.decision_bias = float(theirs.get("dmc_init_val", dmc.decision_bias))
         dmc.temperature = float(theirs.get("dmc_temp", dmc.temperature))
         dmc.window = int(theirs.get("dmc_window_size", dmc.window) or 0) or None  # their 0: the whole segment
         # They add the epsilon of the dtype that they train in: 2^-7 in bf16.
-        dmc.importance_epsilon = torch.finfo(checkpoint.dtype).eps
+        dmc.importance_epsilon = float(theirs.get("dmc_importance_epsilon", torch.finfo(recorded.dtype).eps))
         dmc.check()
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{checkpoint.first.path}: args: {error}") from None
+        raise ValueError(f"{recorded.where}: args: {error}") from None
     return dmc
