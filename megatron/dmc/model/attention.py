@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron.dmc import ops
 from megatron.dmc.config import DMCConfig
+from megatron.dmc.model.supported import check_supported
 from megatron.dmc.ops.attention import mask_channel, mask_unit
 
 
@@ -63,7 +64,7 @@ class DMCSelfAttention(SelfAttention):
         **kwargs,
     ) -> None:
         super().__init__(config, submodules, layer_number, attn_mask_type, **kwargs)
-        _refuse_unsupported(config, self.world_size)
+        check_supported(config)
         self.dmc = dmc
         self.rotary_factor = (
             _yarn_get_concentration_factor_from_config(config) if rotary_factor is None else rotary_factor
@@ -82,22 +83,30 @@ class DMCSelfAttention(SelfAttention):
         *,
         rotary_pos_emb: Optional[Tensor] = None,
         attention_bias: Optional[DMCStep] = None,
-        inference_context=None,
-        inference_params=None,
-        packed_seq_params=None,
-        **_,
+        **others: Any,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """hidden_states [s, b, h] (s / tp under sequence parallelism) -> (output [s, b, h], bias).
 
         ``attention_bias`` takes the :class:`DMCStep`; in eval mode it may be left out (hard decisions). The attention
-        mask is always causal. ``rotary_pos_emb``: frequencies [>= s, 1, 1, D] as Megatron's ``RotaryEmbedding`` gives.
-        Megatron's other arguments serve its inference and are ignored.
+        mask is always causal: leave it out, since comparing a given one with it takes s^2 bytes and waits for the GPU
+        in every layer. ``rotary_pos_emb``: frequencies [>= s, 1, 1, D] as Megatron's ``RotaryEmbedding`` gives.
+        Megatron's other arguments serve packed sequences and its inference; any that is not None is refused.
+
+        Raises:
+            ValueError: an argument that asks for what DMC attention does not compute, by name.
         """
-        if inference_context is not None or inference_params is not None or packed_seq_params is not None:
+        if given := [name for name, value in others.items() if value is not None]:
             raise ValueError(
-                "DMC attention trains and evaluates whole sequences; use megatron.dmc.inference to decode, "
-                "and unpacked sequences to train"
+                f"DMC attention does not support {', '.join(given)}: it trains and evaluates whole sequences; use "
+                "megatron.dmc.inference to decode, and unpacked sequences to train"
             )
+        if attention_bias is not None and not isinstance(attention_bias, DMCStep):
+            raise ValueError(
+                f"attention_bias is a {type(attention_bias).__name__}; DMC attention takes a DMCStep there, and adds "
+                "no other bias"
+            )
+        if attention_mask is not None:
+            _check_causal(attention_mask)
         if attention_bias is None and self.training:
             raise ValueError(
                 "DMC attention in training needs a DMCStep: pass extra_block_kwargs="
@@ -111,6 +120,11 @@ class DMCSelfAttention(SelfAttention):
                 "DMC attention needs rotary embeddings of all "
                 f"{self.hidden_size_per_attention_head} channels of a head: position_embedding_type rope, "
                 "rotary_percent 1"
+            )
+        if rotary_pos_emb.size(1) != 1:
+            raise ValueError(
+                f"rotary_pos_emb has angles of its own for each of {rotary_pos_emb.size(1)} sequences (mrope); DMC "
+                "attention rotates all sequences alike: position_embedding_type rope or yarn"
             )
         query, key, value = self._project(hidden_states, step)
         # The model may have made frequencies for more rows than there are tokens (the carried row).
@@ -194,17 +208,14 @@ def _scale_neuron(x: Tensor, step: DMCStep) -> Tensor:
     return x * factor
 
 
-def _refuse_unsupported(config: TransformerConfig, tp_size: int) -> None:
-    for wrong, what in (
-        (config.context_parallel_size > 1, "context parallelism"),
-        (config.rotary_interleaved, "rotary_interleaved"),
-        (config.window_size is not None, "sliding-window attention"),
-        (config.attention_dropout > 0, "attention_dropout"),
-        (config.attention_output_gate, "attention_output_gate"),
-        (config.softmax_scale is not None, "softmax_scale"),
-        (config.softmax_type != "vanilla", "softmax_type other than vanilla"),
-        (bool(config.no_rope_freq), "no_rope_freq"),
-        (config.num_query_groups < tp_size, "tensor_model_parallel_size above num_query_groups"),
-    ):
-        if wrong:
-            raise ValueError(f"DMC attention does not support {what}; turn it off")
+def _check_causal(mask: Tensor) -> None:
+    """Raise ``ValueError`` for an attention mask that is not the causal one: [..., s, s], True where masked out."""
+    s = mask.size(-1)
+    if mask.dtype == torch.bool and mask.dim() >= 2 and mask.size(-2) == s:
+        causal = torch.ones(s, s, dtype=torch.bool, device=mask.device).triu(1)
+        if bool((mask == causal).all()):
+            return
+    raise ValueError(
+        f"DMC attention got an attention_mask of shape {list(mask.shape)} that is not the causal one, such as one with "
+        "the boundaries of documents or padding; it sees all tokens before: pass None, and documents one by one"
+    )

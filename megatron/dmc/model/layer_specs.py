@@ -19,6 +19,7 @@ from megatron.dmc.config import DMCConfig
 from megatron.dmc.model.attention import DMCSelfAttention
 from megatron.dmc.model.layer import DMCTransformerLayer
 from megatron.dmc.model.norm import RMSNorm, RMSNormBesideCarry
+from megatron.dmc.model.supported import check_supported
 
 
 def have_transformer_engine() -> bool:
@@ -64,10 +65,10 @@ def get_dmc_layer_spec(
             ``config``'s yarn_rotary_scaling_factor, yarn_mscale and yarn_mscale_all_dim, 1 without them.
 
     Raises:
-        ValueError: Transformer Engine is asked for and cannot run, or the normalization is another one.
+        ValueError: Transformer Engine is asked for and cannot run, or ``config`` has an option that DMC layers do not
+            compute, by name (:mod:`megatron.dmc.model.supported`).
     """
-    if config.normalization != "RMSNorm":
-        raise ValueError(f"normalization is {config.normalization}; DMC layers are for RMSNorm models")
+    check_supported(config)
     if resolve_transformer_impl(transformer_impl) == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
