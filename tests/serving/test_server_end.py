@@ -22,6 +22,7 @@ from helpers.serving import Running, make_model, until
 from test_server import COMPLETIONS, GREEDY, IGNORE, samples
 
 from megatron.dmc.cli import main
+from megatron.dmc.serving import async_engine
 from megatron.dmc.serving.server import listen
 
 
@@ -278,3 +279,56 @@ def test_a_key_file_without_keys(model: Model, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "keys").write_text("\n \n")
     assert main(["serve", model.path, "--port", "0", "--api-key-file", str(tmp_path / "keys")]) == 2
     assert "open to all" in capsys.readouterr().err
+
+
+def test_an_engine_that_hangs_does_not_stop_the_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that never returns, as when another rank hangs: clients are told, and the engine counts as failed."""
+    monkeypatch.setattr(async_engine, "LAST_STEP", 0.2)
+    released = threading.Event()
+    with Running(model.path, timeout=0.2) as server:
+        monkeypatch.setattr(server.engine, "step", lambda: released.wait(60) and [])
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.ask, COMPLETIONS, {"prompt": "a"})
+            until(lambda: server.service.runner.unfinished)
+            server.loop.call_soon_threadsafe(server.server.stop)
+            assert asked.result()[0] == 503
+    assert isinstance(server.service.runner.failure, TimeoutError)
+    released.set()
+
+
+def test_a_shutdown_that_hangs_is_ended(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each signal sets a limit of its own, whatever hangs; the second one does not wait for requests."""
+    seconds: list[float] = []
+
+    class Timer:
+        def __init__(self, after: float, call: object) -> None:
+            seconds.append(after)
+
+        def start(self) -> None: ...
+
+    with Running(model.path, timeout=20) as server:
+        monkeypatch.setattr(server.server, "on_hang", lambda: None)
+        monkeypatch.setattr(threading, "Timer", Timer)
+        server.loop.call_soon_threadsafe(server.server.stop)
+        server.loop.call_soon_threadsafe(server.server.stop)
+        until(lambda: len(seconds) == 2)
+    assert seconds[0] == seconds[1] + 20 and seconds[1] <= 30
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(model: Model) -> None:
+    """A rank that is stopped, and does not end: two signals end the server all the same, with status 1."""
+    process, url = start(model, "--tensor-parallel-size", "2", "--shutdown-timeout", "1")
+    try:
+        (follower,) = psutil.Process(process.pid).children()
+        follower.suspend()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(post, url, {"prompt": "a", "max_tokens": 200} | IGNORE)
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert asked.result()[0] in (500, 503)
+        assert process.wait(60) == 1
+        until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        process.kill()
+        process.wait()

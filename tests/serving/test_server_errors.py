@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from helpers.engines import Model
-from helpers.serving import COMPLETIONS, IGNORE, Running, client, until
+from helpers.serving import CHAT, COMPLETIONS, IGNORE, Running, client, until
 
 from megatron.dmc.serving.async_engine import Limits
 
@@ -141,3 +141,40 @@ def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> 
     server.settle()
     assert server.call(lambda engine: engine.stats().generation_tokens) - generated < 2 * 244
     assert float(server.ask("/metrics")[2].split(aborted)[1].split()[0]) == before + 2
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "a", "stop": ["x"] * 65}, "stop"),
+        ({"prompt": "a", "stop": ["x" * 1025]}, "stop"),
+        ({"prompt": "a", "stop": [None] * 65}, "stop"),
+        ({"prompt": "a", "logit_bias": {str(n): "x" for n in range(1025)}}, "logit_bias"),
+        ({"prompt": "a", "stop_token_ids": [None] * 1025}, "stop_token_ids"),
+        ({"prompt": [None] * 1025}, "prompt"),
+        ({"prompt": ["a"] * 1025}, "prompt"),
+        ({"prompt": [[1]] * 1025}, "prompt"),
+        ({"prompt": "a"} | {f"x{n}": 1 for n in range(256)}, None),
+        ({"messages": [None] * 4097}, "messages"),
+        ({"messages": [{"role": "user"} | {f"x{n}": 1 for n in range(256)}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [None] * 1025}]}, "messages[0].content"),
+    ],
+)
+def test_more_elements_than_a_parameter_may_have(server: Running, body: dict, param: str | None) -> None:
+    """Refused by their number, before any of them is looked at: each wrong one costs an error object."""
+    error = server.json(CHAT if "messages" in body else COMPLETIONS, body, 400)["error"]
+    assert error["param"] == param and (error["code"] == "too_many_elements" or "1025 characters" in error["message"])
+
+
+def test_one_error_for_a_list_of_wrong_elements(server: Running) -> None:
+    """Lists within their limits stop at their first wrong element."""
+    for body in ({"prompt": [None] * 1000}, {"messages": [None] * 4000}, {"prompt": [1, *[None] * 100000]}):
+        error = server.json(CHAT if "messages" in body else COMPLETIONS, body, 400)["error"]
+        assert error["code"] == "invalid_type" and len(error["message"]) < 300, error
+
+
+def test_detokenize_takes_a_context(server: Running) -> None:
+    most = server.service.prompts.max_model_len
+    assert server.json("/detokenize", {"tokens": [0] * most})["prompt"] == "a" * most
+    error = server.json("/detokenize", {"tokens": [0] * (most + 1)}, 400)["error"]
+    assert (error["param"], error["code"]) == ("tokens", "context_length_exceeded")

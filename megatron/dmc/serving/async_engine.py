@@ -29,6 +29,7 @@ from megatron.dmc.serving.errors import (
 )
 
 log = logging.getLogger(__name__)
+LAST_STEP = 10.0  # seconds for the running step when the engine stops
 STATS_EVERY = 0.1  # seconds between two looks at the cache while steps run
 
 
@@ -267,13 +268,16 @@ class AsyncEngine:
             self._calls.discard(future)
 
     async def stop(self) -> None:
-        """End what runs, and the thread."""
+        """End what runs, and the thread. A step that does not end makes the engine one that has failed."""
         self.fail(shutting_down())
         with self._something:
             self._stopping = True
             self._something.notify()
-        # A step may wait for ever when another rank is gone.
-        await asyncio.to_thread(self._thread.join, None if self.failure is None else 1.0)
+        # A step may wait for ever when another rank is gone or hangs.
+        await asyncio.to_thread(self._thread.join, LAST_STEP if self.failure is None else 1.0)
+        if self._thread.is_alive() and self.failure is None:
+            self.failure = TimeoutError(f"a step did not end within {LAST_STEP:g} s")
+            log.critical("the engine hangs: %s", self.failure)
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._something:

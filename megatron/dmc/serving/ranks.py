@@ -108,6 +108,11 @@ class Followers:
         """Whether one has ended, which none does by itself."""
         return any(process.poll() is not None for process in self.processes)
 
+    def kill(self) -> None:
+        """Kill all that run."""
+        for process in self.processes:
+            process.kill()
+
     def stop(self, seconds: float = 10) -> None:
         """Wait for those that were released; kill the others."""
         for process in self.processes:

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import uvicorn
@@ -35,14 +35,22 @@ log = logging.getLogger(__name__)
 LINGER = 0.25  # seconds in which requests that are on their way are still answered 503
 BACKLOG = 512  # connections that the kernel holds until they are accepted
 CLOSE = 5  # seconds for the last bytes of responses
+HANGS = 20  # seconds after these in which threads and other ranks must end
 
 
 class Server(uvicorn.Server):
-    """uvicorn server that finishes running requests on SIGTERM or SIGINT, and gives them up on a second signal."""
+    """uvicorn server that finishes running requests on SIGTERM or SIGINT, and gives them up on a second signal.
 
-    def __init__(self, config: uvicorn.Config, service: Service, timeout: float) -> None:
+    Args:
+        timeout: seconds for running requests to finish.
+        on_hang: called on a thread of its own when the process should have ended, but has not.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, timeout: float, on_hang: Optional[Callable[[], None]] = None
+    ) -> None:
         super().__init__(config)
-        self.service, self.timeout = service, timeout
+        self.service, self.timeout, self.on_hang = service, timeout, on_hang
         self._draining: asyncio.Task[None] | None = None
         self._give_up = False
 
@@ -63,6 +71,11 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Begin the shutdown, or end it when it has begun."""
+        if self.on_hang is not None:
+            seconds = CLOSE + HANGS + (self.timeout if self._draining is None else 0)
+            timer = threading.Timer(seconds, self.on_hang)
+            timer.daemon = True
+            timer.start()
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain())
         else:
@@ -127,13 +140,10 @@ def make_service(
     return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics)
 
 
-def make_server(service: Service, timeout: float, http: HTTPConfig = HTTPConfig()) -> Server:
-    """Server of a service.
-
-    Args:
-        timeout: seconds for running requests to finish once the shutdown has begun.
-        http: settings of its connections.
-    """
+def make_server(
+    service: Service, timeout: float, http: HTTPConfig = HTTPConfig(), on_hang: Optional[Callable[[], None]] = None
+) -> Server:
+    """Server of a service, with the settings of its connections. For the others see :class:`Server`."""
     limits = ConnectionLimits(http.raise_file_limit(), http.timeout_header)
     config = uvicorn.Config(
         create_app(service, http),
@@ -154,7 +164,7 @@ def make_server(service: Service, timeout: float, http: HTTPConfig = HTTPConfig(
         ssl_ca_certs=None if http.ssl_ca_certs is None else str(http.ssl_ca_certs),
         ssl_cert_reqs=http.ssl_cert_reqs,
     )
-    return Server(config, service, timeout)
+    return Server(config, service, timeout, on_hang)
 
 
 async def serve(
@@ -172,7 +182,7 @@ async def serve(
         timeout_body=http.timeout_body,
         log_requests=not settings.disable_access_log,
     )
-    server = make_server(service, settings.shutdown_timeout, http)
+    server = make_server(service, settings.shutdown_timeout, http, lambda: _end_by_force(followers))
     log.info("%d keys, %s", len(keys), _pool(engine))
     watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
     try:
@@ -181,9 +191,17 @@ async def serve(
         if watching is not None:
             watching.cancel()
         await service.runner.stop()
-        service.tokenizing.shutdown()
+        service.tokenizing.shutdown(wait=False, cancel_futures=True)
     log.info("stopped")
     return int(service.runner.failure is not None)
+
+
+def _end_by_force(followers: Optional[Followers]) -> None:
+    """End the process, which hangs: a rank that does not answer, a step or a library that does not return."""
+    log.critical("the shutdown hangs; the process is ended by force")
+    if followers is not None:
+        followers.kill()
+    os._exit(1)
 
 
 def warm_up(engine: Engine) -> None:
