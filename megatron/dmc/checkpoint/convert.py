@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats import gguf, hf, legacy, megatron, torch_dist
 from megatron.dmc.checkpoint.formats.base import Given, Source
-from megatron.dmc.checkpoint.manifest import write_hf_files
+from megatron.dmc.checkpoint.manifest import write_files, write_hf_files
 from megatron.dmc.checkpoint.model_card import REMOTE_CODE, model_card, tokenizer_files
 from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Buffers, Lazy, has_only_finite
@@ -216,8 +216,7 @@ def export(
     with writing(save), staged(save, overwrite) as directory:
         hf.write_weights(directory, source.tensors, source.weight_map, progress.block)
         (directory / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
+        write_files(directory, files)
         if source.is_dmc:
             for path in REMOTE_CODE.glob("*_dmc.py"):
                 shutil.copyfile(path, directory / path.name)

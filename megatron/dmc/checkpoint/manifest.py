@@ -171,14 +171,20 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def read_hf_files(checkpoint: Path) -> dict[str, bytes]:
     """Name -> content of the Hugging Face files that a checkpoint hands on; empty when it has none."""
     directory = checkpoint / HF_FILES
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())} if directory.is_dir() else {}
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
 def write_hf_files(checkpoint: Path, files: Mapping[str, bytes]) -> None:
     """Write what :func:`read_hf_files` reads; call it before the manifest is written, which lists the files."""
+    write_files(checkpoint / HF_FILES, files)
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files, name -> content. A name may have folders, which are made."""
     for name, content in files.items():
-        (checkpoint / HF_FILES).mkdir(exist_ok=True)
-        (checkpoint / HF_FILES / name).write_bytes(content)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def main(argv: list[str]) -> int:

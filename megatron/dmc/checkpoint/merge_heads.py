@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.dmc.checkpoint.convert import Progress, announce, writing
 from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.checkpoint.manifest import SHARDS_FILE
+from megatron.dmc.checkpoint.manifest import SHARDS_FILE, write_files
 from megatron.dmc.checkpoint.staging import staged
 from megatron.dmc.checkpoint.tensors import Lazy
 
@@ -75,8 +75,7 @@ def merge_heads(
     with writing(save), staged(save, overwrite) as directory:
         hf.write_weights(directory, merged, found.weight_map, progress.block)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, content in found.files.items():
-            if name not in ("config.json", SHARDS_FILE):
-                (directory / name).write_bytes(content)
+        own = ("config.json", SHARDS_FILE)
+        write_files(directory, {name: content for name, content in found.files.items() if name not in own})
     progress.warn()
     return save

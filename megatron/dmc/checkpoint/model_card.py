@@ -32,7 +32,7 @@ def tokenizer_files(source: Source, tokenizer: Optional[str | Path], say: Callab
     if tokenizer is not None and not path.exists():
         raise ValueError(f"tokenizer {tokenizer} does not exist; name a sentencepiece model or a tokenizer directory")
     if path.is_dir() and (tokenizer or source.run.data.tokenizer):
-        files |= {name: (path / name).read_bytes() for name in hf.TOKENIZER_FILES if (path / name).is_file()}
+        files |= {name: file.read_bytes() for name, file in hf.tokenizer_files(path).items()}
     elif path.is_file():
         files |= _sentencepiece_files(path, say)
     if not any(name in files for name in hf.TOKENIZER_FILES):

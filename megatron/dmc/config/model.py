@@ -95,7 +95,7 @@ class ModelConfig:
     def check(self) -> None:
         positive(self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
         positive(self, "max_position_embeddings", "make_vocab_size_divisible_by", "rotary_base", "norm_epsilon")
-        positive(self, "num_query_groups")
+        positive(self, "num_query_groups", "kv_channels")
         heads = self.num_attention_heads
         require(
             self.kv_channels is not None or self.hidden_size % heads == 0,

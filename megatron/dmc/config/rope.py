@@ -28,6 +28,8 @@ def check_rope_scaling(scaling: dict, rotary_base: float, max_position_embedding
     require(not odd, f"rope_scaling has unknown or missing keys {odd}; {kind} needs {sorted(needed)}{may}")
     for key in sorted(found - {"truncate"}):
         require(_is_positive(scaling[key]), f"rope_scaling.{key} is {scaling[key]!r}; it must be a positive number")
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    require(kind != "llama3" or high > low, f"rope_scaling.high_freq_factor {high} must be above low_freq_factor {low}")
     if kind == "yarn":
         _check_yarn(scaling, rotary_base, max_position_embeddings)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.evaluation.load import load_checkpoint
+from megatron.dmc.inference.text import load_tokenizer
 
 TOLERANCE = 1e-3
 """Largest difference of fp32 logits, relative to the largest logit; rounding gives some 1e-5."""
@@ -57,10 +58,7 @@ def prompts(directory: Path, vocab_size: int, longest: int) -> list[Tensor]:
     """Fixed prompts, int64 [tokens] each: two texts where there is a tokenizer, and random tokens in any case."""
     generator = torch.Generator().manual_seed(0)
     found = [torch.randint(vocab_size, (min(n, longest),), generator=generator) for n in (1, 17, 128)]
-    if any((directory / name).is_file() for name in hf.TOKENIZER_FILES):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if (tokenizer := load_tokenizer(directory)) is not None:
         texts = [torch.tensor(tokenizer(text)["input_ids"][:longest]) for text in _TEXT]
         found += [ids for ids in texts if len(ids) and int(ids.max()) < vocab_size]
     return found
@@ -86,7 +84,7 @@ def compare_logits(source: str | Path, load: str | Path) -> str:
             source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many types
-        raise ValueError(f"transformers cannot load {source}: {error}") from error
+        raise ValueError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
     loaded = load_checkpoint(load)
     device = next(loaded.model.parameters()).device
     vocab = loaded.config.model.vocab_size

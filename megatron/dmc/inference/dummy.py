@@ -62,14 +62,6 @@ def _compressed(config: dict, ratio: float) -> dict:
     return {**plain, "model_type": mapping.DMC_MODEL_TYPE, "architectures": [mapping.DMC_ARCHITECTURE], "dmc": block}
 
 
-def _dtype(config: dict) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    found = getattr(torch, name, None)
-    if found not in hf.DTYPES.values():
-        raise ValueError(f"config.json: dtype is {name!r}; float32, float16 and bfloat16 can be served")
-    return found
-
-
 def open_directory(path: str | Path, compression_ratio: Optional[float] = None) -> hf.HFDirectory:
     """Open a directory by its ``config.json`` alone, with random weights.
 
@@ -85,7 +77,7 @@ def open_directory(path: str | Path, compression_ratio: Optional[float] = None) 
         config = mapping.base_config(config)
     elif compression_ratio is not None:
         config = _compressed(config, compression_ratio)
-    model, dtype = mapping.from_hf_config(config), _dtype(config)
+    model, dtype = mapping.from_hf_config(config), getattr(torch, mapping.model_dtype(config) or "bfloat16")
     shapes = mapping.hf_shapes(mapping.family_of(config), model)
     tensors: dict[str, hf.Lazy] = {n: RandomTensor(n, shape, dtype, model.num_layers) for n, shape in shapes.items()}
     return hf.HFDirectory(path, config, tensors, {})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.fields import Fields
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.tensors import has_only_finite
 from megatron.dmc.config import DMCConfig, ModelConfig
@@ -34,7 +35,7 @@ class ModelInfo:
     expected_cr: float
     """Tokens per slot that the model was measured, or trained, to reach; 1 when it does not merge."""
     dtype: torch.dtype
-    """Data type of the weights in the files."""
+    """Data type of the weights: the one that config.json names, or that most bytes in the files have."""
     eos: tuple[int, ...]
     """End-of-sequence token ids."""
 
@@ -65,39 +66,29 @@ class ModelInfo:
         return self.dmc.window if self.dmc is not None and self.stage in mapping.COMPRESSED_STAGES else 1
 
 
-def _dmc(config: dict) -> tuple[Optional[DMCConfig], Optional[str], float]:
-    """DMC settings, stage and expected CR from the ``dmc`` block; (None, None, 1) for a plain model."""
-    dmc = mapping.dmc_from_hf_config(config)
-    if dmc is None:
-        if config.get("model_type") == mapping.DMC_MODEL_TYPE:
-            raise ValueError("config.json is of a DMC model and has no dmc block; export the model again")
-        return None, None, 1.0
-    block = config["dmc"]
-    stage = block["stage"]
-    if stage not in (*mapping.COMPRESSED_STAGES, "zero_out"):
-        raise ValueError(f"config.json: dmc.stage is {stage!r}; zero_out, retrofit and finetune can be served")
-    cr = block.get("measured_cr") or block.get("target_cr") or 1.0
-    return dmc, stage, max(1.0, float(cr)) if stage in mapping.COMPRESSED_STAGES else 1.0
-
-
-def _eos(path: Path, config: dict) -> tuple[int, ...]:
-    found: list[int] = []
-    generation = hf.read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
-    for source in (generation, config):
-        value = source.get("eos_token_id")
-        found += value if isinstance(value, list) else [value] if value is not None else []
-    return tuple(dict.fromkeys(found))
-
-
 def read_info(directory: hf.HFDirectory) -> ModelInfo:
     """Read a directory's configuration. Raises ``ValueError``, naming key and value, for what the model does not
     compute.
     """
     path, config = directory.path, directory.config
-    dmc, stage, cr = _dmc(config)
-    model = mapping.from_hf_config(config)
-    dtype = next(iter(directory.tensors.values())).dtype
-    return ModelInfo(path, model, dmc, stage, cr, dtype, _eos(path, config))
+    block = mapping.dmc_block(config)
+    model, family = mapping.from_hf_config(config), mapping.family_of(config)
+    name = mapping.model_dtype(config)
+    kept = [tensor for name, tensor in directory.tensors.items() if not name.endswith(family.dropped)]
+    dtype = getattr(torch, name) if name else hf.main_dtype(kept)
+    eos = _eos(path, config, model.vocab_size)
+    if block is None:
+        return ModelInfo(path, model, None, None, 1.0, dtype, eos)
+    return ModelInfo(path, model, block.dmc, block.stage, block.expected_cr, dtype, eos)
+
+
+def _eos(path: Path, config: dict, vocab_size: int) -> tuple[int, ...]:
+    """End-of-sequence token ids of generation_config.json, then those of config.json."""
+    file, found = path / "generation_config.json", []
+    if file.is_file():
+        found += Fields(hf.read_json(file), f"{file}: ").token_ids("eos_token_id", vocab_size)
+    found += Fields(config, "config.json: ").token_ids("eos_token_id", vocab_size)
+    return tuple(dict.fromkeys(found))
 
 
 class Reader:
@@ -113,17 +104,8 @@ class Reader:
     ) -> None:
         self.parallel, self.dtype, self.device = parallel, dtype, device
         family = mapping.family_of(directory.config)
+        self.tensors = hf.model_tensors(directory, family, info.model)
         self.shapes = mapping.hf_shapes(family, info.model)
-        tensors = {name: lazy for name, lazy in directory.tensors.items() if not name.endswith(family.dropped)}
-        if not info.model.untie_embeddings_and_output_weights:
-            tensors.pop("lm_head.weight", None)  # a copy of the embedding, in older files
-        hf.compare_names(tensors, self.shapes, str(directory.path))
-        for name, shape in self.shapes.items():
-            if tuple(tensors[name].shape) != tuple(shape):
-                raise ValueError(
-                    f"{tensors[name].name} has shape {list(tensors[name].shape)}; config.json asks for {list(shape)}"
-                )
-        self.tensors = tensors
 
     def _fill(self, out: Tensor, name: str, rows: slice, columns: slice) -> None:
         """Read part of a tensor block by block, converting each and moving it to the device."""
@@ -163,7 +145,7 @@ class Reader:
 
 
 def dtype_of(name: str | torch.dtype, info: ModelInfo, device: torch.device) -> torch.dtype:
-    """Data type of a name. "auto" is the files' own, but fp32 instead of fp16 on CPUs, few of which compute in fp16."""
+    """Data type of a name. "auto" is the model's own, but fp32 in place of fp16 on CPUs: few compute in fp16."""
     if isinstance(name, torch.dtype):
         return name
     known: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.direct import DirectFile
+from megatron.dmc.checkpoint.fields import Fields, read_json
 from megatron.dmc.checkpoint.formats.base import (
     Given,
     Row,
@@ -40,6 +42,12 @@ TOKENIZER_FILES = tuple(
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt chat_template.jinja chat_template.json tekken.json".split()
 )
+TEMPLATES = "additional_chat_templates"
+"""Directory of a tokenizer's chat templates beside the first (transformers 4.53 and later)."""
+_LEGAL = re.compile(r"(licen[cs]e|notice|copying|copyright|patents|(acceptable_)?use_policy|third_party)", re.I)
+"""Beginnings of the names of files that go wherever a model goes, because its licence wants it."""
+_LEGAL_BYTES, _HEADER_BYTES = 1 << 20, 16 << 20
+"""Bounds of a legal text, and of the header of a safetensors file: the tensors of 10,000 layers take less."""
 SHARD_BYTES = 5 * 10**9
 """Size of shards whose layout is ours to choose; transformers' own default of many years."""
 
@@ -59,34 +67,34 @@ class HFDirectory:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def side_files(self) -> list[Path]:
-        """Tokenizer files and generation configuration that are there."""
-        paths = [self.path / name for name in (*TOKENIZER_FILES, "generation_config.json")]
-        return [path for path in paths if path.is_file()]
+    def side_files(self) -> dict[str, Path]:
+        """Name -> path of the files that go along with the weights: tokenizer, generation configuration, licence."""
+        found = tokenizer_files(self.path)
+        if (self.path / "generation_config.json").is_file():
+            found["generation_config.json"] = self.path / "generation_config.json"
+        legal = sorted(path for path in self.path.iterdir() if _LEGAL.match(path.name) and path.is_file())
+        return found | {path.name: path for path in legal if path.stat().st_size <= _LEGAL_BYTES}
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises ``ValueError`` with the file's name when it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """Name -> path of the tokenizer files in a directory, its chat templates included."""
+    names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted((path / TEMPLATES).glob("*.jinja")))]
+    return {name: path / name for name in names if (path / name).is_file()}
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
     """The tensors of one file, in their order. Raises ``ValueError`` when it is damaged or a tensor is no float."""
     try:
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if _HEADER_BYTES < length <= path.stat().st_size:
+            raise ValueError(f"{path} has a header of {length:,} bytes; at most {_HEADER_BYTES:,} are read")
         with safe_open(str(path), framework="pt") as file:  # checks the header against the file's size
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
     with path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
+        raw.seek(8)
         header = json.loads(raw.read(length))
     tensors = {}
     for name in sorted(names, key=lambda n: header[n]["data_offsets"]):
@@ -129,10 +137,7 @@ def open_directory(path: str | Path) -> HFDirectory:
     config = read_json(path / "config.json")
     for index, single, read in ((INDEX, SINGLE, read_safetensors), (_BIN_INDEX, _BIN_SINGLE, _read_bin)):
         if (path / index).is_file():
-            weight_map = read_json(path / index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{path / index} has no weight_map")
-            tensors, weight_map = _read_shards(path, index, weight_map, read)
+            tensors, weight_map = _read_shards(path, index, _read_index(path / index), read)
             break
         if (path / single).is_file():
             tensors = dict(read(path / single))
@@ -143,11 +148,25 @@ def open_directory(path: str | Path) -> HFDirectory:
     return HFDirectory(path, config, tensors, weight_map)
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Name of a tensor -> name of its file."""
+    index = Fields(read_json(path), f"{path}: ")
+    weight_map = index.object("weight_map")
+    if weight_map is None or not weight_map.content:
+        index.refuse("weight_map", "an object with the file of every tensor")
+    for name in weight_map.content:
+        if not weight_map.text(name):
+            weight_map.refuse(name, "the name of a file")
+    return dict(weight_map.content)
+
+
 def _read_shards(path: Path, index: str, weight_map: dict, read: Callable) -> tuple[dict[str, Lazy], dict[str, str]]:
     tensors: dict[str, Lazy] = {}
     files: dict[str, str] = {}
-    for name in sorted(set(weight_map.values())):
-        expected = {tensor for tensor, file in weight_map.items() if file == name}
+    expected_in: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        expected_in.setdefault(file, set()).add(tensor)
+    for name, expected in sorted(expected_in.items()):
         if Path(name).name != name or not (path / name).is_file():
             raise ValueError(
                 f"{path / name} is missing; {index} lists {len(expected)} tensors in it, {min(expected)} among "
@@ -246,7 +265,7 @@ def matches(path: Path) -> bool:
 def open_model(path: Path, given: Given = Given()) -> Source:
     """The model in a directory, plain or exported."""
     directory = open_directory(path)
-    files = {file.name: file.read_bytes() for file in directory.side_files()}
+    files = {name: file.read_bytes() for name, file in directory.side_files().items()}
     files["config.json"] = (path / "config.json").read_bytes()
     return source_of(directory, files)
 
@@ -259,12 +278,12 @@ def source_of(directory: HFDirectory, files: dict[str, bytes]) -> Source:
     """
     config = directory.config
     model, family = mapping.from_hf_config(config), mapping.family_of(config)
-    dmc = mapping.dmc_from_hf_config(config) or DMCConfig()
+    block = mapping.dmc_block(config)
     tensors = check_tensors(directory, family, model)
     dropped = sorted(set(directory.tensors) - set(tensors))
     more = ", ..." if dropped[3:] else ""
     notes = [f"left out (computed from the configuration): {', '.join(dropped[:3])}{more}"] if dropped else []
-    manifest = _manifest(config, family, directory.path)
+    manifest = _manifest(block, family, directory.path)
     weight_map = safetensors_names({name: directory.weight_map[name] for name in tensors})
     files = {**files, SHARDS_FILE: json.dumps(weight_map, indent=1).encode()}
     return Source(
@@ -272,7 +291,7 @@ def source_of(directory: HFDirectory, files: dict[str, bytes]) -> Source:
         kind=family.model_type,
         family=family,
         config=config,
-        run=imported_run(model, dmc, manifest),
+        run=imported_run(model, block.dmc if block else DMCConfig(), manifest),
         manifest=manifest,
         tensors=tensors,
         parameters=views.to_megatron(family, model, tensors),
@@ -282,46 +301,74 @@ def source_of(directory: HFDirectory, files: dict[str, bytes]) -> Source:
     )
 
 
-def check_tensors(directory: HFDirectory, family: mapping.Family, model: ModelConfig) -> dict[str, Lazy]:
-    """Tensors that the model is made of, after names, shapes and dtypes were checked.
+def model_tensors(directory: HFDirectory, family: mapping.Family, model: ModelConfig) -> dict[str, Lazy]:
+    """Tensors that the model is made of, and a second copy of tied embeddings where a file has one. Names and shapes
+    are checked.
 
     Raises:
         ValueError: naming tensor, expected and found.
     """
-    shapes = mapping.hf_shapes(family, model)
     kept = {name: t for name, t in directory.tensors.items() if not name.endswith(family.dropped)}
-    duplicate = {} if model.untie_embeddings_and_output_weights else {"lm_head.weight"} & set(kept)
-    compare_names(set(kept) - set(duplicate), shapes, str(directory.path))
-    for name in duplicate:
-        if not equal(kept[name], kept["model.embed_tokens.weight"]):
-            raise ValueError(
-                f"{kept[name].name} differs from model.embed_tokens.weight, but tie_word_embeddings is true"
-            )
+    duplicate = set() if model.untie_embeddings_and_output_weights else {"lm_head.weight"} & set(kept)
+    per_layer = sum(len(rule.hf) for rule in mapping.rules(family, model) if rule.per_layer)
+    if model.num_layers > len(kept):  # before anything is made of as many layers
+        raise ValueError(
+            f"{directory.path} has {len(kept)} tensors; {model.num_layers} layers (num_hidden_layers in config.json) "
+            f"would have {per_layer} each"
+        )
+    shapes = mapping.hf_shapes(family, model)
+    compare_names(set(kept) - duplicate, shapes, str(directory.path))
     for name, shape in shapes.items():
-        if kept[name].shape != shape:
+        if tuple(kept[name].shape) != tuple(shape):
             raise ValueError(
                 f"{kept[name].name} has shape {list(kept[name].shape)}; expected {list(shape)} from config.json"
             )
-    counts = Counter(t.dtype for t in kept.values())
-    if len(counts) > 1:
-        odd = min(counts, key=lambda dtype: counts[dtype])
-        name = next(t.name for t in kept.values() if t.dtype == odd)
-        others = ", ".join(str(dtype) for dtype in counts if dtype != odd)
-        raise ValueError(f"{name} is of type {odd}, others of {others}; expected one type")
     return kept
 
 
-def _manifest(config: dict, family: mapping.Family, source: Path) -> Manifest:
-    block = config.get("dmc") or {}
-    step = int(block.get("step") or 0)
+def check_tensors(directory: HFDirectory, family: mapping.Family, model: ModelConfig) -> dict[str, Lazy]:
+    """:func:`model_tensors` of a model that can be imported.
+
+    Raises:
+        ValueError: also for tied embeddings of which there are two, and for tensors of two types that belong to one
+            parameter of a checkpoint (the layers of a norm, say; norms in fp32 among bf16 matrices are fine).
+    """
+    kept = model_tensors(directory, family, model)
+    tied = not model.untie_embeddings_and_output_weights
+    if tied and "lm_head.weight" in kept and not equal(kept["lm_head.weight"], kept["model.embed_tokens.weight"]):
+        raise ValueError(
+            f"{kept['lm_head.weight'].name} differs from model.embed_tokens.weight, but tie_word_embeddings is true"
+        )
+    first: dict[str, Lazy] = {}
+    for rule, layer in mapping.in_order(family, model):
+        for name in rule.names(layer):
+            like = first.setdefault(rule.megatron, kept[name])
+            if kept[name].dtype != like.dtype:
+                raise ValueError(
+                    f"{kept[name].name} is of type {kept[name].dtype} and {like.name} of {like.dtype}; expected one "
+                    f"type, since both are part of {rule.megatron}"
+                )
+    return kept
+
+
+def main_dtype(tensors: Iterable[Lazy]) -> torch.dtype:
+    """Type that most bytes of a model have."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.nbytes
+    return counts.most_common(1)[0][0]
+
+
+def _manifest(block: Optional[mapping.DMCBlock], family: mapping.Family, source: Path) -> Manifest:
+    step = block.step if block else 0
     return Manifest(
-        stage=block.get("stage", "import"),
+        stage=block.stage if block else "import",
         iteration=step,
         train_iters=step,
         consumed_samples=0,
         consumed_tokens=0,
-        target_cr=float(block.get("target_cr") or 1.0),
-        measured_cr=block.get("measured_cr"),
+        target_cr=block.target_cr if block else 1.0,
+        measured_cr=block.measured_cr if block else None,
         source=source.name,
         versions=versions(),
         has_optimizer=False,
@@ -333,16 +380,19 @@ def describe(path: Path) -> list[Row]:
     """Family, sizes and, for an exported model, how it was trained."""
     found = open_directory(path)
     model, family = mapping.from_hf_config(found.config), mapping.family_of(found.config)
-    mapping.dmc_from_hf_config(found.config)  # raises for a damaged block
-    block, files = found.config.get("dmc") or {}, set(found.weight_map.values())
-    decisions = block and f"bias {block['decision_bias']:g}, window {block['window'] or 'unbounded'}"
+    block, files = mapping.dmc_block(found.config), set(found.weight_map.values())
+    dmc: list[Row] = []
+    if block:
+        dmc = [
+            ("stage", f"{block.stage}, step {block.step}"),
+            cr_row({"target_cr": block.target_cr, "measured_cr": block.measured_cr}),
+            ("decisions", f"bias {block.dmc.decision_bias:g}, window {block.dmc.window or 'unbounded'}"),
+        ]
     return [
         ("format", f"Hugging Face directory, {len(files)} weight file{'s' * (len(files) > 1)}"),
         ("family", family.model_type + (" + dmc" if block else "")),
         *model_rows(model),
-        ("stage", block and f"{block['stage']}, step {block['step']}"),
-        cr_row(block),
-        ("decisions", decisions),
+        *dmc,
         weight_row(found.tensors.values()),
-        ("also there", ", ".join(p.name for p in found.side_files())),
+        ("also there", ", ".join(found.side_files())),
     ]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Optional
 
+from megatron.dmc.checkpoint.fields import INT32, Fields, shown
 from megatron.dmc.checkpoint.manifest import Manifest
+from megatron.dmc.checkpoint.mapping.config_keys import INERT, NEUTRAL, check_neutral, is_one_of, named
 from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family
 from megatron.dmc.checkpoint.mapping.rope import yarn_context_length, yarn_scaling
-from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig, build
+from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
 
 DMC_FORMAT_VERSION = 1
 DMC_MODEL_TYPE = "dmc"
@@ -18,6 +22,8 @@ DMC_ARCHITECTURE = "DMCForCausalLM"
 DMC_AUTO_MAP = {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"}
 COMPRESSED_STAGES = ("retrofit", "finetune")
 """Stages whose models merge tokens; what is exported from others reads like a plain model's cache."""
+DTYPES = ("float32", "float16", "bfloat16")
+"""Types of weights, as config.json names them."""
 
 # HF key -> ModelConfig field.
 _SIZES = {
@@ -34,20 +40,19 @@ _SIZES = {
 }
 _OPTIONAL = ("num_key_value_heads", "head_dim", "initializer_range")
 """Keys that transformers derives, or that do not compute."""
+_MOST = {"num_hidden_layers": 10_000}
+"""Bounds of sizes that loops run over; other sizes are bounded by the weights that must have them."""
+_LONGEST_WINDOW, _LARGEST_CR = 65_536, 10_000
+"""Bounds of what an exported model says of itself: tokens, and tokens / slots."""
 _READ = set(
     "model_type architectures tie_word_embeddings rope_theta rope_scaling rope_parameters sliding_window "
     "use_sliding_window max_window_layers layer_types attention_dropout dmc auto_map".split()
 )
 """Keys that are read below."""
-_INERT = set(
-    "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id torch_dtype dtype "
-    "transformers_version use_cache _name_or_path name_or_path output_attentions output_hidden_states return_dict "
-    "return_dict_in_generate torchscript chunk_size_feed_forward id2label label2id problem_type _attn_implementation "
-    "_attn_implementation_autoset attn_implementation is_encoder_decoder is_decoder max_sequence_length "
-    "model_max_length tokenizer_class task_specific_params unsloth_version unsloth_fixed keys_to_ignore_at_inference "
-    "max_length do_sample temperature top_p top_k".split()
-)
-"""Keys that say nothing about what a model computes at evaluation."""
+
+
+def _fields(config: dict) -> Fields:
+    return Fields(config, "config.json: ")
 
 
 def base_config(config: dict) -> dict:
@@ -55,62 +60,98 @@ def base_config(config: dict) -> dict:
     if "dmc" not in config:
         return config
     plain = {k: v for k, v in config.items() if k not in ("dmc", "auto_map")}
-    family = _dmc_block(config).get("base_model_type")
+    family = _block_fields(config).text("base_model_type")
     if family not in FAMILIES:
-        raise ValueError(f"config.json: dmc.base_model_type is {family!r}; known families: {', '.join(FAMILIES)}")
+        raise ValueError(f"config.json: dmc.base_model_type is {shown(family)}; known families: {', '.join(FAMILIES)}")
     plain["model_type"], plain["architectures"] = family, [FAMILIES[family].architecture]
     return plain
 
 
 def family_of(config: dict) -> Family:
     """Raises ``ValueError`` for a ``model_type`` that no table describes."""
-    kind = base_config(config).get("model_type")
+    fields = _fields(base_config(config))
+    kind = fields.text("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"config.json: model_type {kind!r} is not supported; known families: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    named = base_config(config).get("architectures") or [family.architecture]
-    if family.architecture not in named:
         raise ValueError(
-            f"config.json: architectures is {named}; only {family.architecture} has the weights of a language model"
+            f"config.json: model_type {shown(kind)} is not supported; known families: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    architectures = fields.texts("architectures") or [family.architecture]
+    if family.architecture not in architectures:
+        raise ValueError(
+            f"config.json: architectures is {shown(architectures)}; only {family.architecture} has the weights of a "
+            "language model"
         )
     return family
 
 
-def _rope(config: dict, defaults: Mapping[str, Any], longest: int) -> tuple[float, Optional[dict]]:
+def model_dtype(config: dict) -> Optional[str]:
+    """Type of the weights that ``config.json`` names, one of :data:`DTYPES`; None when it names none.
+
+    Raises:
+        ValueError: another type.
+    """
+    fields = _fields(config)
+    key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
+    name = fields.text(key, "auto").removeprefix("torch.")
+    if name not in (*DTYPES, "auto"):
+        fields.refuse(key, f"one of {', '.join(DTYPES)}")
+    return None if name == "auto" else name
+
+
+def _rope(fields: Fields, defaults: Mapping[str, Any], longest: int) -> tuple[float, Optional[dict]]:
     """(base, scaling) from transformers 4's rope_theta + rope_scaling, or transformers 5's rope_parameters.
 
     Args:
         longest: max_position_embeddings.
     """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = rope.pop("rope_theta", None) or config.get("rope_theta") or defaults["rope_theta"]
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+    given = [fields.object(key) for key in ("rope_parameters", "rope_scaling")]
+    rope = next((found for found in given if found is not None and found.content), Fields({}, "config.json: rope "))
+    base = rope.number("rope_theta", fields.number("rope_theta", defaults["rope_theta"], above=0), above=0)
+    kind = rope.text("rope_type") or rope.text("type") or "default"
+    if rope.number("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: rope partial_rotary_factor is not supported; the whole head must be rotated")
+    own = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+    scaling = {key: value for key, value in rope.content.items() if key not in own and value is not None}
+    if kind == "linear" and scaling == {"factor": 1}:
+        return base, None
     if kind == "default":
-        if rope:
+        if scaling:
             raise ValueError(
-                f"config.json: rope parameters {sorted(rope)} without a rope_type; name it, or remove them"
+                f"config.json: rope parameters {shown(sorted(scaling))} without a rope_type; name it, or remove them"
             )
-        return float(base), None
+        return base, None
+    if kind not in ("llama3", "yarn"):
+        raise ValueError(f"config.json: rope_type {shown(kind)} is not supported; default, llama3 and yarn are")
+    for key in scaling:
+        if key in ("truncate", "finetuned"):
+            rope.flag(key)
+        else:
+            rope.number(key, least=0, most=INT32)
     if kind == "yarn":
-        return float(base), yarn_scaling(rope, longest)
-    if kind != "llama3":
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported; default, llama3 and yarn are")
-    return float(base), {"rope_type": kind, **rope}
+        return base, yarn_scaling({key: value for key, value in rope.content.items() if key not in own}, longest)
+    return base, {"rope_type": kind, **scaling}
 
 
-def _check_window(config: dict, family: Family, longest: int) -> None:
-    window = config.get("sliding_window", family.defaults.get("sliding_window"))
-    if window is None or not config.get("use_sliding_window", family.defaults.get("use_sliding_window", True)):
+def _check_window(fields: Fields, family: Family, model: ModelConfig) -> None:
+    """Raise ``ValueError`` for attention over a window that some positions of the model do not fit in."""
+    by_layer = "use_sliding_window" in family.defaults
+    used = fields.flag("use_sliding_window", family.defaults.get("use_sliding_window", True))
+    left_out = family.defaults.get("sliding_window") if "sliding_window" not in fields.content else None
+    window, longest = fields.integer("sliding_window", left_out, least=1), model.max_position_embeddings
+    first = fields.integer("max_window_layers", family.defaults.get("max_window_layers", 0))
+    kinds = fields.texts("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"config.json: layer_types {shown(sorted(set(kinds)))}: only full_attention is supported")
+    if kinds and len(kinds) != model.num_layers:
+        fields.refuse("layer_types", f"as long as num_hidden_layers, {model.num_layers}")
+    if window is None or not used or window >= longest or (by_layer and (kinds or first >= model.num_layers)):
         return
-    if "use_sliding_window" in family.defaults or window < longest:
-        raise ValueError(
-            f"config.json: sliding_window {window} is not supported with max_position_embeddings {longest}; up to "
-            f"{window} tokens the model is the same without it: set max_position_embeddings to {window}, or "
-            "sliding_window to null"
-        )
+    raise ValueError(
+        f"config.json: sliding_window {window} is not supported with max_position_embeddings {longest}; up to "
+        f"{window} tokens the model is the same without it: set max_position_embeddings to {window}, or "
+        "sliding_window to null"
+    )
 
 
 def from_hf_config(config: dict) -> ModelConfig:
@@ -123,15 +164,16 @@ def from_hf_config(config: dict) -> ModelConfig:
         ValueError: an unknown family, a missing key, or a key or value that is not understood, by its name.
     """
     family, config = family_of(config), base_config(config)
-    _check_keys(config, family)
-    values = {**family.switches, **_read_sizes(config, family)}
+    fields = _fields(config)
+    _check_keys(fields, family)
+    values = {**family.switches, **_read_sizes(fields, family)}
     longest = values["max_position_embeddings"]
-    values["rotary_base"], values["rope_scaling"] = _rope(config, family.defaults, longest)
+    values["rotary_base"], values["rope_scaling"] = _rope(fields, family.defaults, longest)
     if values["rope_scaling"] and values["rope_scaling"]["rope_type"] == "yarn":
         values["max_position_embeddings"] = yarn_context_length(values["rope_scaling"], longest)
-    tied = config.get("tie_word_embeddings", family.defaults["tie_word_embeddings"])
+    tied = fields.flag("tie_word_embeddings", family.defaults["tie_word_embeddings"])
     model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied)
-    _check_window(config, family, model.max_position_embeddings)
+    _check_window(fields, family, model)
     try:
         model.check()
     except ValueError as error:
@@ -139,65 +181,122 @@ def from_hf_config(config: dict) -> ModelConfig:
     return model
 
 
-def _check_keys(config: dict, family: Family) -> None:
+def _check_keys(fields: Fields, family: Family) -> None:
     """Raise ``ValueError`` for a key that no table knows, or a value that the family does not support."""
-    known = {*_SIZES, *_READ, *_INERT, *family.required, *family.inert}
+    config = fields.content
+    known = {*_SIZES, *_READ, *INERT, *NEUTRAL, *family.required, *family.inert}
     unknown = sorted(k for k in config if k not in known and config[k] is not None)
     if unknown:
         raise ValueError(
-            f"config.json: {', '.join(f'{k} = {config[k]!r}' for k in unknown)}: not understood for model_type "
-            f"{family.model_type}; if it does not change what the model computes, remove it"
+            f"config.json: {named(dict(config), unknown)}: not understood for model_type {family.model_type}; if it "
+            "does not change what the model computes, remove it"
         )
     for key, values in family.required.items():
-        value = config.get(key, family.defaults.get(key, values[0]))
-        if value is not None and value not in values:
-            raise ValueError(f"config.json: {key} is {value!r}; supported: {', '.join(map(repr, values))}")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise ValueError(
-            f"config.json: layer_types {sorted(set(config['layer_types']))}: only full_attention is supported"
-        )
+        value = fields.get(key, family.defaults.get(key, values[0]))
+        if not is_one_of(value, values):
+            raise ValueError(f"config.json: {key} is {shown(value)}; supported: {', '.join(map(repr, values))}")
+    check_neutral({key: value for key, value in config.items() if key not in family.required})
+    fields.number("attention_dropout", least=0)
+    fields.object("auto_map")
+    for key in ("dtype", "torch_dtype"):
+        fields.text(key)
 
 
-def _read_sizes(config: dict, family: Family) -> dict[str, Any]:
+def _read_sizes(fields: Fields, family: Family) -> dict[str, Any]:
     """Fields of ``ModelConfig`` that stand in ``config.json`` as numbers."""
     sizes: dict[str, Any] = {}
     for key, name in _SIZES.items():
-        value = config.get(key, family.defaults.get(key))
+        default = None if key in fields.content else family.defaults.get(key)
+        if key in ("rms_norm_eps", "initializer_range"):
+            value = fields.number(key, default, least=0)
+        else:
+            value = fields.integer(key, default, least=1, most=_MOST.get(key, INT32))
         if value is None and key not in _OPTIONAL:
             raise ValueError(f"config.json: {key} is missing")
         if value is not None:
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"config.json: {key} is {value!r}; it must be a number")
             sizes[name] = value
     return sizes
 
 
-def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
+@dataclass(frozen=True)
+class DMCBlock:
+    """The ``dmc`` block of an exported model's ``config.json``."""
+
+    base_model_type: str
+    """``model_type`` of the plain family."""
+    dmc: DMCConfig
+    stage: str
+    """zero_out, retrofit or finetune."""
+    step: int
+    """Finished optimizer steps of the stage."""
+    target_cr: float
+    """Compression ratio that the model was trained to; 1 when the block does not say."""
+    measured_cr: Optional[float]
+    """Compression ratio that was measured: tokens / slots."""
+
+    @property
+    def compresses(self) -> bool:
+        return self.stage in COMPRESSED_STAGES
+
+    @property
+    def expected_cr(self) -> float:
+        """Tokens per slot to expect; 1 for a model that does not merge."""
+        return self.measured_cr or self.target_cr if self.compresses else 1.0
+
+
+def dmc_block(config: dict) -> Optional[DMCBlock]:
     """The ``dmc`` block of an exported model; None for a plain one. Raises ``ValueError`` for a newer format or a
     damaged block.
     """
     if "dmc" not in config:
+        if _fields(config).text("model_type") == DMC_MODEL_TYPE:
+            raise ValueError("config.json is of a DMC model and has no dmc block; export the model again")
         return None
-    block = _dmc_block(config)
+    block = _block_fields(config)
     if block.get("format_version") != DMC_FORMAT_VERSION:
         raise ValueError(
-            f"config.json: dmc.format_version is {block.get('format_version')!r}; this version reads "
+            f"config.json: dmc.format_version is {shown(block.get('format_version'))}; this version reads "
             f"{DMC_FORMAT_VERSION}"
         )
-    missing = [key for key in _DMC_KEYS if key not in block]
+    missing = [key for key in _DMC_KEYS if key not in block.content]
     if missing:
         raise ValueError(f"config.json: dmc.{missing[0]} is missing; the block needs {', '.join(_DMC_KEYS)}")
-    names = ("method", "decision_bias", "window", "importance_epsilon")
-    dmc = build(DMCConfig, {name: block[name] for name in names if name in block}, "config.json: dmc.")
-    dmc.check()
-    return dmc
+    dmc = DMCConfig(
+        method=block.text("method", "dmc"),
+        decision_bias=block.number("decision_bias", math.nan),
+        window=block.integer("window", least=1, most=_LONGEST_WINDOW),
+        importance_epsilon=block.number("importance_epsilon", math.nan, above=0),
+    )
+    try:
+        dmc.check()
+    except ValueError as error:
+        raise ValueError(f"config.json: dmc.{error}") from None
+    stage = block.text("stage")
+    if stage not in ("zero_out", *COMPRESSED_STAGES):
+        block.refuse("stage", f"zero_out, {' or '.join(COMPRESSED_STAGES)}")
+    for name, value in family_of(config).switches.items():
+        if block.flag(name, value) != value:
+            block.refuse(name, f"{value} for base_model_type {block.text('base_model_type')}")
+    return DMCBlock(
+        base_model_type=block.text("base_model_type"),
+        dmc=dmc,
+        stage=stage,
+        step=block.integer("step", 0),
+        target_cr=block.number("target_cr", 1.0, least=1, most=_LARGEST_CR),
+        measured_cr=block.number("measured_cr", least=1, most=_LARGEST_CR),
+    )
 
 
-def _dmc_block(config: dict) -> dict:
-    block = config["dmc"]
-    if not isinstance(block, dict):
-        raise ValueError(f"config.json: dmc is {block!r}; it must be an object; export the model again")
-    return block
+def dmc_from_hf_config(config: dict) -> Optional[DMCConfig]:
+    """DMC settings of an exported model; None for a plain one. Raises ``ValueError`` as :func:`dmc_block` does."""
+    block = dmc_block(config)
+    return None if block is None else block.dmc
+
+
+def _block_fields(config: dict) -> Fields:
+    if not isinstance(config["dmc"], dict):
+        raise ValueError(f"config.json: dmc is {shown(config['dmc'])}; it must be an object; export the model again")
+    return Fields(config["dmc"], "config.json: dmc.")
 
 
 def to_hf_config(model: ModelConfig, dtype: str) -> dict:

@@ -77,7 +77,7 @@ def open_model(path: Path, given: Given = Given()) -> Source:
 
 def _config(checkpoint: Path, reader: DistReader, model: ModelConfig) -> dict:
     """The plain family's ``config.json``: the original one as training has changed it, or a new one."""
-    dtype = str(next(iter(reader.tensors().values())).properties.dtype).removeprefix("torch.")
+    dtype = str(hf.main_dtype(reader.get(name) for name in reader.tensors())).removeprefix("torch.")
     original = checkpoint / HF_FILES / "config.json"
     if original.is_file():
         return mapping.changed_config(hf.read_json(original), model, dtype)
@@ -85,6 +85,7 @@ def _config(checkpoint: Path, reader: DistReader, model: ModelConfig) -> dict:
 
 
 def _parameters(reader: DistReader, family: mapping.Family, model: ModelConfig) -> dict[Key, Lazy]:
+    _check_layers(reader, model)
     compare_names(reader.tensors(), {rule.megatron for rule in mapping.rules(family, model)}, str(reader.directory))
     parameters: dict[Key, Lazy] = {}
     for rule, layer in mapping.in_order(family, model):
@@ -96,6 +97,16 @@ def _parameters(reader: DistReader, family: mapping.Family, model: ModelConfig) 
             )
         parameters[rule.megatron, layer] = parameter
     return parameters
+
+
+def _check_layers(reader: DistReader, model: ModelConfig) -> None:
+    """Raise ``ValueError`` when the stacked tensors are not of as many layers as the configuration says."""
+    for name, entry in reader.tensors().items():
+        if name.startswith("decoder.layers.") and entry.size[0] != model.num_layers:
+            raise ValueError(
+                f"{name} in {reader.directory} is of {entry.size[0]} layers; expected {model.num_layers} from its "
+                "config.yaml"
+            )
 
 
 def _weight_map(checkpoint: Path, tensors: dict[str, Lazy], model: ModelConfig) -> dict[str, str]:
@@ -125,9 +136,13 @@ def describe(path: Path) -> list[Row]:
         weight_row(reader.get(name) for name in entries),
         ("optimizer", "yes, training can resume" if manifest.has_optimizer else "no, weights only"),
         ("source", manifest.source),
-        ("also there", ", ".join(sorted(p.name for p in (checkpoint / HF_FILES).glob("*")))),
+        ("also there", ", ".join(_names(checkpoint / HF_FILES))),
         ("made with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
     ]
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def _training_rows(manifest: Manifest, run: RunConfig, chunks: int) -> list[Row]:
