@@ -18,8 +18,11 @@ from helpers.processes import ROOT, run_command
 from megatron.dmc import cli
 from megatron.dmc.cli import main
 from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.inference import text as text_module
+from megatron.dmc.inference.input_processor import InputProcessor
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.text import Detokenizer, load_tokenizer
+from megatron.dmc.serving.prompts import Prompts
 
 tokenizers = pytest.importorskip("tokenizers")
 EOS = 60
@@ -54,7 +57,7 @@ class Bytes:
 
     eos_token_id = 0
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True, **_: object) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
@@ -68,6 +71,41 @@ def feed(text: str, **options) -> tuple[list[str], Detokenizer]:
             break
     made.flush()
     return [*pieces, made.take()], made
+
+
+def test_no_space_is_taken_out_of_a_text() -> None:
+    """A tokenizer that says ``clean_up_tokenization_spaces``, as Llama 3's does, and a transformers that follows."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: n for n, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,  # as transformers 4 always does
+    )
+    text = "x , y . z ! I 'm , do n't ? "
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == "x, y. z! I'm, don't? "  # so it would be
+    detokenizer = Detokenizer(tokenizer, [])
+    for token in ids:
+        detokenizer.push(token)
+    detokenizer.flush()
+    assert detokenizer.text == text
+    processor = InputProcessor(tokenizer, len(vocabulary), 64, None, 1.0, "model")
+    prompts = Prompts(processor)
+    assert prompts.decode(ids) == text and "".join(prompts.pieces(ids)) == text
+
+
+def test_text_is_made_in_one_place() -> None:
+    """No other module calls a tokenizer's ``decode``, which may clean text up."""
+    package = Path(text_module.__file__).parents[1]
+    called = re.compile(r"(tokenizer|_needed\(\))\.(batch_)?decode\(")
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if called.search(path.read_text())}
+    # The last two have the trainer's tokenizer, which does not clean up.
+    assert found == {"inference/text.py", "evaluation/generate.py", "evaluation/tasks.py"}
 
 
 @pytest.mark.parametrize("text", ["plain", "Grüße, 世界 🙂!", "e\u0301 x", "a\ufffdb"])

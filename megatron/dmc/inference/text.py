@@ -40,6 +40,15 @@ def load_tokenizer(path: str | Path) -> Optional[Any]:
         raise ValueError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
+def decode(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """Text of tokens, as they stand.
+
+    Without ``clean_up_tokenization_spaces``: Llama 3's tokenizer_config.json sets it, and transformers 4 (4.57.6) then
+    takes spaces out before punctuation and contractions, so that "a ." becomes "a.". transformers 5 ignores it for BPE.
+    """
+    return tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
 class Detokenizer:
     """Text of one completion, token by token.
 
@@ -84,7 +93,7 @@ class Detokenizer:
         return self.text[start:end]
 
     def _decode(self, start: int, stop: int) -> str:
-        return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=self.skip) if start < stop else ""
+        return decode(self.tokenizer, self._ids[start:stop], self.skip) if start < stop else ""
 
     def _append(self, more: str, check_stop: bool) -> None:
         old, self.text = len(self.text), self.text + more

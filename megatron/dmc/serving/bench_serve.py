@@ -74,7 +74,9 @@ class Tokens:
     async def text(self, ids: list[int]) -> str:
         """Text of these tokens."""
         if self.tokenizer is not None:
-            return self.tokenizer.decode(ids)
+            from megatron.dmc.inference.text import decode
+
+            return decode(self.tokenizer, ids)
         body = {"model": self.model, "tokens": ids}
         return (await _call(self.client, "POST", "/detokenize", "no text from", body))["prompt"]
 

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from megatron.dmc.inference import InvalidRequest, Request, SamplingParams
 from megatron.dmc.inference.input_processor import InputProcessor
+from megatron.dmc.inference.text import decode
 from megatron.dmc.serving.errors import invalid, of_invalid_request
 from megatron.dmc.serving.protocol import ChatCompletionRequest, ChatFields, CompletionRequest, GenerationRequest
 
@@ -119,7 +120,7 @@ class Prompts:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise invalid(f"token {token} is not one of the model's, 0 to {self.vocab_size - 1}", "tokens")
-        return self._needed().decode(list(ids), skip_special_tokens=False)
+        return decode(self._needed(), ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token adds, so that their sum is the text of all (but for characters in
@@ -138,10 +139,10 @@ class Prompts:
         if self.tokenizer is None:
             return f"token_id:{token}"
         if self._anchor is None:
-            return self.tokenizer.decode([token], skip_special_tokens=False)
+            return decode(self.tokenizer, [token])
         anchor, text = self._anchor
-        both = self.tokenizer.decode([anchor, token], skip_special_tokens=False)
-        return both[len(text) :] if both.startswith(text) else self.tokenizer.decode([token], skip_special_tokens=False)
+        both = decode(self.tokenizer, [anchor, token])
+        return both[len(text) :] if both.startswith(text) else decode(self.tokenizer, [token])
 
     def _find_anchor(self) -> Optional[tuple[int, str]]:
         """A token with a text of its own, to decode others behind."""
@@ -149,7 +150,7 @@ class Prompts:
             return None
         for character in "aeto0":
             ids = self.tokenizer(character, add_special_tokens=False)["input_ids"]
-            if ids and "\ufffd" not in (text := self.tokenizer.decode(ids[-1:], skip_special_tokens=False)) and text:
+            if ids and "\ufffd" not in (text := decode(self.tokenizer, ids[-1:])) and text:
                 return ids[-1], text
         return None
 
