@@ -1,17 +1,25 @@
-"""CRC-32 of a checkpoint's files: written into its manifest, compared when it is loaded. No torch.
+"""CRC-32 of the files of a checkpoint or an exported directory, compared when it is loaded. No torch.
 
-It finds what disks, copies and networks do to a file, by the file's name; it is no protection against an attacker. A
-thread reads a few GB/s (zlib leaves the interpreter's lock alone meanwhile), and ranks share the files.
+A checkpoint has them in its manifest, a Hugging Face directory that was written here in ``checksums.json``. They find
+what disks, copies and networks do to a file, by the file's name, and are no protection against an attacker. A thread
+reads a few GB/s (zlib leaves the interpreter's lock alone meanwhile), and ranks share the files.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+FILE = "checksums.json"
+"""File of an exported directory with ``{"crc32": {name: CRC-32}}``."""
+UNLISTED = (FILE, "README.md")
+"""Files without a checksum: itself, and the model card, which people edit and nothing reads."""
+ADVICE = f"restore it from a copy, or remove the lines of files that you have changed yourself from {FILE}"
 _BLOCK = 4 << 20
 
 
@@ -47,6 +55,63 @@ def damaged(directory: Path, expected: Mapping[str, str], names: Iterable[str]) 
         if value != expected[name]:
             found.append(f"{name} ({value or 'cannot be read'}, should be {expected[name]})")
     return found
+
+
+def require_undamaged(directory: Path, expected: Mapping[str, str], what: str, advice: str) -> None:
+    """Compare the files of ``expected`` (name -> CRC-32).
+
+    Raises:
+        ValueError: "``what`` is damaged", with the names of the files that differ, and ``advice``.
+    """
+    if odd := damaged(directory, expected, expected):
+        more = ", ..." if odd[5:] else ""
+        raise ValueError(f"{what} is damaged, its checksums differ: {', '.join(odd[:5])}{more}; {advice}")
+
+
+def write_file(directory: Path, crc32: Mapping[str, str]) -> None:
+    """Write ``directory/checksums.json``, last of all.
+
+    Args:
+        crc32: what is known already (name -> CRC-32); the other files are read for theirs.
+    """
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in UNLISTED)
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    others = checksums(directory, [name for name in names if name not in crc32])
+    content = {"crc32": {name: crc32.get(name) or others[name] for name in names}}
+    (directory / FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_file(directory: Path) -> dict[str, str]:
+    """Checksums of a directory, name -> CRC-32; empty where there is no ``checksums.json``.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        values = content["crc32"]
+        if list(content) != ["crc32"] or not all(isinstance(value, str) for value in values.values()):
+            raise ValueError('it must hold {"crc32": {name: checksum}}')
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+    return values
+
+
+@contextmanager
+def checking(directory: Path) -> Iterator[None]:
+    """Compare a directory's files with its ``checksums.json`` while the body loads them, which takes as long.
+
+    Raises:
+        ValueError: after the body, with the names of the files that differ.
+    """
+    expected = read_file(directory)
+    with ThreadPoolExecutor(1) as pool:
+        compared = pool.submit(require_undamaged, directory, expected, str(directory), ADVICE)
+        yield
+        compared.result()
 
 
 def _tolerant(directory: Path, names: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint import checksums, mapping
 from megatron.dmc.checkpoint.formats import gguf, hf, legacy, megatron, torch_dist
 from megatron.dmc.checkpoint.formats.base import Given, Source
 from megatron.dmc.checkpoint.manifest import write_files, write_hf_files
@@ -184,7 +184,7 @@ def import_model(source: Source, save: Path, overwrite: bool = False, progress: 
                     progress.block(parameter.name, block)
         write_hf_files(directory, source.files)
         (directory / "config.yaml").write_text(yaml.safe_dump(source.run.to_dict(), sort_keys=False))
-        source.manifest.write(directory)  # last: it lists the other files
+        source.manifest.write(directory, writer.crc32)  # last: it lists the other files
     progress.warn()
     return save
 
@@ -214,12 +214,13 @@ def export(
     announce(f"export {source.path} ({source.kind}) -> {save}", source.tensors, save, progress)
     files = tokenizer_files(source, tokenizer, progress.say)
     with writing(save), staged(save, overwrite) as directory:
-        hf.write_weights(directory, source.tensors, source.weight_map, progress.block)
+        crc32 = hf.write_weights(directory, source.tensors, source.weight_map, progress.block)
         (directory / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
         write_files(directory, files)
         if source.is_dmc:
             for path in REMOTE_CODE.glob("*_dmc.py"):
                 shutil.copyfile(path, directory / path.name)
         (directory / "README.md").write_text(model_card(source), encoding="utf-8")
+        checksums.write_file(directory, crc32)
     progress.warn()
     return save

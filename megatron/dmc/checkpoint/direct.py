@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class DirectFile:
                 raise
             self._descriptor = os.open(path, flags, 0o666)
         self._block = memoryview(mmap.mmap(-1, self.BLOCK))  # a mapping is aligned
-        self._filled = self._written = 0
+        self._filled = self._written = self._crc32 = 0
 
     def __enter__(self) -> DirectFile:
         return self
@@ -48,9 +49,15 @@ class DirectFile:
         """Bytes so far."""
         return self._written + self._filled
 
+    @property
+    def crc32(self) -> str:
+        """CRC-32 of what has been written: 8 hexadecimal digits."""
+        return f"{self._crc32:08x}"
+
     def write(self, data: Any) -> int:
         """Append all of a contiguous buffer, which may change afterwards."""
         view = memoryview(data).cast("B")
+        self._crc32 = zlib.crc32(view, self._crc32)
         done = 0
         while done < len(view):
             n = min(len(view) - done, self.BLOCK - self._filled)

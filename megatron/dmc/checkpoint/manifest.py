@@ -11,17 +11,25 @@ import dataclasses
 import json
 import re
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from megatron.dmc.checkpoint import checksums, foreign
+from megatron.dmc.config import STAGES, build
+from megatron.dmc.config.checks import not_negative, one_of, positive, require
 
 FORMAT = "megatron.dmc.torch_dist"
 FORMAT_VERSION = 1
 LATEST = "latest_checkpointed_iteration.txt"
 TEMPORARY = ".tmp_"
+_ITERATION = r"iter_\d{7,}"
+_OWN_CRC32 = "manifest_crc32"
+_ADVICE = "restore it from a copy, or name another checkpoint"
+_SMALL = 1 << 20
+"""Size in bytes of files that are read for their checksums whenever a checkpoint is looked at."""
 SHARDS_FILE = "shards.json"
 """Layout of the weights that a model had in Hugging Face's format; lies in ``hf/``."""
 HF_FILES = "hf"
@@ -54,9 +62,16 @@ class Manifest:
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every other file of the checkpoint, filled in by :meth:`write`."""
     crc32: dict[str, str] = field(default_factory=dict)
-    """CRC-32 of those files, 8 hexadecimal digits each; empty when they were not taken (conversion)."""
+    """CRC-32 of those files, 8 hexadecimal digits each; empty when they were not taken (older conversions)."""
     family: Optional[str] = None
     """``model_type`` of the Hugging Face model at the start of the lineage, whose files lie in ``hf/``."""
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a value that no training writes."""
+        one_of(self, "stage", "import", *STAGES)
+        not_negative(self, "iteration", "train_iters", "consumed_samples", "consumed_tokens", "measured_cr")
+        positive(self, "target_cr")
+        require(all(size >= 0 for size in self.files.values()), "files has a negative size")
 
     @property
     def finished(self) -> bool:
@@ -74,14 +89,35 @@ class Manifest:
             others = checksums.checksums(directory, self.files.keys() - crc32.keys())
             self.crc32 = {name: crc32.get(name) or others[name] for name in self.files}
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        content[_OWN_CRC32] = _crc32_of(content)
         (directory / "manifest.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _crc32_of(content: Mapping[str, Any]) -> str:
+    """CRC-32 of a manifest's values, without its own checksum; spaces and the order of keys are free."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _parse(text: str) -> Manifest:
+    """Manifest from JSON. Raises ``ValueError`` and others for what :meth:`Manifest.write` does not write."""
+    content = json.loads(text)
+    if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise ValueError("another format or version")
+    # Manifests of older versions have none; their files and values are checked as far as they go.
+    if (written := content.pop(_OWN_CRC32, None)) is not None and written != (found := _crc32_of(content)):
+        raise ValueError(f"its values were changed after it was written (CRC-32 {found}, should be {written})")
+    del content["format"], content["format_version"]
+    manifest = build(Manifest, content)
+    manifest.check()
+    return manifest
+
+
 def read_manifest(directory: Path) -> Manifest:
-    """Manifest of a checkpoint directory. Looks at names and sizes of files only, so it takes no time.
+    """Manifest of a checkpoint directory. Looks at names and sizes of files, and at the checksums of small ones.
 
     Raises:
-        ValueError: the directory is of another format, or a file is missing or truncated.
+        ValueError: the directory is of another format, or the manifest or a small file was changed, or a file is
+            missing or truncated, or the directory has the name of another iteration.
     """
     path = directory / "manifest.json"
     if not path.is_file() or not (directory / "metadata.json").is_file():
@@ -89,14 +125,24 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not a complete checkpoint (manifest.json or metadata.json is missing); name another one"
         )
     try:
-        content = json.loads(path.read_text())
-        if (content.pop("format"), content.pop("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise ValueError("another format or version")
-        manifest = Manifest(**content)
-        expected = dict(manifest.files)
+        manifest = _parse(path.read_text())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a version {FORMAT_VERSION} {FORMAT} manifest: {error}") from error
-    for name, size in expected.items():
+        raise ValueError(
+            f"{path} is not a version {FORMAT_VERSION} {FORMAT} manifest: {error}; restore it from a copy, or name "
+            "another checkpoint"
+        ) from error
+    if re.fullmatch(_ITERATION, directory.name) and int(directory.name[5:]) != manifest.iteration:
+        raise ValueError(
+            f"{directory} holds iteration {manifest.iteration}, as its manifest.json says; give it the name "
+            f"{iteration_directory(directory.parent, manifest.iteration).name} back, or name another checkpoint"
+        )
+    _check_files(directory, manifest)
+    return manifest
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    """Compare names and sizes of a checkpoint's files, and contents of small ones, with its manifest."""
+    for name, size in manifest.files.items():
         file = directory / name
         if not file.is_file():
             raise ValueError(
@@ -108,7 +154,14 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{directory} is not a complete checkpoint: {name} has {file.stat().st_size} bytes and should "
                 f"have {size}; copy it again, or name another checkpoint"
             )
-    return manifest
+    small = {n: manifest.crc32[n] for n, size in manifest.files.items() if size <= _SMALL and n in manifest.crc32}
+    checksums.require_undamaged(directory, small, f"checkpoint {directory}", _ADVICE)
+
+
+def check_contents(directory: Path, manifest: Manifest) -> None:
+    """Compare all files with the manifest's checksums, which takes as long as reading them. ``ValueError`` names what
+    differs."""
+    checksums.require_undamaged(directory, manifest.crc32, f"checkpoint {directory}", _ADVICE)
 
 
 def iteration_directory(save: Path, iteration: int) -> Path:
@@ -117,7 +170,7 @@ def iteration_directory(save: Path, iteration: int) -> Path:
 
 def complete_checkpoints(save: Path) -> list[Path]:
     """Checkpoints under a --save directory, oldest first."""
-    found = [p for p in save.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name) and (p / "manifest.json").is_file()]
+    found = [p for p in save.glob("iter_*") if re.fullmatch(_ITERATION, p.name) and (p / "manifest.json").is_file()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -130,7 +183,7 @@ def newest_checkpoint(save: str | Path) -> Optional[Path]:
     save = Path(save)
     found = complete_checkpoints(save)
     newest = int(found[-1].name[5:]) if found else -1
-    broken = [p for p in save.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name) and int(p.name[5:]) > newest]
+    broken = [p for p in save.glob("iter_*") if re.fullmatch(_ITERATION, p.name) and int(p.name[5:]) > newest]
     latest = save / LATEST
     if not broken and latest.is_file():
         text = latest.read_text().strip()

@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron.dmc.checkpoint import checksums
 from megatron.dmc.checkpoint.convert import Progress, announce, writing
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE, write_files
@@ -73,9 +74,10 @@ def merge_heads(
     config = {**found.config, "num_key_value_heads": kv_heads}
     announce(f"merge {model.kv_heads} KV heads of {source} into {kv_heads} -> {save}", merged, save, progress)
     with writing(save), staged(save, overwrite) as directory:
-        hf.write_weights(directory, merged, found.weight_map, progress.block)
+        crc32 = hf.write_weights(directory, merged, found.weight_map, progress.block)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         own = ("config.json", SHARDS_FILE)
         write_files(directory, {name: content for name, content in found.files.items() if name not in own})
+        checksums.write_file(directory, crc32)
     progress.warn()
     return save

@@ -1,13 +1,14 @@
-"""Comparison of a Hugging Face directory and a checkpoint, bit by bit."""
+"""Comparison of a Hugging Face directory and a checkpoint, bit by bit, or of one of them with its own checksums."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint import checksums, mapping
 from megatron.dmc.checkpoint.convert import Progress
 from megatron.dmc.checkpoint.formats import hf, torch_dist
 from megatron.dmc.checkpoint.formats.base import Source, compare_names
+from megatron.dmc.checkpoint.manifest import check_contents, read_manifest, resolve_checkpoint
 from megatron.dmc.checkpoint.tensors import same_bits
 
 
@@ -41,6 +42,31 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
     progress.warn()
     nbytes = sum(t.nbytes for t in theirs.tensors.values())
     return f"identical: {len(theirs.tensors)} tensors, {nbytes} bytes, same names, shapes and dtypes"
+
+
+def verify_checksums(path: str | Path, is_checkpoint: bool) -> str:
+    """Compare every file of a checkpoint (or the newest of a --save directory), or of a directory that was exported
+    here, with the checksums that were written with it.
+
+    Returns:
+        One line that says what was compared.
+
+    Raises:
+        ValueError: a file differs or is missing, by name; or there are no checksums.
+    """
+    path = Path(path)
+    if is_checkpoint:
+        path = resolve_checkpoint(path)
+        manifest = read_manifest(path)
+        expected = manifest.crc32
+        check_contents(path, manifest)
+    else:
+        expected = checksums.read_file(path)
+        checksums.require_undamaged(path, expected, str(path), checksums.ADVICE)
+    if not expected:
+        raise ValueError(f"{path} has no checksums; compare it with its source: dmc convert verify --hf DIR --load DIR")
+    nbytes = sum((path / name).stat().st_size for name in expected)
+    return f"undamaged: {len(expected)} files of {path}, {nbytes} bytes, have the checksums that were written with them"
 
 
 def _compare_configs(theirs: Source, ours: Source) -> None:

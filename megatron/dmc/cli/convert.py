@@ -20,6 +20,7 @@ EXAMPLES = """
     dmc convert import --megatron checkpoints/llama --save llama      # torch_dist of Megatron-LM, Megatron-Bridge, NeMo
     dmc convert import --legacy megatron-dmc-release --save llama2-7b-dmc
     dmc convert verify --hf Llama-2-7b-hf --load llama2-7b --logits
+    dmc convert verify --hf Llama-2-7b-DMC-4x                         # is a file damaged?
     dmc convert export --load dmc-4x --save Llama-2-7b-DMC-4x         # loads with trust_remote_code=True
     dmc convert merge-heads --hf Llama-2-7b-hf --kv-heads 8 --save Llama-2-7b-GQA
     dmc convert inspect Llama-2-7b-DMC-4x
@@ -86,9 +87,17 @@ def build_parser() -> flags.Parser:
     for writing in (load, save, merge):
         writing.add_argument("--save", metavar="DIR", required=True, help="Directory to write.")
         writing.add_argument("--overwrite", action="store_true", help="Replace the --save directory when it exists.")
-    verify = command("verify", "Check that a checkpoint and a Hugging Face directory hold the same model", _verify)
-    verify.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory to compare.")
-    verify.add_argument("--load", metavar="DIR", required=True, help="Checkpoint to compare.")
+    verify = command(
+        "verify",
+        "Check that a checkpoint and a Hugging Face directory hold the same model, or one of them by its checksums",
+        _verify,
+    )
+    verify.add_argument(
+        "--hf", metavar="DIR", help="Hugging Face directory to compare; alone, with its checksums.json."
+    )
+    verify.add_argument(
+        "--load", metavar="DIR", help="Checkpoint to compare; alone, with the checksums in its manifest."
+    )
     verify.add_argument(
         "--logits", action="store_true", help="Compare logits with transformers' implementation too, in fp32."
     )
@@ -162,8 +171,13 @@ def _merge_heads(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron.dmc.checkpoint.verify import verify
+    from megatron.dmc.checkpoint.verify import verify, verify_checksums
 
+    if not (args.hf and args.load):
+        if not (args.hf or args.load) or args.logits:
+            raise ValueError("dmc convert verify needs --hf and --load, or one of them without --logits")
+        print(verify_checksums(args.load or args.hf, is_checkpoint=bool(args.load)), flush=True)
+        return 0
     print(_with_progress(verify, args.hf, args.load), flush=True)
     if args.logits:
         from megatron.dmc.evaluation.logits import compare_logits

@@ -44,6 +44,9 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         require(value in args, f"{name} is {value!r}; use one of {', '.join(map(str, args))}")
         return value
+    if origin is dict:
+        require(isinstance(value, dict), f"{name} is {value!r}; it must be a mapping")
+        return {_value(args[0], k, name): _value(args[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is list:
         require(isinstance(value, list), f"{name} is {value!r}; it must be a list")
         return [_value(args[0], v, name) for v in value]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.dmc.checkpoint import checksums
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
 from megatron.dmc.inference.model import Model, linear
@@ -85,7 +86,8 @@ class TeacherForced(Model):
         """Load a Hugging Face directory. Raises ``ValueError`` for a wrong one, naming key or tensor and the fix."""
         directory, where = hf.open_directory(Path(path)), torch.device(device)
         info = read_info(directory)
-        return cls(directory, info, TensorParallel(), dtype_of(dtype, info, where), where)
+        with checksums.checking(directory.path):
+            return cls(directory, info, TensorParallel(), dtype_of(dtype, info, where), where)
 
     def own_policy(self) -> CachePolicy:
         """The policy that the model was trained for: DMC or DMS after their retrofit, else the full cache."""

@@ -7,6 +7,7 @@ ends a request. A request that is wrong, or whose logits hold NaN or Inf, ends a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +15,7 @@ from typing import Any, Optional
 import torch
 
 from megatron.dmc import kernels
+from megatron.dmc.checkpoint import checksums
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference import dummy
 from megatron.dmc.inference import parallel as tp
@@ -98,7 +100,9 @@ class Engine:
         info.check_served()
         dtype = dtype_of(config.dtype, info, device)
         self.parallel = tp.initialize(config.tensor_parallel_size, device)
-        self.model = Model(path, info, self.parallel, dtype, device)
+        checked = config.load_format != "dummy" and self.parallel.rank == 0
+        with checksums.checking(path.path) if checked else nullcontext():
+            self.model = Model(path, info, self.parallel, dtype, device)
         self.sizes: Sizes = resolve(config, info, dtype, device)
         self.cache = self._make_cache(dtype)
         sizes, vocab_size = self.sizes, info.model.vocab_size

@@ -165,7 +165,7 @@ def describe_start(config: RunConfig, start: Optional[StartingPoint]) -> list[st
         return []
     path, manifest, lines = start.path, start.manifest, []
     if not (config.training.verify_checkpoints and manifest.crc32):
-        why = "verify_checkpoints is off" if manifest.crc32 else "it has none (conversions write none)"
+        why = "verify_checkpoints is off" if manifest.crc32 else "it has none (an older conversion)"
         lines.append(f"WARNING: {path} was loaded without a look at its checksums: {why}")
     if start.resumes:
         lines.append(f"resumed {path} at iteration {manifest.iteration}")

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint import checksums, mapping
 from megatron.dmc.checkpoint.direct import DirectFile
 from megatron.dmc.checkpoint.fields import Fields, read_json
 from megatron.dmc.checkpoint.formats.base import (
@@ -186,8 +186,8 @@ def _read_shards(path: Path, index: str, weight_map: dict, read: Callable) -> tu
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Lazy], seen: Optional[Callable[[str, torch.Tensor], None]] = None
-) -> None:
-    """Write one file block by block, in the order given. ``seen`` gets every (name, block)."""
+) -> str:
+    """Write one file block by block, in the order given. ``seen`` gets every (name, block). Returns its CRC-32."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
@@ -210,6 +210,7 @@ def write_safetensors(
                     background(file.write, block.view(torch.uint8).reshape(-1).numpy())
         finally:
             background.finish()  # before the file is closed
+    return file.crc32
 
 
 def shard_layout(tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
@@ -241,17 +242,17 @@ def write_weights(
     tensors: Mapping[str, Lazy],
     weight_map: Mapping[str, str],
     seen: Optional[Callable[[str, torch.Tensor], None]] = None,
-) -> None:
-    """Write every shard of ``weight_map``, and the index when there are several."""
+) -> dict[str, str]:
+    """Write every shard of ``weight_map``, and the index when there are several. Returns their CRC-32 by name."""
     files: dict[str, dict[str, Lazy]] = {}
     for name, file in weight_map.items():
         files.setdefault(file, {})[name] = tensors[name]
-    for file, content in files.items():
-        write_safetensors(directory / file, content, seen)
+    crc32 = {file: write_safetensors(directory / file, content, seen) for file, content in files.items()}
     if list(files) != [SINGLE]:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return crc32
 
 
 # -------------------------------------------------------------------------------------------------------- the format
@@ -263,7 +264,8 @@ def matches(path: Path) -> bool:
 
 
 def open_model(path: Path, given: Given = Given()) -> Source:
-    """The model in a directory, plain or exported."""
+    """The model in a directory, plain or exported, whose files are first compared with its checksums, if it has any."""
+    checksums.require_undamaged(path, checksums.read_file(path), str(path), checksums.ADVICE)
     directory = open_directory(path)
     files = {name: file.read_bytes() for name, file in directory.side_files().items()}
     files["config.json"] = (path / "config.json").read_bytes()

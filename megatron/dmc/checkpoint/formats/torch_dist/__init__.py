@@ -17,6 +17,7 @@ from megatron.dmc.checkpoint.manifest import (
     HF_FILES,
     SHARDS_FILE,
     Manifest,
+    check_contents,
     complete_checkpoints,
     read_hf_files,
     read_manifest,
@@ -53,6 +54,7 @@ def open_model(path: Path, given: Given = Given()) -> Source:
             f"{checkpoint} is in the middle of zero_out (iteration {manifest.iteration} of {manifest.train_iters}), "
             "where attention depends on the step; let it finish, or export the checkpoint before it"
         )
+    check_contents(checkpoint, manifest)
     reader, model = DistReader(checkpoint), run.model
     config = _config(checkpoint, reader, model)
     family = mapping.family_of(config)

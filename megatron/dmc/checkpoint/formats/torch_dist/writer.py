@@ -40,6 +40,8 @@ class DistWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.crc32: dict[str, str] = {}
+        """CRC-32 of each file of tensors, by name; all of them when the context is left."""
         self._entries: dict[str, TensorStorageMetadata] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._files = 0
@@ -132,6 +134,7 @@ class DistWriter:
     def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
+            self.crc32[Path(self._file.name).name] = self._file.crc32
             self._file = None
 
     def _finish(self) -> None:
