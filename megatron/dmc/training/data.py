@@ -64,7 +64,8 @@ def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     """Refuse data that cannot be trained on. Reads a few small files, builds nothing and needs no process group.
 
     Returns:
-        Warnings for the log: datasets whose documents do not begin as the tokenizer begins a text.
+        Warnings for the log: what could not be checked, and datasets whose documents do not begin as the tokenizer
+        begins a text.
 
     Raises:
         ValueError: no training data is named; a file is missing or truncated; a dataset was made with another
@@ -82,8 +83,18 @@ def check_datasets(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     for name in ("data_path", "valid_data_path"):
         for prefix in parse_blend(getattr(data, name), name)[0]:
             sidecar = _check_dataset(prefix, name, tokenizer, data.seq_length)
-            warnings += _check_bos(sidecar, prefix, tokenizer)
+            warnings += [*_unchecked(sidecar, prefix), *_check_bos(sidecar, prefix, tokenizer)]
     return list(dict.fromkeys(warnings))
+
+
+def _unchecked(sidecar: Sidecar, prefix: str) -> list[str]:
+    if not sidecar.described:
+        return []
+    ends = "" if sidecar.eod_appended else " Not every document ends with EOD."
+    return [
+        f"{prefix} was made by other software (dmc data describe): its ids are all in the vocabulary, but that "
+        f"{sidecar.tokenizer} made them could not be checked.{ends}"
+    ]
 
 
 def _check_bos(sidecar: Sidecar, prefix: str, tokenizer: Tokenizer) -> list[str]:

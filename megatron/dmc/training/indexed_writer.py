@@ -43,6 +43,8 @@ class Sidecar:
     idx_bytes: int
     idx_sha256: str
     """Hash of ``.idx``, the documents' lengths, which a cached sample index depends on besides the run's settings."""
+    described: bool = False
+    """True when other software made the files: that this tokenizer made their ids is what the user has said."""
 
     @classmethod
     def read(cls, prefix: str | Path) -> Sidecar:
@@ -50,8 +52,8 @@ class Sidecar:
         path = Path(f"{prefix}.json")
         if not path.is_file():
             raise ValueError(
-                f"dataset {prefix} has no {path.name}: it is incomplete, or was not made by "
-                "dmc data preprocess; run that again"
+                f"dataset {prefix} has no {path.name}: if other software made it, such as Megatron-LM, run dmc data "
+                f"describe {prefix} --tokenizer PATH; if dmc data preprocess did not finish, run that again"
             )
         try:
             content = json.loads(path.read_text())
