@@ -69,6 +69,13 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     # A thread of its own, so that streams go on while a long text is tokenized.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))
+    # Another one, so that prompts do not wait for a chat template that takes its time.
+    templating: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-chats"))
+
+    def close(self) -> None:
+        """Let the threads end; one that hangs is not waited for."""
+        for executor in (self.tokenizing, self.templating):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def check_model(self, name: Optional[str]) -> None:
         if name is not None and name != self.model_name:
@@ -80,9 +87,10 @@ class Service:
             )
 
     async def tokenize(self, function: Callable[[Any], T], request: Any) -> T:
-        """Run ``function(request)`` on the tokenizer's thread."""
+        """Run ``function(request)`` on the tokenizer's thread, or on that of chats."""
+        executor = self.templating if isinstance(request, p.ChatFields) else self.tokenizing
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, request)
+            return await asyncio.get_running_loop().run_in_executor(executor, function, request)
         except APIError as error:
             raise request.as_sent(error) from None
 

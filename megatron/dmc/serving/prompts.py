@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -15,13 +16,14 @@ from megatron.dmc.serving.protocol import ChatCompletionRequest, ChatFields, Com
 class Prompts:
     """Prompts and texts of requests. Without a tokenizer, prompts are token ids and completions have no text.
 
-    May be used by one thread while the engine detokenizes in another, given a processor with a tokenizer of its own.
+    May be used by several threads while the engine detokenizes in another, given a processor with its own tokenizer.
     """
 
     def __init__(self, processor: InputProcessor) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.vocab_size, self.max_model_len = processor.vocab_size, processor.max_model_len
         self._texts: dict[int, str] = {}
+        self._encoding = threading.Lock()  # a tokenizer of transformers sets itself up anew for every text
         self._anchor = self._find_anchor()
 
     # ------------------------------------------------------------------------------------------------ to token ids
@@ -72,7 +74,8 @@ class Prompts:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises :class:`APIError`."""
         try:
-            return self.processor.tokenize(text, add_special_tokens)
+            with self._encoding:
+                return self.processor.tokenize(text, add_special_tokens)
         except InvalidRequest as error:
             raise of_invalid_request(error) from None
 

@@ -19,6 +19,7 @@ import uvicorn
 
 from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving import template_process
 from megatron.dmc.serving.app import Service, create_app
 from megatron.dmc.serving.async_engine import AsyncEngine, Limits
 from megatron.dmc.serving.bodies import BodyLimits, default_max_body_bytes
@@ -133,9 +134,10 @@ def make_service(
     metrics = Metrics(metrics_prefix, model_name, max_model_len)
     runner = AsyncEngine(engine, limits, metrics.observe)
     metrics.watch(runner)
-    # The engine's thread detokenizes with the original.
-    prompts = Prompts(engine.input_processor.with_tokenizer(copy.deepcopy(engine.tokenizer)))
     most = default_max_body_bytes(max_model_len) if max_body_bytes is None else max_body_bytes
+    # The engine's thread detokenizes with the original.
+    tokenizer = template_process.bounded(copy.deepcopy(engine.tokenizer), 2 * most)
+    prompts = Prompts(engine.input_processor.with_tokenizer(tokenizer))
     gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
     return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics)
 
@@ -184,6 +186,8 @@ async def serve(
     )
     server = make_server(service, settings.shutdown_timeout, http, lambda: _end_by_force(followers))
     log.info("%d keys, %s", len(keys), _pool(engine))
+    if getattr(engine.tokenizer, "chat_template", None):
+        threading.Thread(target=template_process.shared().start, daemon=True).start()
     watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
     try:
         await server.serve([sock])
@@ -191,7 +195,8 @@ async def serve(
         if watching is not None:
             watching.cancel()
         await service.runner.stop()
-        service.tokenizing.shutdown(wait=False, cancel_futures=True)
+        service.close()
+        template_process.shared().close()
     log.info("stopped")
     return int(service.runner.failure is not None)
 
