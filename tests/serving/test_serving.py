@@ -248,7 +248,7 @@ def test_streamed_chunks_add_up_to_the_answer(model: Model, prompts: Prompts) ->
     parts: dict[int, list[dict]] = {}
     while llm.engine.has_unfinished():
         for output in llm.engine.step():
-            chunk = chunks.of(int(output.request_id), output)
+            (chunk,) = chunks.of(int(output.request_id), output)
             assert chunk["usage"] is None
             parts.setdefault(chunk["choices"][0]["index"], []).append(chunk["choices"][0])
     for choice in whole["choices"]:

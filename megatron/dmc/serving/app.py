@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Optional, TypeVar, Union
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,13 +20,13 @@ from megatron.dmc import __version__
 from megatron.dmc.inference import SamplingParams
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import protocol as p
-from megatron.dmc.serving import responses
-from megatron.dmc.serving.bodies import Receive
+from megatron.dmc.serving import responses, responses_api
 from megatron.dmc.serving.errors import APIError, engine_down, shutting_down
+from megatron.dmc.serving.event_stream import EventStream, Json, error_response, unless_gone
 from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.limits import BoundedRoute
 from megatron.dmc.serving.metrics import Metrics
-from megatron.dmc.serving.middleware import Gate, GateMiddleware, Scope, Send
+from megatron.dmc.serving.middleware import Gate, GateMiddleware
 from megatron.dmc.serving.prompts import Prompts
 
 T = TypeVar("T")
@@ -115,14 +114,36 @@ class Service:
         """Response to a completion or chat completion request, streamed or whole."""
         stream, name = await self.submit(request)
         if request.stream:
-            return EventStream(self, request, stream, name)
+            return EventStream(self._chunks(request, stream, name), stream, self.metrics.refused)
+        whole = await self._whole(request, http, stream, name)
+        return Response(status_code=499) if whole is None else Json(whole)  # 499: the client has left
+
+    async def respond(self, request: p.ResponsesRequest, http: Request) -> Response:
+        """Response of the Responses API, streamed or whole: that of a chat completion in another form."""
         try:
-            results = await _unless_gone(http.receive, stream.results())
+            chat = p.parse(p.ChatCompletionRequest, responses_api.chat_body(request))
+            stream, name = await self.submit(chat)
+        except APIError as error:
+            raise request.as_sent(error) from None
+        if request.stream:
+            events = responses_api.Events(request, self._chunks(chat, stream, name))
+            return EventStream(events, stream, self.metrics.refused)
+        whole = await self._whole(chat, http, stream, name)
+        return Response(status_code=499) if whole is None else Json(responses_api.response(request, whole))
+
+    def _chunks(self, request: p.GenerationRequest, stream: engines.Stream, name: str) -> responses.Chunks:
+        ids = [one.prompt_token_ids for one in stream.requests]
+        return responses.Chunks(request, self.prompts, ids, self.model_name, name)
+
+    async def _whole(
+        self, request: p.GenerationRequest, http: Request, stream: engines.Stream, name: str
+    ) -> Optional[dict[str, Any]]:
+        """Whole response; None if the client leaves before it is there."""
+        try:
+            results = await unless_gone(http.receive, stream.results())
         finally:
             stream.close()
-        if results is None:
-            return Response(status_code=499)  # the client has left
-        return Json(responses.response(request, results, self.model_name, self.prompts, name))
+        return results and responses.response(request, results, self.model_name, self.prompts, name)
 
 
 def _size(request: p.GenerationRequest, params: SamplingParams) -> tuple[int, int]:
@@ -131,81 +152,6 @@ def _size(request: p.GenerationRequest, params: SamplingParams) -> tuple[int, in
         return params.n, params.n * sum(len(message.plain()["content"]) // 4 + 4 for message in request.messages)
     lengths = [len(prompt) // 4 + 1 if isinstance(prompt, str) else len(prompt) for prompt in request.prompts]
     return params.n * len(lengths), params.n * sum(lengths)
-
-
-encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
-"""Encoder of every JSON response: ASCII, since a text may hold half a surrogate pair, and made once, not per token."""
-
-
-class Json(JSONResponse):
-    """JSON response of :func:`encode`."""
-
-    def render(self, content: Any) -> bytes:
-        return encode(content).encode()
-
-
-def _error(error: APIError) -> Response:
-    return Json(error.body(), error.status, error.headers)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless_gone(receive: Receive, work: Awaitable[T]) -> Optional[T]:
-    """Result of ``work``, or None if the client leaves first, which cancels it. Raises what ``work`` raises."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-class EventStream(Response):
-    """Stream of server-sent events. It starts with the first token, so an earlier failure has its own HTTP status."""
-
-    def __init__(self, service: Service, request: p.GenerationRequest, stream: engines.Stream, name: str) -> None:
-        self.service, self.request, self.stream, self.name = service, request, stream, name
-        self.background, self.status_code, self.body = None, 200, b""
-        self.raw_headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),  # nginx passes every event on at once
-        ]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await _unless_gone(receive, self._send(scope, receive, send))
-        finally:
-            self.stream.close()
-
-    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def put(*objects: Any) -> None:
-            text = "".join(f"data: {encode(o)}\n\n" for o in objects)
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
-        ids = [request.prompt_token_ids for request in self.stream.requests]
-        chunks = responses.Chunks(self.request, self.service.prompts, ids, self.service.model_name, self.name)
-        begun = False
-        try:
-            async for updates in self.stream:
-                found = [] if begun else chunks.first()
-                found += [chunks.of(update.prompt, update.output) for update in updates]
-                if not begun:
-                    begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await put(*found)
-            await put(*chunks.last())
-        except APIError as error:
-            self.service.metrics.refused(error.status)
-            if not begun:
-                await _error(error)(scope, receive, send)
-                return
-            await put(error.body())
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
 
 def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:
@@ -253,6 +199,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None, responses=chat, tags=["OpenAI"])
     async def chat_completions(request: p.ChatCompletionRequest, http: Request) -> Response:
         return await service.generate(request, http)
+
+    newer = _generation_responses(p.ResponsesResponse)
+
+    @app.post("/v1/responses", response_model=None, responses=newer, tags=["OpenAI"])
+    async def respond(request: p.ResponsesRequest, http: Request) -> Response:
+        return await service.respond(request, http)
 
     card = p.ModelCard(
         id=service.model_name,
@@ -333,7 +285,7 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     async def refused(request: Request, error: APIError) -> Response:
         if request.method == "POST":
             metrics.refused(error.status)
-        return _error(error)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
@@ -350,7 +302,9 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(Exception)  # Starlette logs it, with its cause, after this
     async def broken(request: Request, error: Exception) -> Response:
-        return _error(APIError(500, "the server has made a mistake; the cause is in its log", type="server_error"))
+        return error_response(
+            APIError(500, "the server has made a mistake; the cause is in its log", type="server_error")
+        )
 
 
 def _correct_schema(app: FastAPI, keys: bool) -> None:

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from megatron.dmc.serving.errors import invalid
 
 ELEMENTS = {
+    "input": 4096,
     "messages": 4096,
     "prompt": 1024,
     "stop": 64,
@@ -28,7 +29,9 @@ MEMBERS, PARTS = 256, 1024
 """Most members of an object with parameters, and most elements of a list inside a message."""
 TOKENS = frozenset({"tokens", "allowed_token_ids"})
 """Lists of token ids, which cost little: the size of the body bounds them."""
-FREE = frozenset({"chat_template_kwargs", "response_format", "structured_outputs", "tools", "documents", "metadata"})
+FREE = frozenset(
+    {"chat_template_kwargs", "response_format", "structured_outputs", "text", "tools", "documents", "metadata"}
+)
 """Parameters with JSON of the client's own inside, which is not looked into."""
 
 
@@ -45,7 +48,9 @@ def check(body: Any) -> None:
 
 
 def _is_tokens(name: str, value: Any) -> bool:
-    return name in TOKENS or (name == "prompt" and bool(value) and isinstance(value[0], (int, float)))
+    if name == "prompt":
+        return isinstance(value, list) and bool(value) and isinstance(value[0], (int, float))
+    return name in TOKENS
 
 
 def _check_inside(name: str, value: Any) -> None:

@@ -7,10 +7,11 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 from megatron.dmc.inference import Completion, Logprobs, RequestOutput, StepOutput
 from megatron.dmc.inference.cache import CacheUse
+from megatron.dmc.serving.errors import APIError
 from megatron.dmc.serving.prompts import Prompts, token_strings
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
@@ -236,6 +237,8 @@ def _chat_choices(body: ChatCompletionRequest, result: RequestOutput, prompts: P
 class Chunks:
     """Chunks of one streamed response. Completions of prompt p have the indices p n ... (p + 1) n - 1."""
 
+    END: ClassVar = b"data: [DONE]\n\n"
+
     request: GenerationRequest
     prompts: Prompts
     ids: Sequence[Sequence[int]]
@@ -268,7 +271,7 @@ class Chunks:
         choice = {"delta": delta, "logprobs": None, "finish_reason": None}
         return [self._chunk({"index": i, **choice}) for i in range(self.request.n or 1)]
 
-    def of(self, prompt: int, output: StepOutput) -> dict[str, Any]:
+    def of(self, prompt: int, output: StepOutput) -> list[dict[str, Any]]:
         """The chunk of one output of prompt number ``prompt``."""
         index = prompt * (self.request.n or 1) + output.index
         self.usage.completion_tokens += len(output.tokens)
@@ -290,11 +293,19 @@ class Chunks:
             cache = output.cache
             ratio = cache.compression_ratio
             chunk["dmc"] = {"index": index, "tokens": cache.tokens, "slots": cache.slots, "compression_ratio": ratio}
-        return chunk
+        return [chunk]
 
     def last(self) -> list[dict[str, Any]]:
         """Chunks after the last token: the usage, when asked for."""
         return [{**self.head, "choices": [], "usage": self.usage.body()}] if self.with_usage else []
+
+    def failed(self, error: APIError) -> list[dict[str, Any]]:
+        """What tells of a failure after the first token."""
+        return [error.body()]
+
+    def event_name(self, chunk: dict[str, Any]) -> str:
+        """Chunks are events without a name."""
+        return ""
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self.head, "choices": [choice]}

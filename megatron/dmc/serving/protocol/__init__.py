@@ -17,9 +17,11 @@ from megatron.dmc.serving.protocol.response_models import (
     ErrorResponse,
     ModelCard,
     ModelList,
+    ResponsesResponse,
     TokenizeResponse,
     VersionResponse,
 )
+from megatron.dmc.serving.protocol.responses_api import ResponsesRequest
 from megatron.dmc.serving.protocol.tokenizer import (
     AnyTokenizeRequest,
     DetokenizeRequest,
@@ -48,6 +50,8 @@ __all__ = [
     "ModelList",
     "RequestModel",
     "ResponseFormat",
+    "ResponsesRequest",
+    "ResponsesResponse",
     "SamplingFields",
     "StreamOptions",
     "TokenIds",

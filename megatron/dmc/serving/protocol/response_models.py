@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, Field
 
@@ -102,6 +102,30 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ResponsesUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: dict[str, int] = Field(description="Number of input tokens found in the prefix cache.")
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+    dmc: CacheUsage
+
+
+class ResponsesResponse(BaseModel):
+    """Response of the Responses API; settings of the request are repeated in it."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: Optional[int]
+    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    error: Optional[dict[str, str]]
+    incomplete_details: Optional[dict[str, str]]
+    model: str
+    output: list[dict[str, Any]] = Field(description="Messages and function calls.")
+    usage: Optional[ResponsesUsage]
 
 
 class ModelCard(BaseModel):

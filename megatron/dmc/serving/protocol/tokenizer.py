@@ -32,11 +32,13 @@ class TokenizeChatRequest(ModelField, ChatFields):
 
 
 def _tokenize_kind(body: Any) -> str:
-    return "chat" if isinstance(body, TokenizeChatRequest) or isinstance(body, dict) and "messages" in body else "text"
+    """Tag of the body's type, which is no name of a parameter: tags stand among these in pydantic's errors."""
+    of_chat = isinstance(body, TokenizeChatRequest) or isinstance(body, dict) and "messages" in body
+    return "<chat>" if of_chat else "<text>"
 
 
 AnyTokenizeRequest = Annotated[
-    Union[Annotated[TokenizeRequest, Tag("text")], Annotated[TokenizeChatRequest, Tag("chat")]],
+    Union[Annotated[TokenizeRequest, Tag("<text>")], Annotated[TokenizeChatRequest, Tag("<chat>")]],
     Discriminator(_tokenize_kind),
 ]
 

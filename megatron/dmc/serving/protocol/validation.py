@@ -14,6 +14,7 @@ from megatron.dmc.serving.protocol.base import RequestModel
 from megatron.dmc.serving.protocol.chat import ChatCompletionRequest
 from megatron.dmc.serving.protocol.dialect import Unsupported
 from megatron.dmc.serving.protocol.generation import CompletionRequest
+from megatron.dmc.serving.protocol.responses_api import ResponsesRequest
 from megatron.dmc.serving.protocol.tokenizer import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
 
@@ -39,7 +40,9 @@ class _Names:
         return cls({name: cls.of(*models_in(field.annotation)) for name, field in fields.items()}, unsupported)
 
 
-NAMES = _Names.of(CompletionRequest, ChatCompletionRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest)
+NAMES = _Names.of(
+    CompletionRequest, ChatCompletionRequest, ResponsesRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest
+)
 
 
 def parse(model: type[BaseModel], body: Any) -> Any:
