@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import json
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
     command line instead of printing a usage of a hundred flags."""
 
     def __init__(self, *, examples: str = "", **settings: Any) -> None:
+        self._given: list[str] = []
         layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(**{**layout, **settings})
         self.set_examples(inspect.cleandoc(examples).splitlines())
@@ -43,7 +45,21 @@ class Parser(argparse.ArgumentParser):
             self.usage = f"%(prog)s [FLAGS] {' '.join(map(_usage, needed))}".rstrip()
         return super().format_help()
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line. A flag that does not exist is named before an argument that is missing."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._given, namespace)
+
+    def _unknown_flag(self) -> Optional[str]:
+        """First flag of the command line that does not exist, with the nearest one that does."""
+        names = (text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--")
+        name = next((name for name in names if name not in self._option_string_actions), None)
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1) if name is not None else []
+        return f"{name}; did you mean {near[0]}?" if near else name
+
     def error(self, message: str) -> typing.NoReturn:
+        if "arguments are required" in message and self._subparsers is None and (unknown := self._unknown_flag()):
+            message = f"unrecognized arguments: {unknown}"
         raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
 

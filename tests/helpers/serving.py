@@ -20,7 +20,7 @@ from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.async_engine import Limits
 from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.middleware import GateMiddleware
-from megatron.dmc.serving.prompts import Prompts
+from megatron.dmc.serving.prompts import Prompts, PromptSettings
 from megatron.dmc.serving.server import listen, make_server, make_service
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ def make_model(directory: Path, case: str = "half") -> Model:
     return made
 
 
-def make_prompts(tokenizer: object, vocab_size: int, max_model_len: int) -> Prompts:
+def make_prompts(
+    tokenizer: object, vocab_size: int, max_model_len: int, settings: PromptSettings | None = None
+) -> Prompts:
     """Prompts as a server with an endless cache makes them."""
     cache = SimpleNamespace(num_pages=1, pages_at=lambda tokens: 1)
-    return Prompts(InputProcessor(tokenizer, vocab_size, max_model_len, cache, 1.0, "the model"))
+    return Prompts(InputProcessor(tokenizer, vocab_size, max_model_len, cache, 1.0, "the model"), settings)
 
 
 def until(true: Callable[[], object], seconds: float = 30) -> None:
@@ -90,12 +92,18 @@ class Running:
         max_body_bytes: int = 1 << 20,
         metrics_prefix: str = "dmc",
         timeout: float = 20,
+        aliases: tuple[str, ...] = (),
+        prompt_settings: PromptSettings | None = None,
+        open_tokenizer: bool = False,
         http: HTTPConfig = HTTPConfig(),
         **settings: object,
     ) -> None:
         self.engine = Engine(path, EngineConfig(**settings), load_tokenizer(path))
         self._options = dict(
             model_name="m",
+            aliases=aliases,
+            prompt_settings=prompt_settings,
+            open_tokenizer=open_tokenizer,
             keys=keys,
             limits=limits or Limits(),
             max_body_bytes=max_body_bytes,

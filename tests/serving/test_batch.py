@@ -132,8 +132,8 @@ def test_errors_name_the_parameter_of_the_line(model: Model, tmp_path: Path) -> 
     """As over HTTP, where tests/serving/test_request_parameters.py walks all of them."""
     message = {"messages": [{"role": "user", "content": "hi"}]}
     wrong = {
-        "max_completion_tokens": message | {"max_completion_tokens": 250},
-        "max_tokens": {"prompt": "ab", "max_tokens": 255},
+        "max_completion_tokens": message | {"max_completion_tokens": -1},
+        "max_tokens": {"prompt": "ab", "max_tokens": -1},
         "top_logprobs": message | {"logprobs": True, "top_logprobs": 101},
         "prompt": {"prompt": [99]},
         "messages": {"messages": [{"role": "tool", "content": "x"}]},

@@ -51,11 +51,17 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "frequency_penalty": [-2.1, 2.1],
     "repetition_penalty": [0, -1],
     "logit_bias": [{"x": 1}, {"-1": 1}, {"1.5": 1}, {"61": 1}, {"1": 101}, {"1": -101}, {"9" * 30: 1}],
-    "stop": ["", [""], ["a", ""]],
+    "stop": [[""], ["a", ""]],
     "stop_token_ids": [[-1], [61]],
     "min_tokens": [-1, 3],
-    "max_tokens": [-1, 255],
-    "max_completion_tokens": [-1, 255],
+    "max_tokens": [-1],
+    "max_completion_tokens": [-1],
+    "bad_words": [[""], [" "]],
+    "allowed_token_ids": [[61], [-1], [0, 61]],
+    "prompt_logprobs": [1, 101, -1],
+    "truncate_prompt_tokens": [0, -2],
+    "cache_salt": ["x" * 1025],
+    "chat_template": ["{{ 1 }}"],
     "logprobs": [-1, 101],
     "top_logprobs": [-1, 101],
     "prompt": [[], [[]], [61], [-1], [[1], [61]], LONG, "\ud800", [1] * 300],
@@ -69,7 +75,7 @@ ANY_VALUE = {"seed", "user", "stream_options", "response_format", "messages[0].c
 ANY_VALUE |= {"messages[0].role", "messages[0].name", "messages[0].content[0].type", "response_format.type"}
 ANY_VALUE |= {"messages[0].reasoning_content", "messages[0].reasoning", "messages[0].annotations"}
 ANY_VALUE |= {"messages[0].content[0].prompt_cache_breakpoint", "metadata", "safety_identifier", "prompt_cache_key"}
-ANY_VALUE |= {"request_id", "session_id", "prompt_cache_options"}
+ANY_VALUE |= {"request_id", "session_id", "prompt_cache_options", "documents", "truncation_side"}
 """Parameters that take every value of their type, as booleans do, or fail with the whole prompt."""
 
 
@@ -245,9 +251,10 @@ def test_parameters_that_need_another(server: Running) -> None:
     refused(server, COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options")
     refused(server, CHAT, chat | {"top_logprobs": 2}, "top_logprobs")
     refused(server, CHAT, chat | {"max_completion_tokens": 2, "max_tokens": 9, "min_tokens": 3}, "min_tokens")
-    refused(server, COMPLETIONS, {"prompt": "a" * 250}, "prompt")  # with the default of max_tokens
-    refused(server, COMPLETIONS, {"prompt": "a" * 250, "max_tokens": 16}, "max_tokens")
-    refused(server, CHAT, chat | {"max_completion_tokens": 250, "max_tokens": 1}, "max_completion_tokens")
+    refused(server, COMPLETIONS, {"prompt": "a" * 256}, "prompt")
+    refused(server, CHAT, {"messages": [MESSAGE | {"content": "a" * 256}]}, "messages")
+    refused(server, CHAT, chat | {"max_completion_tokens": -1, "max_tokens": 1}, "max_completion_tokens")
+    refused(server, COMPLETIONS, {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs")
 
 
 def test_more_completions_than_may_wait(model: Model) -> None:

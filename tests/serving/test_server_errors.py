@@ -56,7 +56,7 @@ def test_a_wrong_body(server: Running, body: bytes, headers: dict) -> None:
 def test_a_prompt_that_does_not_fit(server: Running) -> None:
     for body in (
         {"prompt": "a" * 300},
-        {"prompt": "a" * 250, "max_tokens": 8},
+        {"prompt": "a" * 256, "max_tokens": 8},
         {"prompt": [1] * 257, "max_tokens": 0},
         {"prompt": "a" * 9999},
     ):

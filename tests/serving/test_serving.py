@@ -100,7 +100,8 @@ def test_all_sampling_parameters_reach_the_engine() -> None:
         ({"stop": 3}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
-        ({"logprobs": 101}, "logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"prompt": None}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"top_k": 2**31}, "top_k"),
@@ -142,17 +143,17 @@ def test_prompts_in_all_forms(prompts: Prompts) -> None:
     assert ids([3, 4]) == [[3, 4]] and ids([[3, 4], [5]]) == [[3, 4], [5]]
     with pytest.raises(APIError, match="empty list"):
         ids([])
-    with pytest.raises(APIError, match="characters, more than 256 tokens") as caught:
+    with pytest.raises(APIError, match="maximum context length is 256 tokens.*5000 characters") as caught:
         ids("a" * 5000)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(APIError, match="surrogate"):
         ids("ab\ud800")
     with pytest.raises(APIError, match="no tokenizer"):
         make_prompts(None, 61, 256).of_completion(parse(CompletionRequest, {"prompt": "a"}))
-    with pytest.raises(APIError, match="250 tokens and the completion may have 7") as caught:
-        prompts.requests(parse(CompletionRequest, {"prompt": [1] * 250}), SamplingParams(max_tokens=7), "x")
-    assert caught.value.param == "max_tokens"
-    made = prompts.requests(parse(CompletionRequest, {"prompt": [[1] * 250, [2]]}), SamplingParams(max_tokens=6), "x")
+    with pytest.raises(APIError, match="maximum context length is 256 tokens. However, your prompt has 256") as caught:
+        prompts.requests(parse(CompletionRequest, {"prompt": [1] * 256}), SamplingParams(max_tokens=7), "x")
+    assert caught.value.param == "prompt"
+    made = prompts.requests(parse(CompletionRequest, {"prompt": [[1] * 250, [2]]}), SamplingParams(max_tokens=60), "x")
     assert [request.request_id for request in made] == ["x-0", "x-1"] and made[1].prompt_token_ids == [2]
 
 
@@ -199,8 +200,9 @@ def test_a_prompt_alone_has_its_logprobs(model: Model) -> None:
     )
     stats = llm.engine.stats()
     assert (stats.prompt_tokens, stats.generation_tokens) == (30, 0)
-    assert "it may have 29" in llm.generate(prompt, SamplingParams(max_tokens=1))[0].error
-    assert "it may have 30" in llm.generate((*prompt, 1), params)[0].error
+    for more, sampling_params in ((prompt, SamplingParams(max_tokens=1)), ((*prompt, 1), params)):
+        error = llm.generate(more, sampling_params)[0].error
+        assert error.startswith("This model's maximum context length is 30 tokens. However, your prompt has")
     all_back(llm.engine)
 
 

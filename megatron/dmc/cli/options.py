@@ -18,7 +18,8 @@ def _names(cls: type, without: str) -> tuple[str, ...]:
 ENGINE = _names(EngineConfig, "num_pages max_prefix_snapshots prefix_cache_min_tokens seed")
 SAMPLING = _names(
     SamplingParams,
-    "logit_bias stop stop_token_ids ignore_eos logprobs prompt_logprobs skip_special_tokens include_stop_str_in_output",
+    "logit_bias stop stop_token_ids bad_words allowed_token_ids ignore_eos logprobs prompt_logprobs structured_outputs "
+    "skip_special_tokens include_stop_str_in_output",
 )
 
 

@@ -52,6 +52,8 @@ class EngineConfig:
     as max_num_seqs, but at least 32, in at most a thirty-second of the memory."""
     prefix_cache_min_tokens: int = 32
     """Tokens of the shortest prefix that is kept."""
+    max_logprobs: int = 100
+    """Most likely tokens whose log-probabilities a request may ask for at each position; -1: no bound."""
     seed: int = 0
     """Seed of sampling, for requests that have none."""
 
@@ -62,6 +64,7 @@ class EngineConfig:
         self._check_integer("kv_cache_memory_bytes", 1)
         self._check_integer("max_prefix_snapshots", 0)
         self._check_integer("prefix_cache_min_tokens", 1)
+        self._check_integer("max_logprobs", -1)
         if self.load_format not in LOAD_FORMATS:
             raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(LOAD_FORMATS)}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -117,7 +117,14 @@ class Engine:
         eos = self._eos_token_ids()
         grammars = GrammarCompiler(tokenizer, vocab_size, eos)
         self.input_processor = InputProcessor(
-            tokenizer, vocab_size, sizes.max_model_len, self.cache, info.expected_cr, info.path, grammars
+            tokenizer,
+            vocab_size,
+            sizes.max_model_len,
+            self.cache,
+            info.expected_cr,
+            info.path,
+            grammars,
+            config.max_logprobs,
         )
         self.output_processor = OutputProcessor(self.scheduler, self.cache, eos)
         self._arrivals = self._steps = self._prompt_tokens = 0
@@ -195,7 +202,9 @@ class Engine:
         grammar = (request.grammar or self.input_processor.grammar(params)) if self.parallel.rank == 0 else None
         sequences = []
         for index in range(params.n):
-            state = SamplerState.start(params, prompt, forbidden, self.info.model.vocab_size, index, self.device)
+            state = SamplerState.start(
+                params, prompt, forbidden, self.info.model.vocab_size, index, self.device, request.bad_word_ids
+            )
             text = None if self.tokenizer is None else Detokenizer(self.tokenizer, prompt, params)
             self._arrivals += 1
             sequences.append(

@@ -13,6 +13,7 @@ from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.grammar import Grammar, GrammarCompiler
 from megatron.dmc.inference.request import Request
 from megatron.dmc.inference.sampling_params import SamplingParams
+from megatron.dmc.inference.token_masks import bad_word_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class InputProcessor:
     """Model directory, for messages."""
     grammars: Optional[GrammarCompiler] = None
     """Compiler of structured outputs, which all copies share."""
+    max_logprobs: int = 100
+    """Most log-probabilities of other tokens that a request may ask for at each position; -1: no bound."""
 
     def with_tokenizer(self, tokenizer: Optional[Any]) -> InputProcessor:
         return dataclasses.replace(self, tokenizer=tokenizer)
@@ -50,7 +53,8 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenize(prompt)
         self.check(ids, sampling_params)
-        return Request(request_id, ids, sampling_params, text, cache_salt, report_cache, self.grammar(sampling_params))
+        grammar, bad_words = self.grammar(sampling_params), self._bad_word_ids(sampling_params)
+        return Request(request_id, ids, sampling_params, text, cache_salt, report_cache, grammar, bad_words)
 
     def grammar(self, sampling_params: SamplingParams) -> Optional[Grammar]:
         """The compiled grammar of ``structured_outputs``; None where none is asked for.
@@ -66,6 +70,13 @@ class InputProcessor:
         if self.grammars is None:
             raise InvalidRequest("structured_outputs is not supported: there is no tokenizer", "structured_outputs")
         return self.grammars.compile(constraint)
+
+    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise InvalidRequest(f"bad_words is {list(params.bad_words)}, and there is no tokenizer", "bad_words")
+        return bad_word_ids(self.tokenizer, params.bad_words)
 
     def tokenize(self, prompt: str | Iterable[int], add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, or token ids as they are.
@@ -87,13 +98,18 @@ class InputProcessor:
                 f"character {error.start} of the prompt is half of a surrogate pair", "prompt"
             ) from None
         if len(prompt) > self._longest_token * self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} characters, more than {self.max_model_len} tokens (max_model_len) can "
-                "hold",
-                "prompt",
-                "context_length_exceeded",
-            )
+            raise self._too_long(f"{len(prompt)} characters, more than so many tokens can hold")
         return list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _too_long(self, length: str) -> InvalidRequest:
+        """Error of a prompt that exceeds the context length. It begins as OpenAI's and vLLM's, by which clients such as
+        litellm and inspect-ai know it.
+        """
+        message = (
+            f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt has {length}. "
+            "Please reduce the length of the prompt."
+        )
+        return InvalidRequest(message, "prompt", "context_length_exceeded")
 
     def needed_tokenizer(self) -> Any:
         """The tokenizer. Raises :class:`InvalidRequest` when there is none."""
@@ -115,15 +131,13 @@ class InputProcessor:
                 message = f"token {at} of the prompt is {token!r}; the model has the tokens 0 to {self.vocab_size - 1}"
                 raise InvalidRequest(message, "prompt")
         room = 0 if params.max_tokens == 0 else 1
-        longest = self.max_model_len
-        if len(ids) + room > longest:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens; {'with room for a completion ' * room}it may have {longest - room} "
-                f"(max_model_len {longest})",
-                "prompt",
-                "context_length_exceeded",
-            )
+        if len(ids) + room > self.max_model_len:
+            raise self._too_long(f"{len(ids)} tokens{', and no room is left for a completion' * room}")
         params.check_vocabulary(self.vocab_size)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.max_logprobs >= 0:
+                message = f"{name} is {getattr(params, name)}; it may be at most {self.max_logprobs} (max_logprobs)"
+                raise InvalidRequest(message, name)
         if params.stop and self.tokenizer is None:
             message = f"stop is {list(params.stop)}, and there is no tokenizer; use stop_token_ids"
             raise InvalidRequest(message, "stop")

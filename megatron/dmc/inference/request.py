@@ -32,6 +32,8 @@ class Request:
     """Whether every output carries the cache usage of its sequence."""
     grammar: Optional[Grammar] = field(default=None, compare=False, repr=False)
     """Compiled ``structured_outputs``; None on the ranks that do not sample."""
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences of ``bad_words``."""
 
 
 @dataclass(eq=False, slots=True)

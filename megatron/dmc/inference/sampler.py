@@ -1,7 +1,8 @@
 """Sampler: the next token of every sequence of a step at once, by each sequence's own parameters.
 
 Order of operations: the mask of a grammar; log-probabilities are those of the model's logits under it; then
-``logit_bias`` and ``min_tokens``, penalties, temperature, ``min_p``, ``top_k``, ``top_p``, and the random choice.
+``logit_bias``, ``min_tokens``, ``allowed_token_ids`` and ``bad_words``, penalties, temperature, ``min_p``, ``top_k``,
+``top_p``, and the random choice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.inference.sampling_params import SamplingParams
+from megatron.dmc.inference.token_masks import TokenMask
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class SamplerState:
     num_generated: int = 0
     bias: Optional[tuple[Tensor, Tensor]] = None
     """Token ids (int64) and values (fp32) of ``logit_bias``."""
+    mask: Optional[TokenMask] = None
+    """Tokens that ``allowed_token_ids`` and ``bad_words`` leave; None where all are."""
     greedy: bool = field(init=False)
     constrained: bool = field(init=False)
     """Whether the next token's logits have to be changed before sampling."""
@@ -55,7 +59,7 @@ class SamplerState:
 
     def _update(self) -> None:
         forbids = self.num_generated < self.params.min_tokens
-        self.constrained = forbids or self.bias is not None or self.counts is not None
+        self.constrained = forbids or any(part is not None for part in (self.bias, self.counts, self.mask))
 
     @classmethod
     def start(
@@ -66,6 +70,7 @@ class SamplerState:
         vocabulary: int,
         index: int = 0,
         device: torch.device | str = "cpu",
+        bad_word_ids: Sequence[Sequence[int]] = (),
     ) -> SamplerState:
         """State before the first token of completion ``index`` of a request."""
         stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
@@ -80,13 +85,17 @@ class SamplerState:
         if params.logit_bias:
             ids, values = zip(*params.logit_bias.items())
             bias = (torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device))
-        return cls(params, stop, generator, in_prompt, counts, bias=bias)
+        masks = params.allowed_token_ids is not None or bool(bad_word_ids)
+        mask = TokenMask(params.allowed_token_ids or (), bad_word_ids, device) if masks else None
+        return cls(params, stop, generator, in_prompt, counts, bias=bias, mask=mask)
 
     def record(self, token: int) -> None:
         """Count a token of the completion."""
         self.num_generated += 1
         if self.counts is not None:
             self.counts[token] += 1
+        if self.mask is not None:
+            self.mask.record(token)
         self._update()
 
 
@@ -168,7 +177,7 @@ def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = 
 
 
 def constrain(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """Logits after ``logit_bias``, ``min_tokens`` and penalties, copied when a row has any: fp32 [n, vocabulary]."""
+    """Logits after ``logit_bias``, ``min_tokens``, masks and penalties, copied where there are any: [n, vocabulary]."""
     rows = [row for row, state in enumerate(states) if state.constrained]
     if not rows:
         return logits
@@ -179,6 +188,8 @@ def constrain(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
             x.index_add_(0, *state.bias)
         if state.num_generated < state.params.min_tokens:
             _forbid(x, state)
+        if state.mask is not None:
+            state.mask.apply(x)
     _penalize(logits, [row for row in rows if states[row].counts is not None], states)
     return logits
 

@@ -12,7 +12,6 @@ from megatron.dmc.inference.structured_outputs import StructuredOutputsParams
 
 GREEDY = 1e-5
 """Temperatures below this mean greedy decoding."""
-MAX_LOGPROBS = 100
 
 
 def _require(condition: bool, param: str, message: str) -> None:
@@ -51,7 +50,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Lowest probability of a token to sample, as a share of the most likely token's."""
     seed: Optional[int] = None
-    """Seed of this request's random numbers: the same seed samples the same tokens, whatever else is being served."""
+    """Seed of this request's random numbers: the same seed samples the same tokens, whatever else is being served.
+    -1 means none."""
     repetition_penalty: float = 1.0
     """Factor by which logits of tokens in the prompt or the completion shrink: positive ones are divided by it,
     negative ones multiplied. 1 means no penalty."""
@@ -70,6 +70,11 @@ class SamplingParams:
     """Strings that end a completion, which is cut before the first of them."""
     stop_token_ids: Sequence[int] = ()
     """Token ids that end a completion."""
+    bad_words: Sequence[str] = ()
+    """Words that a completion does not hold: their last token is not sampled behind the others."""
+    allowed_token_ids: Optional[Sequence[int]] = None
+    """Token ids of which a completion consists, the end-of-sequence token among them if it is to end. None and an empty
+    list allow all."""
     ignore_eos: bool = False
     """Whether to go on after an end-of-sequence token."""
     logprobs: Optional[int] = None
@@ -90,6 +95,10 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids or ()) or None)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         _integer("n", self.n, 1, 128)
         _number("temperature", self.temperature, 0)
         _number("top_p", self.top_p, 0, 1, open_low=True)
@@ -115,7 +124,7 @@ class SamplingParams:
         _require(enough, "min_tokens", f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+                _integer(name, getattr(self, name), 0)
 
     def _check_tokens(self) -> None:
         for text in self.stop:
@@ -123,6 +132,11 @@ class SamplingParams:
             _require(nonempty, "stop", f"stop holds {text!r}; it must hold strings that are not empty")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
+        for token in self.allowed_token_ids or ():
+            _integer("allowed_token_ids", token, 0)
+        for word in self.bad_words:
+            nonempty = isinstance(word, str) and word.strip() != ""
+            _require(nonempty, "bad_words", f"bad_words holds {word!r}; it must hold strings that are not empty")
         for token, value in (self.logit_bias or {}).items():
             _integer("logit_bias", token, 0)
             _number("logit_bias", value, -100, 100, name=f"logit_bias[{token}]")
@@ -137,6 +151,10 @@ class SamplingParams:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise :class:`InvalidRequest` for a token id that a model of ``size`` tokens does not have."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
+        for name, ids in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("logit_bias", self.logit_bias or ()),
+        ):
             for token in ids:
                 _require(token < size, name, f"{name} holds token {token}; the model has {size} tokens")

@@ -65,6 +65,8 @@ class Service:
     root: str
     gate: Gate
     metrics: Metrics
+    aliases: tuple[str, ...] = ()
+    """Further names of the model that requests may give."""
     created: int = field(default_factory=lambda: int(time.time()))
     # A thread of its own, so that streams go on while a long text is tokenized.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))
@@ -77,7 +79,7 @@ class Service:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def check_model(self, name: Optional[str]) -> None:
-        if name is not None and name != self.model_name:
+        if name and name not in (self.model_name, *self.aliases):
             raise APIError(
                 404,
                 f"the model {name[:200]!r} does not exist; this server has {self.model_name!r}",
@@ -96,7 +98,7 @@ class Service:
     async def submit(self, request: p.GenerationRequest) -> tuple[engines.Stream, str]:
         """Check, admit and tokenize a request and hand it to the engine. Returns its outputs and the response's id."""
         self.check_model(request.model)
-        params = request.sampling_params()
+        params = request.sampling_params(self.prompts.settings.default_sampling_params)
         try:
             place = self.runner.reserve(*_size(request, params))
         except APIError as error:
@@ -149,7 +151,7 @@ class Service:
 def _size(request: p.GenerationRequest, params: SamplingParams) -> tuple[int, int]:
     """(completions, prompt tokens) of a request; the tokens of a text are estimated at four characters each."""
     if isinstance(request, p.ChatCompletionRequest):
-        return params.n, params.n * sum(len(message.plain()["content"]) // 4 + 4 for message in request.messages)
+        return params.n, params.n * sum(len(message.text) // 4 + 4 for message in request.messages)
     lengths = [len(prompt) // 4 + 1 if isinstance(prompt, str) else len(prompt) for prompt in request.prompts]
     return params.n * len(lengths), params.n * sum(lengths)
 
@@ -206,24 +208,26 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def respond(request: p.ResponsesRequest, http: Request) -> Response:
         return await service.respond(request, http)
 
-    card = p.ModelCard(
-        id=service.model_name,
-        object="model",
-        created=service.created,
-        owned_by="megatron.dmc",
-        root=service.root,
-        max_model_len=service.prompts.max_model_len,
-    )
+    def card(name: str) -> p.ModelCard:
+        return p.ModelCard(
+            id=name,
+            object="model",
+            created=service.created,
+            owned_by="megatron.dmc",
+            root=service.root,
+            max_model_len=service.prompts.max_model_len,
+        )
+
     refused = {status: REQUEST_ERRORS[status] for status in (401, 404, 413)}
 
     @app.get("/v1/models", responses={401: refused[401], 413: refused[413]}, tags=["OpenAI"])
     async def models() -> p.ModelList:
-        return p.ModelList(object="list", data=[card])
+        return p.ModelList(object="list", data=[card(name) for name in (service.model_name, *service.aliases)])
 
     @app.get("/v1/models/{name:path}", responses=refused, tags=["OpenAI"])
     async def model(name: str) -> p.ModelCard:
         service.check_model(name)
-        return card
+        return card(name)
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:

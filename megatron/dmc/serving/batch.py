@@ -27,6 +27,8 @@ URLS: dict[str, type[GenerationRequest]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
 }
+LINE = {"custom_id", "method", "url", "body"}
+"""Names in a line of OpenAI's batch API."""
 RUN, DRAIN, LEAVE = range(3)
 """Phases of a run: take lines, only finish what runs, leave what runs to the next run."""
 
@@ -110,6 +112,8 @@ def id_of(entry: dict[str, Any], number: int) -> str:
 def body_of(entry: dict[str, Any], options: Options) -> GenerationRequest:
     """The request body of a line. Raises :class:`APIError` for anything that the HTTP server would not take either."""
     if entry.keys() & {"body", "url", "method"}:
+        if unknown := sorted(entry.keys() - LINE):
+            raise invalid(f"unknown parameter: {unknown[0][:200]!r}", unknown[0][:100], "unknown_parameter")
         kind, body = URLS.get(str(entry.get("url"))), entry.get("body")
         if kind is None:
             raise invalid(f"url is {reprlib.repr(entry.get('url'))}; use {' or '.join(URLS)}", "url")
@@ -243,7 +247,8 @@ class BatchRunner:
 
     def _submit(self, number: int, custom_id: str, body: GenerationRequest) -> None:
         """Hand all prompts of a line to the engine, or none. Raises :class:`APIError`."""
-        params = seeded(body.sampling_params(), custom_id, self.options.seed)
+        params = body.sampling_params(self.prompts.settings.default_sampling_params)
+        params = seeded(params, custom_id, self.options.seed)
         try:
             requests = self.prompts.requests(body, params, str(number))
         except APIError as error:

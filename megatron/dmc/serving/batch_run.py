@@ -20,7 +20,7 @@ from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options
 from megatron.dmc.serving.batch_files import Input, Output
 from megatron.dmc.serving.config import BatchConfig
-from megatron.dmc.serving.prompts import Prompts
+from megatron.dmc.serving.prompts import Prompts, PromptSettings
 
 UNFINISHED = 75
 """Exit status (EX_TEMPFAIL of sysexits.h) of a run that was asked to stop: run it again for the rest."""
@@ -67,6 +67,9 @@ def run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str,
 
 
 def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str, Any], stop: Stop) -> int:
+    prompt_settings = PromptSettings.read(
+        config.model, config.chat_template, config.generation_config, config.override_generation_config
+    )
     source = Input(config.input_file)
     if os.path.exists(config.output_file) and os.path.samefile(config.input_file, config.output_file):
         raise ValueError(f"{config.output_file} is the input; name another output file")
@@ -78,7 +81,7 @@ def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str
     name = config.served_model_name or config.model
     names = frozenset({name, config.model, Path(config.model).name})
     options = Options(name, names, defaults, config.seed, config.shard)
-    batch = BatchRunner(engine, Prompts(engine.input_processor), output, options, stop.phase)
+    batch = BatchRunner(engine, Prompts(engine.input_processor, prompt_settings), output, options, stop.phase)
     progress, done = _progress(source, output, config.disable_tqdm or not first)
     try:
         summary = batch.run(source, progress)

@@ -26,8 +26,18 @@ class ServerConfig:
     """Hugging Face directory, plain or exported from a retrofit."""
     tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
     """Directory of the tokenizer. Default: the model's."""
-    served_model_name: Optional[str] = field(default=None, metadata={"metavar": "NAME"})
-    """Model name that clients ask for. Default: MODEL as it is given."""
+    served_model_name: list[str] = field(default_factory=list, metadata={"nargs": "+", "metavar": "NAME"})
+    """Model names that clients may ask for; the first is in the responses. Default: MODEL as it is given."""
+    chat_template: Optional[str] = field(default=None, metadata={"metavar": "FILE"})
+    """File of the chat template, or the template itself. Default: the tokenizer's."""
+    generation_config: str = field(default="auto", metadata={"metavar": "SOURCE"})
+    """Source of the sampling parameters of requests that do not give them. auto: the model's generation_config.json,
+    where there is one; vllm: OpenAI's defaults; or a directory that has the file. max_new_tokens in it bounds every
+    request."""
+    override_generation_config: dict = field(default_factory=dict, metadata={"metavar": "JSON"})
+    """Values that replace those of --generation-config, as JSON such as {"temperature": 0.6}. Default: none."""
+    trust_request_chat_template: bool = field(default=False, metadata={"action": "store_true"})
+    """Take the chat templates that requests bring along (chat_template). Default: refuse them."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 listens on all."""
     port: int = 8000
@@ -47,6 +57,8 @@ class ServerConfig:
         default=30.0, metadata={"type": number(float, 0, finite=True), "metavar": "SECONDS"}
     )
     """Seconds for running requests to finish after SIGTERM."""
+    open_tokenizer: bool = field(default=False, metadata={"action": "store_true"})
+    """Answer /tokenize and /detokenize without an API key, as vLLM does and `vllm bench serve` expects."""
     metrics_prefix: Literal["dmc", "vllm"] = "dmc"
     """Prefix of the names of Prometheus metrics; vllm suits dashboards made for vLLM."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -100,6 +112,14 @@ class BatchConfig:
     """Hugging Face directory, plain or exported from a retrofit."""
     served_model_name: Optional[str] = field(default=None, metadata={"metavar": "NAME"})
     """Model name in requests and responses. Default: --model as it is given."""
+    chat_template: Optional[str] = field(default=None, metadata={"metavar": "FILE"})
+    """File of the chat template, or the template itself. Default: the tokenizer's."""
+    generation_config: str = field(default="auto", metadata={"metavar": "SOURCE"})
+    """Source of the sampling parameters of lines that do not give them. auto: the model's generation_config.json,
+    where there is one; vllm: OpenAI's defaults; or a directory that has the file. max_new_tokens in it bounds every
+    line."""
+    override_generation_config: dict = field(default_factory=dict, metadata={"metavar": "JSON"})
+    """Values that replace those of --generation-config, as JSON such as {"temperature": 0.6}. Default: none."""
     tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
     """Directory of the tokenizer. Default: the model's."""
     shard: tuple[int, int] = field(default=(0, 1), metadata={"type": shard, "metavar": "I/N"})

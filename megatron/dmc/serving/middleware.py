@@ -63,6 +63,8 @@ class Gate:
     """Number of accepted requests whose response is not complete."""
     log_requests: bool = False
     """Write a line to the access log for each request."""
+    open_paths: frozenset[str] = frozenset()
+    """Further paths that need no API key."""
 
 
 @dataclass
@@ -154,7 +156,8 @@ class GateMiddleware:
             text = "the request has both Content-Length and Transfer-Encoding; send one of them"
             raise APIError(400, text, code="invalid_http", headers={"Connection": "close"})
         if _path(scope) not in OPEN:
-            if gate.keys and not gate.keys.accept(headers.get(b"authorization", b"")):
+            keyless = not gate.keys or _path(scope) in gate.open_paths
+            if not keyless and not gate.keys.accept(headers.get(b"authorization", b"")):
                 raise wrong_key()
             self._check_draining(scope)
         encoding = headers.get(b"content-encoding", b"identity").strip().lower()

@@ -78,20 +78,21 @@ def usage_of(results: Iterable[RequestOutput]) -> UsageCount:
 
 
 def completion_logprobs(
-    prompts: Prompts, ids: Sequence[int], found: Sequence[Optional[Logprobs]], offset: int = 0, as_ids: bool = False
+    prompts: Prompts,
+    ids: Sequence[int],
+    found: Sequence[Optional[Logprobs]],
+    offsets: Sequence[int],
+    as_ids: bool = False,
 ) -> dict[str, Any]:
     """The ``logprobs`` object of a completion.
 
     Args:
         ids: tokens of the text.
         found: log-probabilities of these; None for the first token of a prompt, which nothing predicts.
-        offset: of the first token in the text.
+        offsets: of the tokens in the text, in characters.
         as_ids: name tokens as ``token_id:123``.
     """
-    strings, offsets = token_strings(prompts, ids, as_ids), []
-    for piece in prompts.pieces(ids):
-        offsets.append(offset)
-        offset += len(piece)
+    strings = token_strings(prompts, ids, as_ids)
     top: list[Optional[dict[str, float]]] = []
     for string, entry in zip(strings, found):
         if entry is None:
@@ -104,21 +105,37 @@ def completion_logprobs(
         row.setdefault(string, _finite(entry.logprob))
         top.append(row)
     values = [None if entry is None else _finite(entry.logprob) for entry in found]
-    return {"tokens": strings, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+    return {"tokens": strings, "token_logprobs": values, "top_logprobs": top, "text_offset": list(offsets)}
 
 
 def chat_logprobs(prompts: Prompts, found: Sequence[Logprobs], as_ids: bool = False) -> dict[str, Any]:
     """The ``logprobs`` object of a chat completion."""
 
     def one(token: int, value: float) -> dict[str, Any]:
-        text = prompts.piece(token)
-        name = token_strings(prompts, [token], as_ids)[0]
-        return {"token": name, "logprob": _finite(value), "bytes": None if "\ufffd" in text else list(text.encode())}
+        name, data = token_strings(prompts, [token], as_ids)[0], prompts.token_bytes(token)
+        return {"token": name, "logprob": _finite(value), "bytes": None if data is None else list(data)}
 
     content = [
         one(entry.token, entry.logprob) | {"top_logprobs": [one(*pair) for pair in entry.top]} for entry in found
     ]
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(prompts: Prompts, ids: Sequence[int], found: Sequence[Logprobs]) -> list[Optional[dict[str, Any]]]:
+    """The ``prompt_logprobs`` list of vLLM: None for the first token of the prompt, then by token id the
+    log-probability, rank and text of the most likely tokens and of the prompt's own.
+    """
+    rows: list[Optional[dict[str, Any]]] = [None] if ids else []
+    for entry in found:
+        ranked = {token: (value, rank) for rank, (token, value) in enumerate(entry.top, start=1)}
+        ranked.setdefault(entry.token, (entry.logprob, entry.rank))
+        rows.append(
+            {
+                str(token): {"logprob": _finite(value), "rank": rank, "decoded_token": prompts.piece(token)}
+                for token, (value, rank) in ranked.items()
+            }
+        )
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ choices
@@ -128,34 +145,53 @@ def chat_logprobs(prompts: Prompts, found: Sequence[Logprobs], as_ids: bool = Fa
 class _Piece:
     """Part of a completion (or all of it) with its tokens and log-probabilities, for one choice."""
 
-    text: str
-    ids: Sequence[int]
-    logprobs: Sequence[Optional[Logprobs]]
+    text: str = ""
+    ids: Sequence[int] = ()
+    logprobs: Sequence[Optional[Logprobs]] = ()
+    offsets: Sequence[int] = ()
+    """Offsets of the tokens in the choice's text, where log-probabilities were asked for."""
 
-    def after_prompt(
-        self,
-        prompts: Prompts,
-        prompt: Union[str, Sequence[int]],
-        ids: Sequence[int],
-        found: Optional[Sequence[Logprobs]],
+    def __add__(self, other: _Piece) -> _Piece:
+        return _Piece(
+            self.text + other.text,
+            [*self.ids, *other.ids],
+            [*self.logprobs, *other.logprobs],
+            [*self.offsets, *other.offsets],
+        )
+
+
+@dataclass
+class _ChoicePieces:
+    """Maker of the pieces of one choice, in their order: the prompt, for ``echo``, and parts of the completion."""
+
+    prompts: Prompts
+    body: CompletionRequest
+
+    def __post_init__(self) -> None:
+        skip = self.body.skip_special_tokens is not False
+        self.offsets = self.prompts.offsets(skip) if self.body.logprobs is not None else None
+
+    def echo(
+        self, prompt: Union[str, Sequence[int]], ids: Sequence[int], found: Optional[Sequence[Logprobs]]
     ) -> _Piece:
-        """The piece with the prompt before it, for ``echo``."""
+        """The prompt as it was given, its tokens, and their log-probabilities but for the first."""
+        prompts = self.prompts
         text = prompt if isinstance(prompt, str) else prompts.decode(ids) if prompts.tokenizer is not None else ""
-        return _Piece(text + self.text, [*ids, *self.ids], [None, *(found or ()), *self.logprobs])
+        offsets = self.offsets.of_prompt(text, ids, prompts.special_ids) if self.offsets is not None else ()
+        return _Piece(text, ids, [None, *(found or ())], offsets)
+
+    def part(self, text: str, ids: Sequence[int], found: Sequence[Logprobs]) -> _Piece:
+        """The next tokens of the completion."""
+        return _Piece(text, ids, found, self.offsets.of_completion(ids) if self.offsets is not None else ())
 
 
 def _completion_choice(
-    body: CompletionRequest,
-    prompts: Prompts,
-    index: int,
-    piece: _Piece,
-    output: Union[Completion, StepOutput],
-    offset: int = 0,
+    body: CompletionRequest, prompts: Prompts, index: int, piece: _Piece, output: Union[Completion, StepOutput]
 ) -> dict[str, Any]:
     logprobs = None
     if body.logprobs is not None:
-        as_ids = body.return_tokens_as_token_ids
-        logprobs = completion_logprobs(prompts, piece.ids, piece.logprobs, offset, as_ids)
+        as_ids = bool(body.return_tokens_as_token_ids)
+        logprobs = completion_logprobs(prompts, piece.ids, piece.logprobs, piece.offsets, as_ids)
     return {"index": index, "text": piece.text, "logprobs": logprobs, **_end(output)}
 
 
@@ -199,7 +235,7 @@ def response(
         completions = ((result, completion) for result in results for completion in result.outputs)
         for choice, (result, completion) in zip(choices, completions):
             choice |= {"token_ids": completion.token_ids, "prompt_token_ids": list(result.prompt_token_ids)}
-    return {
+    whole = {
         "id": response_id or new_id(chat),
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
@@ -207,6 +243,10 @@ def response(
         "choices": choices,
         "usage": usage_of(results).body(),
     }
+    if chat and body.prompt_logprobs is not None:
+        result = results[0]
+        whole["prompt_logprobs"] = prompt_logprobs(prompts, result.prompt_token_ids, result.prompt_logprobs or ())
+    return whole
 
 
 def _completion_choices(
@@ -215,10 +255,14 @@ def _completion_choices(
     choices: list[dict[str, Any]] = []
     for prompt, result in zip(body.prompts, results):
         for completion in result.outputs:
-            piece = _Piece(completion.text, completion.token_ids, completion.logprobs or ())
-            if body.echo:
-                piece = piece.after_prompt(prompts, prompt, result.prompt_token_ids, result.prompt_logprobs)
-            choices.append(_completion_choice(body, prompts, len(choices), piece, completion))
+            pieces = _ChoicePieces(prompts, body)
+            ids, found = result.prompt_token_ids, result.prompt_logprobs
+            before = pieces.echo(prompt, ids, found) if body.echo else _Piece()
+            piece = before + pieces.part(completion.text, completion.token_ids, completion.logprobs or ())
+            choice = _completion_choice(body, prompts, len(choices), piece, completion)
+            if body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(prompts, ids, found or ())
+            choices.append(choice)
     return choices
 
 
@@ -258,8 +302,8 @@ class Chunks:
         if self.with_usage:
             self.head["usage"] = None
         self.usage.prompt_tokens = sum(map(len, self.ids))
-        self.offsets: dict[int, int] = {}
-        """Length of each choice's text so far, prompt included with ``echo``."""
+        self.pieces: dict[int, _ChoicePieces] = {}
+        """Makers of the pieces of the choices that have begun."""
         self.told: set[int] = set()
         """Choices that have given their prompt's token ids."""
 
@@ -316,11 +360,12 @@ class Chunks:
     def _completion(self, prompt: int, index: int, output: StepOutput) -> dict[str, Any]:
         body = self.request
         assert isinstance(body, CompletionRequest)
-        piece = _Piece(output.text, output.tokens, output.logprobs)
-        if body.echo and index not in self.offsets and (output.tokens or output.finished):
-            piece = piece.after_prompt(self.prompts, body.prompts[prompt], self.ids[prompt], output.prompt_logprobs)
-        offset = self.offsets.get(index, 0)
-        if piece.ids or output.finished:
-            length = sum(map(len, self.prompts.pieces(piece.ids))) if body.logprobs is not None else 0
-            self.offsets[index] = offset + length
-        return _completion_choice(body, self.prompts, index, piece, output, offset)
+        before = _Piece()
+        if index not in self.pieces and (output.tokens or output.finished):
+            self.pieces[index] = _ChoicePieces(self.prompts, body)
+            if body.echo:
+                ids = self.ids[prompt]
+                before = self.pieces[index].echo(body.prompts[prompt], ids, output.prompt_logprobs)
+        pieces = self.pieces.get(index) or _ChoicePieces(self.prompts, body)
+        piece = before + pieces.part(output.text, output.tokens, output.logprobs)
+        return _completion_choice(body, self.prompts, index, piece, output)

@@ -29,12 +29,13 @@ from megatron.dmc.serving.errors import shutting_down
 from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, Keys
-from megatron.dmc.serving.prompts import Prompts
+from megatron.dmc.serving.prompts import Prompts, PromptSettings
 from megatron.dmc.serving.ranks import Followers, LeadingEngine, check_size, follow
 
 log = logging.getLogger(__name__)
 LINGER = 0.25  # seconds in which requests that are on their way are still answered 503
 BACKLOG = 512  # connections that the kernel holds until they are accepted
+TOKENIZER_PATHS = frozenset({"/tokenize", "/detokenize"})
 CLOSE = 5  # seconds for the last bytes of responses
 HANGS = 20  # seconds after these in which threads and other ranks must end
 
@@ -122,6 +123,9 @@ def make_service(
     engine: Engine,
     *,
     model_name: str,
+    aliases: Sequence[str] = (),
+    prompt_settings: Optional[PromptSettings] = None,
+    open_tokenizer: bool = False,
     keys: Sequence[str] = (),
     limits: Limits = Limits(),
     max_body_bytes: Optional[int] = None,
@@ -129,7 +133,12 @@ def make_service(
     timeout_body: float = 20.0,
     log_requests: bool = False,
 ) -> Service:
-    """Service around an engine, with everything that the application needs. Call it on the event loop."""
+    """Service around an engine, with everything that the application needs. Call it on the event loop.
+
+    Args:
+        aliases: further names of the model.
+        open_tokenizer: answer the tokenizer's endpoints without an API key.
+    """
     max_model_len = engine.sizes.max_model_len
     metrics = Metrics(metrics_prefix, model_name, max_model_len)
     runner = AsyncEngine(engine, limits, metrics.observe)
@@ -137,9 +146,10 @@ def make_service(
     most = default_max_body_bytes(max_model_len) if max_body_bytes is None else max_body_bytes
     # The engine's thread detokenizes with the original.
     tokenizer = template_process.bounded(copy.deepcopy(engine.tokenizer), 2 * most)
-    prompts = Prompts(engine.input_processor.with_tokenizer(tokenizer))
+    prompts = Prompts(engine.input_processor.with_tokenizer(tokenizer), prompt_settings)
     gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
-    return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics)
+    gate.open_paths = TOKENIZER_PATHS if open_tokenizer else frozenset()
+    return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics, tuple(aliases))
 
 
 def make_server(
@@ -170,13 +180,21 @@ def make_server(
 
 
 async def serve(
-    engine: Engine, settings: ServerConfig, http: HTTPConfig, sock: socket.socket, followers: Optional[Followers] = None
+    engine: Engine,
+    settings: ServerConfig,
+    http: HTTPConfig,
+    prompt_settings: PromptSettings,
+    sock: socket.socket,
+    followers: Optional[Followers] = None,
 ) -> int:
     """Serve until a signal comes. Returns the exit status: 0, or 1 when the engine has failed."""
-    keys = settings.keys()
+    keys, names = settings.keys(), settings.served_model_name or [settings.model]
     service = make_service(
         engine,
-        model_name=settings.served_model_name or settings.model,
+        model_name=names[0],
+        aliases=names[1:],
+        prompt_settings=prompt_settings,
+        open_tokenizer=settings.open_tokenizer,
         keys=keys,
         limits=Limits(settings.max_num_queued_requests, settings.max_num_queued_tokens),
         max_body_bytes=settings.max_body_bytes,
@@ -241,24 +259,36 @@ def run(settings: ServerConfig, http: HTTPConfig, config: EngineConfig) -> int:
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's
         follow(settings.model, config, source)
         return 0
+    prompt_settings = PromptSettings.read(
+        settings.model,
+        settings.chat_template,
+        settings.generation_config,
+        settings.override_generation_config,
+        settings.trust_request_chat_template,
+    )
     with contextlib.closing(listen(settings.host, settings.port)) as sock:
         tokenizer = load_tokenizer(source)
         if config.tensor_parallel_size == 1:
             engine = Engine(settings.model, config, tokenizer)
             warm_up(engine)
-            return asyncio.run(serve(engine, settings, http, sock))
-        return _run_ranks(settings, http, sock, config, tokenizer)
+            return asyncio.run(serve(engine, settings, http, prompt_settings, sock))
+        return _run_ranks(settings, http, prompt_settings, sock, config, tokenizer)
 
 
 def _run_ranks(
-    settings: ServerConfig, http: HTTPConfig, sock: socket.socket, config: EngineConfig, tokenizer: Any
+    settings: ServerConfig,
+    http: HTTPConfig,
+    prompt_settings: PromptSettings,
+    sock: socket.socket,
+    config: EngineConfig,
+    tokenizer: Any,
 ) -> int:
     check_size(settings.model, config)  # before others wait for this rank
     followers = Followers(settings.model, config, settings.tokenizer or settings.model)
     try:
         engine = LeadingEngine(settings.model, config, tokenizer)
         warm_up(engine)
-        status = asyncio.run(serve(engine, settings, http, sock, followers))
+        status = asyncio.run(serve(engine, settings, http, prompt_settings, sock, followers))
         if status == 0:
             engine.release()
         return status

@@ -63,7 +63,10 @@ class RequestModel(BaseModel):
         """Error whose ``param`` and message name the parameter as the client sent it."""
         if error.param is not None:
             name = self._sent_name(error.param)
-            if error.message.startswith(error.param):
+            if error.code == "context_length_exceeded":
+                error.message = error.message.replace("your prompt has", f"your {name} resulted in")
+                error.message = error.message.replace("length of the prompt", f"length of the {name}")
+            elif error.message.startswith(error.param):
                 error.message = name + error.message.removeprefix(error.param)
             elif name not in error.message:
                 error.message = f"{name} is wrong: {error.message}"

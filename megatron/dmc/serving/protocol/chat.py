@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Field
@@ -44,9 +46,22 @@ class Message(RequestModel):
     annotations: Optional[list[Any]] = None
     """Citations of an assistant's message, which are accepted and ignored."""
 
-    def plain(self) -> dict[str, str]:
-        """Message as chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+    @property
+    def text(self) -> str:
+        """Content as one text, with a newline between its parts, as vLLM joins them."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+
+    def plain(self, lists: bool = False, texts: bool = True) -> dict[str, Any]:
+        """Message as a chat template takes it.
+
+        Args:
+            lists: the template takes lists of parts.
+            texts: it takes texts.
+        """
+        content: Any = self.text
+        if lists and not (texts and isinstance(self.content, (str, type(None)))):
+            parts = [content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
+            content = [{"type": "text", "text": text} for text in parts]
         more = {name: getattr(self, name) for name in ("name", "reasoning_content", "reasoning")}
         return {"role": self.role, "content": content} | {name: value for name, value in more.items() if value}
 
@@ -60,8 +75,14 @@ class ChatFields(RequestModel):
     """End the prompt with what introduces the assistant's message."""
     continue_final_message: Optional[bool] = False
     """Continue the last message instead of starting a new one; needs `add_generation_prompt: false`."""
+    add_special_tokens: Optional[bool] = False
+    """Let the tokenizer add special tokens such as BOS to what the template writes."""
+    chat_template: Optional[str] = None
+    """Chat template instead of the model's, only taken by a server with `--trust-request-chat-template`."""
     chat_template_kwargs: Optional[dict[str, Any]] = None
     """Extra variables of the chat template."""
+    documents: Optional[list[dict[str, Any]]] = None
+    """Documents for the chat template, for generation with retrieval."""
 
     def _sent_name(self, param: str) -> str:
         return "messages" if param == "prompt" else param
@@ -83,11 +104,11 @@ class ChatCompletionRequest(SamplingFields, ChatFields):
     prompt_cache_options: Optional[dict[str, Any]] = None
     """Hints for a prefix cache, which are accepted and ignored."""
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
         """Sampling parameters of the request. Raises :class:`APIError` that names a wrong value."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs may only be given with logprobs: true", "top_logprobs")
-        return super().sampling_params()
+        return super().sampling_params(defaults)
 
     def _derived_params(self) -> dict[str, Any]:
         most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens

@@ -42,14 +42,6 @@ EITHER = Unsupported((False, True))
 
 GENERATION: dict[str, Unsupported] = {
     # vLLM
-    "allowed_token_ids": NULL,
-    "bad_words": NULL,
-    "cache_salt": NULL,
-    "chat_template": NULL,
-    "documents": NULL,
-    "prompt_logprobs": NULL,
-    "truncate_prompt_tokens": NULL,
-    "truncation_side": NULL,
     "best_of": Unsupported((1,), instead="use n"),
     "early_stopping": FALSE,
     "ec_transfer_params": NULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Discriminator, Field, Tag
@@ -78,7 +79,7 @@ class SamplingFields(ModelField):
     top_p: Optional[float] = None
     """Total probability of the most likely tokens to sample from, above 0 and at most 1, default 1."""
     seed: Optional[Int] = None
-    """Seed of the sampler: the same seed samples the same tokens; completion i of a prompt uses seed + i."""
+    """Seed of the sampler, -1 for none: one seed samples the same tokens; completion i of a prompt uses seed + i."""
     stop: Union[str, list[str], None] = None
     """String or strings that end the completion, which stops before the first of them."""
     presence_penalty: Optional[float] = None
@@ -115,6 +116,18 @@ class SamplingFields(ModelField):
     """Number of tokens to generate before an end-of-sequence or stop token may be sampled, default 0."""
     stop_token_ids: Optional[TokenIds] = None
     """Token ids that end the completion."""
+    bad_words: Optional[list[str]] = None
+    """Words that the completion does not hold."""
+    allowed_token_ids: Optional[TokenIds] = None
+    """Token ids of which the completion consists."""
+    prompt_logprobs: Optional[Int] = None
+    """Number of most likely tokens at every token of the prompt to return log-probabilities of; not in streams."""
+    truncate_prompt_tokens: Optional[Int] = None
+    """Number of tokens of the prompt to keep; -1 keeps as many as `max_tokens` leaves room for."""
+    truncation_side: Optional[Literal["left", "right"]] = None
+    """Side on which `truncate_prompt_tokens` drops tokens: left, the default, keeps the last ones."""
+    cache_salt: Optional[str] = Field(None, max_length=1024)
+    """Secret of the client: only requests with the same one share cached prefixes. At most 1,024 characters."""
     ignore_eos: Optional[bool] = None
     """Continue after the end-of-sequence token."""
     skip_special_tokens: Optional[bool] = None
@@ -126,13 +139,32 @@ class SamplingFields(ModelField):
     return_token_ids: Optional[bool] = False
     """Add `token_ids` and `prompt_token_ids` to the choices."""
 
-    def sampling_params(self) -> SamplingParams:
-        """Sampling parameters of the request. Raises :class:`APIError` that names a wrong value."""
+    def sampling_params(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> SamplingParams:
+        """Sampling parameters of the request.
+
+        Args:
+            defaults: values of those that it does not give; ``max_tokens`` is a bound.
+
+        Raises:
+            APIError: a wrong value, by the name under which the client sent it.
+        """
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens not in range(1, 2**63):
+            if self.truncate_prompt_tokens != -1:
+                message = f"truncate_prompt_tokens is {self.truncate_prompt_tokens}; it must be -1 or at least 1"
+                raise invalid(message, "truncate_prompt_tokens")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs is not supported in streams; leave out stream", "prompt_logprobs")
         if not (self.stream or self.stream_options is None or self.stream_options.asks_for_nothing):
             raise invalid("stream_options may only be given with stream: true", "stream_options")
         names = (field.name for field in dataclasses.fields(SamplingParams))
-        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        given = {name: value for name, value in defaults.items() if name != "max_tokens"}
+        given |= {name: value for name in names if (value := getattr(self, name, None)) is not None}
         given |= self._derived_params()
+        if self.stop == "":
+            del given["stop"]
+        if (bound := defaults.get("max_tokens")) is not None:
+            asked = given["max_tokens"]
+            given["max_tokens"] = bound if asked is None else min(asked, bound)
         if self.logit_bias is not None:
             given["logit_bias"] = _token_ids(self.logit_bias)
         try:
@@ -170,13 +202,13 @@ class CompletionRequest(SamplingFields):
     """Let the tokenizer add special tokens such as BOS to a text prompt."""
 
     def _derived_params(self) -> dict[str, Any]:
-        prompt_logprobs = self.logprobs if self.echo else None
+        prompt_logprobs = self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
         return {"max_tokens": self.max_tokens, "prompt_logprobs": prompt_logprobs}
 
     def _sent_name(self, param: str) -> str:
         if param in ("n", "max_tokens") and param not in self.model_fields_set:
             return "prompt"  # too long, or too many, for the default
-        return "logprobs" if param == "prompt_logprobs" else param
+        return "logprobs" if param == "prompt_logprobs" and self.prompt_logprobs is None else param
 
     @property
     def prompts(self) -> list[Union[str, list[int]]]:

@@ -44,6 +44,12 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int = Field(description="Rank of the token; 1 is the most likely.")
+    decoded_token: str
+
+
 class Choice(BaseModel):
     """Fields of every completion of a response."""
 
@@ -53,7 +59,11 @@ class Choice(BaseModel):
     prompt_token_ids: list[int] = Field([], description="Token ids of the prompt, with return_token_ids.")
 
 
+PromptLogprobs = list[Optional[dict[str, PromptLogprob]]]
+
+
 class CompletionChoice(Choice):
+    prompt_logprobs: PromptLogprobs = Field([], description="By token id, for every token of the prompt but the first.")
     text: str
     logprobs: Optional[CompletionLogprobs]
     finish_reason: Optional[Literal["stop", "length"]]
@@ -102,6 +112,7 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs = Field([], description="By token id, for every token of the prompt but the first.")
 
 
 class ResponsesUsage(BaseModel):
