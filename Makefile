@@ -7,6 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 BENCH_OUT := build/bench
+WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -39,11 +40,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(shell [ -x $(PY) ] || echo m
 quickstart: $(STAMP) ## retrofit a small Llama on real text, start to end (at most 15 minutes on two cores)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/dmc/quickstart.sh
 
-test: $(STAMP) ## all tests
-	$(PY) -m pytest
+test: $(STAMP) ## all tests, two files at a time; WORKERS=1 for one
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(STAMP) ## the tests that take seconds
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .

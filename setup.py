@@ -43,6 +43,7 @@ EXTRAS_REQUIRE = {
     # The second line is "serve", whose tests need it.
     "dev": [
         "pytest>=8",
+        "pytest-xdist",
         "hypothesis",
         "ruff>=0.9",
         "gguf",
