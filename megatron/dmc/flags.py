@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import json
@@ -84,7 +86,16 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
     try:
         args = parser.parse_args(argv)
         warnings.filterwarnings("ignore")
-        return args.run(args)
+        with contextlib.redirect_stdout(_Stdout(sys.stdout)):
+            status = args.run(args)
+            sys.stdout.flush()
+        return status
+    except _StdoutError as error:
+        _to_nowhere("stdout")
+        if error.errno == errno.EPIPE:
+            return 141  # as a shell reports a program that SIGPIPE has ended: whoever closed the pipe has had enough
+        say(f"error: stdout cannot be written: {error.strerror}", "stderr")
+        return 2
     except refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,15 +106,45 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
         return 130
 
 
+class _StdoutError(OSError):
+    """Stdout takes no more."""
+
+
+class _Stdout:
+    """Stdout, whose errors can be told from those of other files. ``stream`` is None where it was closed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._call("write", text)
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def _call(self, name: str, *args: str) -> Any:
+        try:
+            return None if self._stream is None else getattr(self._stream, name)(*args)
+        except OSError as error:
+            raise _StdoutError(error.errno, error.strerror) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def say(text: str, stream: Literal["stdout", "stderr"] = "stdout") -> None:
     """Print a last word. Where nobody reads it any more (a closed pipe, a full disk), the exit status stays."""
     try:
         print(text, file=getattr(sys, stream), flush=True)
     except OSError:
-        # What is left in the stream's buffer is written when the process ends: to nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, getattr(sys, stream).fileno())
-        os.close(nowhere)
+        _to_nowhere(stream)
+
+
+def _to_nowhere(stream: str) -> None:
+    """What is left in the stream's buffer is written when the process ends: to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, getattr(sys, stream).fileno())
+    os.close(nowhere)
 
 
 def subcommand(commands: Any, name: str, text: str, examples: str) -> Parser:

@@ -178,3 +178,29 @@ def test_parsers_of_numbers(parse, good: dict, bad: list[str]) -> None:
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="number"):
             parse(text)
+
+
+@pytest.mark.parametrize(
+    "command, expected, says",
+    [
+        ("{python} -m megatron.dmc.cli plan --help | true", 0, ""),
+        ("{python} -c '{code}' | true", 141, ""),
+        ("{python} -c '{code}' >/dev/full", 2, "error: stdout cannot be written: No space left on device"),
+    ],
+    ids=["help", "pipe", "full"],
+)
+def test_a_stdout_that_takes_no_more_is_no_traceback(command: str, expected: int, says: str) -> None:
+    code = """
+import sys, time
+from megatron.dmc import flags
+def run(args):
+    time.sleep(0.3)
+    print("a line that stays in the buffer until the end")
+    return 0
+parser = flags.Parser(prog="dmc")
+parser.set_defaults(run=run)
+sys.exit(flags.run(parser, [], (ValueError, OSError)))
+"""
+    line = f"set -o pipefail; {command.format(python=sys.executable, code=code)}"
+    result = subprocess.run(["bash", "-c", line], env=subprocess_env(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == expected and result.stderr.strip() == says, result.stderr

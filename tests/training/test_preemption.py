@@ -202,7 +202,7 @@ def test_retained_checkpoints_stay(data, tmp_path, background):
 def test_leaves_when_the_jobs_time_is_up(data, tmp_path, variables, options, expected):
     env = {name: str(int(time.time()) + seconds) for name, seconds in variables.items()}
     run = tiny.run(command(data, tmp_path / "save", **options), tmp_path / "a", env=env)
-    assert "armed: SIGTERM and SIGUSR1 save and leave" in run.output()
+    assert "armed: SIGTERM, SIGUSR1 and SIGINT save and leave" in run.output()
     if expected is None:
         assert names(tmp_path / "save")[-2] == LAST
     else:

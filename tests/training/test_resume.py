@@ -136,7 +136,7 @@ def test_resumes_in_another_layout(data, chain, tmp_path, options):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)  # SIGUSR1: below
 def test_signal_saves_and_leaves(data, chain, tmp_path, number):
     argv = command(data, "retrofit", tmp_path / "save", root_of(chain), save_interval=None)
     run = tiny.Run(argv, tmp_path / "a", hang="pause:6")
@@ -214,6 +214,9 @@ def test_old_checkpoints_are_pruned_and_leftovers_removed(data, chain, tmp_path)
 
 def test_a_checkpoint_says_what_it_is(chain):
     manifest = json.loads((chain["finetune"][0] / LAST / "manifest.json").read_text())
+    log = chain["retrofit"][1].output()  # six steps: nothing merges yet
+    assert "WARNING: the stage ends at CR 1.00, its target is 2: no token merges before a decision logit has" in log
+    assert "at --lr 0.001 that takes some 33 steps" in log and "WARNING: the stage" not in chain["zero_out"][1].output()
     assert manifest["lineage"] == ["pretrain", "zero_out", "retrofit"] and manifest["stage"] == "finetune"
     assert manifest["source"] == str(chain["retrofit"][0] / LAST) and manifest["target_cr"] == 2
     assert manifest["consumed_tokens"] == ITERATIONS * 4 * tiny.SEQ

@@ -7,7 +7,8 @@ import pickle
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from megatron.dmc.checkpoint.pickled import cause, weights_only
 from megatron.dmc.checkpoint.staging import sync, sync_tree
 from megatron.dmc.model import DMCGPTModel
 from megatron.dmc.training import mcore_compat
+from megatron.dmc.training.disk import DiskError, naming_disk_errors
 
 _EXTRA_STATE = "_extra_state"
 """Part of the names of Transformer Engine's fp8 scaling state. It is not saved: fp8 is not used here, and converted
@@ -71,6 +73,10 @@ class CheckpointWriter:
         In the background it is complete once :meth:`finish` returns its path; only one is written at a time.
         """
         self.finish(wait=True)
+        with self._naming_disk_errors():
+            self._save(manifest)
+
+    def _save(self, manifest: Manifest) -> None:
         target = iteration_directory(self.directory, manifest.iteration)
         temporary = self._make_temporary_directory(target.name)
         results = mcore_compat.use_results_file()
@@ -95,10 +101,23 @@ class CheckpointWriter:
         """Complete the pending checkpoint if all of it is written, or ``wait`` for it. Returns its path then."""
         if self.pending is None:
             return None
-        if self.background and not self._queue.maybe_finalize_async_calls(blocking=wait):
-            return None
+        with self._naming_disk_errors():
+            if self.background and not self._queue.maybe_finalize_async_calls(blocking=wait):
+                return None
         path, self.pending = self.pending, None
         return path
+
+    @contextmanager
+    def _naming_disk_errors(self) -> Iterator[None]:
+        """Errors of the disk by their names; what a failed save has written is removed, which makes room again."""
+        try:
+            with naming_disk_errors(self.directory, (Exception, CheckpointException)):
+                yield
+        except DiskError:
+            if distributed.get_rank() == 0:
+                for leftover in self.directory.glob(TEMPORARY + "*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            raise
 
     def _make_temporary_directory(self, name: str) -> Path:
         # A name that no other start of this run has: a writer that outlived a killed one cannot get in between.

@@ -232,7 +232,24 @@ class Trainer:
                 return False
         if self.valid_data is not None:
             self.log_evaluation(self.evaluate(stop))
+        if warning := self._lack_of_compression():
+            self.logger.print(warning)
         return True
+
+    def _lack_of_compression(self) -> str:
+        """Warning for a stage that ends far from its target compression ratio, with the likely cause; else ""."""
+        target, cr = self.config.stage.target_cr, self.measured_cr
+        if not self.compresses or cr is None or target is None or cr - 1 >= (target - 1) / 2:
+            return ""
+        cause = "use more --train-iters, or a larger --loss-weight"
+        if cr < 1.05:
+            bias, lr = self.config.dmc.decision_bias, self.config.optimizer.lr
+            cause = (
+                f"no token merges before a decision logit has climbed from {-bias:g} to 0 (dead time), for which this "
+                f"stage was too short; at --lr {lr:g} that takes some {bias / (150 * lr):.0f} steps, of which the "
+                "retrofit must have several times as many: use more --train-iters, or a higher --lr"
+            )
+        return f"WARNING: the stage ends at CR {cr:.2f}, its target is {target:g}: {cause}"
 
     def _is_due(self, interval: Optional[int]) -> bool:
         return bool(interval) and self.iteration % interval == 0

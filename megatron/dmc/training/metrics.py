@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Optional
 
@@ -137,6 +140,24 @@ class StepMetrics:
     """fp64 [layers, KV heads] on the CPU, slots kept; None when the stage does not compress."""
 
 
+def say(text: str) -> None:
+    """Print a line of the log. Training goes on where nobody reads it: what stdout does not take any more (a closed
+    pipe) goes to stderr, and where that is closed too, nowhere; a line that a full disk does not take is lost.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return
+        for target in (lambda: os.dup(2), lambda: os.open(os.devnull, os.O_WRONLY)):
+            descriptor = target()
+            os.dup2(descriptor, 1)
+            os.close(descriptor)
+            with suppress(OSError):
+                print(f"WARNING: stdout cannot be written ({error.strerror}); the log goes on here", flush=True)
+                return
+
+
 class Logger:
     """Rank 0's log lines, TensorBoard and (only when asked for) Weights & Biases."""
 
@@ -159,7 +180,7 @@ class Logger:
 
     def print(self, text: str) -> None:
         if self.active:
-            print(text, flush=True)
+            say(text)
 
     def restart_clock(self) -> None:
         """Start the time per iteration anew: evaluation and checkpointing do not count."""
@@ -203,7 +224,7 @@ class Logger:
             f"mem: {memory_gib():.2f} GiB",
             f"eta: {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}",
         ]
-        print(" [" + time.strftime("%Y-%m-%d %H:%M:%S") + "] " + " | ".join(fields) + " |", flush=True)
+        say(" [" + time.strftime("%Y-%m-%d %H:%M:%S") + "] " + " | ".join(fields) + " |")
         scalars = {**values, "tokens/s/GPU": rate, "target CR": target_cr}
         if kept_by_head is not None:
             for layer, kept in enumerate(kept_by_head.sum(dim=1).tolist(), start=1):

@@ -12,12 +12,14 @@ import psutil
 import torch
 from torch import distributed
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SLACK = 60.0  # seconds kept free before the job's end: clocks differ, groups are taken down, a shell has to requeue
 
 
 class StopSignal:
-    """Request to save and leave: SIGTERM or SIGUSR1 to any rank, or the end of the job's time.
+    """Request to save and leave: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or the end of the job's time.
+
+    A second SIGINT ends the process at once.
 
     Ranks agree on it at the end of every step, and of every batch of an evaluation, so that all leave together.
 
@@ -39,6 +41,9 @@ class StopSignal:
         self._stale = self._end is not None and self._end <= now
 
     def _handle(self, number: int, frame) -> None:
+        if number == signal.SIGINT == self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.received = number
 
     def record(self, what: str, seconds: float) -> None:
@@ -61,7 +66,8 @@ class StopSignal:
 
     def __str__(self) -> str:
         """Describe what is armed, for the log."""
-        parts = [" and ".join(s.name for s in _SIGNALS) + " save and leave after the running step"]
+        *names, last = (s.name for s in _SIGNALS)
+        parts = [f"{', '.join(names)} and {last} save and leave after the running step"]
         if self._leave_at is not None:
             parts.append(f"so does the clock at {_clock(self._leave_at)} (exit_duration_in_mins)")
         if self._stale:

@@ -5,7 +5,7 @@
 
 ``--init-from`` starts a stage from another checkpoint's weights. ``--save`` is where the stage writes and, when it
 already holds a complete checkpoint, where it resumes. Wrong input ends with one message and status 2 before anything
-is written; SIGTERM and SIGUSR1 save and end with status 0.
+is written; SIGTERM, SIGUSR1 and SIGINT save and end with status 0.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Optional
 
 from megatron.dmc import schedule
 from megatron.dmc.config import RunConfig
+from megatron.dmc.training.disk import DiskError
+from megatron.dmc.training.save_lock import SaveLock
 from megatron.dmc.training.starting_point import StartingPoint, check_resume, check_stage_order, find_starting_point
 
 if TYPE_CHECKING:  # they import torch
@@ -26,13 +28,24 @@ if TYPE_CHECKING:  # they import torch
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Run one stage. Returns the exit status: 0 done or saved on a signal, 2 wrong input."""
+    """Run one stage. Returns the exit status: 0 done or saved on a signal, 1 the disk failed, 2 wrong input, 130
+    interrupted before training began.
+    """
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        return 130
+    except DiskError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _main(argv: Optional[list[str]]) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
     warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
     from megatron.dmc.training import initialize
-    from megatron.dmc.training.host_monitor import HostMonitor, remove_lost_host_file
-    from megatron.dmc.training.preemption import RestartGuard, StopSignal
+    from megatron.dmc.training.preemption import RestartGuard
 
     try:
         config, start = prepare(argv)
@@ -42,7 +55,29 @@ def main(argv: Optional[list[str]] = None) -> int:
         tokenizer = load_tokenizer(config.data.tokenizer)
         warned = check_datasets(config, tokenizer)
         save = config.training.save
-        restarts = RestartGuard(save if initialize.is_rank_0() else None)
+        lock = SaveLock(save if initialize.is_rank_0() else None)
+        restarts = RestartGuard(lock.save)
+        lock.acquire(start.path if start is not None and start.resumes else None)
+        if lock.warning:
+            warned.append(lock.warning)
+    except ValueError as error:
+        return _refuse(error)
+    try:
+        return _run(config, tokenizer, start, restarts, warned)
+    finally:
+        lock.release()
+
+
+def _run(
+    config: RunConfig, tokenizer: Tokenizer, start: Optional[StartingPoint], restarts: RestartGuard, warned: list[str]
+) -> int:
+    """Train with the lock on --save. Returns the exit status."""
+    from megatron.dmc.training import initialize
+    from megatron.dmc.training.host_monitor import HostMonitor, remove_lost_host_file
+    from megatron.dmc.training.preemption import StopSignal
+
+    save = config.training.save
+    try:
         restarts.count_start(config.training.max_starts_without_step)
     except ValueError as error:
         return _refuse(error)
@@ -139,9 +174,10 @@ def _train(
     """Load what the run starts from and train, now that the process group is there. Returns the exit status."""
     from megatron.dmc.training import initialize
     from megatron.dmc.training.loop import Trainer
+    from megatron.dmc.training.metrics import say
 
     if initialize.is_rank_0():
-        print(banner(config), flush=True)
+        say(banner(config))
     try:
         trainer = Trainer(config, tokenizer, start)
     except ValueError as error:
