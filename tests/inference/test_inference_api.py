@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -390,7 +391,9 @@ def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed
     line = next(line for line in result.stdout.splitlines() if line.startswith("ANSWERS "))
     first, second = json.loads(line.removeprefix("ANSWERS "))
     assert first == second and first["free"]
-    assert all(re.fullmatch("[0-9]{3,8}[A-F]", text) for texts in first["structured"] for text in texts)
+    if importlib.util.find_spec("llguidance"):
+        texts = [text for texts in first["structured"] for text in texts]
+        assert len(texts) == 2 * len(prompts) and all(re.fullmatch("[0-9]{3,8}[A-F]", text) for text in texts)
     one = LLM(model.path)
     for prompt, got, scores, slots in zip(prompts, first["tokens"], first["logprobs"], first["slots"]):
         whole = one.generate(prompt, SamplingParams(temperature=0, max_tokens=24, logprobs=0))[0].outputs[0]

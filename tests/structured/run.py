@@ -99,13 +99,24 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         ),
         some.map(lambda items: {"type": "array", "items": items, "additionalItems": False}),
         *(some.map(lambda parts, key=key: {key: parts}) for key in ("anyOf", "allOf", "oneOf")),
-        inner.map(lambda part: {"definitions": {"d": part}, "type": "array", "items": {"$ref": "#/definitions/d"}}),
     )
 
 
 def written_schemas() -> st.SearchStrategy[Any]:
-    """Schemas as people write them."""
-    return st.recursive(leaves(), containers, max_leaves=8).filter(lambda schema: isinstance(schema, dict))
+    """Schemas as people write them, some with definitions, of which one refers to itself."""
+    plain = st.recursive(leaves(), containers, max_leaves=8).filter(lambda schema: isinstance(schema, dict))
+    reference = {"$ref": "#/definitions/d"}
+    return st.one_of(
+        plain,
+        plain,
+        plain.map(lambda part: {"definitions": {"d": part}, "type": "array", "items": reference}),
+        plain.map(
+            lambda part: {
+                "definitions": {"d": {"type": "object", "properties": {"value": part, "next": reference}}},
+                "anyOf": [reference, {"type": "null"}],
+            }
+        ),
+    )
 
 
 def meta_schemas() -> st.SearchStrategy[Any]:

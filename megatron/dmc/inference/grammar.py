@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.dmc.inference.errors import InvalidRequest
-from megatron.dmc.inference.structured_outputs import StructuredOutputsParams
+from megatron.dmc.inference.structured_outputs import StructuredOutputsParams, refuse
 
 LIMITS = {
     "initial_lexer_fuel": 500_000,
@@ -37,10 +36,6 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Whitespace between JSON's tokens: enough to indent, and no model can write blanks until its tokens are used up."""
 MAX_GRAMMARS = 128
 MAX_CACHED_CHARACTERS = 4 << 20
-
-
-def _refuse(message: str) -> InvalidRequest:
-    return InvalidRequest(message, "structured_outputs")
 
 
 class GrammarState:
@@ -96,7 +91,7 @@ class GrammarCompiler:
             InvalidRequest: a constraint that cannot be compiled, that is too complex, or that no token can begin; no
                 llguidance, or a tokenizer or a model that it cannot work with.
         """
-        key = (params.kind, params.source(), params.disable_any_whitespace, params.whitespace_pattern)
+        key = (params.kind, params.source, params.disable_any_whitespace, params.whitespace_pattern)
         with self._lock:
             if (grammar := self._found.get(key)) is not None:
                 self._found.move_to_end(key)
@@ -111,23 +106,31 @@ class GrammarCompiler:
                 self._characters -= len(source)
         return grammar
 
+    def load(self) -> None:
+        """Read the vocabulary now, which takes a second for a large one and holds the interpreter's lock.
+
+        Raises:
+            InvalidRequest: no llguidance, or a tokenizer that it cannot work with.
+        """
+        with self._loading:
+            _ = self._llguidance_tokenizer
+
     def _compile(self, params: StructuredOutputsParams, source: str) -> Grammar:
         name = "json_object" if params.json_object else params.kind
-        with self._loading:
-            tokenizer = self._llguidance_tokenizer
+        self.load()
         from llguidance import LLMatcher, LLParserLimits
 
         try:
             grammar = _grammar_text(params, source)
         except Exception as error:  # the translation of GBNF raises what it likes
-            raise _refuse(f"structured_outputs.{name} cannot be compiled: {_one_line(str(error))}") from None
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+            raise refuse(f"cannot be compiled: {_one_line(str(error))}", name) from None
+        matcher = LLMatcher(self._llguidance_tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         # The first mask belongs to the compilation: it shows what is too complex, or cannot begin, while it is a 400.
         first = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
-            raise _refuse(f"structured_outputs.{name} cannot be compiled: {_one_line(matcher.get_error())}")
+            raise refuse(f"cannot be compiled: {_one_line(matcher.get_error())}", name)
         if not _allowed(np.frombuffer(first, np.uint8), self._vocab_size).any():
-            raise _refuse(f"structured_outputs.{name} cannot be met: no token of the vocabulary begins it")
+            raise refuse("cannot be met: no token of the vocabulary begins it", name)
         return Grammar(matcher)
 
     @cached_property
@@ -136,21 +139,19 @@ class GrammarCompiler:
         try:
             import llguidance
         except ImportError:
-            raise _refuse(
-                "structured_outputs is not supported: llguidance is not installed; pip install 'megatron-dmc[serve]'"
-            ) from None
+            raise refuse("is not supported: llguidance is not installed; pip install 'megatron-dmc[serve]'") from None
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             kind = type(self._tokenizer).__name__
-            raise _refuse(
-                "structured_outputs is not supported: the model has no tokenizer"
+            raise refuse(
+                "is not supported: the model has no tokenizer"
                 if self._tokenizer is None
-                else f"structured_outputs is not supported: a {kind} has no tokenizer.json"
+                else f"is not supported: a {kind} has no tokenizer.json"
             )
         size = backend.get_vocab_size(with_added_tokens=True)
         ends = sorted(token for token in self._eos if token < size)
         if not ends:
-            raise _refuse("structured_outputs is not supported: the tokenizer has no end-of-sequence token")
+            raise refuse("is not supported: the tokenizer has no end-of-sequence token")
         try:
             return llguidance.LLTokenizer(
                 _plain_tokenizer(backend.to_str()), n_vocab=max(self._vocab_size, size), eos_token=ends
@@ -158,9 +159,7 @@ class GrammarCompiler:
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of no module
                 raise
-            raise _refuse(
-                f"structured_outputs is not supported: llguidance cannot read the tokenizer: {_one_line(str(error))}"
-            ) from None
+            raise refuse(f"is not supported: llguidance cannot read the tokenizer: {_one_line(str(error))}") from None
 
 
 def _plain_tokenizer(described: str) -> str:

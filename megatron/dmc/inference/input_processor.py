@@ -13,6 +13,7 @@ from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.grammar import Grammar, GrammarCompiler
 from megatron.dmc.inference.request import Request
 from megatron.dmc.inference.sampling_params import SamplingParams
+from megatron.dmc.inference.structured_outputs import refuse
 from megatron.dmc.inference.token_masks import bad_word_ids
 
 
@@ -68,7 +69,7 @@ class InputProcessor:
         if constraint is None:
             return None
         if self.grammars is None:
-            raise InvalidRequest("structured_outputs is not supported: there is no tokenizer", "structured_outputs")
+            raise refuse("is not supported: there is no tokenizer")
         return self.grammars.compile(constraint)
 
     def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:

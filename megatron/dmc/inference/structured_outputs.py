@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Optional
 
 from megatron.dmc.inference.errors import InvalidRequest
@@ -23,8 +24,10 @@ _DATA_KEYWORDS = frozenset({"enum", "const", "default", "examples"})
 Kind = Literal["json", "regex", "choice", "grammar"]
 
 
-def _refuse(message: str) -> InvalidRequest:
-    return InvalidRequest(message, "structured_outputs")
+def refuse(message: str, field: str = "") -> InvalidRequest:
+    """Error about a constraint, or about one ``field`` of it, which the message goes on from."""
+    name = f"structured_outputs.{field}" if field else "structured_outputs"
+    return InvalidRequest(f"{name} {message}", name)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,11 @@ class StructuredOutputsParams:
         given += ["json_object"] * bool(self.json_object)
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            raise _refuse(f"structured_outputs has {found}; give one of json, regex, choice, grammar, json_object")
+            raise refuse(f"has {found}; give one of json, regex, choice, grammar, json_object")
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise _refuse(f"structured_outputs.{name} is {type(value).__name__}; it must be a string")
+                raise refuse(f"is {type(value).__name__}; it must be a string", name)
         if self.choice is not None:
             object.__setattr__(self, "choice", _checked_choice(self.choice))
 
@@ -74,6 +77,7 @@ class StructuredOutputsParams:
             return "choice"
         return "grammar" if self.grammar is not None else "json"
 
+    @cached_property
     def source(self) -> str:
         """The constraint as text: JSON of a schema or of the choices, an expression, a grammar.
 
@@ -86,12 +90,12 @@ class StructuredOutputsParams:
         if self.kind == "grammar" and "::=" in text:
             longest = MAX_GBNF_CHARACTERS
         if len(text) > longest:
-            raise _refuse(f"structured_outputs.{self.kind} has {len(text)} characters; it may have {longest}")
+            raise refuse(f"has {len(text)} characters; it may have {longest}", self.kind)
         for part in (text, self.whitespace_pattern or ""):
             try:
                 part.encode()
             except UnicodeEncodeError:
-                raise _refuse(f"structured_outputs.{self.kind} holds half of a surrogate pair") from None
+                raise refuse("holds half of a surrogate pair", self.kind) from None
         return text
 
     def _source(self) -> str:
@@ -104,9 +108,9 @@ class StructuredOutputsParams:
 
 def _checked_choice(choice: Any) -> tuple[str, ...]:
     if not isinstance(choice, Sequence) or isinstance(choice, str) or not choice:
-        raise _refuse("structured_outputs.choice must be a list of strings, at least one")
+        raise refuse("must be a list of strings, at least one", "choice")
     if not all(isinstance(text, str) for text in choice):
-        raise _refuse("structured_outputs.choice must hold strings only")
+        raise refuse("must hold strings only", "choice")
     return tuple(choice)
 
 
@@ -115,14 +119,12 @@ def _schema_text(schema: Any) -> str:
     try:
         if isinstance(schema, str):
             if len(schema) > MAX_SOURCE_CHARACTERS:
-                raise _refuse(
-                    f"structured_outputs.json has {len(schema)} characters; it may have {MAX_SOURCE_CHARACTERS}"
-                )
+                raise refuse(f"has {len(schema)} characters; it may have {MAX_SOURCE_CHARACTERS}", "json")
             schema = json.loads(schema)
         if schema is True:
             schema = {}  # the schema of everything
         if not isinstance(schema, Mapping):
-            raise _refuse("structured_outputs.json must be a JSON schema, an object")
+            raise refuse("must be a JSON schema, an object", "json")
         for node in _schemas(schema):
             _check_guaranteed(node)
         return json.dumps(schema, allow_nan=False, ensure_ascii=False)
@@ -131,11 +133,11 @@ def _schema_text(schema: Any) -> str:
     except RecursionError:
         raise _too_deep() from None
     except (TypeError, ValueError) as error:
-        raise _refuse(f"structured_outputs.json is no JSON: {' '.join(str(error).split())[:200]}") from None
+        raise refuse(f"is no JSON: {' '.join(str(error).split())[:200]}", "json") from None
 
 
 def _too_deep() -> InvalidRequest:
-    return _refuse(f"structured_outputs.json is nested too deeply; it may have {MAX_SCHEMA_DEPTH} levels")
+    return refuse(f"is nested too deeply; it may have {MAX_SCHEMA_DEPTH} levels", "json")
 
 
 def _schemas(schema: Any) -> Iterator[Mapping[str, Any]]:
@@ -161,7 +163,8 @@ def _check_guaranteed(schema: Mapping[str, Any]) -> None:
     fewest, required = schema.get("minProperties"), schema.get("required")
     named = len(required) if isinstance(required, (list, tuple)) else 0
     if isinstance(fewest, (int, float)) and not isinstance(fewest, bool) and fewest > max(1, named):
-        raise _refuse(
-            f"structured_outputs.json has minProperties {fewest} and requires {named} properties by name; more than "
-            "one that has no name cannot be guaranteed"
+        raise refuse(
+            f"has minProperties {fewest} and requires {named} properties by name; more than one that has no name "
+            "cannot be guaranteed",
+            "json",
         )
