@@ -66,6 +66,11 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "top_logprobs": [-1, 101],
     "prompt": [[], [[]], [61], [-1], [[1], [61]], LONG, "\ud800", [1] * 300],
     "tokens": [[61], [-1]],
+    "structured_outputs": [{"regex": "a", "choice": ["b"]}],
+    "guided_json": [{"not": {}}, "{"],
+    "guided_regex": ["("],
+    "guided_choice": [[]],
+    "guided_grammar": ["("],
     "messages": [[MESSAGE | {"content": LONG}], [MESSAGE | {"content": "\ud800"}], [MESSAGE | {"role": "nobody"}]],
     "continue_final_message": [True],
     "chat_template_kwargs": [{"tokenize": True}, {"chat_template": "x"}],
@@ -75,6 +80,7 @@ ANY_VALUE = {"seed", "user", "stream_options", "response_format", "messages[0].c
 ANY_VALUE |= {"messages[0].role", "messages[0].name", "messages[0].content[0].type", "response_format.type"}
 ANY_VALUE |= {"messages[0].reasoning_content", "messages[0].reasoning", "messages[0].annotations"}
 ANY_VALUE |= {"messages[0].content[0].prompt_cache_breakpoint", "metadata", "safety_identifier", "prompt_cache_key"}
+ANY_VALUE |= {"guided_whitespace_pattern", "response_format.json_schema"}
 ANY_VALUE |= {"request_id", "session_id", "prompt_cache_options", "documents", "truncation_side"}
 """Parameters that take every value of their type, as booleans do, or fail with the whole prompt."""
 

@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from megatron.dmc import __version__
-from megatron.dmc.inference import SamplingParams
+from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import protocol as p
 from megatron.dmc.serving import responses, responses_api
-from megatron.dmc.serving.errors import APIError, engine_down, shutting_down
+from megatron.dmc.serving.errors import APIError, engine_down, of_invalid_request, shutting_down
 from megatron.dmc.serving.event_stream import EventStream, Json, error_response, unless_gone
 from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.limits import BoundedRoute
@@ -72,10 +72,11 @@ class Service:
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))
     # Another one, so that prompts do not wait for a chat template that takes its time.
     templating: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-chats"))
+    compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "dmc-grammars"))
 
     def close(self) -> None:
         """Let the threads end; one that hangs is not waited for."""
-        for executor in (self.tokenizing, self.templating):
+        for executor in (self.tokenizing, self.templating, self.compiling):
             executor.shutdown(wait=False, cancel_futures=True)
 
     def check_model(self, name: Optional[str]) -> None:
@@ -95,6 +96,15 @@ class Service:
         except APIError as error:
             raise request.as_sent(error) from None
 
+    async def compile(self, request: p.GenerationRequest, params: SamplingParams) -> None:
+        """Compile the grammar of a request where it takes the time of no prompt and of no step."""
+        if params.structured_outputs is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.compiling, self.prompts.processor.grammar, params)
+        except InvalidRequest as error:
+            raise request.as_sent(of_invalid_request(error)) from None
+
     async def submit(self, request: p.GenerationRequest) -> tuple[engines.Stream, str]:
         """Check, admit and tokenize a request and hand it to the engine. Returns its outputs and the response's id."""
         self.check_model(request.model)
@@ -106,6 +116,7 @@ class Service:
         name = responses.new_id(isinstance(request, p.ChatCompletionRequest))
         report = request.stream_options is not None and request.stream_options.include_cache
         try:
+            await self.compile(request, params)
             requests = await self.tokenize(lambda r: self.prompts.requests(r, params, name, report), request)
         except BaseException:
             self.runner.release(place)

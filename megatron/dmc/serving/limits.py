@@ -30,7 +30,16 @@ MEMBERS, PARTS = 256, 1024
 TOKENS = frozenset({"tokens", "allowed_token_ids"})
 """Lists of token ids, which cost little: the size of the body bounds them."""
 FREE = frozenset(
-    {"chat_template_kwargs", "response_format", "structured_outputs", "text", "tools", "documents", "metadata"}
+    {
+        "chat_template_kwargs",
+        "documents",
+        "guided_json",
+        "metadata",
+        "response_format",
+        "structured_outputs",
+        "text",
+        "tools",
+    }
 )
 """Parameters with JSON of the client's own inside, which is not looked into."""
 

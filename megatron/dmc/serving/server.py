@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import uvicorn
 
-from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
+from megatron.dmc.inference import Engine, EngineConfig, InvalidRequest, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
 from megatron.dmc.serving import template_process
 from megatron.dmc.serving.app import Service, create_app
@@ -147,9 +147,18 @@ def make_service(
     # The engine's thread detokenizes with the original.
     tokenizer = template_process.bounded(copy.deepcopy(engine.tokenizer), 2 * most)
     prompts = Prompts(engine.input_processor.with_tokenizer(tokenizer), prompt_settings)
+    _prepare_grammars(engine)
     gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
     gate.open_paths = TOKENIZER_PATHS if open_tokenizer else frozenset()
     return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics, tuple(aliases))
+
+
+def _prepare_grammars(engine: Engine) -> None:
+    """Read the vocabulary for structured outputs now: later it would hold all other threads up for a second."""
+    try:
+        engine.input_processor.grammars.load()
+    except InvalidRequest as error:
+        log.info("%s", error)
 
 
 def make_server(

@@ -9,7 +9,7 @@ from typing import Union
 
 from megatron.dmc.serving.protocol.base import Int, RequestModel, TokenIds
 from megatron.dmc.serving.protocol.chat import ChatCompletionRequest, ChatFields, ContentPart, Message
-from megatron.dmc.serving.protocol.generation import CompletionRequest, ResponseFormat, SamplingFields, StreamOptions
+from megatron.dmc.serving.protocol.generation import CompletionRequest, SamplingFields, StreamOptions
 from megatron.dmc.serving.protocol.response_models import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -22,6 +22,7 @@ from megatron.dmc.serving.protocol.response_models import (
     VersionResponse,
 )
 from megatron.dmc.serving.protocol.responses_api import ResponsesRequest
+from megatron.dmc.serving.protocol.structured import ResponseFormat, StructuredFields
 from megatron.dmc.serving.protocol.tokenizer import (
     AnyTokenizeRequest,
     DetokenizeRequest,
@@ -54,6 +55,7 @@ __all__ = [
     "ResponsesResponse",
     "SamplingFields",
     "StreamOptions",
+    "StructuredFields",
     "TokenIds",
     "TokenizeChatRequest",
     "TokenizeRequest",

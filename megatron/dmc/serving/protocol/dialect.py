@@ -45,12 +45,7 @@ GENERATION: dict[str, Unsupported] = {
     "best_of": Unsupported((1,), instead="use n"),
     "early_stopping": FALSE,
     "ec_transfer_params": NULL,
-    "guided_choice": NULL,
     "guided_decoding_backend": NULL,
-    "guided_grammar": NULL,
-    "guided_json": NULL,
-    "guided_regex": NULL,
-    "guided_whitespace_pattern": NULL,
     "include_reasoning": EITHER,
     "kv_transfer_params": NULL,
     "length_penalty": Unsupported((1,)),
@@ -63,7 +58,6 @@ GENERATION: dict[str, Unsupported] = {
     "routed_experts_prompt_start": Unsupported((0,)),
     "spaces_between_special_tokens": Unsupported((True,)),
     "stream_interval": Unsupported((1,)),
-    "structured_outputs": NULL,
     "thinking_token_budget": Unsupported((-1,)),
     "use_beam_search": FALSE,
     "vllm_xargs": NULL,
@@ -97,8 +91,13 @@ TOKENIZE_CHAT: dict[str, Unsupported] = {"media_io_kwargs": NULL, "mm_processor_
 STREAM_OPTIONS: dict[str, Unsupported] = {"include_obfuscation": FALSE}
 
 RESPONSE_FORMAT: dict[str, Unsupported] = {
-    "json_schema": NULL,
-    "type": Unsupported(values=("json_object", "json_schema", "structural_tag"), instead="use text"),
+    "type": Unsupported(values=("structural_tag",), instead="use text, json_object or json_schema")
+}
+
+STRUCTURED_OUTPUTS: dict[str, Unsupported] = {
+    "disable_additional_properties": Unsupported((False,), instead="write additionalProperties: false in the schema"),
+    "disable_fallback": EITHER,
+    "structural_tag": NULL,
 }
 
 MESSAGE: dict[str, Unsupported] = {

@@ -13,6 +13,7 @@ from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.serving.errors import invalid, of_invalid_request
 from megatron.dmc.serving.protocol import dialect
 from megatron.dmc.serving.protocol.base import Int, ModelField, RequestModel, TokenIds
+from megatron.dmc.serving.protocol.structured import StructuredFields
 
 
 def _prompt_kind(value: Any) -> Optional[str]:
@@ -58,16 +59,7 @@ class StreamOptions(RequestModel):
         return not (self.include_usage or self.continuous_usage_stats or self.include_cache)
 
 
-class ResponseFormat(RequestModel):
-    """Format of the completion."""
-
-    unsupported: ClassVar = dialect.RESPONSE_FORMAT
-
-    type: Literal["text"]
-    """Must be `text`; JSON formats are not supported."""
-
-
-class SamplingFields(ModelField):
+class SamplingFields(ModelField, StructuredFields):
     """Parameters that completions and chat completions share."""
 
     unsupported: ClassVar = dialect.GENERATION
@@ -92,8 +84,6 @@ class SamplingFields(ModelField):
     """Send the completion as server-sent events while it is generated."""
     stream_options: Optional[StreamOptions] = None
     """Options of a streamed response; only allowed with `stream: true`."""
-    response_format: Optional[ResponseFormat] = None
-    """Format of the completion, which can only be text."""
     user: Optional[str] = None
     """Name of the end user, which is accepted and ignored."""
     metadata: Optional[dict[str, str]] = None
@@ -159,6 +149,7 @@ class SamplingFields(ModelField):
         names = (field.name for field in dataclasses.fields(SamplingParams))
         given = {name: value for name, value in defaults.items() if name != "max_tokens"}
         given |= {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        given.pop("structured_outputs", None)  # a mapping here
         given |= self._derived_params()
         if self.stop == "":
             del given["stop"]
@@ -168,7 +159,7 @@ class SamplingFields(ModelField):
         if self.logit_bias is not None:
             given["logit_bias"] = _token_ids(self.logit_bias)
         try:
-            return SamplingParams(**given)
+            return SamplingParams(**given, structured_outputs=self.constraint())
         except InvalidRequest as error:
             raise self.as_sent(of_invalid_request(error)) from None
 
