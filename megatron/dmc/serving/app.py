@@ -174,6 +174,7 @@ def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:
         version=__version__,
         description="OpenAI's API with vLLM's parameters, over a KV cache compressed by Dynamic Memory Compression.",
     )
+    app.state.max_model_len = service.prompts.max_model_len
     app.router.route_class = BoundedRoute
     app.add_middleware(
         GateMiddleware, gate=service.gate, refused=service.metrics.refused, answered=service.metrics.answered
@@ -262,9 +263,6 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", response_model=None, responses=text, tags=["vLLM"])
     async def detokenize(request: p.DetokenizeRequest) -> Response:
         service.check_model(request.model)
-        if len(request.tokens) > prompts.max_model_len:
-            message = f"tokens has {len(request.tokens)} elements; the context length is {prompts.max_model_len}"
-            raise APIError(400, message, param="tokens", code="context_length_exceeded")
         return Json({"prompt": await service.tokenize(lambda r: prompts.decode(r.tokens), request)})
 
 

@@ -30,7 +30,7 @@ class BodyLimits:
     max_bytes: int
     """Bytes of the largest body."""
     timeout: float = 20.0
-    """Seconds in which a body must come, besides those that its size allows."""
+    """Seconds in which a body must come, besides those that its size allows, and between two of its bytes."""
     bytes_per_second: int = 16 << 10
     """Least rate: a body gets one more second for so many bytes."""
     memory: int = 64 << 20
@@ -86,10 +86,10 @@ class Bodies:
                 allowed = self.limits.timeout + len(body.parts) / self.limits.bytes_per_second
                 coming = asyncio.ensure_future(receive())
                 try:
-                    left = began + allowed - time.monotonic()
+                    left = min(began + allowed - time.monotonic(), self.limits.timeout)
                     await asyncio.wait((coming, leave), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                     if not coming.done():
-                        raise too_slow("body", allowed if not leave.done() else time.monotonic() - began)
+                        raise too_slow("body", round(time.monotonic() - began, 1))
                     message = coming.result()
                 finally:
                     coming.cancel()

@@ -1,5 +1,6 @@
 """Number of elements that a request body may have, checked before its types are: a wrong element costs pydantic
-some 4 KB and 0.1 ms for its error, so a body of a megabyte could take seconds and gigabytes.
+some 4 KB and 0.1 ms for its error, so a body of a megabyte could take seconds and gigabytes. A list of token ids costs
+0.2 us for each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ MEMBERS, PARTS = 256, 1024
 """Most members of an object with parameters, and most elements of a list inside a message."""
 TOKENS = frozenset({"tokens", "allowed_token_ids"})
 """Lists of token ids, which cost little: the size of the body bounds them."""
+CONTEXT = frozenset({"prompt", "tokens"})
+"""Lists of token ids that a context must hold."""
 FREE = frozenset(
     {
         "chat_template_kwargs",
@@ -44,13 +47,19 @@ FREE = frozenset(
 """Parameters with JSON of the client's own inside, which is not looked into."""
 
 
-def check(body: Any) -> None:
-    """Raise :class:`APIError` (400) for decoded JSON with more elements than a parameter may have."""
+def check(body: Any, max_model_len: int) -> None:
+    """Raise :class:`APIError` (400) for decoded JSON with more elements than a parameter may have, or a prompt of more
+    token ids than the context length that is not to be truncated.
+    """
     if not isinstance(body, dict):
         return
     _bound(body, MEMBERS, "the body")
     for name, value in body.items():
-        if isinstance(value, (list, dict)) and not _is_tokens(name, value):
+        if isinstance(value, (list, dict)) and _is_tokens(name, value):
+            if len(value) > max_model_len and name in CONTEXT and body.get("truncate_prompt_tokens") is None:
+                message = f"This model's maximum context length is {max_model_len} tokens. However, {name} has"
+                raise invalid(f"{message} {len(value)} token ids.", name, "context_length_exceeded")
+        elif isinstance(value, (list, dict)):
             _bound(value, ELEMENTS.get(name, PARTS if isinstance(value, list) else MEMBERS), name)
             if name not in FREE:
                 _check_inside(name, value)
@@ -97,7 +106,7 @@ class BoundedRoute(APIRoute):
                 decoded = await request.json()  # kept in the request, so that FastAPI does not decode it again
             except (ValueError, RecursionError):
                 decoded = None  # FastAPI answers it
-            check(decoded)
+            check(decoded, request.app.state.max_model_len)
             return await handler(request)
 
         return bounded
