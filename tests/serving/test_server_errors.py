@@ -168,7 +168,7 @@ def test_more_elements_than_a_parameter_may_have(server: Running, body: dict, pa
 
 def test_one_error_for_a_list_of_wrong_elements(server: Running) -> None:
     """Lists within their limits stop at their first wrong element."""
-    for body in ({"prompt": [None] * 1000}, {"messages": [None] * 4000}, {"prompt": [1, *[None] * 100000]}):
+    for body in ({"prompt": [None] * 1000}, {"messages": [None] * 4000}, {"prompt": [1, *[None] * 200]}):
         error = server.json(CHAT if "messages" in body else COMPLETIONS, body, 400)["error"]
         assert error["code"] == "invalid_type" and len(error["message"]) < 300, error
 
