@@ -109,7 +109,7 @@ def model_card(source: Source) -> str:
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+            'tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=False)  # needs no code',
             "```",
             "",
             "The weights are not those of a plain model: a loader that ignores the `dmc` block gives nonsense.",

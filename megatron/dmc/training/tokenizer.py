@@ -123,6 +123,7 @@ class _HuggingFaceTokenizer(Tokenizer):
                 "of a Hugging Face tokenizer, or a sentencepiece .model file"
             )
         try:
+            # An exported directory holds code for its model, and transformers 5 would ask here whether to run it.
             self._model: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many types for a broken directory
             raise ValueError(f"tokenizer directory {path} cannot be loaded by transformers: {error}") from error

@@ -141,18 +141,20 @@ class DMCCache(Cache):
         for layer in self.layers:
             layer.reset()
         self.tokens = None  # int64 [b], tokens that each sequence has given, padding left out
+        self.next_position = None  # int64 [b], of the token that follows each sequence's last one
         self.columns = 0  # of the attention mask, padding counted
 
     def take(self, valid):
-        """Count a chunk, bool [b, s]; returns the tokens that each sequence had before, int64 [b]."""
+        """Count a chunk, bool [b, s]; returns the position that each sequence's first token should have, int64 [b]."""
         b, s = valid.shape
-        before = valid.new_zeros(b, dtype=torch.long) if self.tokens is None else self.tokens.to(valid.device)
-        if before.numel() != b:
+        if self.tokens is None:
+            self.tokens = self.next_position = valid.new_zeros(b, dtype=torch.long)
+        if self.tokens.numel() != b:
             raise ValueError(
-                f"the cache holds {before.numel()} sequences and the input {b}; give a cache of the same batch"
+                f"the cache holds {self.tokens.numel()} sequences and the input {b}; give a cache of the same batch"
             )
-        self.tokens, self.columns = before + valid.sum(-1), self.columns + s
-        return before
+        self.tokens, self.columns = self.tokens.to(valid.device) + valid.sum(-1), self.columns + s
+        return self.next_position.to(valid.device)
 
     def lengths(self):
         """Slots in use: int64 [layers, b, ng], on the CPU."""
@@ -192,7 +194,7 @@ class DMCCache(Cache):
         if self.tokens is not None:
             indices = torch.as_tensor(indices, device=self.tokens.device)
             indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()
-            self.tokens = self.tokens[indices]
+            self.tokens, self.next_position = self.tokens[indices], self.next_position[indices]
             for layer in self.layers:
                 layer.select(indices)
 

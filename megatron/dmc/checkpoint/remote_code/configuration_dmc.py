@@ -30,7 +30,7 @@ class DMCConfig(PretrainedConfig):
     """The plain model's configuration and the ``dmc`` block. Raises ``ValueError`` for what the model cannot do."""
 
     model_type = "dmc"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     has_no_defaults_at_init = True  # there is no model without a dmc block
 
     def __init__(
@@ -52,6 +52,7 @@ class DMCConfig(PretrainedConfig):
         rope_theta=None,
         rope_scaling=None,
         rope_parameters=None,
+        tokenizer_class="PreTrainedTokenizerFast",  # without one, pipeline() of transformers 4.50 loads no tokenizer
         **kwargs,
     ):
         self.dmc = checked_block(dmc)
@@ -68,7 +69,7 @@ class DMCConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.use_cache = use_cache
         self.rope_parameters = checked_rope(rope_theta, rope_scaling, rope_parameters, max_position_embeddings)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, tokenizer_class=tokenizer_class, **kwargs)
 
     @property
     def compresses(self):

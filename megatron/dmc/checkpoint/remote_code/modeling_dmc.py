@@ -25,6 +25,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -32,6 +33,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache_dmc import DMCCache, rotate
 from .configuration_dmc import DMCConfig
+
+TESTED = "4.50 to 5.24"  # versions of transformers
+CACHE_NAME = next(
+    (name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__), None
+)
+"""Name under which ``generate`` hands the cache from one step to the next: ``cache`` since transformers 5.24."""
+if CACHE_NAME is None or tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 50):
+    raise ImportError(f"transformers {transformers.__version__} is not known to modeling_dmc.py; use {TESTED}")
 
 QUERY_ROWS = 512  # queries of a prompt that attend at a time, and fewer when that makes
 QUERY_SCORES = 2**26  # more scores than this
@@ -223,19 +232,24 @@ class DMCModel(DMCPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        cache=None,
         **kwargs,
     ):
         """Hidden states of a batch. Arguments: :meth:`DMCForCausalLM.forward`."""
-        self._check_arguments(input_ids, inputs_embeds, past_key_values, kwargs)
+        cache = self._checked_cache(past_key_values, cache)
+        self._check_arguments(input_ids, inputs_embeds, kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = DMCCache(self.config) if past_key_values is None else past_key_values
+        cache = DMCCache(self.config) if cache is None else cache
         valid = self._valid(attention_mask, cache.columns, x)
-        before = cache.take(valid)
+        expected = cache.take(valid)
         if position_ids is None:
-            position_ids = before[:, None] + valid.long().cumsum(-1) - 1
+            position_ids = expected[:, None] + valid.long().cumsum(-1) - 1
+        elif attention_mask is None and use_cache and s == 1:
+            self._check_grown(position_ids, expected)
         position_ids = position_ids.expand(b, s)
+        cache.next_position = position_ids.masked_fill(~valid, -1).amax(-1).clamp_min(expected - 1) + 1
 
         order = None
         if attention_mask is not None and s > 1:
@@ -261,11 +275,34 @@ class DMCModel(DMCPreTrainedModel):
             states = [state.gather(1, back) for state in states]
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=cache if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def _check_arguments(self, input_ids, inputs_embeds, cache, others):
+    @staticmethod
+    def _checked_cache(past_key_values, cache):
+        """The cache, which callers name one way or the other."""
+        if past_key_values is not None and cache is not None and past_key_values is not cache:
+            raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, DMCCache):
+            raise ValueError(f"{CACHE_NAME} is a {type(cache).__name__}; give the DMCCache of an earlier call, or None")
+        return cache
+
+    @staticmethod
+    def _check_grown(position_ids, expected):
+        """A caller that counts positions on while the cache stays behind has lost the cache on its way back here.
+
+        position_ids: int64 [b or 1, 1]; expected: int64 [b]. With an attention mask ``_valid`` sees it.
+        """
+        if bool((position_ids[:, 0] > expected).any()):
+            raise ValueError(
+                f"the token is at position {int(position_ids.max())}, and the cache ends before {int(expected.max())}: "
+                f"it has not grown with the text. These files work with transformers {TESTED}, this is "
+                f"{transformers.__version__}"
+            )
+
+    def _check_arguments(self, input_ids, inputs_embeds, others):
         if self.training:
             raise ValueError(
                 "this model takes hard decisions, without gradients: call model.eval(); train with megatron.dmc"
@@ -274,10 +311,18 @@ class DMCModel(DMCPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if others.get("output_attentions"):
             raise ValueError("a compressed cache has no attention weight per token; leave output_attentions out")
-        if cache is not None and not isinstance(cache, DMCCache):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; give the DMCCache of an earlier call, or None"
-            )
+        unknown = sorted(name for name, value in others.items() if not self._is_inert(name, value))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: this model does not know what to do with it; leave it out")
+
+    @staticmethod
+    def _is_inert(name, value):
+        """True for what callers hand to every model, at a value that changes nothing here."""
+        if value is None or name == "cache_position":  # older names for what position_ids and the cache say
+            return True
+        if name in ("return_dict", "output_attentions"):
+            return bool(value) == (name == "return_dict")
+        return name == "token_type_ids" and not bool(value.any())
 
     @staticmethod
     def _valid(mask, columns, x):
@@ -330,6 +375,7 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         logits_to_keep=0,
         return_dict=None,
+        cache=None,
         **kwargs,
     ):
         """Logits and loss of a batch, without gradients. Takes what LlamaForCausalLM takes.
@@ -338,7 +384,8 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
             attention_mask: [b, columns], a column for each token of the cache and of this call, 0 for padding on any
                 side.
             position_ids: [b, s]; None: counted from the sequence's first token.
-            past_key_values: the DMCCache of an earlier call, which this call extends in place, or None.
+            past_key_values, cache: the DMCCache of an earlier call, which this call extends in place, or None; two
+                names of one argument, the second is transformers' own since 5.24.
             labels: [b, s]; the loss is the mean over the positions whose next label is not -100.
             logits_to_keep: of the last so many positions only, or of these (a tensor of indices); 0 for all.
         """
@@ -350,6 +397,7 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             output_hidden_states,
+            cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -358,9 +406,8 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
         if labels is not None:
             predicted, target = logits[:, :-1].float(), labels[:, 1:].to(logits.device)
             loss = F.cross_entropy(predicted.flatten(0, 1), target.flatten(), ignore_index=-100)
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        named = {CACHE_NAME: outputs.get(CACHE_NAME)}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named)
         return result.to_tuple() if return_dict is False else result
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -370,5 +417,21 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}; a DMC model has a cache of "
                 "its own, leave it out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DMCCache(self.config)
+        given = self.model._checked_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if given is None and generation_config.use_cache is not False:
+            given = DMCCache(self.config)
+        if given is not None:
+            model_kwargs[CACHE_NAME] = given
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: transformers' continuous batching."""
+        raise ValueError(
+            "continuous batching (generate_batch) keeps its own paged cache, with a slot for every token, which is not "
+            "a DMC model's; call generate with a padded batch, or serve this directory with `dmc serve` of megatron.dmc"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+# transformers before 4.51 forgets to, and save_pretrained then writes config.json without these files.
+DMCForCausalLM.register_for_auto_class("AutoModelForCausalLM")
