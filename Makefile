@@ -17,17 +17,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
 		printf '%-18s %s\n' "$$target" "$$what"; done
-	@echo "  PYTHON=python3.12 picks the interpreter that makes .venv (3.10 to 3.13)"
+	@echo "  PYTHON=python3.12 picks the interpreter that makes .venv (3.11 to 3.13)"
 
 venv: $(STAMP) ## make .venv and install the package in it, editable, with the pinned versions
 
-# A .venv whose interpreter is gone, or is none of 3.10 to 3.13, is made anew.
+# A .venv whose interpreter is gone, or is none of 3.11 to 3.13, is made anew.
 $(STAMP): setup.py pyproject.toml constraints.txt $(shell [ -x $(PY) ] || echo missing)
-	@$(PY) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	@$(PY) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
 		command -v "$(PYTHON)" >/dev/null || { \
-			echo "error: $(PYTHON) is not found; name a Python 3.10 to 3.13: make PYTHON=python3.12 ..." >&2; exit 2; }; \
-		"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-			echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1); megatron.dmc needs Python 3.10 to 3.13:" \
+			echo "error: $(PYTHON) is not found; name a Python 3.11 to 3.13: make PYTHON=python3.12 ..." >&2; exit 2; }; \
+		"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+			echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1); megatron.dmc needs Python 3.11 to 3.13:" \
 				"make PYTHON=python3.12 ..." >&2; exit 2; }; \
 		"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 			echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }; \

@@ -12,12 +12,18 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
-    "torch>=2.6",  # what megatron-core 0.16 asks for
-    "megatron-core>=0.16.1,<0.17",  # the compatibility layer for CPU touches its internals
+    "torch>=2.9",  # before, the CPU's attention is wrong where KV heads are fewer than query heads
+    # Trains. The compatibility layer for CPU touches its internals. 0.16.1 has no wheel for Python 3.14, where all but
+    # training is installed.
+    "megatron-core>=0.16.1,<0.17; python_version < '3.14'",
     "psutil",  # without it a megatron-core checkpoint save hangs
     "numpy",
     "apache-tvm-ffi>=0.1.15",  # binds the inference kernels, without torch's C++ ABI
     "safetensors",  # checkpoint conversion
+    # Tokenizers. The modelling files of an export know no older ones; 5.0 reads sentencepiece models wrongly.
+    "transformers>=4.50,!=5.0.*",
+    "protobuf",  # without it transformers reads no sentencepiece model
+    "jinja2",  # chat templates
     "pyyaml",
     "sentencepiece",
     "tqdm",
@@ -25,21 +31,13 @@ INSTALL_REQUIRES = [
     "matplotlib",
 ]
 
-# jinja2 is for chat templates, httpx2 for `dmc bench serve`, llguidance for structured outputs.
+# What `pip install .` leaves out: "serve" is for `dmc serve`, `dmc batch` and `dmc bench serve` (httpx2), with structured
+# outputs (llguidance), "gpu" for training on GPUs, and needs the steps of docs/install.md.
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "serve": [
-        "fastapi",
-        "uvicorn",
-        "pydantic>=2.9",
-        "prometheus_client",
-        "transformers",
-        "jinja2",
-        "httpx2",
-        "llguidance",
-    ],
+    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "httpx2", "llguidance"],
     "gguf": ["gguf"],
-    "eval": ["lm-eval[api]", "transformers"],
+    "eval": ["lm-eval[api]"],
     # The second line is "serve", whose tests need it.
     "dev": [
         "pytest>=8",
@@ -55,8 +53,6 @@ EXTRAS_REQUIRE = {
         "uvicorn",
         "pydantic>=2.9",
         "prometheus_client",
-        "transformers",
-        "jinja2",
         "httpx2",
         "llguidance",
     ],
@@ -89,7 +85,7 @@ setup(
     ],
     package_dir={"megatron.dmc.configs": "examples/dmc/configs"},  # `dmc plan llama2-7b` knows them by name
     package_data={"": ["*.cpp", "*.cu", "*.cuh", "*.h", "*.html", "*.yaml"]},
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.15",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["dmc = megatron.dmc.cli:main"]},

@@ -5,7 +5,7 @@
 
 Writes ``DIR/train.jsonl`` and ``DIR/valid.jsonl`` (one file per line: ``{"text": ...}``) and ``DIR/tokenizer.model``, a
 sentencepiece model trained on the training files that gives every text back exactly, indentation included. About 10 MB
-in a few seconds. The same Python gives the same bytes; another Python 3.10 to 3.13 gives the same kind of text.
+in a few seconds. The same Python gives the same bytes; another Python 3.11 to 3.13 gives the same kind of text.
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
 
-EXTRAS = dict.fromkeys(
-    ("fastapi", "uvicorn", "pydantic", "prometheus_client", "transformers", "jinja2", "httpx2"), "[serve]"
-) | {"lm_eval": "[eval]"}
+EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "pydantic", "prometheus_client", "httpx2"), "[serve]") | {
+    "lm_eval": "[eval]"
+}
 """Extra of the megatron-dmc distribution that installs a package. All other packages come without an extra."""
 
 
@@ -167,6 +167,8 @@ def missing(error: ModuleNotFoundError) -> str:
     name = error.name or ""
     if name.startswith("megatron.dmc"):
         raise error
+    if name.startswith("megatron") and sys.version_info >= (3, 14):
+        return "needs megatron-core, which has no release for Python 3.14: use Python 3.11 to 3.13"
     return f"needs the package {name}: pip install 'megatron-dmc{EXTRAS.get(name.split('.')[0], '')}'"
 
 

@@ -306,11 +306,11 @@ LONGER_THAN_500_LINES: dict[str, str] = {}  # path: the reason why it is one roo
 
 @pytest.mark.parametrize("path", package_sources(), ids=relative)
 def test_source_file(path: Path) -> None:
-    """Every file of the package: Python 3.10 without a syntax warning, with a docstring, and of readable length."""
+    """Every file of the package: Python 3.11 without a syntax warning, with a docstring, and of readable length."""
     source = path.read_text(encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tree = ast.parse(source, filename=str(path), feature_version=(3, 10))
+        tree = ast.parse(source, filename=str(path), feature_version=(3, 11))
         compile(source, str(path), "exec")
     assert ast.get_docstring(tree), f"{relative(path)} has no module docstring"
     lines = source.count("\n")
@@ -343,7 +343,7 @@ def setup_requirements() -> list[Requirement]:
     return [Requirement(line) for line in (*values["INSTALL_REQUIRES"], *extras["serve"], *extras["dev"])]
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_constraints_pin_one_version_of_each(python: str) -> None:
     pins = [pin for pin in constraints() if pin.marker is None or pin.marker.evaluate({"python_version": python})]
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
