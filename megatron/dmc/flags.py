@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
 
-EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "pydantic", "prometheus_client", "httpx2"), "[serve]") | {
+EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "pydantic", "prometheus_client", "httpx2", "llguidance"), "[serve]") | {
     "lm_eval": "[eval]"
 }
 """Extra of the megatron-dmc distribution that installs a package. All other packages come without an extra."""

@@ -93,7 +93,15 @@ def save_and_reload(subject: Subject) -> None:
 @check("tokenizer")
 def tokenizer(subject: Subject) -> None:
     """Loads without a question when told not to run code, and gives sentencepiece's ids."""
-    loaded = AutoTokenizer.from_pretrained(subject.directory, trust_remote_code=False)
+    compare_ids(subject, AutoTokenizer.from_pretrained(subject.directory, trust_remote_code=False))
+
+
+@check("sentencepiece alone")
+def sentencepiece_alone(subject: Subject) -> None:
+    compare_ids(subject, AutoTokenizer.from_pretrained(subject.directory / "sentencepiece"))
+
+
+def compare_ids(subject: Subject, loaded: Callable) -> None:
     for text, ids in subject.expected["texts"].items():
         found = loaded(text, add_special_tokens=False)["input_ids"]
         assert found == ids, f"{text!r} is {found}, should be {ids}"

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,8 +51,14 @@ def make_directory(folder: Path) -> Path:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    for name, content in _sentencepiece_files(folder / "tokenizer.model").items():
+    for name, content in _sentencepiece_files(folder / "tokenizer.model", say=lambda text: None).items():
         (exported.directory / name).write_bytes(content)
+    # As Llama 2 was first published: the model alone, and its class.
+    alone = exported.directory / "sentencepiece"
+    alone.mkdir()
+    shutil.copy(folder / "tokenizer.model", alone)
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
+    (alone / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "<unk>"}))
     # Ids of the random model mean nothing: no token of it ends a completion.
     (exported.directory / "generation_config.json").write_text("{}")
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

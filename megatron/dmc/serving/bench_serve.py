@@ -168,7 +168,7 @@ async def ready(client: Any, config: BenchServeConfig) -> None:
             # A server that loads its model may accept the connection long before it answers.
             await asyncio.wait_for(_call(client, "GET", "/v1/models", "no answer from"), left)
             return
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ValueError(f"no answer from {client.base_url} for {seconds:g} s") from None
         except ValueError as error:
             if time.monotonic() > deadline:

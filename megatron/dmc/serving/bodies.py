@@ -62,7 +62,7 @@ class Bodies:
         """
         try:
             message = await asyncio.wait_for(receive(), self.limits.timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise too_slow("body", self.limits.timeout) from None
         if message["type"] == "http.disconnect":
             return None

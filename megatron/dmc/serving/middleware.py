@@ -214,7 +214,7 @@ class _Incoming:
                 return
             try:
                 size += len((await asyncio.wait_for(self(), left)).get("body", b""))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return
 
 
