@@ -31,8 +31,8 @@ INSTALL_REQUIRES = [
     "matplotlib",
 ]
 
-# What `pip install .` leaves out. "serve" is for `dmc serve`, `dmc batch` and `dmc bench serve` (httpx2), with llguidance
-# for structured outputs; "gpu" is for training on GPUs, and needs the steps of docs/install.md.
+# What `pip install .` leaves out. "serve" is for `dmc serve`, `dmc batch` and `dmc bench serve` (httpx2), and for
+# structured outputs (llguidance); "gpu" is for training on GPUs, and needs the steps of docs/install.md.
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "httpx2", "llguidance"],
