@@ -126,8 +126,18 @@ def save(
     if rename is not None:
         apply_factories(state)
         _rename(state, rename)
+    mcore_compat.use_results_file()  # else a process with another torch for every test, see there
     dist_checkpointing.save(state, str(target), content_metadata=said)
     return target
+
+
+def load(model: GPTModel, checkpoint: Path) -> dict[str, Any]:
+    """Load weights as Megatron-LM does; returns what lay beside them."""
+    metadata = dist_checkpointing.load_content_metadata(str(checkpoint))
+    state = {"model": model.sharded_state_dict(metadata=dict(metadata))}
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    model.load_state_dict(loaded.pop("model"))
+    return loaded
 
 
 def _rename(value: Any, rename: Any) -> None:

@@ -236,6 +236,8 @@ def change_args(source: Path, **changes: Any) -> None:
     content = torch.load(path, weights_only=False)
     for name, value in changes.items():
         setattr(content["args"], name, value)
+        if name.startswith("dmc_") and value is None:
+            delattr(content["args"], name)
     torch.save(content, path)
 
 

@@ -29,25 +29,15 @@ def plant(checkpoint: Path, place: str, mark: Path) -> Path:
         place: metadata (``.metadata``), common (``common.pt``), chunk (of the embedding), or bytes: an object that
             ``.metadata`` gives the embedding's name.
     """
+    manifest = read_manifest(checkpoint)
     if place == "metadata":
         (checkpoint / ".metadata").write_bytes(pickle.dumps(Marker(mark)))
     elif place == "common":
         torch.save({"content_metadata": {}, "args": Marker(mark)}, checkpoint / "common.pt")
     else:
         _plant_chunk(checkpoint, place, mark)
-    crc32 = {} if (manifest := read_manifest_of(checkpoint)).crc32 else None
-    manifest.write(checkpoint, crc32)
+    manifest.write(checkpoint, {} if manifest.crc32 else None)
     return checkpoint
-
-
-def read_manifest_of(checkpoint: Path):
-    """Manifest, whatever has become of the files' sizes."""
-    import json
-
-    path = checkpoint / "manifest.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "files": {}}))
-    return read_manifest(checkpoint)
 
 
 def _plant_chunk(checkpoint: Path, place: str, mark: Path) -> None:

@@ -176,17 +176,22 @@ def import_model(source: Source, save: Path, overwrite: bool = False, progress: 
     announce(f"import {source.path} ({source.kind}) -> {save}", source.tensors, save, progress)
     with writing(save), staged(save, overwrite) as directory:
         with torch_dist.DistWriter(directory) as writer:
-            for rule, layer in mapping.in_order(source.family, source.run.model):
-                parameter = source.parameters[rule.megatron, layer]
-                stack = None if layer is None else (layer, source.run.model.num_layers)
-                cuts = dict(split=rule.split, parts=rule.transform.stacked)
-                for block in writer.write(rule.megatron, parameter, layer=stack, **cuts):
-                    progress.block(parameter.name, block)
+            write_parameters(writer, source, progress)
         write_hf_files(directory, source.files)
         (directory / "config.yaml").write_text(yaml.safe_dump(source.run.to_dict(), sort_keys=False))
         source.manifest.write(directory, writer.crc32)  # last: it lists the other files
     progress.warn()
     return save
+
+
+def write_parameters(writer: torch_dist.DistWriter, source: Source, progress: Progress) -> None:
+    """Write all parameters, in the order of a forward pass."""
+    for rule, layer in mapping.in_order(source.family, source.run.model):
+        parameter = source.parameters[rule.megatron, layer]
+        stack = None if layer is None else (layer, source.run.model.num_layers)
+        cuts = dict(split=rule.split, parts=rule.transform.stacked)
+        for block in writer.write(rule.megatron, parameter, layer=stack, **cuts):
+            progress.block(parameter.name, block)
 
 
 def export(

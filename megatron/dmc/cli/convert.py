@@ -22,6 +22,7 @@ EXAMPLES = """
     dmc convert verify --hf Llama-2-7b-hf --load llama2-7b --logits
     dmc convert verify --hf Llama-2-7b-DMC-4x                         # is a file damaged?
     dmc convert export --load dmc-4x --save Llama-2-7b-DMC-4x         # loads with trust_remote_code=True
+    dmc convert export --megatron --load dmc-4x --save for-megatron   # a plain GPTModel loads it; it compresses nothing
     dmc convert merge-heads --hf Llama-2-7b-hf --kv-heads 8 --save Llama-2-7b-GQA
     dmc convert inspect Llama-2-7b-DMC-4x
 """
@@ -69,7 +70,9 @@ def build_parser() -> flags.Parser:
         type=float,
         help="Compression ratio (tokens / slots) of a DMC model, for a Megatron checkpoint that does not record it.",
     )
-    save = command("export", "Write a Hugging Face directory from a checkpoint", _export)
+    save = command(
+        "export", "Write a Hugging Face directory, or a checkpoint for Megatron-LM, from a checkpoint", _export
+    )
     save.add_argument(
         "--load",
         metavar="DIR",
@@ -78,6 +81,17 @@ def build_parser() -> flags.Parser:
     )
     save.add_argument(
         "--tokenizer", metavar="PATH", help="Tokenizer to export with a model that did not come from Hugging Face."
+    )
+    save.add_argument(
+        "--megatron",
+        action="store_true",
+        help="Write a torch_dist checkpoint that a plain Megatron-LM script loads, not a Hugging Face directory. "
+        "The decision neuron is taken out of a retrofitted model, which then compresses nothing.",
+    )
+    save.add_argument(
+        "--keep-decisions",
+        action="store_true",
+        help="Keep the decision neuron's weights with --megatron, for a model with layers from get_dmc_layer_spec.",
     )
     merge = command("merge-heads", "Mean-pool KV heads into fewer ones", _merge_heads)
     merge.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory of the model to change.")
@@ -159,6 +173,15 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.keep_decisions and not args.megatron:
+        raise ValueError("--keep-decisions goes with --megatron; a Hugging Face directory always keeps them")
+    if args.megatron:
+        from megatron.dmc.checkpoint.megatron_export import export_megatron
+
+        if args.tokenizer:
+            raise ValueError("--tokenizer is for a Hugging Face directory; give Megatron-LM its own --tokenizer-model")
+        settings = {"keep_decisions": args.keep_decisions, "overwrite": args.overwrite}
+        return _wrote(_with_progress(export_megatron, args.load, args.save, **settings))
     from megatron.dmc.checkpoint.convert import export
 
     return _wrote(_with_progress(export, args.load, args.save, overwrite=args.overwrite, tokenizer=args.tokenizer))

@@ -14,7 +14,6 @@ and, for the authors' arguments and the place of their decision neuron, ``megatr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.dmc.checkpoint import mapping
@@ -28,11 +27,9 @@ from megatron.dmc.checkpoint.formats.legacy.ranks import (
     open_legacy,
     parameters,
 )
-from megatron.dmc.checkpoint.formats.megatron.arguments import model_config, read_training, wrong
+from megatron.dmc.checkpoint.formats.megatron.arguments import model_config, read_training
+from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
 from megatron.dmc.checkpoint.mapping import views
-from megatron.dmc.checkpoint.mapping.views import Key
-from megatron.dmc.checkpoint.tensors import Lazy
-from megatron.dmc.config import ModelConfig
 
 __all__ = ["FILE", "describe", "find_directory", "is_legacy", "matches", "open_model"]
 
@@ -47,7 +44,7 @@ def open_model(path: Path, given: Given = Given()) -> Source:
     """
     source = _open(path, given)
     if source.manifest.stage == "zero_out":
-        _check_zeroed(source.parameters, source.run.model)
+        check_zeroed(source.parameters, source.run.model)
     return source
 
 
@@ -79,21 +76,6 @@ def _kind(checkpoint: LegacyCheckpoint, family: mapping.Family) -> str:
     tp, pp, virtual = checkpoint.first.layout
     layout = f"TP {tp} x PP {pp}" + (f" x VPP {virtual}" if virtual > 1 else "")
     return f"{family.model_type}, {layout}, iteration {checkpoint.first.iteration}"
-
-
-def _check_zeroed(found: Mapping[Key, Lazy], model: ModelConfig) -> None:
-    """Stage one ends with the decision neuron's rows of the QKV projection at zero, in a checkpoint of its own."""
-    d, heads = model.head_dim, model.num_attention_heads // model.kv_heads + 2
-    # [ng, (g + 2) * D]: the last row of every query head and of the key head
-    rows = [(group * heads + head + 1) * d - 1 for group in range(model.kv_heads) for head in range(heads - 1)]
-    for name, layer in found:
-        for row in rows if name.endswith(("linear_qkv.weight", "linear_qkv.bias")) else ():
-            if found[name, layer].read(row, row + 1).any():
-                raise wrong(
-                    f"{found[name, layer].name}: row {row}, a decision neuron (layer {layer}),",
-                    "is not zero",
-                    "the checkpoint that stage one writes at its end, in final_output/",
-                )
 
 
 def describe(path: Path) -> list[Row]:

@@ -37,6 +37,7 @@ from megatron.dmc.checkpoint.formats.megatron.arguments import (
     read_training,
     wrong,
 )
+from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
 from megatron.dmc.checkpoint.formats.megatron.run_config import find_run_config, read_run_config
 from megatron.dmc.checkpoint.formats.torch_dist.reader import DistReader
 from megatron.dmc.checkpoint.manifest import LATEST
@@ -86,6 +87,8 @@ def open_model(path: Path, given: Given = Given()) -> Source:
     manifest, dmc = read_training(recorded, given)
     run = imported_run(model, dmc, manifest)
     parameters = _parameters(reader, stored, family, model, recorded.rows)
+    if manifest.stage == "zero_out":
+        check_zeroed(parameters, model)
     tensors = views.to_hf(family, model, parameters)
     tp, pp = (int_arg(recorded.args, f"{x}_model_parallel_size", 1) for x in ("tensor", "pipeline"))
     return Source(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -36,13 +37,17 @@ class DistWriter:
 
     A context: what is left of it after an error is not a checkpoint. Memory: a few chunks (``CHUNK_BYTES``) of each
     size.
+
+    Args:
+        directory: an empty directory.
+        common: what Megatron is to find beside the tensors, such as ``args``: plain values and a ``Namespace`` of them.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, common: Optional[Mapping[str, Any]] = None) -> None:
+        self.directory, self._common = directory, dict(common or {})
         self.crc32: dict[str, str] = {}
         """CRC-32 of each file of tensors, by name; all of them when the context is left."""
-        self._entries: dict[str, TensorStorageMetadata] = {}
+        self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self._files = 0
         self._file: Optional[DirectFile] = None
@@ -114,22 +119,34 @@ class DistWriter:
             piece = self._pieces.get((block.shape[0], width), block.dtype)
             yield i * width, piece.copy_(block[:, i * width : (i + 1) * width])
 
+    def write_object(self, name: str, value: Any) -> None:
+        """Write an object that is no tensor, as megatron-core's ``ShardedObject`` of this unique key."""
+        self._background(self._append_object, name, value)
+
+    def _append_object(self, name: str, value: Any) -> None:
+        self._entries[name] = BytesStorageMetadata()
+        self._storage[MetadataIndex(name)] = self._save([value])
+
     def _append(self, name: str, entry: TensorStorageMetadata, offsets: tuple[int, ...], piece: Tensor) -> None:
+        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(piece.shape)))
+        index = MetadataIndex(name, torch.Size(offsets), len(entry.chunks) - 1)
+        self._storage[index] = self._save(piece)
+
+    def _save(self, value: Any) -> _StorageInfo:
+        """Append to the current file; returns where it lies."""
         if self._file is None or self._file.tell() >= FILE_BYTES:
             self._close_file()
             self._file = DirectFile(self.directory / f"__0_{self._files}.distcp")
             self._files += 1
         start = self._file.tell()
         try:
-            torch.save(piece, self._file)
+            torch.save(value, self._file)
         except RuntimeError as error:
             # What torch says when it closes the file that could not be written hides why.
             if isinstance(error.__context__, OSError):
                 raise OSError(error.__context__.errno, error.__context__.strerror, self._file.name) from error
             raise
-        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(piece.shape)))
-        index = MetadataIndex(name, torch.Size(offsets), len(entry.chunks) - 1)
-        self._storage[index] = _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
+        return _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -147,9 +164,8 @@ class DistWriter:
             "common_backend_version": 1,
         }
         # What Megatron saves beside the tensors; no optimizer here.
-        torch.save(
-            {"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}, self.directory / "common.pt"
-        )
+        said = {"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}
+        torch.save({**self._common, **said}, self.directory / "common.pt")
         (self.directory / "metadata.json").write_text(json.dumps(content))
         metadata = Metadata(state_dict_metadata=dict(self._entries), storage_data=self._storage)
         with open(self.directory / ".metadata", "wb") as file:
