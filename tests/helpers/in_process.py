@@ -22,6 +22,7 @@ def megatron_in_process(run: RunConfig) -> Iterator[None]:
     places = [
         (torch.cuda, "current_device"),
         (torch.cuda, "synchronize"),
+        (torch.cuda, "current_stream"),
         (mcore_random, "_get_cuda_rng_state"),
         (mcore_random, "_set_cuda_rng_state"),
     ]

@@ -71,6 +71,8 @@ WRONG = dict(
     fp8="hybrid",
     quant_recipe=object(),
     context_parallel_size=2,
+    tensor_parallel_num_weight_shards=2,
+    gtp_weight_remat_size=2,
     cuda_graph_impl="local",
 )
 

@@ -113,6 +113,14 @@ def test_no_tensor_is_copied_before_the_fork():
             assert leaf.dtype == dtype and torch.equal(leaf.flatten(), buffer[start : start + leaf.numel()])
 
 
+def test_the_save_is_megatron_cores_own(monkeypatch):
+    """From 0.17 on the default is another package's."""
+    monkeypatch.setattr(mcore_compat.dist_checkpointing, "save", lambda state, directory, async_strategy="nvrx": None)
+    assert mcore_compat.async_save_options() == {"async_strategy": "mcore"}
+    monkeypatch.setattr(mcore_compat.dist_checkpointing, "save", lambda state, directory: None)
+    assert mcore_compat.async_save_options() == {}
+
+
 def test_results_come_through_a_fork_whatever_their_size():
     results = mcore_compat.ResultsFile()
     with pytest.raises(queue.Empty):

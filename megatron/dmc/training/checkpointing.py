@@ -85,6 +85,7 @@ class CheckpointWriter:
             str(temporary),
             content_metadata=_metadata(),
             async_sharded_save=True,
+            **mcore_compat.async_save_options(),
         )
         assert request is not None
         writes = request.async_fn is not None  # else this rank has nothing to write

@@ -1,9 +1,11 @@
 """Smallest layer that lets megatron-core run on gloo without a GPU. Does nothing where CUDA is available.
 
-megatron-core 0.16.1 names "cuda" in places where it means "the device of this process". These are the places.
+megatron-core 0.16.1 to 0.20 names "cuda" in places where it means "the device of this process". These are the places.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -27,6 +29,13 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _NoStream:
+    """Stream of a device without streams: every method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 _mode: _CudaMeansCpu | None = None
 
 
@@ -40,6 +49,7 @@ def enable() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: _NoStream()  # DistributedDataParallel asks for it from 0.19 on
     # Recomputation saves and restores the generator's state; no dropout is used, and decision noise has no state.
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: None
     mcore_random._set_cuda_rng_state = lambda *args, **kwargs: None

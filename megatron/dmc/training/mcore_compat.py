@@ -1,10 +1,11 @@
-"""Workarounds for megatron-core 0.16.1, each with its reason; look here first when its version changes.
+"""Workarounds for megatron-core 0.16.1 to 0.20, each with its reason; look here first when its version changes.
 
 ``cpu.py`` beside this file has what lets megatron-core run without a GPU.
 """
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import queue
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -71,6 +73,15 @@ def use_metadata(metadata: Metadata) -> Iterator[None]:
         yield
     finally:
         FileSystemReader.read_metadata = inner  # type: ignore[method-assign]
+
+
+def async_save_options() -> dict[str, str]:
+    """Arguments by which ``dist_checkpointing.save`` prepares a save of megatron-core's own making.
+
+    From 0.17 on it takes that of nvidia-resiliency-ext by default: another package, with requests of another kind.
+    """
+    takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if takes_strategy else {}
 
 
 def give_own_storages(state: dict) -> dict:
