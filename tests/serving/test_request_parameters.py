@@ -7,7 +7,9 @@ type that it does not have, and with those of ``WRONG_VALUES``, where it must be
 from __future__ import annotations
 
 import copy
+import json
 import re
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,6 +185,76 @@ def test_null_stands_for_a_parameter_that_is_left_out(kind: str) -> None:
     _, model, good = REQUESTS[kind]
     for name, field in parameters(model):
         assert is_wrong(model, change(good, name)) == field.is_required(), name
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"a": [value]}
+    return value
+
+
+EXTREMES = [
+    *(2**63 - 1, -(2**63), 2**63, 10**400, 1e308, -1e308, 5e-324, -0.0, 16.0, 16.5),
+    *("", " ", "\0", "\ud800", "a" * 20000, [""], ["\0"] * 60, [0] * 5000, [[0]] * 500, [None] * 5000, deep(40)),
+    *([deep(40)], {str(n): n for n in range(2000)}, {"": None}, [{}] * 500),
+]
+"""Values at the ends of what JSON can say, of which a parameter may take some."""
+PYDANTIC = re.compile(r"Input should|function-|\blist\[|constrained|union|validation|\bbody\.|\bstr\b|\bNone\b")
+"""Words and paths of the library that checks types."""
+
+
+@pytest.fixture(scope="module")
+def brief(model: Model) -> Iterator[Running]:
+    """A server whose longest completion takes no time."""
+    with Running(model.path, max_model_len=24) as running:
+        yield running
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_extremes(brief: Running, kind: str) -> None:
+    """Each is taken, or refused by the name of the parameter and in plain words, and the server goes on."""
+    path, model, good = REQUESTS[kind]
+    good = {name: value for name, value in good.items() if name not in OPTIONS}
+    good |= {"max_tokens": 1} if "max_tokens" in model.model_fields else {}
+    for name, _ in parameters(model):
+        for value in EXTREMES if not name.startswith("stream") else ():
+            body = change(good, name, value)
+            if is_wrong(model, body):  # over HTTP it is in test_a_value_of_the_wrong_type
+                with pytest.raises(APIError) as refusal:
+                    protocol.parse(model, body)
+                status, error = refusal.value.status, refusal.value.body()["error"]
+            else:
+                status, _, text = brief.ask(path, body)
+                error = json.loads(text).get("error")
+            told = f"{name} {str(value)[:80]}: {error}"
+            assert status in (200, 400) or (name, status) == ("model", 404), told
+            if status != 200:
+                assert re.split(r"[.\[]", error["param"])[0] == re.split(r"[.\[]", name)[0], told
+                assert len(error["message"]) < 1500 and not PYDANTIC.search(error["message"]), told
+    brief.json(path, good)
+
+
+def test_every_parameter_of_openais_client_is_known() -> None:
+    """Those of the pinned release: implemented, ignored as notes, or in the table of what is not supported."""
+    from openai.types import chat, completion_create_params
+    from openai.types.chat import completion_create_params as chat_create_params
+
+    def hints(*types: Any) -> set[str]:
+        return {name for kind in types for name in typing.get_type_hints(kind)}
+
+    roles = [getattr(chat, name) for name in vars(chat) if re.fullmatch(r"ChatCompletion[A-Z][a-z]+MessageParam", name)]
+    parts = [getattr(chat, name) for name in vars(chat) if re.fullmatch(r"ChatCompletionContentPart\w+Param", name)]
+    assert len(roles) == 6 and len(parts) > 3
+    for model, names in (
+        (protocol.ChatCompletionRequest, hints(chat_create_params.CompletionCreateParamsStreaming)),
+        (protocol.CompletionRequest, hints(completion_create_params.CompletionCreateParamsStreaming)),
+        (protocol.StreamOptions, hints(chat.ChatCompletionStreamOptionsParam)),
+        (protocol.Message, hints(*roles)),
+        (protocol.Message, set(chat.ChatCompletionMessage.model_fields)),
+        (protocol.ContentPart, hints(*(part for part in parts if "Union" not in str(part)))),
+    ):
+        assert names and not names - set(model.model_fields) - set(model.unsupported), model
 
 
 PLACES = [""] + ["stream_options.", "response_format.", "messages[0].", "messages[0].content[0]."]

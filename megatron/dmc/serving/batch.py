@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import reprlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, Optional, Union
 
 from megatron.dmc.inference import Engine, RequestOutput, SamplingParams, StepOutput
 from megatron.dmc.serving.batch_files import DUPLICATE, MAX_LINE, Input, Output
-from megatron.dmc.serving.errors import APIError, invalid, not_answered
+from megatron.dmc.serving.errors import APIError, invalid, not_answered, shown
 from megatron.dmc.serving.prompts import Prompts
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest, parse
 from megatron.dmc.serving.responses import UsageCount, response, usage_of
@@ -105,7 +104,7 @@ def id_of(entry: dict[str, Any], number: int) -> str:
     if custom_id is None:
         return f"line-{number}"
     if not isinstance(custom_id, str) or not custom_id:
-        raise invalid(f"custom_id is {reprlib.repr(custom_id)}; it must be a text that is not empty", "custom_id")
+        raise invalid(f"custom_id is {shown(custom_id)}; it must be a text that is not empty", "custom_id")
     return custom_id
 
 
@@ -116,9 +115,9 @@ def body_of(entry: dict[str, Any], options: Options) -> GenerationRequest:
             raise invalid(f"unknown parameter: {unknown[0][:200]!r}", unknown[0][:100], "unknown_parameter")
         kind, body = URLS.get(str(entry.get("url"))), entry.get("body")
         if kind is None:
-            raise invalid(f"url is {reprlib.repr(entry.get('url'))}; use {' or '.join(URLS)}", "url")
+            raise invalid(f"url is {shown(entry.get('url'))}; use {' or '.join(URLS)}", "url")
         if entry.get("method", "POST") != "POST":
-            raise invalid(f"method is {reprlib.repr(entry['method'])}; use POST", "method")
+            raise invalid(f"method is {shown(entry['method'])}; use POST", "method")
     else:
         body = {key: value for key, value in entry.items() if key != "custom_id"}
         kind = ChatCompletionRequest if "messages" in body else CompletionRequest

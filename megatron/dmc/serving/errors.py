@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -28,6 +29,18 @@ class APIError(Exception):
     def body(self) -> dict[str, Any]:
         """``{"error": {"message", "type", "param", "code"}}``"""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class _Shown(reprlib.Repr):
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return str(value).lower()
+
+
+shown = _Shown().repr
+"""A value of JSON for a message, however large: its beginning and its end, with JSON's words."""
 
 
 def invalid(message: str, param: Optional[str] = None, code: Optional[str] = None) -> APIError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from megatron.dmc.serving.errors import APIError, invalid
+from megatron.dmc.serving.errors import APIError, invalid, shown
 from megatron.dmc.serving.protocol.base import RequestModel
 from megatron.dmc.serving.protocol.chat import ChatCompletionRequest
 from megatron.dmc.serving.protocol.dialect import Unsupported
@@ -63,7 +62,7 @@ def of_validation(errors: Sequence[Any]) -> APIError:
     below = (f"{param}.", f"{param}[")
     within = [item for item in found if item[0] is not None and (item[0] == param or item[0].startswith(below))]
     param, entry, first = max(within, key=lambda item: item[0].count("."))
-    value = reprlib.repr(first["input"])
+    value = shown(first["input"])
     if first["type"] == "extra_forbidden":
         if entry is not None:
             message = f"{param} is not supported, and is {value}; {entry.instead}"
