@@ -64,6 +64,8 @@ def test_flags_and_files_exist(page):
         "--time",
         "--nodes",
         "--gpus-per-node",
+        "--cpus-per-task",
+        "--exclusive",
         "--dependency",
         "--array",
         "--signal",

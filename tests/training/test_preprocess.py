@@ -78,7 +78,10 @@ def test_output_is_the_same_for_any_number_of_workers_and_for_gzip(corpus, monke
     monkeypatch.setattr(preprocessing, "_CHUNK_BYTES", 2000)
     with gzip.open(corpus / "a.jsonl.gz", "wb") as stream:
         stream.write((corpus / "a.jsonl").read_bytes())
-    for prefix, source, workers in (("w2", "a.jsonl", "2"), ("gz", "a.jsonl.gz", "1")):
+    (corpus / "named-otherwise.jsonl").write_bytes((corpus / "a.jsonl.gz").read_bytes())
+    (corpus / "plain.jsonl.gz").write_bytes((corpus / "a.jsonl").read_bytes())
+    sources = [("w2", "a.jsonl", "2"), ("gz", "a.jsonl.gz", "1"), ("content", "named-otherwise.jsonl", "1")]
+    for prefix, source, workers in [*sources, ("name", "plain.jsonl.gz", "1")]:
         assert preprocess(corpus, source, prefix, "--workers", workers) == 0
         assert bytes_of(corpus / prefix) == bytes_of(corpus / "a")
 
@@ -125,7 +128,9 @@ def test_bad_files_leave_nothing(corpus, tmp_path, capsys):
     with gzip.open(tmp_path / "cut.jsonl.gz", "wb") as stream:
         stream.write(os.urandom(10000).hex().encode())
     (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "cut.jsonl.gz").read_bytes()[:-100])
+    (tmp_path / "text.jsonl.gz").write_bytes(b"\x28\xb5\x2f\xfd\x04\x00\x01")
     for name, message in (
+        ("text.jsonl.gz", "text.jsonl.gz is zstd-compressed; decompress it first: zstd -d"),
         ("empty.jsonl", "no documents"),
         ("cut.jsonl.gz", "damaged"),
         ("absent.jsonl", "does not exist"),
@@ -133,7 +138,7 @@ def test_bad_files_leave_nothing(corpus, tmp_path, capsys):
         assert preprocess(corpus, str(tmp_path / name), str(tmp_path / "x")) == 2
         error = capsys.readouterr().err
         assert message in error and name in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.jsonl.gz", "empty.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.jsonl.gz", "empty.jsonl", "text.jsonl.gz"]
 
 
 def test_existing_output_needs_overwrite(corpus, tmp_path, capsys):

@@ -180,6 +180,22 @@ def test_a_stage_is_queued_again_when_it_has_only_been_stopped(stand, statuses, 
         assert re.search(r"END=\d{10}$", call[-1])  # asked of squeue where SLURM does not say
 
 
+def test_all_processes_get_cpus_and_a_port_that_no_connection_has(stand):
+    """task/affinity gives a task one CPU, and eight trainers would share it; Linux connects from 32768 on."""
+    few = stand.run("retrofit.sbatch", "--stage", "retrofit", SLURM_CPUS_ON_NODE="1", **STAGE)
+    assert few.returncode == 2 and "refused: 8 processes on 1 CPUs of a node; ask sbatch for --exclusive" in few.stderr
+    for job in ("19999", "31999", "77777777"):
+        variables = {**STAGE, "SLURM_JOB_ID": job, "SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}
+        result = stand.run("retrofit.sbatch", "--stage", "retrofit", **variables)
+        (port,) = {int(n) for n in re.findall(r"n1:(\d+)", result.stdout)}
+        assert 20000 <= port < 32768, result
+    for script in JOBS:
+        text = script.read_text()
+        assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text and "% 20000" not in text, script
+        (head,) = re.findall(r"#.*sbatch .*--gpus-per-node=\d+ .*" + re.escape(script.name), text)[:1] or [""]
+        assert "--exclusive" in head or "--cpus-per-task" in head or script.name == "convert.sbatch"
+
+
 def test_a_stage_that_lost_a_host_is_queued_again(stand, tmp_path):
     stand.statuses = {"torch.distributed.run": "exit 1"}
     for lost in (False, True):

@@ -65,15 +65,16 @@ def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
 
 def _texts(corpus: str | Path) -> Iterator[str]:
     """Texts of a JSONL file. Raises ``ValueError`` with the file and line of what is none."""
-    with Path(corpus).open() as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{corpus}:{number} is no JSON of the form {{"text": "..."}}')
-            yield text
+    from megatron.dmc.training.jsonl import read_lines
+
+    for number, line, _ in read_lines(corpus):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f'{corpus}:{number} is no JSON of the form {{"text": "..."}}')
+        yield text
 
 
 def write(

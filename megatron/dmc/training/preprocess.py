@@ -7,7 +7,6 @@ workers. The files get their names only when all is written: an interrupted run,
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
 import json
 import multiprocessing
@@ -15,14 +14,15 @@ import os
 import signal
 import tempfile
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
+
+from megatron.dmc.training.jsonl import read_lines
 
 if TYPE_CHECKING:
     from megatron.dmc.training.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class PreprocessConfig:
     """Input, tokenizer and output of a tokenization."""
 
     input: list[str] = field(metadata={"nargs": "+", "metavar": "FILE"})
-    """JSONL files to tokenize, plain or .gz, in this order."""
+    """JSONL files to tokenize, plain or gzip, in this order."""
     tokenizer: str = field(metadata={"metavar": "PATH"})
     """Sentencepiece .model file or Hugging Face tokenizer directory."""
     output_prefix: str = field(metadata={"metavar": "P"})
@@ -85,22 +85,16 @@ class PreprocessConfig:
 
 
 def read_chunks(files: list[str]) -> Iterator[Chunk]:
-    """Cut the files into chunks of about a megabyte of text. Raises ``ValueError`` for a damaged .gz file."""
+    """Cut the files into chunks of about a megabyte of text. Raises ``ValueError`` as :func:`read_lines` does."""
     for file in files:
-        with ExitStack() as stack:
-            raw = stack.enter_context(open(file, "rb"))
-            stream = stack.enter_context(gzip.open(raw, "rb")) if file.endswith(".gz") else raw
-            first, number, size, lines = 1, 0, 0, []
-            try:
-                for number, line in enumerate(stream, start=1):
-                    lines.append(line)
-                    size += len(line)
-                    if size >= _CHUNK_BYTES:
-                        yield Chunk(file, first, lines, raw.tell())
-                        first, size, lines = number + 1, 0, []
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{file}:{number + 1}: the gzip file is damaged or cut off: {error}") from error
-            yield Chunk(file, first, lines, raw.tell())
+        first, size, read, lines = 1, 0, 0, []
+        for number, line, read in read_lines(file):
+            lines.append(line)
+            size += len(line)
+            if size >= _CHUNK_BYTES:
+                yield Chunk(file, first, lines, read)
+                first, size, lines = number + 1, 0, []
+        yield Chunk(file, first, lines, read)
 
 
 class Encoder:
