@@ -313,6 +313,13 @@ def test_every_command_names_the_import(made, tmp_path: Path, capsys) -> None:
     argv = ["convert", "import", "--legacy", str(source), "--save", str(tmp_path / "mg")]
     assert cli.main(argv) == 2
     assert way in capsys.readouterr().err
+    assert cli.main(["generate", str(source), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert f"{way} --save CHECKPOINT and dmc convert export --load CHECKPOINT" in error
+    convert.import_megatron(source, tmp_path / "mg")
+    for argv in (["generate", str(tmp_path / "mg"), "--prompt", "x"], ["verify", "--hf", str(tmp_path / "mg")]):
+        assert cli.main(argv if argv[0] == "generate" else ["convert", *argv, "--load", str(tmp_path / "mg")]) == 2
+        assert f"dmc convert export --load {tmp_path / 'mg'} --save DIR" in capsys.readouterr().err
     assert cli.main(["convert", "inspect", str(source)]) == 0
     said = capsys.readouterr().out
     assert "needs `import --megatron`" in said and "2 layers, hidden 64" in said and "TP 1 x PP 1" in said

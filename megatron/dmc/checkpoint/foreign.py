@@ -54,3 +54,18 @@ def import_command(path: Path) -> Optional[str]:
     if found is None:
         return None
     return f"{path} is {found.kind}; dmc convert import {found.option} {path} --save DIR makes a checkpoint of it"
+
+
+def export_command(path: Path) -> Optional[str]:
+    """What a directory is that is not Hugging Face's, and the commands that make one of it; None for an unknown one."""
+    if any((place / "manifest.json").is_file() for place in (path, *iterations(path))):
+        return (
+            f"{path} is a checkpoint; dmc convert export --load {path} --save DIR makes a Hugging Face directory of it"
+        )
+    found = foreign_format(path)
+    if found is None:
+        return None
+    return (
+        f"{path} is {found.kind}; dmc convert import {found.option} {path} --save CHECKPOINT and dmc convert export "
+        "--load CHECKPOINT --save DIR make a Hugging Face directory of it"
+    )

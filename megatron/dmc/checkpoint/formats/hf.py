@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.dmc.checkpoint import checksums, mapping
+from megatron.dmc.checkpoint import checksums, foreign, mapping
 from megatron.dmc.checkpoint.direct import DirectFile
 from megatron.dmc.checkpoint.fields import Fields, read_json
 from megatron.dmc.checkpoint.formats.base import (
@@ -134,6 +134,8 @@ def open_directory(path: str | Path) -> HFDirectory:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; name a Hugging Face model directory")
+    if not (path / "config.json").is_file() and (what := foreign.export_command(path)):
+        raise ValueError(what)
     config = read_json(path / "config.json")
     for index, single, read in ((INDEX, SINGLE, read_safetensors), (_BIN_INDEX, _BIN_SINGLE, _read_bin)):
         if (path / index).is_file():
