@@ -10,6 +10,13 @@ overhead
     Target: the throughput through HTTP, whole and streamed, is at least 0.90 of the offline engine's (median of the
     ratios within a round).
 
+latency
+    The same streams from 1, 4 and ``--clients`` closed-loop clients, timed at the client, outside of the server's
+    process, and as many on the engine itself, in turns. Targets: with ``--clients``, at least 0.95 of the engine's
+    tokens per second; with one client, a TTFT of at most 3 ms above the engine's (medians of the rounds); no gap of
+    two tokens more than 10 ms above the engine's longest, in the round where that is least. The CPU time per token of
+    the engine and of the whole server tells the cost of HTTP on a machine that has other work, too.
+
 load
     ``--requests`` random requests of 64 clients, streamed and not, 15% of which disconnect, with a KV cache that is far
     too small and a bounded queue. Targets: every request gets the tokens of a lone run, or a 503, or is left by its
@@ -32,6 +39,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,11 +47,13 @@ import psutil
 import torch
 from _common import ROOT, arguments, finish, ratio, spread, table
 from _http import load, post, tokens_of
+from _streams import http, offline
 from engine import prompts, write_models
 
 from megatron.dmc.inference import LLM, SamplingParams
 
 OVERHEAD_TARGET, MEMORY_TARGET = 0.90, 1.03
+RATE_TARGET, TTFT_TARGET, GAP_TARGET = 0.95, 3.0, 10.0  # of offline; ms; ms
 
 
 def add_tokenizer(directory: Path) -> None:
@@ -147,6 +157,60 @@ def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     return {"tokens_per_second": speed, "of_offline": ratios, "client_cpu_share": own}, missed
 
 
+# ----------------------------------------------------------------------------------------------------------- latency
+
+
+def latency(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
+    sizes = dict(max_num_seqs=args.clients, max_model_len=args.prompt + args.new_tokens)
+    llm = LLM(path, device="cpu", **sizes, enable_prefix_caching=False)
+    options = [x for key, value in sizes.items() for x in ("--" + key.replace("_", "-"), value)]
+    figures, missed = {}, []
+    with served(path, args.threads, "--device", "cpu", "--no-enable-prefix-caching", *options) as (process, port):
+        server = psutil.Process(process.pid)
+        for clients in sorted({1, min(4, args.clients), args.clients}):
+            asked = prompts(clients * args.per_client, args.prompt, seed=clients)
+            runs = {
+                "engine": lambda a=asked, c=clients: offline(llm.engine, a, c, args.new_tokens),
+                "client": lambda a=asked, c=clients: asyncio.run(http(port, a, c, args.new_tokens)),
+            }
+            for run in runs.values():
+                run()  # warm-up
+            found = {name: [] for name in runs}
+            for _ in range(args.rounds):
+                for name, run in runs.items():
+                    clock = cpu_clock(server if name == "client" else psutil.Process())
+                    result = run()
+                    found[name].append((*result.row(), 1e3 * clock() / result.tokens))
+            figures[clients], told = compare(clients, found, clients == args.clients)
+            missed += told
+    return figures, missed
+
+
+def cpu_clock(process: psutil.Process) -> Callable[[], float]:
+    """Function that returns the seconds of CPU time which a process has taken since now."""
+    began = sum(process.cpu_times()[:2])
+    return lambda: sum(process.cpu_times()[:2]) - began
+
+
+def compare(clients: int, found: dict[str, list[tuple]], busiest: bool) -> tuple[dict, list[str]]:
+    """Print the medians of the rounds of both sides. Returns the figures and the targets that are missed."""
+    heads = ("tokens/s", "TTFT", "gap p50", "gap p99", "gap max", "CPU/token")
+    rows = [(name, *(statistics.median(column) for column in zip(*rounds))) for name, rounds in found.items()]
+    print(f"\n{clients} at a time; ms but for tokens/s\n" + table(("", *heads), rows))
+    pairs = list(zip(found["engine"], found["client"]))
+    rate = spread([mine[0] / own[0] for own, mine in pairs])
+    ttft, gap = spread([mine[1] - own[1] for own, mine in pairs]), min(mine[4] - own[4] for own, mine in pairs)
+    print(f"{rate['median']:.3f} ({rate['q1']:.3f} to {rate['q3']:.3f}) of the rate, TTFT {ttft['median']:+.2f} ms")
+    missed = []
+    if busiest and rate["median"] < RATE_TARGET:
+        missed.append(f"{clients} at a time: {rate['median']:.3f} of the engine's tokens/s, not {RATE_TARGET}")
+    if clients == 1 and ttft["median"] > TTFT_TARGET:
+        missed.append(f"the TTFT is {ttft['median']:.1f} ms above the engine's, not {TTFT_TARGET:g}")
+    if gap > GAP_TARGET:
+        missed.append(f"{clients} at a time: a gap is {gap:.1f} ms above the engine's longest, not {GAP_TARGET:g}")
+    return {"rounds": found, "rate": rate, "ttft_ms": ttft, "gap_ms": gap}, missed
+
+
 # -------------------------------------------------------------------------------------------------------------- load
 
 
@@ -220,7 +284,7 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--mode", choices=("overhead", "load", "both"), default="both")
+    parser.add_argument("--mode", choices=("overhead", "latency", "load", "all"), default="all")
     for name, value, text in (
         ("layers", 8, ""),
         ("hidden", 1024, ""),
@@ -241,14 +305,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     figures, missed = {}, []
     with tempfile.TemporaryDirectory() as name:
-        if args.mode in ("overhead", "both"):
+        if args.mode != "load":
             (large := Path(name, "large")).mkdir()
             path, _ = write_models(large, args, torch.float32)
             add_tokenizer(path)
             print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, CR 4, float32\n")
-            figures["overhead"], found = overhead(args, path)
-            missed += found
-        if args.mode in ("load", "both"):
+            for mode, measure in (("overhead", overhead), ("latency", latency)):
+                if args.mode in (mode, "all"):
+                    figures[mode], found = measure(args, path)
+                    missed += found
+        if args.mode in ("load", "all"):
             args.layers, args.hidden, args.heads, args.head_dim = 2, 128, 4, 32
             (small := Path(name, "small")).mkdir()
             path, _ = write_models(small, args, torch.float32)
