@@ -75,6 +75,16 @@ def test_weights_come_back_under_their_names(case: str, tmp_path: Path, tokenize
     assert config["rms_norm_eps"] == (1e-5 if case == "qwen2" else 1e-6)
 
 
+def test_yarn_without_a_factor_of_its_own(llama: Path, tmp_path: Path, tokenizers: dict) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 32, "attn_factor": 1.0}
+    extra = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    gguf_files.write(llama, tmp_path / "m.gguf", "F32", tokenizers["gpt2"][0], extra)
+    convert.import_gguf(tmp_path / "m.gguf", tmp_path / "mg")
+    convert.export(tmp_path / "mg", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 def test_logits_equal_those_of_transformers_reading_the_original(llama: Path, tmp_path: Path, tokenizers: dict) -> None:
     gguf_files.write(llama, tmp_path / "m.gguf", "F32", tokenizers["gpt2"][0])
     convert.import_gguf(tmp_path / "m.gguf", tmp_path / "mg")
@@ -168,6 +178,11 @@ REFUSED = {
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
         {},
         "rope_type 'linear' is not supported",
+    ),
+    "YaRN with a factor": (
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.attn_factor": 1.5},
+        {},
+        "rope.scaling.attn_factor = 1.5 is not supported; only 1.0 is",
     ),
     "a part of several": ({"split.count": 3}, {}, "is one part of several"),
     "a tokenizer": ({}, {"model": "rwkv"}, "tokenizer.ggml.model is 'rwkv'; supported: gpt2, llama"),

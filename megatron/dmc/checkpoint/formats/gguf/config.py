@@ -129,8 +129,10 @@ def _rope_scaling(metadata: Metadata, arch: str, config: dict) -> Optional[dict[
     key = f"{arch}.rope.scaling.original_context_length"
     if key in metadata:
         scaling["original_max_position_embeddings"] = metadata.integer(key)
-    if f"{arch}.rope.scaling.attn_factor" in metadata:
-        scaling["attention_factor"] = metadata.number(f"{arch}.rope.scaling.attn_factor")
+    key = f"{arch}.rope.scaling.attn_factor"
+    if metadata.number(key, 1.0) != 1.0:
+        # llama.cpp multiplies YaRN's own factor by it; transformers' attention_factor stands in that one's place.
+        raise ValueError(f"{metadata.path}: {key} = {metadata.number(key)!r} is not supported; only 1.0 is")
     return scaling
 
 
