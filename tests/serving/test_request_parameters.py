@@ -180,6 +180,30 @@ def test_an_unknown_and_a_missing_parameter(server: Running, kind: str) -> None:
             refused(server, path, change(good, name, remove=True), name)
 
 
+NOT_EMPTY = [("response_format", {}), ("guided_json", {})]
+"""Empty values that ask for something: an object of no type, and any JSON."""
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_null_and_empty_values_ask_for_nothing(brief: Running, kind: str) -> None:
+    """The response is that of the request without the parameter, but for what differs in all responses."""
+    path, model, good = REQUESTS[kind]
+    good = {name: value for name, value in good.items() if name not in OPTIONS}
+    good |= {"max_tokens": 1, "temperature": 0} if "max_tokens" in model.model_fields else {}
+
+    def answer(body: dict[str, Any]) -> Any:
+        found = brief.json(path, body)
+        return found.get("choices", found)
+
+    for name, field in parameters(model):
+        if field.is_required() or "." in name or name in ("max_tokens", "temperature", "messages"):
+            continue
+        wanted = answer({key: value for key, value in good.items() if key != name})
+        for value in (None, "", [], {}):
+            if (name, value) not in NOT_EMPTY and not is_wrong(model, change(good, name, value)):
+                assert answer(change(good, name, value)) == wanted, (name, value)
+
+
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_null_stands_for_a_parameter_that_is_left_out(kind: str) -> None:
     _, model, good = REQUESTS[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -67,13 +68,15 @@ def run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str,
 
 
 def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str, Any], stop: Stop) -> int:
+    first = int(os.environ.get("RANK", 0)) == 0 or engine_config.tensor_parallel_size == 1
     prompt_settings = PromptSettings.read(
         config.model, config.chat_template, config.generation_config, config.override_generation_config
     )
+    if (defaults_of_model := prompt_settings.default_sampling_params) and first:
+        flags.say(f"sampling parameters of lines without their own: {json.dumps(defaults_of_model)}", "stderr")
     source = Input(config.input_file)
     if os.path.exists(config.output_file) and os.path.samefile(config.input_file, config.output_file):
         raise ValueError(f"{config.output_file} is the input; name another output file")
-    first = int(os.environ.get("RANK", 0)) == 0 or engine_config.tensor_parallel_size == 1
     output = Output(config.output_file, True) if first else None  # before the weights are loaded: it may be in use
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     engine = Engine(config.model, engine_config, tokenizer)

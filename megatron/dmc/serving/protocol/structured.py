@@ -79,7 +79,7 @@ class StructuredFields(RequestModel):
             found["structured_outputs"] = wanted
         pattern = self.guided_whitespace_pattern
         for kind in ("json", "regex", "choice", "grammar"):
-            if (value := getattr(self, f"guided_{kind}")) is not None:
+            if (value := getattr(self, f"guided_{kind}")) not in (None, "", []):
                 found[f"guided_{kind}"] = StructuredOutputsParams(**{kind: value}, whitespace_pattern=pattern)
         return found
 
@@ -115,7 +115,7 @@ def _of_vllm(described: dict[str, Any]) -> Optional[StructuredOutputsParams]:
         switch = key in ("json_object", "disable_any_whitespace")
         if switch and not (value is None or isinstance(value, bool)):
             raise invalid(f"{name} must be true or false", name, "invalid_type")
-        if entry is None and value is not None:
+        if entry is None and value not in (None, "", []):
             given[key] = value
             asked = asked or not (switch and not value)
     if not asked:
