@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from damage import kills_and_bytes
 from helpers import families, tiny
 from helpers.processes import ROOT
 from safetensors.torch import load_file
@@ -175,3 +178,10 @@ def test_trained_from_scratch(lineage: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path / "p")
     found = loaded.model(tokens, torch.arange(tokens.size(1))[None], step=loaded.step())[..., : tiny.VOCABULARY]
     assert (found - expected).abs().max() < 1e-4
+
+
+def test_a_changed_byte_of_an_exported_directory_is_found_or_harmless(lineage: Path, tmp_path: Path) -> None:
+    """A sample of tests/damage/kills_and_bytes.py."""
+    directory = shutil.copytree(lineage / "out", tmp_path / "out")
+    counts = kills_and_bytes.damage(random.Random(5), directory, 10, lambda: kills_and_bytes.generated_text(directory))
+    assert counts["found by name"] >= 6 and counts.total() == 10

@@ -1,14 +1,19 @@
 """Nothing is lost: killed, signalled and re-laid-out runs continue where they stood; stages follow one another."""
 
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from damage import kills_and_bytes
 from helpers import tiny
 from helpers.processes import kill_tree, subprocess_env
+
+from megatron.dmc.training import initialize
 
 pytestmark = pytest.mark.slow
 
@@ -222,6 +227,18 @@ def test_a_checkpoint_says_what_it_is(chain):
     assert manifest["consumed_tokens"] == ITERATIONS * 4 * tiny.SEQ
     directory = chain["finetune"][0] / LAST
     assert manifest["files"] == {p.name: p.stat().st_size for p in directory.iterdir() if p.name != "manifest.json"}
+
+
+def test_a_changed_byte_is_found_or_harmless(chain, tmp_path):
+    """A sample of tests/damage/kills_and_bytes.py."""
+    save = shutil.copytree(chain["finetune"][0], tmp_path / "save")
+    for older in sorted(save.glob("iter_*"))[:-1]:
+        shutil.rmtree(older)
+    try:
+        counts = kills_and_bytes.damage(random.Random(4), save, 10, lambda: kills_and_bytes.loaded_checkpoint(save))
+    finally:
+        initialize.shutdown()
+    assert counts["found by name"] >= 5 and counts.total() == 10
 
 
 @pytest.mark.parametrize("stage", STAGES[:2])
