@@ -115,7 +115,7 @@ def _of_vllm(described: dict[str, Any]) -> Optional[StructuredOutputsParams]:
         switch = key in ("json_object", "disable_any_whitespace")
         if switch and not (value is None or isinstance(value, bool)):
             raise invalid(f"{name} must be true or false", name, "invalid_type")
-        if entry is None and value not in (None, "", []):
+        if entry is None and value is not None:
             given[key] = value
             asked = asked or not (switch and not value)
     if not asked:
