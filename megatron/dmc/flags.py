@@ -97,7 +97,7 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
         say(f"error: stdout cannot be written: {error.strerror}", "stderr")
         return 2
     except refused as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: {parser.prog} {missing(error)}", file=sys.stderr)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron.dmc.config.checks import one_line, shown
+
 JSON_BYTES = 64 << 20
 """Size of the largest JSON file that is read. An index of 100,000 tensors has 10 MB."""
 INT32 = 2**31 - 1
@@ -33,23 +35,10 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not {shown(content)}")
     return content
-
-
-def shown(value: Any) -> str:
-    """A value as messages show it: on one line, and cut after 60 characters."""
-    if isinstance(value, (list, tuple, dict)) and len(value) > 8:
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} entries"
-    if isinstance(value, str) and len(value) > 60:
-        value = value[:60] + "..."
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:60] + "..."
 
 
 @dataclass(frozen=True)
@@ -95,6 +84,13 @@ class Fields:
         """String."""
         value = self.get(key, default)
         if value is not None and not isinstance(value, str):
+            self.refuse(key, "a string")
+        return value
+
+    def needed_text(self, key: str) -> str:
+        """String that must be there."""
+        value = self.text(key)
+        if value is None:
             self.refuse(key, "a string")
         return value
 

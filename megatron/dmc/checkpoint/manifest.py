@@ -19,7 +19,7 @@ from typing import Any, Optional
 
 from megatron.dmc.checkpoint import checksums, foreign
 from megatron.dmc.config import STAGES, build
-from megatron.dmc.config.checks import not_negative, one_of, positive, require
+from megatron.dmc.config.checks import not_negative, one_line, one_of, positive, require
 
 FORMAT = "megatron.dmc.torch_dist"
 FORMAT_VERSION = 1
@@ -126,10 +126,9 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         manifest = _parse(path.read_text())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a version {FORMAT_VERSION} {FORMAT} manifest: {error}; restore it from a copy, or name "
-            "another checkpoint"
+            f"{path} is not a version {FORMAT_VERSION} {FORMAT} manifest: {one_line(error)}; {_ADVICE}"
         ) from error
     if re.fullmatch(_ITERATION, directory.name) and int(directory.name[5:]) != manifest.iteration:
         raise ValueError(

@@ -9,11 +9,12 @@ from typing import Optional
 
 from megatron.dmc import __version__
 from megatron.dmc.checkpoint import mapping
-from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.base import Source
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE
 from megatron.dmc.checkpoint.sentencepieces import begin_and_end, fast_tokenizer, from_model_file
 from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
+from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES
+from megatron.dmc.checkpoint.tokenizer_files import tokenizer_files as pretrained_files
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 """Directory of the modelling files that a DMC model is exported with."""
@@ -26,16 +27,16 @@ def tokenizer_files(source: Source, tokenizer: Optional[str | Path], say: Callab
         tokenizer: see :func:`convert.export`.
     """
     files = {k: v for k, v in source.files.items() if k not in ("config.json", SHARDS_FILE)}
-    if tokenizer is None and any(name in files for name in hf.TOKENIZER_FILES):
+    if tokenizer is None and any(name in files for name in TOKENIZER_FILES):
         return files
     path = Path(tokenizer or source.run.data.tokenizer or "")
     if tokenizer is not None and not path.exists():
         raise ValueError(f"tokenizer {tokenizer} does not exist; name a sentencepiece model or a tokenizer directory")
     if path.is_dir() and (tokenizer or source.run.data.tokenizer):
-        files |= {name: file.read_bytes() for name, file in hf.tokenizer_files(path).items()}
+        files |= {name: file.read_bytes() for name, file in pretrained_files(path).items()}
     elif path.is_file():
         files |= _sentencepiece_files(path, say)
-    if not any(name in files for name in hf.TOKENIZER_FILES):
+    if not any(name in files for name in TOKENIZER_FILES):
         say("warning: no tokenizer was found; give --tokenizer, or copy its files into the directory")
     return files
 

@@ -5,8 +5,27 @@ A field that is None, for "not set", passes.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxdict, _REPR.maxlist, _REPR.maxstring, _REPR.maxother = 3, 6, 8, 60, 60
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: on one line, and cut where it is long or nested. Takes no time, whatever it is."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 120 else text[:100] + "..."
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """A message on one line, cut after ``most`` characters: other software quotes whole files."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def require(ok: bool, message: str) -> None:
@@ -31,4 +50,4 @@ def not_negative(section: Any, *names: str) -> None:
 
 def one_of(section: Any, name: str, *allowed: str) -> None:
     value = getattr(section, name)
-    require(value in allowed, f"{name} {value!r} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}")
+    require(value in allowed, f"{name} {shown(value)} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}")

@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron.dmc.config.checks import require
+from megatron.dmc.config.checks import one_line, require, shown
 
 
 def build(cls: type, data: dict, where: str = "") -> Any:
@@ -42,23 +42,23 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return None
         return _value(next(a for a in args if a is not type(None)), value, name)
     if origin is Literal:
-        require(value in args, f"{name} is {value!r}; use one of {', '.join(map(str, args))}")
+        require(value in args, f"{name} is {shown(value)}; use one of {', '.join(map(str, args))}")
         return value
     if origin is dict:
         require(isinstance(value, dict), f"{name} is {value!r}; it must be a mapping")
         return {_value(args[0], k, name): _value(args[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is list:
-        require(isinstance(value, list), f"{name} is {value!r}; it must be a list")
+        require(isinstance(value, list), f"{name} is {shown(value)}; it must be a list")
         return [_value(args[0], v, name) for v in value]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)
         except ValueError:
-            raise ValueError(f"{name} is {value!r}; it must be a number") from None
+            raise ValueError(f"{name} is {shown(value)}; it must be a number") from None
     if hint is float and isinstance(value, float):
         require(math.isfinite(value), f"{name} is {value}; it must be a finite number")
     fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    require(fits, f"{name} is {value!r}; it must be of type {hint.__name__}")
+    require(fits, f"{name} is {shown(value)}; it must be of type {hint.__name__}")
     return value
 
 
@@ -74,6 +74,6 @@ def load_file(path: str | Path) -> dict:
 
             data = yaml.safe_load(path.read_text())
     except Exception as error:
-        raise ValueError(f"configuration file {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"configuration file {path} cannot be read: {one_line(error)}") from error
     require(isinstance(data or {}, dict), f"configuration file {path} must be a mapping, not {type(data).__name__}")
     return data or {}

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.fields import Fields, read_json
+from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES, load_pretrained
 from megatron.dmc.inference.sampling_params import SamplingParams
 
 CONTEXT = 6  # tokens of the prompt that are decoded along: some tokenizers drop a leading space without them
@@ -17,27 +19,21 @@ def load_tokenizer(path: str | Path) -> Optional[Any]:
     """Load transformers' tokenizer of a model directory; None where there are no tokenizer files.
 
     Raises:
-        ValueError: transformers cannot load it.
+        ValueError: transformers cannot load it, or a field of its files has a wrong type.
     """
     path = Path(path)
-    if not any((path / name).is_file() for name in hf.TOKENIZER_FILES):
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     config = None
     if (path / "config.json").is_file():
-        block = hf.read_json(path / "config.json").get("dmc")
+        content = read_json(path / "config.json")
+        Fields(content, "config.json: ").text("model_type")  # transformers does not say which key is wrong
         # An exported directory's model_type is not one that transformers knows: it would ask whether to run the
         # modelling file.
-        config = (
-            AutoConfig.for_model(block["base_model_type"])
-            if isinstance(block, dict) and "base_model_type" in block
-            else None
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types
-        raise ValueError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        config = AutoConfig.for_model(mapping.base_config(content)["model_type"]) if "dmc" in content else None
+    return load_pretrained(path, config)
 
 
 def decode(tokenizer: Any, ids: Sequence[int], skip_special_tokens: bool = False) -> str:

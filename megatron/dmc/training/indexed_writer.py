@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron.dmc.checkpoint.fields import read_json
+from megatron.dmc.config import build
+from megatron.dmc.config.checks import not_negative, one_line, one_of, require
 from megatron.dmc.training.tokenizer import Tokenizer
 
 _FORMAT = "megatron.dmc.indexed_dataset"
 _FORMAT_VERSION = 1
+_BYTES = {"uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "int32": 4, "int64": 8}
+"""Size of a token, by the names of numpy's integer types that an index may have."""
 SUFFIXES = (".bin", ".idx", ".json")
 
 
@@ -56,15 +61,27 @@ class Sidecar:
                 f"describe {prefix} --tokenizer PATH; if dmc data preprocess did not finish, run that again"
             )
         try:
-            content = json.loads(path.read_text())
-            if (content.pop("format"), content.pop("format_version")) != (_FORMAT, _FORMAT_VERSION):
+            content = read_json(path)
+            if (content.pop("format", None), content.pop("format_version", None)) != (_FORMAT, _FORMAT_VERSION):
                 raise ValueError("another format or version")
-            return cls(**{"bos_prepended": None, **content})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            sidecar = build(cls, {"bos_prepended": None, **content})
+            sidecar.check()
+        except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path} is not a version {_FORMAT_VERSION} dataset description ({error}); "
+                f"{path} is not a version {_FORMAT_VERSION} dataset description ({one_line(error)}); "
                 "run dmc data preprocess again"
             ) from error
+        return sidecar
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for numbers that do not fit each other."""
+        not_negative(self, "vocab_size", "eod_id", "documents", "tokens", "bin_bytes", "idx_bytes")
+        one_of(self, "dtype", *_BYTES)
+        require(
+            self.tokens * _BYTES[self.dtype] == self.bin_bytes,
+            f"{self.tokens} tokens of type {self.dtype} do not have {self.bin_bytes} bytes (bin_bytes)",
+        )
+        require(self.eod_id < self.vocab_size, f"eod_id {self.eod_id} is not below vocab_size {self.vocab_size}")
 
     def write(self, path: str | Path) -> None:
         """Write as JSON to ``path``."""

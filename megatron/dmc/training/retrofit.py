@@ -156,7 +156,7 @@ def _refuse(error: ValueError) -> int:
     from megatron.dmc.training import initialize
 
     if initialize.is_rank_0():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     return 2

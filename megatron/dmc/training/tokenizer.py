@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
+from megatron.dmc.checkpoint.tokenizer_files import load_pretrained
 
 # The files of a Hugging Face directory that decide which text becomes which ids. tokenizer_config.json is left out on
 # purpose: chat templates and library versions in it change without the ids changing.
@@ -110,7 +111,7 @@ class _SentencePieceTokenizer(Tokenizer):
 class _HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         try:
-            from transformers import AutoTokenizer
+            import transformers  # noqa: F401
         except ImportError as error:
             raise ValueError(
                 f"tokenizer {path} is a Hugging Face directory, which needs the transformers package: "
@@ -122,11 +123,7 @@ class _HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer directory {path} holds none of {', '.join(_DEFINING_FILES)}; give the directory "
                 "of a Hugging Face tokenizer, or a sentencepiece .model file"
             )
-        try:
-            # An exported directory holds code for its model, and transformers 5 would ask here whether to run it.
-            self._model: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many types for a broken directory
-            raise ValueError(f"tokenizer directory {path} cannot be loaded by transformers: {error}") from error
+        self._model: Any = load_pretrained(path)
         self.path = str(path)
         # Not len(): ids may have gaps when tokens were added by hand.
         self.vocab_size = max(self._model.get_vocab().values()) + 1

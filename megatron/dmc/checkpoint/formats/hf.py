@@ -30,6 +30,7 @@ from megatron.dmc.checkpoint.manifest import SHARDS_FILE, Manifest
 from megatron.dmc.checkpoint.mapping import views
 from megatron.dmc.checkpoint.pickled import load_lazily
 from megatron.dmc.checkpoint.tensors import BackgroundWriter, Buffers, FileTensor, Lazy, equal
+from megatron.dmc.checkpoint.tokenizer_files import tokenizer_files
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.environment import versions
 
@@ -38,12 +39,6 @@ SINGLE = "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TOKENIZER_FILES = tuple(
-    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja chat_template.json tekken.json".split()
-)
-TEMPLATES = "additional_chat_templates"
-"""Directory of a tokenizer's chat templates beside the first (transformers 4.53 and later)."""
 _LEGAL = re.compile(r"(licen[cs]e|notice|copying|copyright|patents|(acceptable_)?use_policy|third_party)", re.I)
 """Beginnings of the names of files that go wherever a model goes, because its licence wants it."""
 _LEGAL_BYTES, _HEADER_BYTES = 1 << 20, 16 << 20
@@ -74,12 +69,6 @@ class HFDirectory:
             found["generation_config.json"] = self.path / "generation_config.json"
         legal = sorted(path for path in self.path.iterdir() if _LEGAL.match(path.name) and path.is_file())
         return found | {path.name: path for path in legal if path.stat().st_size <= _LEGAL_BYTES}
-
-
-def tokenizer_files(path: Path) -> dict[str, Path]:
-    """Name -> path of the tokenizer files in a directory, its chat templates included."""
-    names = [*TOKENIZER_FILES, *(f"{TEMPLATES}/{file.name}" for file in sorted((path / TEMPLATES).glob("*.jinja")))]
-    return {name: path / name for name in names if (path / name).is_file()}
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
@@ -385,6 +374,7 @@ def describe(path: Path) -> list[Row]:
     found = open_directory(path)
     model, family = mapping.from_hf_config(found.config), mapping.family_of(found.config)
     block, files = mapping.dmc_block(found.config), set(found.weight_map.values())
+    model_tensors(found, family, model)  # raises for tensors that are not those of the configuration
     dmc: list[Row] = []
     if block:
         dmc = [

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.dmc.checkpoint.fields import shown, shown_key
+from megatron.dmc.checkpoint.fields import shown_key
+from megatron.dmc.config.checks import shown
 
 INERT = frozenset(
     # names, origins and versions

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from megatron.dmc.checkpoint.fields import INT32, Fields, shown
+from megatron.dmc.checkpoint.fields import INT32, Fields
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.config_keys import INERT, NEUTRAL, check_neutral, is_one_of, named
 from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family
 from megatron.dmc.checkpoint.mapping.rope import yarn_context_length, yarn_scaling
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
+from megatron.dmc.config.checks import shown
 
 DMC_FORMAT_VERSION = 1
 DMC_MODEL_TYPE = "dmc"
@@ -274,7 +275,8 @@ def dmc_block(config: dict) -> Optional[DMCBlock]:
     stage = block.text("stage")
     if stage not in ("zero_out", *COMPRESSED_STAGES):
         block.refuse("stage", f"zero_out, {' or '.join(COMPRESSED_STAGES)}")
-    for name, value in family_of(config).switches.items():
+    for name in ("add_qkv_bias", "qk_layernorm"):
+        value = family_of(config).switches.get(name, False)
         if block.flag(name, value) != value:
             block.refuse(name, f"{value} for base_model_type {block.text('base_model_type')}")
     return DMCBlock(
