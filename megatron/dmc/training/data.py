@@ -22,6 +22,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from megatron.dmc.config import RunConfig
+from megatron.dmc.training.disk import naming_disk_errors
 from megatron.dmc.training.indexed_writer import Sidecar
 from megatron.dmc.training.mcore_compat import arrays_only, process_group_for_blends
 from megatron.dmc.training.tokenizer import Tokenizer
@@ -199,7 +200,7 @@ def build_datasets(
             create_attention_mask=False,
         )
         try:
-            with arrays_only():
+            with naming_disk_errors(Path(cache.directory), (OSError,)), arrays_only():
                 train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, settings).build()
         except BaseException as error:
             if isinstance(error, ValueError) and not builds:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
+from megatron.dmc.training.disk import naming_disk_errors
 from megatron.dmc.training.jsonl import read_lines
 
 if TYPE_CHECKING:
@@ -239,8 +240,9 @@ def preprocess(config: PreprocessConfig) -> str:
     parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{Path(prefix).name}.", dir=parent) as directory:
-            report = write_dataset(config, tokenizer, Path(directory))
-            publish(Path(directory), prefix)
+            with naming_disk_errors(parent, (OSError,)):
+                report = write_dataset(config, tokenizer, Path(directory))
+                publish(Path(directory), prefix)
     except BaseException:
         with suppress(OSError):
             for path in created:
