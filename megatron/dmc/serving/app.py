@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from megatron.dmc import __version__
 from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.serving import async_engine as engines
+from megatron.dmc.serving import openapi, responses, responses_api
 from megatron.dmc.serving import protocol as p
-from megatron.dmc.serving import responses, responses_api
 from megatron.dmc.serving.errors import APIError, engine_down, of_invalid_request, shutting_down
 from megatron.dmc.serving.event_stream import EventStream, Json, error_response, unless_gone
 from megatron.dmc.serving.http_config import HTTPConfig
@@ -173,6 +173,8 @@ def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:
         title="megatron.dmc",
         version=__version__,
         description="OpenAI's API with vLLM's parameters, over a KV cache compressed by Dynamic Memory Compression.",
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere, which a closed network has not
+        redoc_url=None,
     )
     app.state.max_model_len = service.prompts.max_model_len
     app.router.route_class = BoundedRoute
@@ -192,7 +194,7 @@ def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:
     _add_tokenizer(app, service)
     _add_operator(app, service)
     _add_errors(app, service.metrics)
-    _correct_schema(app, bool(service.gate.keys))
+    openapi.correct(app, keys=bool(service.gate.keys), max_logprobs=service.prompts.processor.max_logprobs)
     return app
 
 
@@ -288,6 +290,10 @@ def _add_operator(app: FastAPI, service: Service) -> None:
     async def version() -> p.VersionResponse:
         return p.VersionResponse(version=__version__)
 
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(openapi.page(app.openapi()))
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
@@ -318,20 +324,3 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         return error_response(
             APIError(500, "the server has made a mistake; the cause is in its log", type="server_error")
         )
-
-
-def _correct_schema(app: FastAPI, keys: bool) -> None:
-    fastapi_schema = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        """OpenAPI schema without FastAPI's 422, which is a 400 here, and with API keys where the server needs them."""
-        schema = fastapi_schema()
-        if keys:
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            schema["security"] = [{"key": []}]
-        for operations in schema["paths"].values():
-            for operation in operations.values():
-                operation["responses"].pop("422", None)
-        return schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 access_log = logging.getLogger("megatron.dmc.access")
 
-OPEN = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/openapi.json"})
 """Paths that need no API key: they show nothing of what clients send, and are answered while the server shuts down."""
 DISCARD_SECONDS, DISCARD_BYTES = 2.0, 32 << 20
 """Most of a refused body that is still read, so that its client sees the response instead of a reset connection."""

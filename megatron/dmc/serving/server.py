@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 LINGER = 0.25  # seconds in which requests that are on their way are still answered 503
 BACKLOG = 512  # connections that the kernel holds until they are accepted
 TOKENIZER_PATHS = frozenset({"/tokenize", "/detokenize"})
+SWITCH = 5e-4  # seconds; Python's default of 5 ms would let the tokens of a busy server arrive in bursts
 CLOSE = 5  # seconds for the last bytes of responses
 HANGS = 20  # seconds after these in which threads and other ranks must end
 
@@ -220,6 +222,8 @@ async def serve(
     # What is loaded now stays: a full collection would look at all of it, for a tenth of a second, during requests.
     gc.collect()
     gc.freeze()
+    # Every write to a socket gives up the interpreter's lock, and waits this long for it while the engine runs Python.
+    sys.setswitchinterval(SWITCH)
     try:
         await server.serve([sock])
     finally:
