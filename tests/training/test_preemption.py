@@ -1,6 +1,5 @@
 """Leaving in time, checkpoints written in the background, checksums, what is kept, and starts that come to nothing."""
 
-import json
 import os
 import queue
 import signal
@@ -15,7 +14,7 @@ from helpers.processes import subprocess_env
 
 from megatron.dmc.checkpoint import checksums, manifest
 from megatron.dmc.checkpoint.manifest import Manifest
-from megatron.dmc.training import mcore_compat
+from megatron.dmc.training import mcore_compat, save_lock
 
 LAST = "iter_0000006"
 
@@ -73,7 +72,7 @@ def test_killed_while_writing_in_the_background(data, whole, tmp_path, place):
     run = tiny.Run(argv, tmp_path / "run", hang=place)
     run.wait_for_hang()
     run.kill()
-    assert [n for n in names(save) if not n.startswith(".tmp_")] == ["iter_0000002", manifest.LATEST]
+    assert [n for n in names(save) if not n.startswith((".tmp_", save_lock.FILE))] == ["iter_0000002", manifest.LATEST]
     assert any(n.startswith(".tmp_iter_0000004") for n in names(save))
     resumed = tiny.run(argv, tmp_path / "run")
     assert f"resumed {save / 'iter_0000002'} at iteration 2" in resumed.output()
@@ -262,9 +261,8 @@ def test_a_crash_loop_stops_itself(data, tmp_path):
 def test_a_refused_start_does_not_count(data, tmp_path):
     (tmp_path / "other").mkdir()
     tiny.run(command(data, tmp_path / "other", train_iters=1, save_interval=None), tmp_path / "a")
-    manifest_file = tmp_path / "other" / "iter_0000001" / "manifest.json"
-    content = json.loads(manifest_file.read_text())
-    manifest_file.write_text(json.dumps({**content, "crc32": {**content["crc32"], "common.pt": "00000000"}}))
+    checkpoint = tmp_path / "other" / "iter_0000001"
+    manifest.read_manifest(checkpoint).write(checkpoint, crc32={"common.pt": "00000000"})
     run = tiny.run(command(data, tmp_path / "other", train_iters=1, save_interval=None), tmp_path / "a", status=2)
     assert "is damaged" in run.output()
     assert names(tmp_path / "other") == ["iter_0000001", manifest.LATEST]
