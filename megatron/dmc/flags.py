@@ -240,8 +240,15 @@ def _keywords(hint: Any, none: bool) -> dict[str, Any]:
         return {"nargs": "*", "type": typing.get_args(kind)[0]}
     if typing.get_origin(kind) is Literal:
         return {"choices": [*typing.get_args(kind), *(["none"] if none else [])]}
-    parse = json.loads if kind is dict else kind
+    parse = _json if kind is dict else kind
     return {"type": _or_none(parse) if none else parse}
+
+
+def _json(text: str) -> Any:
+    return json.loads(text)
+
+
+_json.__name__ = "JSON"  # argparse names it in its messages
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -74,7 +74,7 @@ def test_sampling_defaults_of_the_model(model: Model, tmp_path: Path) -> None:
         "max_tokens": 5,
         "top_k": 3,
     }
-    for override, message in (({"top_p": 2}, "top_p is 2"), ({"colour": 1}, "colour")):
+    for override, message in (({"top_p": 2}, "top_p is 2"), ({"colour": 1}, "colour"), ([1], "must be a JSON object")):
         with pytest.raises(ValueError, match=message):
             default_sampling_params(model.path, "auto", override)
     with pytest.raises(ValueError, match="cannot be read"):

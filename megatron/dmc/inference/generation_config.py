@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def default_sampling_params(
     path = Path(model if source == "auto" else source) / FILE
     if source != "vllm" and (source != "auto" or path.is_file()):
         found = hf.read_json(path)
+    if not isinstance(override or {}, Mapping):
+        raise ValueError(f"--override-generation-config is {json.dumps(override)[:100]}; it must be a JSON object")
     unknown = sorted(set(override or {}) - NAMES.keys())
     if unknown:
         raise ValueError(f"--override-generation-config has the key {unknown[0]!r}; use {', '.join(NAMES)}")
