@@ -144,6 +144,11 @@ def test_names_of_other_layers(made, tmp_path: Path) -> None:
             "one by one": "decoder.layers.1.mlp.linear_fc2.weight",
             "apart": "decoder.layers.1.mlp.linear_fc1.weight_v",
         }[name] in stored, sorted(stored)
+        if name == "one by one":
+            change_args(tmp_path / name, num_layers=9999)
+            with pytest.raises(ValueError, match="holds 2 layers; expected 9999"):
+                convert.import_megatron(tmp_path / name, tmp_path / "odd")
+            change_args(tmp_path / name, num_layers=2)
         convert.import_megatron(tmp_path / name, tmp_path / f"{name}.mg")
         assert_same_tensors(tmp_path / f"{name}.mg", made["llama"][0], tmp_path)
 
@@ -254,6 +259,9 @@ def change_args(source: Path, **changes: Any) -> None:
         (dict(normalization="LayerNorm"), "args.normalization"),
         (dict(window_size=(128, 0)), "args.window_size"),
         (dict(num_layers=3), "3 layers"),
+        (dict(num_layers=9999), "9999 layers"),
+        (dict(num_layers="x"), "num_layers"),
+        (dict(num_attention_heads=10**9, num_query_groups=10**9), "1000000000 query"),
         (dict(hidden_size=128), "has shape [96, 64]; expected [96, 128]"),
         (dict(add_qkv_bias=True), "lacks decoder.layers.self_attention.linear_qkv.bias"),
         (dict(vocab_size=9999), "9999"),

@@ -51,6 +51,7 @@ from megatron.dmc.config import ModelConfig
 __all__ = ["describe", "find_directory", "matches", "open_model"]
 
 EMBEDDING = "embedding.word_embeddings.weight"
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
 COMMON = "common_state/shard_0_1"
 """Object in the checkpoint that newer versions keep in place of ``common.pt``."""
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer|rng_state|rerun_state|.*_extra_state|.*\.inv_freq$")
@@ -245,6 +246,7 @@ def _parameters(
         ValueError: a parameter is missing, one too many, or of the wrong shape or type; naming it.
     """
     found = _by_layer(reader, stored, model.num_layers)
+    _check_sizes(reader, found, model)
     wanted = {(rule.megatron, layer): rule for rule, layer in mapping.in_order(family, model)}
     if missing := [key for key in wanted if key not in found]:
         raise ValueError(f"{reader.directory} lacks {_said(missing)}, which its configuration asks for")
@@ -254,6 +256,18 @@ def _parameters(
             "architecture, which is not supported"
         )
     return {key: _checked(found[key], rule, model, rows) for key, rule in wanted.items()}
+
+
+def _check_sizes(reader: DistReader, found: Mapping[Key, Lazy], model: ModelConfig) -> None:
+    """Compare the numbers of layers and heads, before anything is done for each of them."""
+    layers = len({layer for _, layer in found if layer is not None})
+    if layers != model.num_layers:
+        raise wrong(reader.directory, f"holds {layers} layers", f"{model.num_layers} (num_layers)")
+    rows = (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
+    qkv = found.get((QKV, 0))
+    if qkv is not None and qkv.shape[0] != rows:
+        sizes = f"{model.num_attention_heads} query and {model.kv_heads} KV heads of {model.head_dim}"
+        raise wrong(qkv.name, f"has {qkv.shape[0]} rows", f"{rows}: {sizes}")
 
 
 def _said(keys: list[Key]) -> str:

@@ -90,6 +90,8 @@ class DistReader:
 
     def place(self, name: str) -> tuple[Path, int, int]:
         """File, offset and length of an object that is no tensor."""
+        if len(self._chunks[name]) != 1:
+            raise ValueError(f"{name} in {self.directory} has {len(self._chunks[name])} parts, not one; it is damaged")
         _, info = self._chunks[name][0]
         return self.directory / info.relative_path, info.offset, info.length
 
@@ -100,6 +102,8 @@ class DistReader:
         boxes: list[tuple[tuple[int, ...], Lazy]] = []
         for index, info in self._chunks[name]:
             offsets = tuple(index.offset or (0,) * len(entry.size))
+            if offsets not in sizes:
+                raise ValueError(f"{name} in {self.directory} has no chunk at {offsets}; its .metadata is damaged")
             stored = _Stored(name, self.directory / info.relative_path, info, sizes[offsets], dtype)
             if layer is None:
                 boxes.append((offsets, _Chunk(stored, self._find)))
