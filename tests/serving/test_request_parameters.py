@@ -22,8 +22,13 @@ from pydantic import BaseModel, ValidationError
 from megatron.dmc.serving import protocol
 from megatron.dmc.serving.async_engine import Limits
 from megatron.dmc.serving.errors import APIError
+from megatron.dmc.serving.prompts import PromptSettings
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "me"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}, "index": 0}
+CALLING = MESSAGE | {"tool_calls": [CALL], "tool_call_id": "1"}
+FUNCTION = {"name": "f", "description": "Does it.", "parameters": {}, "strict": True}
+TOOLS = {"tools": [{"type": "function", "function": FUNCTION}]}
 OPTIONS = {"stream": True, "stream_options": {"include_usage": True, "include_cache": True}}
 REQUESTS: dict[str, tuple[str, type[BaseModel], dict[str, Any]]] = {
     "completion": (
@@ -34,10 +39,12 @@ REQUESTS: dict[str, tuple[str, type[BaseModel], dict[str, Any]]] = {
     "chat": (
         CHAT,
         protocol.ChatCompletionRequest,
-        {"messages": [MESSAGE], "logprobs": True, "response_format": {"type": "text"}} | OPTIONS,
+        {"messages": [CALLING], "logprobs": True, "response_format": {"type": "text"}, "tool_choice": "none"}
+        | OPTIONS
+        | TOOLS,
     ),
     "tokenize": ("/tokenize", protocol.TokenizeRequest, {"prompt": "hi"}),
-    "tokenize a chat": ("/tokenize", protocol.TokenizeChatRequest, {"messages": [MESSAGE]}),
+    "tokenize a chat": ("/tokenize", protocol.TokenizeChatRequest, {"messages": [CALLING]} | TOOLS),
     "detokenize": ("/detokenize", protocol.DetokenizeRequest, {"tokens": [1]}),
 }
 CANDIDATES = ["x", 7, -7, 1.5, 10**30, True, None, [], {}, ["x"], [1.5], [[1], "x"], {"x": "y"}, [{"x": 1}]]
@@ -72,8 +79,9 @@ WRONG_VALUES: dict[str, list[Any]] = {
     "structured_outputs": [{"regex": "a", "choice": ["b"]}],
     "guided_json": [{"not": {}}, "{"],
     "guided_regex": ["("],
-    "guided_choice": [[]],
     "guided_grammar": ["("],
+    "tool_choice": ["any"],
+    "tools[0].function.name": ["", "a b", "a" * 129],
     "messages": [[MESSAGE | {"content": LONG}], [MESSAGE | {"content": "\ud800"}], [MESSAGE | {"role": "nobody"}]],
     "continue_final_message": [True],
     "chat_template_kwargs": [{"tokenize": True}, {"chat_template": "x"}],
@@ -83,14 +91,22 @@ ANY_VALUE = {"seed", "user", "stream_options", "response_format", "messages[0].c
 ANY_VALUE |= {"messages[0].role", "messages[0].name", "messages[0].content[0].type", "response_format.type"}
 ANY_VALUE |= {"messages[0].reasoning_content", "messages[0].reasoning", "messages[0].annotations"}
 ANY_VALUE |= {"messages[0].content[0].prompt_cache_breakpoint", "metadata", "safety_identifier", "prompt_cache_key"}
-ANY_VALUE |= {"guided_whitespace_pattern", "response_format.json_schema"}
+ANY_VALUE |= {"guided_choice", "guided_whitespace_pattern", "response_format.json_schema"}
+ANY_VALUE |= {f"tools[0].{name}" for name in ("type", "function", "function.description", "function.parameters")}
+ANY_VALUE |= {
+    f"messages[0].{name}" for name in ("tool_calls", "tool_call_id", "tool_calls[0].id", "tool_calls[0].type")
+}
+ANY_VALUE |= {
+    f"messages[0].tool_calls[0].{name}" for name in ("index", "function", "function.name", "function.arguments")
+}
+ANY_VALUE |= {"tools"}
 ANY_VALUE |= {"request_id", "session_id", "prompt_cache_options", "documents", "truncation_side"}
 """Parameters that take every value of their type, as booleans do, or fail with the whole prompt."""
 
 
 def nested(annotation: Any) -> tuple[str, type[BaseModel] | None]:
     """(index, model) of the request model inside a field's type."""
-    models = protocol.models_in(annotation)
+    models = protocol.models_in(annotation) if "NamedTool" not in str(annotation) else []
     return ("[0]" if "list[" in str(annotation) else ""), (models[0] if models else None)
 
 
@@ -134,10 +150,12 @@ def refused(server: Running, path: str, body: dict[str, Any], param: str, status
 
 def wanted_param(path: str, value: Any) -> str:
     """Parameter that is wrong when ``value`` stands at a path that does not take its type."""
-    inside = {("stream_options", "x"): ".x", ("response_format", "x"): ".x", ("response_format", None): ".type"}
+    objects = {"stream_options": None, "response_format": "type", "tool_choice": "type"}
+    objects |= {"tools[0].function": "name", "messages[0].tool_calls[0].function": "name"}
     if isinstance(value, dict):
-        return path + inside.get((path, next(iter(value), None)), "")
-    if value == [{"x": 1}] and path in ("messages", "messages[0].content"):
+        member = next(iter(value), objects.get(path))
+        return path if path not in objects or member is None else f"{path}.{member}"
+    if value == [{"x": 1}] and path in ("messages", "messages[0].content", "tools", "messages[0].tool_calls"):
         return path + "[0].x"
     return path
 
@@ -231,7 +249,7 @@ PYDANTIC = re.compile(r"Input should|function-|\blist\[|constrained|union|valida
 @pytest.fixture(scope="module")
 def brief(model: Model) -> Iterator[Running]:
     """A server whose longest completion takes no time."""
-    with Running(model.path, max_model_len=24) as running:
+    with Running(model.path, max_model_len=24, prompt_settings=PromptSettings(tool_call_parser="hermes")) as running:
         yield running
 
 

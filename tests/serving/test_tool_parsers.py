@@ -19,6 +19,7 @@ CASES: list[Case] = [
     ("hermes", HERMES, "", [F]),
     ("hermes", f" \n{HERMES}\n{HERMES}\n", "", [F, F]),
     ("hermes", f"I look it up.\n{HERMES}", "I look it up.\n", [F]),
+    ("hermes", f"I look.{HERMES}\n{HERMES}", "I look.", [F, F]),
     ("hermes", f"{HERMES}\nDone, so far.", "\nDone, so far.", [F]),
     ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "g"}</tool_call>', "", [("g", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name": "g"}</tool_call>', "", [("g", "{}")]),

@@ -70,7 +70,11 @@ def run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str,
 def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str, Any], stop: Stop) -> int:
     first = int(os.environ.get("RANK", 0)) == 0 or engine_config.tensor_parallel_size == 1
     prompt_settings = PromptSettings.read(
-        config.model, config.chat_template, config.generation_config, config.override_generation_config
+        config.model,
+        config.chat_template,
+        config.generation_config,
+        config.override_generation_config,
+        tool_call_parser=config.auto_tool_call_parser(),
     )
     if (defaults_of_model := prompt_settings.default_sampling_params) and first:
         flags.say(f"sampling parameters of lines without their own: {json.dumps(defaults_of_model)}", "stderr")

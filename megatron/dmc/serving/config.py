@@ -18,8 +18,21 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 """Times of a request: to the first token, per output token, between tokens, end to end."""
 
 
+class _ToolFlags:
+    """Check of the flags of tool calls, which the server and batch jobs share."""
+
+    tool_call_parser: Optional[str]
+    enable_auto_tool_choice: bool
+
+    def auto_tool_call_parser(self) -> Optional[str]:
+        """Parser for ``tool_choice: auto``; None without it. Raises ``ValueError`` for one flag without the other."""
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("--enable-auto-tool-choice needs --tool-call-parser")
+        return self.tool_call_parser if self.enable_auto_tool_choice else None
+
+
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(_ToolFlags):
     """Model, address and limits of ``dmc serve``."""
 
     model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
@@ -38,6 +51,11 @@ class ServerConfig:
     """Values that replace those of --generation-config, as JSON such as {"temperature": 0.6}. Default: none."""
     trust_request_chat_template: bool = field(default=False, metadata={"action": "store_true"})
     """Take the chat templates that requests bring along (chat_template). Default: refuse them."""
+    enable_auto_tool_choice: bool = field(default=False, metadata={"action": "store_true"})
+    """Let the model decide whether it calls tools (tool_choice auto); needs --tool-call-parser. Default: refuse it."""
+    tool_call_parser: Optional[Literal["hermes", "llama3_json", "mistral"]] = None
+    """Format in which the model writes tool calls: hermes (Hermes 2 Pro, Qwen 2.5 and 3), llama3_json, mistral.
+    Default: none."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 listens on all."""
     port: int = 8000
@@ -101,7 +119,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(_ToolFlags):
     """Files and model of ``dmc batch``."""
 
     input_file: str = field(metadata={"flags": ("-i", "--input-file"), "metavar": "FILE"})
@@ -120,6 +138,11 @@ class BatchConfig:
     line."""
     override_generation_config: dict = field(default_factory=dict, metadata={"metavar": "JSON"})
     """Values that replace those of --generation-config, as JSON such as {"temperature": 0.6}. Default: none."""
+    enable_auto_tool_choice: bool = field(default=False, metadata={"action": "store_true"})
+    """Let the model decide whether it calls tools (tool_choice auto); needs --tool-call-parser. Default: refuse it."""
+    tool_call_parser: Optional[Literal["hermes", "llama3_json", "mistral"]] = None
+    """Format in which the model writes tool calls: hermes (Hermes 2 Pro, Qwen 2.5 and 3), llama3_json, mistral.
+    Default: none."""
     tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
     """Directory of the tokenizer. Default: the model's."""
     shard: tuple[int, int] = field(default=(0, 1), metadata={"type": shard, "metavar": "I/N"})

@@ -33,6 +33,8 @@ class PromptSettings:
     """Sampling parameters of requests that do not give them."""
     trust_request_chat_template: bool = False
     """Take templates that requests bring along."""
+    tool_call_parser: Optional[str] = None
+    """Format of tool calls, one of ``tool_calls.PARSERS``; None takes no ``tool_choice: auto``."""
 
     @classmethod
     def read(
@@ -42,13 +44,14 @@ class PromptSettings:
         generation_config: str,
         override: Mapping[str, Any],
         trust_request_chat_template: bool = False,
+        tool_call_parser: Optional[str] = None,
     ) -> PromptSettings:
         """Settings from the files and values of a command's flags. Raises ``ValueError`` that names a wrong one."""
         defaults = default_sampling_params(model, generation_config, override)
         if defaults:
             log.info("default sampling parameters: %s; --generation-config vllm takes OpenAI's", json.dumps(defaults))
         template = None if chat_template is None else load_chat_template(chat_template)
-        return cls(template, defaults, trust_request_chat_template)
+        return cls(template, defaults, trust_request_chat_template, tool_call_parser)
 
 
 class Prompts:
@@ -93,6 +96,7 @@ class Prompts:
             text = tokenizer.apply_chat_template(
                 [message.plain(lists, texts) for message in request.messages],
                 documents=request.documents,
+                tools=request.template_tools(),
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=bool(request.add_generation_prompt),
@@ -116,7 +120,7 @@ class Prompts:
         if self.settings.chat_template is not None:
             return self.settings.chat_template
         try:
-            return tokenizer.get_chat_template()
+            return tokenizer.get_chat_template(tools=request.template_tools())
         except ValueError:
             raise invalid("the tokenizer has no chat template; use /v1/completions", "messages") from None
 
@@ -137,6 +141,9 @@ class Prompts:
             APIError: a prompt that the engine cannot take; none of the body's prompts is to be queued then.
         """
         is_chat = isinstance(body, ChatCompletionRequest)
+        if is_chat and body.tool_mode == "auto" and self.settings.tool_call_parser is None:
+            message = "is 'auto', which needs a server with --enable-auto-tool-choice and --tool-call-parser"
+            raise invalid(f"tool_choice {message}; use none, required or a function", "tool_choice")
         prompts = [self.of_chat(body)] if is_chat else self.of_completion(body)
         more: dict[str, Any] = {"cache_salt": body.cache_salt or None, "report_cache": report_cache}
         kept = [self._truncate(ids, body, params) for ids in prompts]

@@ -14,6 +14,7 @@ from megatron.dmc.inference.cache import CacheUse
 from megatron.dmc.serving.errors import APIError
 from megatron.dmc.serving.prompts import Prompts, token_strings
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from megatron.dmc.serving.tool_messages import ToolMessages, tool_messages
 
 LOWEST = -9999.0
 """Log-probability that stands for -inf, which JSON does not have."""
@@ -230,13 +231,17 @@ def response(
         response_id: None makes a new one.
     """
     chat = isinstance(body, ChatCompletionRequest)
-    choices = _chat_choices(body, results[0], prompts) if chat else _completion_choices(body, results, prompts)
+    response_id = response_id or new_id(chat)
+    if chat:
+        choices = _chat_choices(body, results[0], prompts, response_id)
+    else:
+        choices = _completion_choices(body, results, prompts)
     if body.return_token_ids:
         completions = ((result, completion) for result in results for completion in result.outputs)
         for choice, (result, completion) in zip(choices, completions):
             choice |= {"token_ids": completion.token_ids, "prompt_token_ids": list(result.prompt_token_ids)}
     whole = {
-        "id": response_id or new_id(chat),
+        "id": response_id,
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": model,
@@ -266,11 +271,18 @@ def _completion_choices(
     return choices
 
 
-def _chat_choices(body: ChatCompletionRequest, result: RequestOutput, prompts: Prompts) -> list[dict[str, Any]]:
+def _chat_choices(
+    body: ChatCompletionRequest, result: RequestOutput, prompts: Prompts, response_id: str
+) -> list[dict[str, Any]]:
     choices = []
     for completion in result.outputs:
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        choices.append(_chat_choice(body, prompts, completion.index, {"message": message}, completion))
+        tools = tool_messages(body, prompts.settings.tool_call_parser, response_id, completion.index)
+        plain = {"role": "assistant", "content": completion.text, "refusal": None}
+        message = plain if tools is None else tools.message(completion.text)
+        choice = _chat_choice(body, prompts, completion.index, {"message": message}, completion)
+        if tools is not None:
+            choice["finish_reason"] = tools.finish_reason(completion.finish_reason)
+        choices.append(choice)
     return choices
 
 
@@ -304,6 +316,8 @@ class Chunks:
         self.usage.prompt_tokens = sum(map(len, self.ids))
         self.pieces: dict[int, _ChoicePieces] = {}
         """Makers of the pieces of the choices that have begun."""
+        self.tools: dict[int, Optional[ToolMessages]] = {}
+        """Readers of the tool calls of the choices that have begun; None for those that have none."""
         self.told: set[int] = set()
         """Choices that have given their prompt's token ids."""
 
@@ -316,15 +330,16 @@ class Chunks:
         return [self._chunk({"index": i, **choice}) for i in range(self.request.n or 1)]
 
     def of(self, prompt: int, output: StepOutput) -> list[dict[str, Any]]:
-        """The chunk of one output of prompt number ``prompt``."""
+        """The chunks of one output of prompt number ``prompt``: one, or with tool calls several."""
         index = prompt * (self.request.n or 1) + output.index
         self.usage.completion_tokens += len(output.tokens)
         if output.finished:
             self.usage.finished(output.cache)
             if output.index == 0:
                 self.usage.cached_tokens += output.num_cached_tokens
+        earlier: list[dict[str, Any]] = []
         if self.chat:
-            choice = _chat_choice(self.request, self.prompts, index, {"delta": {"content": output.text}}, output)
+            *earlier, choice = self._chat(index, output)
         else:
             choice = self._completion(prompt, index, output)
         if self.request.return_token_ids:
@@ -337,7 +352,21 @@ class Chunks:
             cache = output.cache
             ratio = cache.compression_ratio
             chunk["dmc"] = {"index": index, "tokens": cache.tokens, "slots": cache.slots, "compression_ratio": ratio}
-        return [chunk]
+        return [*map(self._chunk, earlier), chunk]
+
+    def _chat(self, index: int, output: StepOutput) -> list[dict[str, Any]]:
+        """Choices of one output of a chat, the last of which has all but the deltas of the others."""
+        if index not in self.tools:
+            parser = self.prompts.settings.tool_call_parser
+            self.tools[index] = tool_messages(self.request, parser, self.name, index)
+        tools = self.tools[index]
+        deltas = [{"content": output.text}] if tools is None else tools.deltas(output.text, output.finished)
+        *earlier, last = deltas
+        choice = _chat_choice(self.request, self.prompts, index, {"delta": last}, output)
+        if tools is not None:
+            choice["finish_reason"] = tools.finish_reason(output.finish_reason)
+        bare = {"index": index, "logprobs": None, "finish_reason": None}
+        return [*({**bare, "delta": delta} for delta in earlier), choice]
 
     def last(self) -> list[dict[str, Any]]:
         """Chunks after the last token: the usage, when asked for."""

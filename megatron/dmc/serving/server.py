@@ -282,6 +282,7 @@ def run(settings: ServerConfig, http: HTTPConfig, config: EngineConfig) -> int:
         settings.generation_config,
         settings.override_generation_config,
         settings.trust_request_chat_template,
+        settings.auto_tool_call_parser(),
     )
     with contextlib.closing(listen(settings.host, settings.port)) as sock:
         tokenizer = load_tokenizer(source)

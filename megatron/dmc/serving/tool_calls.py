@@ -278,7 +278,7 @@ class HermesParser(ToolParser):
         if self._has_call:
             before = self._buffer
             _, closed = self._until("</tool_call>")
-            self._inside = not closed
+            self._inside, self._said = not closed, False
             return [] if closed or self._buffer != before else None
         if not text:
             return None

@@ -8,11 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Field
 
-from megatron.dmc.inference import SamplingParams
+from megatron.dmc.inference import SamplingParams, StructuredOutputsParams
 from megatron.dmc.serving.errors import invalid
 from megatron.dmc.serving.protocol import dialect
 from megatron.dmc.serving.protocol.base import Int, RequestModel
 from megatron.dmc.serving.protocol.generation import SamplingFields
+from megatron.dmc.serving.protocol.tools import ToolCall, ToolChoiceFields, ToolFields
 
 
 class ContentPart(RequestModel):
@@ -45,6 +46,10 @@ class Message(RequestModel):
     """Newer name of `reasoning_content`, passed to the chat template."""
     annotations: Optional[list[Any]] = None
     """Citations of an assistant's message, which are accepted and ignored."""
+    tool_calls: Optional[Annotated[list[ToolCall], Field(fail_fast=True)]] = None
+    """Calls of functions in an assistant's message."""
+    tool_call_id: Optional[str] = None
+    """Name of the call whose result a message of the role `tool` is."""
 
     @property
     def text(self) -> str:
@@ -62,11 +67,14 @@ class Message(RequestModel):
         if lists and not (texts and isinstance(self.content, (str, type(None)))):
             parts = [content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
             content = [{"type": "text", "text": text} for text in parts]
-        more = {name: getattr(self, name) for name in ("name", "reasoning_content", "reasoning")}
+        more: dict[str, Any] = {
+            name: getattr(self, name) for name in ("name", "reasoning_content", "reasoning", "tool_call_id")
+        }
+        more["tool_calls"] = [call.plain() for call in self.tool_calls or ()]
         return {"role": self.role, "content": content} | {name: value for name, value in more.items() if value}
 
 
-class ChatFields(RequestModel):
+class ChatFields(ToolFields):
     """Parameters of the chat template."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
@@ -88,7 +96,7 @@ class ChatFields(RequestModel):
         return "messages" if param == "prompt" else param
 
 
-class ChatCompletionRequest(SamplingFields, ChatFields):
+class ChatCompletionRequest(SamplingFields, ToolChoiceFields, ChatFields):
     """Body of ``POST /v1/chat/completions``."""
 
     max_tokens: Optional[Int] = None
@@ -99,8 +107,6 @@ class ChatCompletionRequest(SamplingFields, ChatFields):
     """Return the log-probability of every sampled token."""
     top_logprobs: Optional[Int] = None
     """Number of most likely tokens, 0 to 100, to return log-probabilities of; only allowed with `logprobs: true`."""
-    parallel_tool_calls: Optional[bool] = None
-    """Permission to call several tools at once, which is accepted and ignored."""
     prompt_cache_options: Optional[dict[str, Any]] = None
     """Hints for a prefix cache, which are accepted and ignored."""
 
@@ -108,11 +114,23 @@ class ChatCompletionRequest(SamplingFields, ChatFields):
         """Sampling parameters of the request. Raises :class:`APIError` that names a wrong value."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs may only be given with logprobs: true", "top_logprobs")
+        self.check_tools()
         return super().sampling_params(defaults)
+
+    def constraint(self) -> Optional[StructuredOutputsParams]:
+        """What the completion must match; calls that are required come before all else."""
+        own = self.tool_constraint()
+        return super().constraint() if own is None else own
+
+    def _sent_constraint(self, param: str) -> str:
+        return "tools" if self.tool_mode in ("required", "named") else super()._sent_constraint(param)
 
     def _derived_params(self) -> dict[str, Any]:
         most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return {"max_tokens": most, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        given = {"max_tokens": most, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        if self.tool_mode == "auto":  # what introduces a call may be a special token
+            given["skip_special_tokens"] = bool(self.skip_special_tokens)
+        return given
 
     def _sent_name(self, param: str) -> str:
         names = {"prompt": "messages", "logprobs": "top_logprobs"}

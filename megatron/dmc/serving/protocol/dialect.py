@@ -86,7 +86,7 @@ GENERATION: dict[str, Unsupported] = {
 }
 """Parameters of completions and of chat completions. Clients send those of one to the other, so there is one table."""
 
-TOKENIZE_CHAT: dict[str, Unsupported] = {"media_io_kwargs": NULL, "mm_processor_kwargs": NULL, "tools": NULL}
+TOKENIZE_CHAT: dict[str, Unsupported] = {"media_io_kwargs": NULL, "mm_processor_kwargs": NULL}
 
 STREAM_OPTIONS: dict[str, Unsupported] = {"include_obfuscation": FALSE}
 
@@ -100,13 +100,7 @@ STRUCTURED_OUTPUTS: dict[str, Unsupported] = {
     "structural_tag": NULL,
 }
 
-MESSAGE: dict[str, Unsupported] = {
-    "audio": NULL,
-    "function_call": NULL,
-    "refusal": NULL,
-    "tool_call_id": NULL,
-    "tool_calls": NULL,
-}
+MESSAGE: dict[str, Unsupported] = {"audio": NULL, "function_call": NULL, "refusal": NULL}
 
 CONTENT_PART: dict[str, Unsupported] = {
     "audio_url": NULL,

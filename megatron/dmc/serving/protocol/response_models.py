@@ -93,16 +93,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class FunctionOutput(BaseModel):
+    name: str
+    arguments: str = Field(description="Arguments as JSON, as the model wrote them.")
+
+
+class ToolCallOutput(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionOutput
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: Optional[str]
     refusal: None
+    tool_calls: list[ToolCallOutput] = Field([], description="Calls of tools; left out when there are none.")
 
 
 class ChatChoice(Choice):
     message: ChatMessage
     logprobs: Optional[ChatLogprobs]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletionResponse(BaseModel):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron.dmc.inference import StructuredOutputsParams
 from megatron.dmc.serving.errors import invalid
@@ -19,7 +19,7 @@ class FunctionDefinition(RequestModel):
     name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")
     """Name of the function: letters, digits, `_`, `-` and `.`."""
     description: Optional[str] = None
-    """What the function does, for the model."""
+    """Purpose of the function, for the model."""
     parameters: Optional[dict[str, Any]] = None
     """JSON schema of the arguments, an object. Without one the function has no arguments."""
     strict: Optional[bool] = None
@@ -49,6 +49,12 @@ class NamedTool(RequestModel):
     """Must be `function`."""
     function: FunctionName
     """The function."""
+
+
+ToolChoice = Annotated[
+    Union[Annotated[Literal["none", "auto", "required"], Tag("mode")], Annotated[NamedTool, Tag("function")]],
+    Discriminator(lambda value: "mode" if isinstance(value, str) else "function"),
+]
 
 
 class CalledFunction(RequestModel):
@@ -97,7 +103,7 @@ class ToolFields(RequestModel):
 class ToolChoiceFields(ToolFields):
     """Tools of a request, and whether the model may or must call them."""
 
-    tool_choice: Union[Literal["none", "auto", "required"], NamedTool, None] = None
+    tool_choice: Optional[ToolChoice] = None
     """Permission to call tools: `none`, `auto` (the default with tools), `required` (at least one), or one."""
     parallel_tool_calls: Optional[bool] = None
     """Permission to call several tools at once, default true."""
