@@ -81,6 +81,17 @@ def test_manifests_of_older_versions_load_and_their_values_are_checked(checkpoin
     assert read_manifest(copy).iteration == 47
 
 
+def test_the_note_of_the_newest_checkpoint_is_read_whatever_is_in_it(checkpoint):
+    latest = checkpoint.parent / "latest_checkpointed_iteration.txt"
+    for content in (b"57\n", b"47\n", b"57"):
+        latest.write_bytes(content)
+        assert resolve_checkpoint(checkpoint.parent) == checkpoint
+    for content in (b"58\n", b"5\xee", "5\u00b2".encode(), b"", b"-7", b"9" * 5000):
+        latest.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a complete checkpoint.*remove it and latest_checkpointed"):
+            resolve_checkpoint(checkpoint.parent)
+
+
 def flip(path, at, bit=3):
     content = bytearray(path.read_bytes())
     content[at] ^= 1 << bit
@@ -134,6 +145,19 @@ def test_changed_files_of_an_exported_directory_are_named(tmp_path):
         except ValueError:
             pass
         (tmp_path / checksums.FILE).write_bytes(content)
+    for odd in (
+        {"a\nb": "00000000"},
+        {"../a": "00000000"},
+        {"/etc/hostname": "00000000"},
+        {"a": "0"},
+        {"a": 5},
+        [1],
+        None,
+    ):
+        (tmp_path / checksums.FILE).write_text(json.dumps({"crc32": odd}))
+        with pytest.raises(ValueError, match="checksums.json is damaged .*; restore it from a copy$"):
+            checksums.read_file(tmp_path)
+    (tmp_path / checksums.FILE).write_bytes(content)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json .cannot be read"):
         verify_checksums(tmp_path, is_checkpoint=False)

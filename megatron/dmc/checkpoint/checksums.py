@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -93,11 +94,17 @@ def read_file(directory: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text())
         values = content["crc32"]
-        if list(content) != ["crc32"] or not all(isinstance(value, str) for value in values.values()):
+        if list(content) != ["crc32"] or not all(_is_entry(name, value) for name, value in values.items()):
             raise ValueError('it must hold {"crc32": {name: checksum}}')
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
     return values
+
+
+def _is_entry(name: str, value: object) -> bool:
+    """Whether a name is that of a file in the directory, and a value a CRC-32."""
+    inside = name.isprintable() and ".." not in Path(name).parts and not Path(name).is_absolute()
+    return inside and isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
 
 
 @contextmanager

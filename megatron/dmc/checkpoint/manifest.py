@@ -185,10 +185,11 @@ def newest_checkpoint(save: str | Path) -> Optional[Path]:
     broken = [p for p in save.glob("iter_*") if re.fullmatch(_ITERATION, p.name) and int(p.name[5:]) > newest]
     latest = save / LATEST
     if not broken and latest.is_file():
-        text = latest.read_text().strip()
+        text = latest.read_text(errors="replace").strip()
+        noted = int(text) if re.fullmatch("[0-9]{1,18}", text) else None
         # A run that was killed between naming a checkpoint and noting it here is one checkpoint ahead of the note.
-        if not text.isdigit() or int(text) > newest:
-            broken = [iteration_directory(save, int(text)) if text.isdigit() else latest]
+        if noted is None or noted > newest:
+            broken = [latest if noted is None else iteration_directory(save, noted)]
     if broken and (what := foreign.import_command(max(broken)) or (not found and foreign.import_command(save))):
         raise ValueError(f"{save} is no place to go on from: {what}; give this run a --save of its own")
     if broken:

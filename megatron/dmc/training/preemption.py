@@ -110,8 +110,8 @@ class RestartGuard:
         """Count this start. Raises ``ValueError`` after ``limit`` starts without a complete step."""
         if self.file is None:
             return
-        text = self.file.read_text().strip() if self.file.is_file() else ""
-        count = int(text) if text.isdigit() else 0
+        text = self.file.read_text(errors="replace").strip() if self.file.is_file() else ""
+        count = int(text) if text.isascii() and text.isdigit() else 0
         restarts = [os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
         if "SLURM_JOB_ID" in os.environ and restarts == ["0", "0"]:
             count = 0
