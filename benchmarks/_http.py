@@ -48,12 +48,20 @@ def tokens_of(body: bytes, stream: bool) -> list[int]:
     return [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
 
 
+def text_of(body: bytes, stream: bool) -> str:
+    """Text of a response, whole or streamed."""
+    if not stream:
+        return json.loads(body)["choices"][0]["text"]
+    events = (event.removeprefix(b"data: ") for event in body.split(b"\n\n")[:-2])
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
 @dataclass
 class Outcome:
     """Outcome of a load. Every request is in one of the counts, or in ``wrong`` with the reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Number of requests by outcome: answered, refused (503), left (by the client)."""
+    """Number of requests by outcome: answered, structured (and answered), refused (503), left (by the client)."""
     wrong: list[str] = field(default_factory=list)
     tokens: int = 0
 
@@ -67,10 +75,12 @@ async def load(
     clients: int = 64,
     seed: int = 0,
     leaving: float = 0.15,
+    choices: Sequence[str] = (),
 ) -> Outcome:
     """Send requests of random lengths, ``clients`` at a time, some streamed; a share ``leaving`` disconnects.
 
-    ``lone`` has the greedy completion of each prompt, generated alone.
+    ``lone`` has the greedy completion of each prompt, generated alone. With ``choices``, a quarter of the requests are
+    structured: their completions, sampled, must be one of these.
     """
     outcome, order = Outcome(), random.Random(seed)
     left = iter(range(requests))
@@ -81,17 +91,27 @@ async def load(
             most = order.randint(1, len(lone[which]))
             leave = order.choice((0, 1, 200, 2000)) if order.random() < leaving else None
             body = {"prompt": list(prompts[which]), "max_tokens": most, "stream": stream}
-            body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            structured = bool(choices) and order.random() < 0.25
+            if structured:
+                most = max(map(len, choices)) + 4
+                body |= {"max_tokens": most, "seed": n, "structured_outputs": {"choice": list(choices)}}
+            else:
+                body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
             try:
                 status, text = await post(port, body, leave_after=leave)
-                if status == 200:
+                if status == 200 and structured:
+                    if text_of(text, stream) not in choices:
+                        raise ValueError(f"structured: {text_of(text, stream)!r} is none of {choices}")
+                    outcome.counts["structured"] += 1
+                elif status == 200:
                     found = tokens_of(text, stream)
                     if found != list(lone[which][:most]):
                         raise ValueError(f"tokens {found}, alone {list(lone[which][:most])}")
                     outcome.tokens += most
                 elif status not in (0, 503):
                     raise ValueError(f"HTTP {status}: {text[:200]!r}")
-                outcome.counts[{0: "left", 200: "answered", 503: "refused"}[status]] += 1
+                if not (status == 200 and structured):
+                    outcome.counts[{0: "left", 200: "answered", 503: "refused"}[status]] += 1
                 if status == 503:
                     await asyncio.sleep(0.2)  # less than Retry-After asks for
             except (OSError, ValueError) as error:

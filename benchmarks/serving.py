@@ -18,10 +18,11 @@ latency
     the engine and of the whole server tells the cost of HTTP on a machine that has other work, too.
 
 load
-    ``--requests`` random requests of 64 clients, streamed and not, 15% of which disconnect, with a KV cache that is far
-    too small and a bounded queue. Targets: every request gets the tokens of a lone run, or a 503, or is left by its
-    client; sequences are preempted; all pages are free at the end; the server's resident memory at the end is at most
-    3% above that at a third of the load; SIGTERM ends the server with status 0.
+    ``--requests`` random requests of 64 clients, streamed and not, a quarter of them structured, 15% of which
+    disconnect, with a KV cache that is far too small and a bounded queue. Targets: every request gets the tokens of a
+    lone run, or one of the structure's choices, or a 503, or is left by its client; sequences are preempted; all pages
+    are free at the end; the server's resident memory at the end is at most 3% above that at a third of the load; SIGTERM
+    ends the server with status 0.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
                 memory.append((round(time.perf_counter() - began, 2), info.memory_info().rss / 2**20))
 
         threading.Thread(target=watch, daemon=True).start()
-        outcome = asyncio.run(load(port, asked, lone, requests=args.requests, seed=1))
+        outcome = asyncio.run(load(port, asked, lone, requests=args.requests, seed=1, choices=("yes", "no", "maybe")))
         seconds = time.perf_counter() - began
         time.sleep(1.0)
         done.set()

@@ -42,8 +42,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.mark.slow
 def test_load(model: Model) -> None:
-    """64 clients; streams and not; some leave. Each request is answered as if it were alone, or refused, and nothing
-    stays behind.
+    """64 clients; streams and not, structured and plain; some leave. Each request is answered as if it were alone, or
+    refused, and nothing stays behind.
 
     Memory: what one round leaves behind, the next one would leave behind too. Full size: DMC_LOAD_REQUESTS=2000.
     """
@@ -54,7 +54,9 @@ def test_load(model: Model) -> None:
         model.path, limits=Limits(48, 2000), num_pages=44, max_num_seqs=16, max_num_batched_tokens=48
     ) as server:
         for n in range(4):
-            found = asyncio.run(load(server.port, prompts, lone, requests=REQUESTS // 4, seed=n))
+            found = asyncio.run(
+                load(server.port, prompts, lone, requests=REQUESTS // 4, seed=n, choices=("abc", "de,f", "g"))
+            )
             total.counts.update(found.counts)
             total.wrong += found.wrong
             server.settle()
@@ -63,10 +65,8 @@ def test_load(model: Model) -> None:
         preemptions = server.engine.stats().preemptions
     assert not total.wrong, total.wrong[:5]
     assert sum(total.counts.values()) == REQUESTS // 4 * 4 and total.counts["answered"] > REQUESTS / 4, total.counts
-    assert total.counts["left"] > REQUESTS / 20 and total.counts["refused"] > 0 and preemptions > 0, (
-        total.counts,
-        preemptions,
-    )
+    assert preemptions > 0 and total.counts["refused"] > 0, (total.counts, preemptions)
+    assert min(total.counts["structured"], total.counts["left"]) > REQUESTS / 20, total.counts
     assert objects[3] - objects[1] < 2 * REQUESTS // 4, f"each request leaves objects behind: {objects}"
 
 
