@@ -21,8 +21,8 @@ load
     ``--requests`` random requests of 64 clients, streamed and not, a quarter of them structured, 15% of which
     disconnect, with a KV cache that is far too small and a bounded queue. Targets: every request gets the tokens of a
     lone run, or one of the structure's choices, or a 503, or is left by its client; sequences are preempted; all pages
-    are free at the end; the server's resident memory at the end is at most 3% above that at a third of the load; SIGTERM
-    ends the server with status 0.
+    are free at the end; the server's resident memory at the end is at most 3% above that at a third of the load;
+    SIGTERM ends the server with status 0.
 """
 
 from __future__ import annotations
@@ -58,17 +58,19 @@ RATE_TARGET, TTFT_TARGET, GAP_TARGET = 0.95, 3.0, 10.0  # of offline; ms; ms
 
 
 def add_tokenizer(directory: Path) -> None:
-    """Write a tokenizer of 1,024 tokens: bytes and pairs of letters."""
+    """Write a tokenizer of 1,024 tokens: bytes, pairs of letters, and the end of a sequence."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [c for c in alphabet if c.isascii() and c.isalnum()]
-    pairs = [(a, b) for a in letters for b in letters][: 1024 - len(alphabet)]
+    pairs = [(a, b) for a in letters for b in letters][: 1023 - len(alphabet)]
     vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in pairs)])}
     made = Tokenizer(models.BPE(vocabulary, pairs))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["</s>"])
     made.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @contextmanager
