@@ -284,6 +284,7 @@ def _hang_in_shards(wanted: int, marker: Path) -> None:
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, object]:
     """Everything in a checkpoint: weights, optimizer state, and what is not sharded, flat by name."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -295,7 +296,7 @@ def checkpoint_tensors(checkpoint: Path) -> dict[str, object]:
         if isinstance(m, TensorStorageMetadata)
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
-    return {**state, **_flat(torch.load(checkpoint / "common.pt", weights_only=False), "common")}
+    return {**state, **_flat(load_common_state_dict(str(checkpoint)), "common")}
 
 
 def _flat(value: object, name: str) -> dict[str, object]:
