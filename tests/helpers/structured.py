@@ -88,7 +88,8 @@ TOKENIZERS = {"byte-level": byte_level_tokenizer, "sentencepiece": sentencepiece
 def make_model(directory: Path, kind: str = "byte-level", template: str | None = None, bias: float = 0.0) -> str:
     """A directory without weights (``load_format="dummy"``) with one of ``TOKENIZERS``; ids 1 and 2 end a text.
 
-    The model has some more tokens than its tokenizer, as padded models have.
+    The model has some more tokens than its tokenizer, as padded models have: with the byte-level one a multiple of 32,
+    as nearly all models have, with the other not.
     """
     directory.mkdir(parents=True)
     tokenizer = TOKENIZERS[kind]()
@@ -97,7 +98,8 @@ def make_model(directory: Path, kind: str = "byte-level", template: str | None =
     told |= {"chat_template": template} if template else {}
     (directory / "tokenizer_config.json").write_text(json.dumps(told))
     size = tokenizer.get_vocab_size()
-    (directory / "config.json").write_text(json.dumps(_config(size + 13, bias)))
+    padded = -(-size // 32) * 32 + (0 if kind == "byte-level" else 13)
+    (directory / "config.json").write_text(json.dumps(_config(padded, bias)))
     return str(directory)
 
 

@@ -15,11 +15,13 @@ from helpers.engines import all_back, drain, ids_of
 from helpers.structured import TOKENIZERS, closing_bias, make_llm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structured.run import DRAFT, written_schemas
 
 from megatron.dmc.inference import LLM, InvalidRequest, SamplingParams, StructuredOutputsParams, grammar
 from megatron.dmc.inference.input_processor import InputProcessor
 
 pytest.importorskip("llguidance")
+jsonschema_rs = pytest.importorskip("jsonschema_rs")
 
 PERSON = {
     "type": "object",
@@ -328,7 +330,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(actions=ACTIONS, pages=st.integers(18, 40), rows=st.integers(1, 5), chunk=st.integers(5, 40))
 def test_any_schedule(llm: LLM, actions: list, pages: int, rows: int, chunk: int) -> None:
     """Structured and plain requests mixed, aborts, small pools: nothing is wrong, lost or leaked."""
@@ -370,3 +372,26 @@ def check_schedule(llm: LLM, actions: list, **sizes: int) -> tuple[int, int]:
                 assert CASES[kind][1](completion.text)
             compared += 1
     return compared, engine.stats().preemptions
+
+
+# --------------------------------------------------------------------------------------------------------- any schema
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schemas=st.lists(written_schemas(), min_size=6, max_size=6))
+def test_any_schema(llm: LLM, schemas: list[dict]) -> None:
+    """A few of what tests/structured/run.py does by the thousand: whatever ends validates."""
+    asked = []
+    for schema in schemas:
+        params = structured(llm, {"json": {"$schema": DRAFT} | schema}, max_tokens=60)
+        try:
+            llm.engine.input_processor.grammar(params)
+        except InvalidRequest:
+            continue
+        asked.append((schema, params))
+    for (schema, _), result in zip(asked, llm.generate([[7, 8]] * len(asked), [params for _, params in asked])):
+        assert result.error is None
+        completion = result.outputs[0]
+        if completion.finish_reason == "stop":
+            value = json.loads(completion.text)
+            assert jsonschema_rs.Draft7Validator(schema).is_valid(value), (schema, completion.text)

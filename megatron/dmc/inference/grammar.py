@@ -41,10 +41,11 @@ MAX_CACHED_CHARACTERS = 4 << 20
 class GrammarState:
     """Place of one completion in its grammar."""
 
-    __slots__ = ("error", "matcher")
+    __slots__ = ("error", "matcher", "words")
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: Any, words: int) -> None:
+        self.matcher, self.words = matcher, words
+        """llguidance's matcher, and the words of 32 bits of its masks."""
         self.error: Optional[str] = None
         """Reason why the completion cannot go on."""
 
@@ -64,12 +65,12 @@ class GrammarState:
 class Grammar:
     """Compiled grammar, shared by all requests that ask for it."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, words: int) -> None:
+        self._matcher, self._words = matcher, words
 
     def start(self) -> GrammarState:
         """Place before the first token of a completion."""
-        return GrammarState(self._matcher.deep_copy())
+        return GrammarState(self._matcher.deep_copy(), self._words)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # on its way to another rank, which takes the tokens that rank 0 samples
@@ -131,7 +132,7 @@ class GrammarCompiler:
             raise refuse(f"cannot be compiled: {_one_line(matcher.get_error())}", name)
         if not _allowed(np.frombuffer(first, np.uint8), self._vocab_size).any():
             raise refuse("cannot be met: no token of the vocabulary begins it", name)
-        return Grammar(matcher)
+        return Grammar(matcher, -(-self._llguidance_tokenizer.vocab_size // 32))
 
     @cached_property
     def _llguidance_tokenizer(self) -> Any:
@@ -249,7 +250,6 @@ class MaskFiller:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._thread: Optional[ThreadPoolExecutor] = None
-        self._words = 0
 
     def start(self, states: Sequence[Optional[GrammarState]]) -> Optional[Future[TokenMasks]]:
         """Begin with the masks of a step.
@@ -271,9 +271,8 @@ class MaskFiller:
         return self._thread.submit(self._fill, rows)
 
     def _fill(self, rows: list[tuple[int, GrammarState]]) -> TokenMasks:
-        if not self._words:
-            self._words = len(rows[0][1].matcher.compute_bitmask()) // 4
-        packed = np.empty((len(rows), self._words), np.int32)
+        words = rows[0][1].words
+        packed = np.empty((len(rows), words), np.int32)
         matchers = [(state.matcher, at) for at, (_, state) in enumerate(rows)]
-        self._executor.unsafe_compute_mask_ptr(matchers, packed.ctypes.data, 4 * self._words, len(rows))
+        self._executor.unsafe_compute_mask_ptr(matchers, packed.ctypes.data, 4 * words, len(rows))
         return TokenMasks(rows, _allowed(packed.view(np.uint8), self._vocab_size))
