@@ -28,8 +28,11 @@ from helpers.exported import Exported
 from megatron.dmc import cli
 
 HF_FILES = ("config.json", "shards.json")
-DEFAULTED = "rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings rms_norm_eps".split()
-"""Keys of config.json that transformers has defaults for: a configuration without one is another model's."""
+DEFAULTED = (
+    "rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings rms_norm_eps "
+    "temperature top_p top_k max_new_tokens do_sample eos_token_id"
+).split()
+"""Keys that have defaults, of config.json and of generation_config.json: without one a file is another model's."""
 SECONDS = 5.0
 """Time that a mutated file may take to be refused."""
 VALUES: tuple[Any, ...] = (
@@ -96,13 +99,15 @@ def mutations(data: bytes, rng: random.Random) -> Iterator[Mutation]:
         place, key, where = _choose(changed, rng)
         if kind < 0.2:
             del place[key]
-            yield _mutation(f"{where} is missing", changed, key in DEFAULTED)
+            harmless = key in DEFAULTED or where.startswith("versions.")  # which are shown, and no more
+            yield _mutation(f"{where} is missing", changed, harmless)
         elif kind < 0.25 and isinstance(place, dict):
             place[rng.choice(("", "unknown", "a\nb"))] = place.pop(key)
-            yield _mutation(f"{where} has another key", changed, False)
+            yield _mutation(f"{where} has another key", changed, key in DEFAULTED)
         else:
             before, place[key] = place[key], rng.choice(VALUES)
-            same = _type(before) == _type(place[key])
+            same = _type(before) == _type(place[key]) or (place[key] is None and key in DEFAULTED)
+            same |= key == "eos_token_id" and place[key] in (-1, 1, 3)  # one id in place of a list
             yield _mutation(f"{where} = {json.dumps(place[key])[:60]}", changed, same)
 
 
@@ -136,6 +141,10 @@ def _stop(config: Any, *_: object) -> None:
     raise _Ready(json.dumps(config.to_dict(), sort_keys=True))
 
 
+def _stop_serving(engine: Any, settings: Any, http: Any, prompt_settings: Any, *_: object) -> None:
+    raise _Ready(f"{engine.info} {prompt_settings.default_sampling_params}")
+
+
 @dataclass
 class Outcome:
     """What a command did."""
@@ -161,13 +170,16 @@ class Outcome:
 
 
 def run(argv: Sequence[object], out: Path) -> Outcome:
-    """Run a command in this process, up to the point where Megatron would start. ``out`` is removed."""
+    """Run a command in this process, up to the point where Megatron would start or a server has loaded its model.
+    ``out`` is removed.
+    """
     stdout, stderr, began = io.StringIO(), io.StringIO(), time.monotonic()
     status: Any
     with (
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
         mock.patch("megatron.dmc.training.initialize.initialize", _stop),
+        mock.patch("megatron.dmc.serving.server.serve", _stop_serving),
     ):
         try:
             status = cli.main([str(arg) for arg in argv])
@@ -219,9 +231,11 @@ class Target:
         return run([str(arg).replace("{out}", str(out)) for arg in command], out)
 
 
+_SMALL = ("--max-num-seqs", 2, "--kv-cache-memory-bytes", 4_000_000)
+
+
 def _generate(directory: Path, prompt: Sequence[str]) -> tuple[object, ...]:
-    small = ("--max-num-seqs", 2, "--kv-cache-memory-bytes", 4_000_000)
-    return ("generate", directory, *prompt, "--max-tokens", 4, *small)
+    return ("generate", directory, *prompt, "--max-tokens", 4, *_SMALL)
 
 
 def _import(directory: Path) -> tuple[object, ...]:
@@ -233,10 +247,13 @@ def model_targets(directory: Path) -> list[Target]:
     plain, dmc = directory / "plain", directory / "dmc"
     families.make("llama3.1", plain, shard="60KB")
     _tokenizer(plain)
+    sampling = {"bos_token_id": 0, "eos_token_id": [1, 5], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (plain / "generation_config.json").write_text(json.dumps({**sampling, "top_k": 50, "max_new_tokens": 64}))
     Exported(dmc, **exported.CASES["half"])
-    of_plain = (_import(plain), _generate(plain, ("--prompt", "a b")), ("convert", "inspect", plain))
+    serve = ("serve", plain, "--host", "127.0.0.1", "--port", 0, "--log-level", "error", *_SMALL)
+    of_plain = (_import(plain), _generate(plain, ("--prompt", "a b")), ("convert", "inspect", plain), serve)
     of_dmc = (_import(dmc), _generate(dmc, ("--prompt-ids", "1,2,3")), ("convert", "inspect", dmc))
-    text = (_generate(plain, ("--prompt", "a b")),)
+    text = (_generate(plain, ("--prompt", "a b")), serve)
     names = ("config.json", "generation_config.json", "model.safetensors.index.json")
     return [
         Target(dmc / "config.json", of_dmc),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.config.checks import one_line
 from megatron.dmc.inference.sampling_params import SamplingParams
 
 FILE = "generation_config.json"
@@ -51,5 +52,5 @@ def default_sampling_params(
     try:
         SamplingParams(**params)
     except ValueError as error:
-        raise ValueError(f"{path if source != 'vllm' else '--override-generation-config'}: {error}") from None
+        raise ValueError(f"{path if source != 'vllm' else '--override-generation-config'}: {one_line(error)}") from None
     return params
