@@ -115,7 +115,8 @@ def run_pipeline(subject: Subject) -> None:
     named = dict(max_new_tokens=12, do_sample=False)
     wanted = run.tokenizer.decode(subject.generate([ids], **named)[0], skip_special_tokens=True)
     found = run(text, return_full_text=False, **named)[0]["generated_text"]
-    assert found == wanted, f"{found!r} should be {wanted!r}"
+    # Versions differ in the space between prompt and completion.
+    assert found.strip() == wanted.strip(), f"{found!r} should be {wanted!r}"
 
 
 @check("generate_batch refused")

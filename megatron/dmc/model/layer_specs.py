@@ -20,15 +20,12 @@ from megatron.dmc.model.attention import DMCSelfAttention
 from megatron.dmc.model.layer import DMCTransformerLayer
 from megatron.dmc.model.norm import RMSNorm, RMSNormBesideCarry
 from megatron.dmc.model.supported import check_supported
+from megatron.dmc.ops.packages import trouble_with
 
 
 def have_transformer_engine() -> bool:
     """True when Transformer Engine can be imported and there is a GPU to run it on."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
+    return trouble_with("transformer_engine") is None and torch.cuda.is_available()
 
 
 def resolve_transformer_impl(transformer_impl: str) -> str:
@@ -36,10 +33,9 @@ def resolve_transformer_impl(transformer_impl: str) -> str:
     if transformer_impl == "auto":
         return "transformer_engine" if have_transformer_engine() else "local"
     if transformer_impl == "transformer_engine" and not have_transformer_engine():
-        raise ValueError(
-            "transformer_impl is transformer_engine, but Transformer Engine cannot be imported here or "
-            "there is no GPU; install megatron-dmc[gpu], or use transformer_impl local"
-        )
+        why = trouble_with("transformer_engine")
+        why = "there is no GPU" if why is None else why or "Transformer Engine is not installed (docs/install.md)"
+        raise ValueError(f"transformer_impl is transformer_engine, but {why}; mend that, or use transformer_impl local")
     if transformer_impl not in ("local", "transformer_engine"):
         raise ValueError(f"transformer_impl {transformer_impl!r} is unknown; use auto, local or transformer_engine")
     return transformer_impl

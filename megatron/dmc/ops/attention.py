@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.ops.decisions import LOG_ZERO
+from megatron.dmc.ops.packages import trouble_with
 
 
 class Backend(NamedTuple):
@@ -115,17 +116,6 @@ def _flash_attn_backward(do, q, k, v, o, lse, rng):
 
 
 @functools.cache
-def _has_flash_attn() -> bool:
-    """True with flash-attn 2.7 or later: the functions above have had their present arguments since then."""
-    try:
-        import flash_attn
-
-        return tuple(int(x) for x in flash_attn.__version__.split(".")[:2]) >= (2, 7)
-    except ImportError:
-        return False
-
-
-@functools.cache
 def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
     """Attention kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start.
 
@@ -139,7 +129,7 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
         raise ValueError("no attention kernel takes torch.float64 on CUDA; use fp32, or fp64 on the CPU")
     if dtype == torch.float32:
         return Backend("torch memory-efficient", _efficient_forward, _efficient_backward)
-    if _has_flash_attn():
+    if trouble_with("flash_attn") is None:  # its functions have had their present arguments since 2.7
         return Backend("flash-attn", _flash_attn_forward, _flash_attn_backward)
     return Backend("torch flash", _aten_flash_forward, _aten_flash_backward)
 

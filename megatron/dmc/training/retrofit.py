@@ -216,6 +216,7 @@ def banner(config: RunConfig) -> str:
 
     from megatron.dmc.model.layer_specs import resolve_transformer_impl
     from megatron.dmc.ops import attention_backend
+    from megatron.dmc.ops.packages import trouble_with, troubles
 
     t, p, stage = config.training, config.parallel, config.stage
     cuda = torch.cuda.is_available()
@@ -223,11 +224,10 @@ def banner(config: RunConfig) -> str:
     layers = resolve_transformer_impl(t.transformer_impl)
     kernel = attention_backend("cuda" if cuda else "cpu", torch.bfloat16 if t.bf16 else torch.float32).name
     window = "unbounded" if config.dmc.window is None else config.dmc.window
-    adam = "apex" if importlib.util.find_spec("apex") else "torch"
-    if layers != "local":
-        adam = "transformer_engine/apex"
+    # As megatron-core chooses.
+    adam = next((name for name in ("transformer_engine", "apex") if trouble_with(name) is None), "torch")
     goal = f", CR {schedule.target_cr(stage, 0):.2f} -> {stage.target_cr:g}" if schedule.compresses(stage) else ""
-    return (
+    return "".join(f"WARNING: {text}\n" for text in troubles()) + (
         f"megatron.dmc: {stage.stage}{goal}, {schedule.train_iters(stage)} iterations\n"
         f"  device: {device} | layers: {layers} | attention: {kernel} | "
         f"pooling: banded matmul, window {window} | optimizer: {adam} Adam | "
