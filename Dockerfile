@@ -46,11 +46,11 @@ FROM ${PYTORCH_IMAGE} AS train
 WORKDIR /opt/megatron-dmc
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE ./
 COPY docker/train.txt docker/
-# --no-deps: torch and what was compiled against it are the image's own.
-RUN pip install --no-cache-dir --no-deps -c constraints.txt -r docker/train.txt
+# --no-deps: torch and what was compiled against it are the image's own. Its PIP_CONSTRAINT may pin others of these.
+RUN PIP_CONSTRAINT='' pip install --no-cache-dir --no-deps -c constraints.txt -r docker/train.txt
 COPY megatron megatron
 COPY tools tools
 COPY examples examples
-RUN pip install --no-cache-dir --no-deps . \
+RUN PIP_CONSTRAINT='' pip install --no-cache-dir --no-deps . \
     && python -c "import psutil, yaml, tqdm, tensorboard, matplotlib, safetensors, transformer_engine, megatron.core" \
     && python -m megatron.dmc.training.retrofit --help > /dev/null

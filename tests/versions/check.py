@@ -98,7 +98,7 @@ def tokenizer(subject: Subject) -> None:
 
 @check("sentencepiece alone")
 def sentencepiece_alone(subject: Subject) -> None:
-    compare_ids(subject, AutoTokenizer.from_pretrained(subject.directory / "sentencepiece"))
+    compare_ids(subject, AutoTokenizer.from_pretrained(subject.directory / "sentencepiece", trust_remote_code=False))
 
 
 def compare_ids(subject: Subject, loaded: Callable) -> None:

@@ -53,9 +53,11 @@ def make_directory(folder: Path) -> Path:
     )
     for name, content in _sentencepiece_files(folder / "tokenizer.model", say=lambda text: None).items():
         (exported.directory / name).write_bytes(content)
-    # As Llama 2 was first published: the model alone, and its class.
+    # The model alone, and its class, beside a config.json of a type that transformers does not know.
     alone = exported.directory / "sentencepiece"
     alone.mkdir()
+    for path in [exported.directory / "config.json", *exported.directory.glob("*.py")]:
+        shutil.copy(path, alone)
     shutil.copy(folder / "tokenizer.model", alone)
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
     (alone / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": "<unk>"}))
