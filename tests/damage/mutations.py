@@ -99,7 +99,8 @@ def mutations(data: bytes, rng: random.Random) -> Iterator[Mutation]:
         place, key, where = _choose(changed, rng)
         if kind < 0.2:
             del place[key]
-            harmless = key in DEFAULTED or where.startswith("versions.")  # which are shown, and no more
+            # Where a checkpoint came from, and with what, is shown and no more.
+            harmless = key in (*DEFAULTED, "source") or where.startswith("versions.")
             yield _mutation(f"{where} is missing", changed, harmless)
         elif kind < 0.25 and isinstance(place, dict):
             place[rng.choice(("", "unknown", "a\nb"))] = place.pop(key)
