@@ -15,7 +15,7 @@ INSTALL_REQUIRES = [
     "torch>=2.9",  # before, the CPU's attention is wrong where KV heads are fewer than query heads
     # Trains. The compatibility layer for CPU touches its internals. 0.16.1 has no wheel for Python 3.14, where all but
     # training is installed.
-    "megatron-core>=0.16.1,<0.20; python_version < '3.14'",
+    "megatron-core>=0.16.1,<0.21; python_version < '3.14'",
     "psutil",  # without it a megatron-core checkpoint save hangs
     "numpy",
     "apache-tvm-ffi>=0.1.15",  # binds the inference kernels, without torch's C++ ABI
