@@ -27,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """What loads a checkpoint in the test's own process leaves a process group of one behind."""
+    yield
+    if torch.distributed.is_initialized():
+        from megatron.dmc.training.initialize import shutdown
+
+        shutdown()
+
+
 @pytest.fixture
 def run_distributed() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run_distributed(target, nproc, args=(), env=None, timeout=120, check=True, cwd=None)`` on ``nproc`` processes.
