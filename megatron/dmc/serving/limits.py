@@ -5,13 +5,14 @@ some 4 KB and 0.1 ms for its error, so a body of a megabyte could take seconds a
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from megatron.dmc.serving.errors import invalid
+from megatron.dmc.serving.errors import APIError, invalid
 
 ELEMENTS = {
     "input": 4096,
@@ -102,11 +103,18 @@ class BoundedRoute(APIRoute):
             return handler
 
         async def bounded(request: Request) -> Response:
+            await request.body()
+            gc.disable()  # collecting again and again what is being made takes twice as long as making it
             try:
-                decoded = await request.json()  # kept in the request, so that FastAPI does not decode it again
+                # Kept in the request, so that FastAPI does not decode it again.
+                check(await request.json(), request.app.state.max_model_len)
             except (ValueError, RecursionError):
-                decoded = None  # FastAPI answers it
-            check(decoded, request.app.state.max_model_len)
+                pass  # not JSON: FastAPI answers it
+            except APIError:
+                request._json = None  # freed before the next collection looks at it
+                raise
+            finally:
+                gc.enable()
             return await handler(request)
 
         return bounded
