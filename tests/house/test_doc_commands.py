@@ -26,7 +26,7 @@ from megatron.dmc.training import arguments
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "dmc" / "README.md"]
 SLURM = ROOT / "examples" / "dmc" / "slurm"
-OUTPUTS = ("11980 lines completed, ", "iteration 20/140 | ")  # how blocks begin that show what a program prints
+OUTPUTS = ("11980 lines completed, ", "iteration 20/140 | ", "127.0.0.1:40112 ")  # how blocks of printed lines begin
 FOREIGN = {"curl", "lm_eval", "cd", "export", "grep", "mv", "docker"}
 TOOLS = {"convert_checkpoint.py": ["convert"], "plan.py": ["plan"], "preprocess_data.py": ["data", "preprocess"]}
 MODULES = {
