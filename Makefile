@@ -41,10 +41,10 @@ quickstart: $(STAMP) ## retrofit a small Llama on real text, start to end (at mo
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/dmc/quickstart.sh
 
 test: $(STAMP) ## all tests, two files at a time; WORKERS=1 for one
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP) ## the tests that take seconds
-	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff: rules and format
 	$(PY) -m ruff check .

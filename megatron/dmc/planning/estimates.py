@@ -150,10 +150,11 @@ def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
     frame = 4 * hidden + 2 * 4 * b * rows
     q, kv, qkv = e * n * heads * d, e * n * groups * d, e * n * (heads + 2 * groups) * d
     raw_q = q if heads > groups else 0  # a copy, except where q's heads lie evenly spaced in the projection's output
-    core_input, held = qkv + raw_q + q, 0.0
+    scaled_k = 0 if compress else kv  # zero_out fades the neuron of q and k: k is a copy too then
+    core_input, held = qkv + raw_q + q + scaled_k, 0.0
     if m.qk_layernorm:
-        held = raw_q + 4 * n * (heads + groups)  # their inputs
-        core_input += q + kv + held - raw_q
+        held = raw_q + scaled_k + 4 * n * (heads + groups)  # their inputs
+        core_input += q + kv + held - raw_q - scaled_k
     attention = held + 2 * q + q + kv + 4 * n * heads + 2 * e * s * d
     window = run.dmc.window
     keeps_qkv = not compress or m.qk_layernorm or window == 1
