@@ -26,6 +26,6 @@ model = ChatOpenAI(
 answer = model.invoke("name?")
 assert "".join(chunk.text for chunk in model.stream("name?")) == answer.text
 assert isinstance(model.with_structured_output(Person).invoke("who?"), Person)
-called = model.bind_tools([weather], tool_choice="required").invoke("weather?")
+called = model.bind_tools([weather], tool_choice="required", strict=True).invoke("weather?")
 assert called.tool_calls[0]["name"] == "weather", called
 print("all well")

@@ -52,6 +52,8 @@ class Client:
     """Regular expression that must be found in what it prints."""
     no_deps: Sequence[str] = ()
     """Packages that are installed without what they ask for."""
+    offline: bool = True
+    """Set HF_HUB_OFFLINE. aiperf 0.13.0 takes a directory for a repository's name then."""
 
 
 OPENAI = "models, completions, chats of several turns, streams, parse(), tools and back, errors, responses"
@@ -100,10 +102,11 @@ CLIENTS |= {
             *("--synthetic-input-tokens-mean", "32", "--output-tokens-mean", "16", "--artifact-dir", "{out}/aiperf"),
         ],
         expects="(?i)time to first token",
+        offline=False,
     ),
     "lm-eval": Client(
         "a local task, by log-likelihood of token ids",
-        ["lm-eval[api]==0.4.13"],
+        ["lm-eval[api]==0.4.13", "transformers==5.23.0"],
         [
             *("lm_eval", "--model", "local-completions", "--tasks", "letters", "--include_path", "{out}/tasks"),
             "--model_args",
@@ -113,7 +116,12 @@ CLIENTS |= {
     ),
     "vllm-bench": Client(
         "`vllm bench serve` with random prompts",
-        ["aiohttp", "numpy", "tqdm", "transformers", "requests", "huggingface_hub"],
+        [
+            *("torch==2.13.0", "transformers==5.24.0", "aiohttp", "cachetools", "cbor2", "cloudpickle", "einops"),
+            *("fastapi", "llguidance", "msgspec", "numpy", "openai", "openai-harmony", "orjson"),
+            *("partial-json-parser", "pillow", "prometheus-client", "psutil", "py-cpuinfo", "pybase64", "pyzmq"),
+            *("requests", "tqdm", "uvicorn", "uvloop", "watchfiles", "xgrammar"),
+        ],
         [
             *("vllm", "bench", "serve", "--base-url", "{url}", "--model", "{name}", "--tokenizer", "{model}"),
             *("--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "16"),
@@ -142,7 +150,8 @@ def environment(client: Client, folder: Path) -> dict[str, str]:
             subprocess.run([*pip, "--no-deps", *client.no_deps], check=True)
         (folder / "installed").touch()
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return {**keep, "PATH": f"{bin_folder}{os.pathsep}{keep['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    keep |= {"HF_HUB_OFFLINE": "1"} if client.offline else {}
+    return {**keep, "PATH": f"{bin_folder}{os.pathsep}{keep['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
 def run(name: str, client: Client, folder: Path, url: str, model: Path, out: Path) -> tuple[bool, float, str]:
