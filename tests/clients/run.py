@@ -87,9 +87,10 @@ CLIENTS |= {
         "benchmark with its defaults, synthetic prompts",
         ["guidellm==0.8.1"],
         [
-            *("guidellm", "benchmark", "--target", "{url}", "--model", "{name}", "--processor", "{model}"),
-            *("--data", "prompt_tokens=32,output_tokens=16", "--rate-type", "concurrent", "--rate", "4"),
-            *("--max-requests", "20", "--output-path", "{out}/guidellm.json"),
+            *("guidellm", "run", "--backend", "kind=openai_http,target={url},model={name}"),
+            *("--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=20"),
+            *("--tokenizer", "kind=huggingface_auto,model={model}"),
+            *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"),
         ],
         expects="(?i)benchmark",
     ),
