@@ -102,7 +102,7 @@ def read_file(directory: Path) -> dict[str, str]:
 
 
 def _is_entry(name: str, value: object) -> bool:
-    """Whether a name is that of a file in the directory, and a value a CRC-32."""
+    """True for an entry of a checksum list that names a file of the directory and holds a CRC-32."""
     inside = name.isprintable() and ".." not in Path(name).parts and not Path(name).is_absolute()
     return inside and isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None
 

@@ -49,7 +49,7 @@ def foreign_format(path: Path) -> Optional[Foreign]:
 
 
 def import_command(path: Path) -> Optional[str]:
-    """What a directory is, and the command that makes a checkpoint of it; None where no import reads it."""
+    """Format of a foreign directory and the command that imports it, as text; None where no import reads it."""
     found = foreign_format(path)
     if found is None:
         return None
@@ -57,7 +57,7 @@ def import_command(path: Path) -> Optional[str]:
 
 
 def export_command(path: Path) -> Optional[str]:
-    """What a directory is that is not Hugging Face's, and the commands that make one of it; None for an unknown one."""
+    """Format of a checkpoint that is no Hugging Face directory and the commands that export it; None if unknown."""
     if any((place / "manifest.json").is_file() for place in (path, *iterations(path))):
         return (
             f"{path} is a checkpoint; dmc convert export --load {path} --save DIR makes a Hugging Face directory of it"

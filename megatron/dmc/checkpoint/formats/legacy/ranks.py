@@ -64,7 +64,7 @@ class LegacyCheckpoint:
         return self.shares[EMBEDDING][0].dtype
 
     def recorded(self) -> Recorded:
-        """What the arguments are read with; the notes are this checkpoint's own."""
+        """Reader of the arguments that training saved in the checkpoint; it collects the notes for the user."""
         return Recorded(
             args=self.first.args,
             where=str(self.first.path),
@@ -124,7 +124,7 @@ def find_directory(source: Path) -> Path:
 
 
 def _way(checkpoint: Path) -> str:
-    """What to do with a ``torch_dist`` checkpoint."""
+    """End of the error about a ``torch_dist`` checkpoint given as an older one: what to use instead."""
     if foreign.is_megatron(checkpoint):
         return f"import it with dmc convert import --megatron {checkpoint} --save DIR"
     return "it needs no import: export it, or give it to --init-from"
