@@ -11,14 +11,28 @@ from megatron.dmc.config.rope import check_rope_scaling
 
 @dataclass
 class DMCConfig:
-    """Dynamic Memory Compression (arXiv 2403.09636): what is part of the model, at training and at inference."""
+    """How a model compresses its KV cache: what is part of the model, at training and at inference. Every field but
+    the temperature and the loss weight must match the checkpoint's.
+    """
 
     method: Literal["dmc", "dms"] = "dmc"
-    """Compression method. dmc: a marked token is merged into the slot before it. dms: Dynamic Memory Sparsification
-    (arXiv 2506.05345), to compare with: a marked token is evicted --window tokens later. The engine serves dmc."""
+    """Compression method. dmc: Dynamic Memory Compression (arXiv 2403.09636), a marked token is merged into the slot
+    before it. dms: Dynamic Memory Sparsification (arXiv 2506.05345), a marked token is evicted --window tokens later.
+    """
+    decision_source: Literal["key", "query", "adapter"] = "key"
+    """Source of a KV head's decision x, from which the logit --decision-scale * x - --decision-bias is made. key:
+    channel D-1 of the head's key, which no query and key use otherwise. query: channel D-1 of the first query head of
+    its group, which that head does not use otherwise. adapter: a linear layer of its own, after an RMSNorm, on the
+    hidden state before the layer's input norm; no channel is given up. dmc has key only."""
+    decision_about: Literal["previous", "self"] = "previous"
+    """Token that a decision is about: the one before the token that it is read from, or that token itself. Always
+    previous for dmc."""
+    decision_per: Literal["head", "layer"] = "head"
+    """Whether every KV head decides, or all heads of a layer alike (adapter only)."""
+    decision_scale: float = 1.0
+    """Factor on the decision before the bias; NVIDIA's DMS checkpoints have 100. Always 1 for dmc."""
     decision_bias: float = 5.0
-    """Decision bias b, in logits: a token merges when its decision logit, key[D-1] - b, is positive. Must match the
-    checkpoint's."""
+    """Decision bias b, in logits: a token is marked when its decision logit, --decision-scale * x - b, is positive."""
     window: Optional[int] = 12
     """Window W, in tokens. dmc: newest tokens of a segment that its slot averages over; none: the whole segment. dms:
     tokens from a mark to the eviction (256 in the paper)."""
@@ -29,13 +43,37 @@ class DMCConfig:
     loss_weight: float = 1.0
     """Weight of the compression loss beside the token-mean language-model loss."""
 
+    @property
+    def evicts(self) -> bool:
+        """Whether marked tokens are evicted, rather than merged."""
+        return self.method == "dms"
+
+    @property
+    def neuron(self) -> Literal["none", "all", "query"]:
+        """Heads whose channel D-1 takes no part in attention: all query and key heads, the first query head of every
+        group, or none.
+        """
+        return {"key": "all", "query": "query", "adapter": "none"}[self.decision_source]  # type: ignore[return-value]
+
     def check(self) -> None:
         one_of(self, "method", "dmc", "dms")
+        one_of(self, "decision_source", "key", "query", "adapter")
+        one_of(self, "decision_about", "previous", "self")
+        one_of(self, "decision_per", "head", "layer")
+        if self.method == "dmc":
+            for name, value in (("source", "key"), ("about", "previous"), ("per", "head"), ("scale", 1.0)):
+                got = getattr(self, f"decision_{name}")
+                require(got == value, f"decision_{name} is {got}; method dmc has {value} only")
+        elif self.decision_source != "adapter":
+            require(
+                self.decision_per == "head",
+                f"decision_per is layer with decision_source {self.decision_source}; only an adapter decides per layer",
+            )
         dms_window = self.method == "dmc" or self.window is not None
         require(dms_window, "method dms needs a window: tokens from a mark to the eviction")
         fits = self.window is None or self.window >= 1
         require(fits, f"window is {self.window}; use at least 1, or null for no window")
-        positive(self, "temperature", "importance_epsilon")
+        positive(self, "temperature", "importance_epsilon", "decision_scale")
         not_negative(self, "loss_weight")
 
 

@@ -19,6 +19,8 @@ from megatron.dmc.config.checks import shown
 DMC_FORMAT_VERSION = 1
 DMC_MODEL_TYPE = "dmc"
 _DMC_KEYS = ("base_model_type", "decision_bias", "window", "importance_epsilon", "stage")
+_DECISION = {"source": "key", "about": "previous", "per": "head"}
+"""Texts that describe the decision (``DMCConfig.decision_*``), and what they are in a block that leaves them out."""
 DMC_ARCHITECTURE = "DMCForCausalLM"
 DMC_AUTO_MAP = {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"}
 COMPRESSED_STAGES = ("retrofit", "finetune")
@@ -264,6 +266,8 @@ def dmc_block(config: dict) -> Optional[DMCBlock]:
         raise ValueError(f"config.json: dmc.{missing[0]} is missing; the block needs {', '.join(_DMC_KEYS)}")
     dmc = DMCConfig(
         method=block.text("method", "dmc"),
+        **{f"decision_{key}": block.text(f"decision_{key}", value) for key, value in _DECISION.items()},
+        decision_scale=block.number("decision_scale", 1.0, above=0),
         decision_bias=block.number("decision_bias", math.nan),
         window=block.integer("window", least=1, most=_LONGEST_WINDOW),
         importance_epsilon=block.number("importance_epsilon", math.nan, above=0),
@@ -387,5 +391,6 @@ def dmc_config(config: dict, run: RunConfig, manifest: Manifest) -> dict:
     }
     if run.dmc.method != "dmc":
         block["method"] = run.dmc.method
+        block |= {f"decision_{key}": getattr(run.dmc, f"decision_{key}") for key in (*_DECISION, "scale")}
     own = {"architectures": [DMC_ARCHITECTURE], "model_type": DMC_MODEL_TYPE, "auto_map": DMC_AUTO_MAP}
     return {**config, **own, "dmc": block}
