@@ -1,7 +1,7 @@
 """Cache policies in the plainest way: Python lists, one token, one sequence, one head at a time, by the papers' rules.
 
 Written to share nothing with ``megatron.dmc.evaluation.policies``. Each has :class:`OracleCache`'s ``step`` and
-``lengths``.
+``lengths``. (DMC's and DMS' slow caches are the oracles of ``megatron.dmc.ops``.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ class Token:
     def __init__(self, position: int, key: Tensor, value: Tensor) -> None:
         self.position, self.key, self.value = position, key, value
         self.score = 0.0
-        self.marked = False
 
 
 class SlowCache:
@@ -30,11 +29,11 @@ class SlowCache:
         groups: int,
         inv_freq: Tensor,
         budget: list[int] | None = None,
-        neuron_out: bool = False,
+        neuron: str = "none",
         factor: float = 1.0,
     ) -> None:
         self.held: list[list[list[Token]]] = [[[] for _ in range(groups)] for _ in range(batch)]
-        self.inv_freq, self.budget, self.neuron_out, self.position = inv_freq, budget, neuron_out, 0
+        self.inv_freq, self.budget, self.neuron, self.position = inv_freq, budget, neuron, 0
         self.factor = factor
 
     def lengths(self) -> Tensor:
@@ -43,14 +42,14 @@ class SlowCache:
     def positions(self) -> list[list[list[int]]]:
         return [[[token.position for token in head] for head in row] for row in self.held]
 
-    def rotate(self, x: Tensor, position: int) -> Tensor:
+    def rotate(self, x: Tensor, position: int, neuron_out: bool) -> Tensor:
         x, half = x.clone(), x.numel() // 2
-        if self.neuron_out:
+        if neuron_out:
             x[-1] = 0
         angle = (position * self.inv_freq).to(x.dtype)
         turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.full_like(angle, self.factor), angle)
         out = torch.cat((turned.real, turned.imag))
-        if self.neuron_out:
+        if neuron_out:
             out[-1] = 0
         return out
 
@@ -64,21 +63,19 @@ class SlowCache:
         for i, row in enumerate(self.held):
             weights = []  # [head of the layer][query head of the group][held token]
             for j, head in enumerate(row):
-                self.before(head, k[i, j])
                 head.append(Token(self.position, k[i, j], v[i, j]))
                 places = self.places(head)
-                keys = torch.stack([self.rotate(token.key, place) for token, place in zip(head, places)])
+                out_of_keys = self.neuron == "all"
+                keys = torch.stack([self.rotate(token.key, place, out_of_keys) for token, place in zip(head, places)])
                 weights.append([])
                 for n in range(j * g, (j + 1) * g):
-                    p = torch.softmax(keys @ self.rotate(q[i, n], places[-1]) / math.sqrt(d), dim=0)
+                    query = self.rotate(q[i, n], places[-1], out_of_keys or (self.neuron == "query" and n == j * g))
+                    p = torch.softmax(keys @ query / math.sqrt(d), dim=0)
                     out[i, n] = p @ torch.stack([token.value for token in head])
                     weights[-1].append(p.tolist())
             self.after(row, weights)
         self.position += 1
         return out
-
-    def before(self, head: list[Token], key: Tensor) -> None:
-        pass
 
     def after(self, row: list[list[Token]], weights: list) -> None:
         pass
@@ -120,15 +117,3 @@ class SlowStreaming(SlowCache):
         for head in row:
             if len(head) > self.now():
                 del head[self.sinks]
-
-
-class SlowDMS(SlowCache):
-    bias, window = 0.0, 5
-
-    def before(self, head, key):
-        if head:
-            head[-1].marked = bool(key[-1] - self.bias > 0)
-
-    def after(self, row, weights):
-        for head in row:  # before the next query, which is window + 1 tokens later than what goes now
-            head[:] = [token for token in head if self.position + 1 - token.position <= self.window or not token.marked]

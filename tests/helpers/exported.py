@@ -1,4 +1,4 @@
-"""Small exported DMC models of random weights, and the same models step by step over the oracle's cache."""
+"""Small exported DMC and DMS models of random weights, and the same models step by step over the oracles' caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.dmc import checkpoint
-from megatron.dmc.ops import OracleCache, attention_factor, rotary_frequencies
+from megatron.dmc.config import DMCConfig
+from megatron.dmc.ops import EvictingOracleCache, OracleCache, attention_factor, rotary_frequencies
 
 REMOTE_CODE = Path(checkpoint.__file__).parent / "remote_code"
 EPSILON, VOCABULARY, HIDDEN, LAYERS, GROUPS, D = 2.0**-7, 61, 32, 2, 2, 16
@@ -48,10 +49,23 @@ CASES = {
     "one slot": dict(bias=-50.0),
     "zero_out": dict(bias=-1.6, stage="zero_out"),
 }
+DMS_CASES = {
+    "key": dict(bias=0.2, window=5, dms={}),
+    "key, self": dict(bias=0.2, window=12, g=4, dms=dict(about="self")),
+    "query": dict(bias=0.5, window=6, qk_norm=True, head_dim=24, dms=dict(source="query", scale=3.0)),
+    "query, self": dict(bias=-0.5, window=1, g=3, rope=YARN, dms=dict(source="query", about="self")),
+    "adapter": dict(bias=0.5, window=4, qk_norm=True, dms=dict(source="adapter", scale=4.0)),
+    "adapter, self": dict(bias=-1.0, window=20, g=1, qkv_bias=True, dms=dict(source="adapter", about="self")),
+    "adapter, layer": dict(bias=-0.2, window=3, tied=True, rope=LLAMA3, dms=dict(source="adapter", per="layer")),
+    "no eviction": dict(bias=50.0, window=3, dms=dict(source="adapter")),
+    "all evicted": dict(bias=-50.0, window=7, dms=dict(source="query")),
+    "dms zero_out": dict(bias=-1.6, window=3, stage="zero_out", dms={}),
+}
+"""Models under DMS: dms holds what their decisions are (``DMCConfig.decision_*``)."""
 
 
 class Exported:
-    """A small random model: its directory, and the same model as plain PyTorch over :class:`OracleCache`."""
+    """A small random model: its directory, and the same model as plain PyTorch over an oracle's cache."""
 
     def __init__(
         self,
@@ -68,6 +82,7 @@ class Exported:
         new_style: bool = False,
         stage: str = "finetune",
         seed: int = 0,
+        dms: dict | None = None,
     ) -> None:
         self.directory, self.bias, self.window, self.g, self.d, self.stage = (
             directory,
@@ -77,10 +92,14 @@ class Exported:
             head_dim or D,
             stage,
         )
+        method = "dmc" if dms is None else "dms"
+        decision = {f"decision_{name}": value for name, value in (dms or {}).items()}
+        self.decision = DMCConfig(method=method, decision_bias=bias, window=window, **decision)
+        self.decision.check()
         self.inv_freq, self.rotary_factor = rotary_frequencies(self.d, 5e4, rope), attention_factor(rope)
         self.dmc = {
             "format_version": 1,
-            "base_model_type": "llama",
+            "base_model_type": "qwen3" if qk_norm else "qwen2" if qkv_bias else "llama",
             "decision_bias": bias,
             "window": window,
             "importance_epsilon": EPSILON,
@@ -91,6 +110,9 @@ class Exported:
             "target_cr": 4.0,
             "measured_cr": 4.03,
         }
+        if dms is not None:
+            names = [f"decision_{name}" for name in ("source", "about", "per", "scale")]
+            self.dmc |= {name: getattr(self.decision, name) for name in ("method", *names)}
         self.config = {
             "architectures": ["DMCForCausalLM"],
             "model_type": "dmc",
@@ -141,6 +163,12 @@ class Exported:
                     weights[f"{name}self_attn.{projection}_proj.bias"] = draw(heads * d, scale=0.3)
                 if qk_norm and projection != "v":
                     weights[f"{name}self_attn.{projection}_norm.weight"] = 1 + draw(d) / 9
+            if self.decision.decision_source == "adapter":
+                rows = GROUPS if self.decision.decision_per == "head" else 1
+                weights[f"{name}self_attn.dms_proj_alpha_norm.weight"] = 1 + draw(HIDDEN) / 9
+                weights[f"{name}self_attn.dms_proj_alpha.weight"] = draw(rows, HIDDEN, scale=HIDDEN**-0.5)
+                if qkv_bias:
+                    weights[f"{name}self_attn.dms_proj_alpha.bias"] = draw(rows, scale=0.3)
             weights[f"{name}self_attn.o_proj.weight"] = draw(HIDDEN, GROUPS * self.g * d, scale=HIDDEN**-0.5)
             weights[f"{name}mlp.gate_proj.weight"] = draw(48, HIDDEN, scale=HIDDEN**-0.5)
             weights[f"{name}mlp.up_proj.weight"] = draw(48, HIDDEN, scale=HIDDEN**-0.5)
@@ -159,24 +187,34 @@ class Exported:
 
 
 class Oracle:
-    """One sequence, token by token: Llama in plain PyTorch with one :class:`OracleCache` per layer."""
+    """One sequence, token by token: Llama in plain PyTorch with one oracle's cache per layer."""
 
     def __init__(self, model: Exported) -> None:
-        self.model = model
-        # Above any logit: a model of zero_out appends always, with the neuron out of attention.
-        bias = model.bias if model.stage != "zero_out" else 1e9
-        self.caches = [
-            OracleCache(
-                1,
-                GROUPS,
-                model.inv_freq,
-                decision_bias=bias,
-                epsilon=EPSILON,
-                window=model.window,
-                factor=model.rotary_factor,
-            )
-            for _ in range(LAYERS)
-        ]
+        self.model, c = model, model.decision
+        # Above any logit: a model of zero_out keeps every token, with the neuron out of attention.
+        self.bias = model.bias if model.stage != "zero_out" else 1e9
+        settings = dict(window=model.window, factor=model.rotary_factor)
+        if c.evicts:
+            settings |= dict(about_self=c.decision_about == "self", neuron=c.neuron)
+            self.caches = [EvictingOracleCache(1, GROUPS, model.inv_freq, **settings) for _ in range(LAYERS)]
+        else:
+            settings |= dict(decision_bias=self.bias, epsilon=EPSILON)
+            self.caches = [OracleCache(1, GROUPS, model.inv_freq, **settings) for _ in range(LAYERS)]
+
+    def logits(self, name: str, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Decision logits of one token: [1, KV heads]. name: of the attention; x: before the layer's norm, [1, h]."""
+        source, w = self.model.decision.decision_source, self.model.weights
+        if source == "adapter":
+            y = F.linear(
+                self.norm(x, f"{name}dms_proj_alpha_norm"),
+                w[f"{name}dms_proj_alpha.weight"],
+                w.get(f"{name}dms_proj_alpha.bias"),
+            ).expand(1, GROUPS)
+        else:
+            y = torch.stack([k[0, n, -1] if source == "key" else q[0, n * self.model.g, -1] for n in range(GROUPS)])[
+                None
+            ]
+        return self.model.decision.decision_scale * y - self.bias
 
     def lengths(self) -> Tensor:
         return torch.stack([cache.lengths()[0] for cache in self.caches])
@@ -196,7 +234,8 @@ class Oracle:
             )
             if f"{name}self_attn.q_norm.weight" in w:
                 q, k = self.norm(q, f"{name}self_attn.q_norm"), self.norm(k, f"{name}self_attn.k_norm")
-            x = x + F.linear(cache.step(q, k, v).view(1, -1), w[f"{name}self_attn.o_proj.weight"])
+            decided = (self.logits(f"{name}self_attn.", x, q, k),) if isinstance(cache, EvictingOracleCache) else ()
+            x = x + F.linear(cache.step(q, k, v, *decided).view(1, -1), w[f"{name}self_attn.o_proj.weight"])
             y = self.norm(x, name + "post_attention_layernorm")
             gate, up = F.linear(y, w[f"{name}mlp.gate_proj.weight"]), F.linear(y, w[f"{name}mlp.up_proj.weight"])
             x = x + F.linear(F.silu(gate) * up, w[f"{name}mlp.down_proj.weight"])

@@ -74,9 +74,11 @@ def test_evicting_attention_matches_dense(g, window, relaxed, device) -> None:
 def test_hard_decisions_are_the_cache(window) -> None:
     """Attention and number of slots equal those of the policy, which is tested against the step-by-step cache."""
     q, k, v = (x.detach() for x in inputs(60, 2, dtype=torch.float64))
-    attended = DMS(0.3, window).attend(Projections(q, k, v, rotary_frequencies(16, 1e4), neuron_out=True))
+    logits = decision_logits(k[..., -1], 0.3)
+    x = Projections(q, k, v, rotary_frequencies(16, 1e4), neuron="all", logits=logits)
+    attended = DMS(window).attend(x)
     assert torch.allclose(layer(q, k, v, bias=0.3, window=window), attended.out, atol=2e-6)
-    decisions = make_decisions(decision_logits(k[..., -1], 0.3), 0.5)
+    decisions = make_decisions(logits, 0.5)
     assert torch.equal(held_slots(decisions, window).long(), attended.slots[..., -1])
     assert window >= 60 or float(attended.slots[..., -1].double().mean()) < 60
 
@@ -88,5 +90,5 @@ def test_slots_have_the_gradient_of_the_relaxed_decisions() -> None:
     (grad,) = torch.autograd.grad(held_slots(decisions, 4).sum(), logits)
     alpha = decisions.alpha.detach()
     want = -alpha * (1 - alpha) / 0.5
-    want[..., 0], want[..., 17:] = 0, 0  # the first token decides nothing; the last four tokens are held in any case
+    want[..., 0], want[..., 16:] = 0, 0  # the first token decides nothing; the last five tokens are held in any case
     assert torch.allclose(grad, want, atol=1e-6)

@@ -13,21 +13,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.config import DMCConfig
-from megatron.dmc.ops import (
-    compress,
-    decision_logits,
-    hard_decisions,
-    prefill_attention,
-    rotate,
-    rotate_and_split_neuron,
-)
+from megatron.dmc.ops import compress, prefill_attention, rotate, rotate_and_split_neuron
 from megatron.dmc.ops.rotary import cos_sin
 
 ROWS = 64  # queries of a block: scores of so many at once
@@ -44,19 +37,33 @@ class Projections:
     """[b, ng, s, D]"""
     inv_freq: Tensor
     """fp32 [D / 2]"""
-    neuron_out: bool = False
-    """The model has a decision neuron: channel D-1 of q and k takes no part in attention."""
+    neuron: Literal["none", "all", "query"] = "none"
+    """Heads whose channel D-1 takes no part in attention: none, all query and key heads, or the first query head of
+    every group (``DMCConfig.neuron``)."""
     factor: float = 1.0
     """Factor on rotated queries and keys (YaRN's)."""
+    logits: Optional[Tensor] = None
+    """Decision logits that are read from each token: fp32 [b, ng, s]; None for a model that does not decide."""
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of integer ``positions`` [s]: fp32 [s, D / 2] each."""
         return cos_sin(self.inv_freq, positions, self.factor)
 
-    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate x [b, h, s, D] to integer ``positions`` [s]."""
+    def rotated_queries(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Rotate queries [b, np, s, D] to integer ``positions`` [s]."""
         tables = self.tables(positions)
-        return rotate_and_split_neuron(x, *tables, 0.0)[0] if self.neuron_out else rotate(x, *tables)
+        if self.neuron == "all":
+            return rotate_and_split_neuron(q, *tables, 0.0)[0]
+        out = rotate(q, *tables)
+        if self.neuron == "query":
+            first = slice(None, None, q.size(1) // self.k.size(1))
+            out[:, first] = rotate_and_split_neuron(q[:, first], *tables, 0.0)[0]
+        return out
+
+    def rotated_keys(self) -> Tensor:
+        """Keys, rotated to their tokens' positions: [b, ng, s, D]."""
+        tables = self.tables(self.positions())
+        return rotate_and_split_neuron(self.k, *tables, 0.0)[0] if self.neuron == "all" else rotate(self.k, *tables)
 
     def positions(self) -> Tensor:
         return torch.arange(self.k.size(2), device=self.k.device)
@@ -134,8 +141,8 @@ class FullCache(CachePolicy):
     def attend(self, x: Projections) -> Attended:
         b, ng, s, _ = x.k.shape
         at, g = x.positions(), x.q.size(1) // ng
-        k, v = (y.repeat_interleave(g, dim=1) for y in (x.rotated(x.k, at), x.v))
-        out = F.scaled_dot_product_attention(x.rotated(x.q, at), k, v, is_causal=True)
+        k, v = (y.repeat_interleave(g, dim=1) for y in (x.rotated_keys(), x.v))
+        out = F.scaled_dot_product_attention(x.rotated_queries(x.q, at), k, v, is_causal=True)
         return Attended(out, (at + 1).expand(b, ng, s))
 
 
@@ -148,7 +155,10 @@ class DMC(CachePolicy):
         self.dmc = dmc
 
     def attend(self, x: Projections) -> Attended:
-        _require_neuron(self, x)
+        if x.neuron != "all":
+            raise ValueError(
+                f"policy {self} reads a decision from every key, which this model does not have: retrofit it first"
+            )
         dmc, s = self.dmc, x.k.size(2)
         tables = x.tables(x.positions())
         settings = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
@@ -160,20 +170,13 @@ class DMC(CachePolicy):
         return Attended(torch.cat(parts, dim=2), c.slot + 1)
 
 
-def _require_neuron(policy: CachePolicy, x: Projections) -> None:
-    if not x.neuron_out:
-        raise ValueError(
-            f"policy {policy} reads the decision neuron, which this model does not have: retrofit it first"
-        )
-
-
 class _Masked(CachePolicy):
     """A policy whose pattern is known without the attention weights."""
 
     def _attend(self, x: Projections, slots: Tensor) -> Attended:
         at = x.positions()
         (b, ng, s, d), scale = x.k.shape, 1 / math.sqrt(x.k.size(-1))
-        q, k = _by_group(x.rotated(x.q, at), ng), x.rotated(x.k, at)
+        q, k = _by_group(x.rotated_queries(x.q, at), ng), x.rotated_keys()
         out = torch.empty_like(q)
         for start in range(0, s, ROWS):
             stop = min(start + ROWS, s)
@@ -224,17 +227,21 @@ class StreamingLLM(_Masked):
         at = x.positions()
         rows = at[start:stop]
         held = torch.minimum(rows, self._budget(x)[start:stop])  # before the query: its position in the cache
-        if x.neuron_out:
-            # The neuron's partner is not rotated but scaled by a cosine, so its part of a score depends on both
-            # positions.
-            n, angle = k.size(-1) // 2 - 1, x.inv_freq[-1]
+        if x.neuron != "none":
+            # The query neuron's partner is not rotated but scaled by a cosine, so its part of a score, with the partner
+            # and (where keys are whole) the neuron of the key, depends on both positions.
+            n, angle, d = k.size(-1) // 2 - 1, x.inv_freq[-1], k.size(-1)
+            decides = slice(None) if x.neuron == "all" else slice(1)  # query heads of a group
+            q = _wide(_by_group(x.q[:, :, start:stop, n : n + 1], k.size(1))[:, :, decides])
             places = held[:, None] - (rows[:, None] - at[:stop])
-            here = (held * angle).cos()[:, None] * (places * angle).cos()
-            there = torch.outer((rows * angle).cos(), (at[:stop] * angle).cos())
-            q, partner = _by_group(x.q[:, :, start:stop, n : n + 1], k.size(1)), x.k[:, :, None, :stop, n : n + 1]
-            turned = (here - there) * x.factor**2
-            scores += _wide(q @ partner.transpose(-1, -2)) * turned / math.sqrt(k.size(-1))
-        q = _by_group(x.rotated(x.q[:, :, start:stop], held), k.size(1))
+            here, there = (held * angle).cos()[:, None], (rows * angle).cos()[:, None]
+            turned = here * (places * angle).cos() - there * (at[:stop] * angle).cos()
+            changed = _wide(x.k[:, :, None, None, :stop, n]) * turned
+            if x.neuron == "query":
+                turned = here * (places * angle).sin() - there * (at[:stop] * angle).sin()
+                changed = changed - _wide(x.k[:, :, None, None, :stop, d - 1]) * turned
+            scores[:, :, decides] += q * changed * x.factor**2 / math.sqrt(d)
+        q = _by_group(x.rotated_queries(x.q[:, :, start:stop], held), k.size(1))
         n = min(self.sinks, stop)
         scores[..., :n] = _wide(q @ k[:, :, None, :n].transpose(-1, -2)) / math.sqrt(k.size(-1))
 
@@ -247,27 +254,29 @@ class DMS(_Masked):
     """Dynamic Memory Sparsification (arXiv 2506.05345) with hard decisions: marked tokens are evicted, ``window``
     tokens later.
 
-    The decision that the neuron takes at token t + 1 is about token t, as in DMC and in the authors' code; a marked
-    token is seen by the ``window`` queries after it, and by none after those.
+    A marked token is seen by the ``window`` queries after it, and by none after those. It leaves the cache when the
+    first of these comes: the latest ``window + 1`` tokens are always held.
     """
 
     name = "DMS"
 
-    def __init__(self, decision_bias: float, window: int = 16) -> None:
+    def __init__(self, window: int, about: Literal["previous", "self"] = "previous") -> None:
+        """window: at least 1; about: the token that a decision is about, ``DMCConfig.decision_about``."""
         if window < 1:
             raise ValueError(f"window is {window}; a token is marked by the next one, so it stays for 1 query at least")
-        self.bias, self.window = decision_bias, window
+        self.window, self.about = window, about
 
     def _kept(self, x: Projections) -> Tensor:
-        """bool [b, ng, s]: tokens that are not marked. Nobody has decided about the last one."""
-        return F.pad(~hard_decisions(decision_logits(x.k[..., 1:, -1], self.bias), first=False), (0, 1), value=True)
+        """bool [b, ng, s]: tokens that are not marked. Nobody has decided about the last one, or itself only."""
+        if x.logits is None:
+            raise ValueError(f"policy {self} needs decisions, which this model does not make: retrofit it first")
+        kept = x.logits <= 0
+        return kept if self.about == "self" else F.pad(kept[..., 1:], (0, 1), value=True)
 
     def attend(self, x: Projections) -> Attended:
-        _require_neuron(self, x)
-        at = x.positions()
-        # Held after token t: those that query t + 1 sees whatever was decided, and the unmarked ones before.
-        older = F.pad(self._kept(x).cumsum(dim=-1), (self.window, 0))[..., : at.numel()]
-        return self._attend(x, older + (at + 1).clamp_max(self.window))
+        recent = self.window + 1
+        older = F.pad(self._kept(x).cumsum(dim=-1), (recent, 0))[..., : x.k.size(2)]
+        return self._attend(x, older + (x.positions() + 1).clamp_max(recent))
 
     def _visible(self, x: Projections, age: Tensor, start: int, stop: int) -> Tensor:
         return (age <= self.window) | self._kept(x)[:, :, None, None, :stop]
@@ -289,7 +298,7 @@ class _Scored(CachePolicy):
 
     def attend(self, x: Projections) -> Attended:
         (b, ng, s, d), at, scale = x.k.shape, x.positions(), 1 / math.sqrt(x.k.size(-1))
-        q, k, budget = _by_group(x.rotated(x.q, at), ng), x.rotated(x.k, at), self.budget.slots(s)
+        q, k, budget = _by_group(x.rotated_queries(x.q, at), ng), x.rotated_keys(), self.budget.slots(s)
         out, counts, count = torch.empty_like(q), [], 0
         position = at.new_empty(b, ng, 0)  # of the held tokens, ascending
         score = _wide(k.new_empty(b, ng, 0))

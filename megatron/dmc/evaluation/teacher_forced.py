@@ -19,6 +19,7 @@ from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, P
 from megatron.dmc.inference.model import Model, linear
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import dtype_of, read_info
+from megatron.dmc.ops import decision_logits
 
 LOGITS = 1024  # tokens whose logits are in memory at once
 
@@ -93,7 +94,7 @@ class TeacherForced(Model):
         """The policy that the model was trained for: DMC or DMS after their retrofit, else the full cache."""
         dmc = self.info.dmc
         if self.info.compresses and dmc is not None and self.info.decision_bias == dmc.decision_bias:
-            return DMC(dmc) if dmc.method == "dmc" else DMS(dmc.decision_bias, dmc.window or 1)
+            return DMS(dmc.window or 1, dmc.decision_about) if dmc.evicts else DMC(dmc)
         return FullCache()
 
     @torch.inference_mode()
@@ -135,6 +136,16 @@ class TeacherForced(Model):
         parts = zip(tokens.split(batch), labels.split(batch))
         return Scored.cat([self._score(part.to(self.device), after.to(self.device), policy) for part, after in parts])
 
+    def _decision_logits(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Decision logits of queries [b, np, s, D] and keys [b, ng, s, D] before the rotation: fp32 [b, ng, s]; None
+        for a plain model.
+        """
+        dmc = self.info.dmc
+        if dmc is None:
+            return None
+        x = k if dmc.decision_source == "key" else q[:, :: q.size(1) // k.size(1)]
+        return decision_logits(x[..., -1], self.info.decision_bias, dmc.decision_scale)
+
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
         (b, s), d = tokens.shape, self.head_dim
         x, slots = self._embed(tokens.flatten()), []
@@ -144,7 +155,9 @@ class TeacherForced(Model):
                 y.view(b, s, -1, d).transpose(1, 2).contiguous()
                 for y in self._project(layer, self._normed(x, layer.input_norm))
             )
-            attended = policy.attend(Projections(q, k, v, self.inv_freq, self.info.compresses, self.rotary_factor))
+            neuron = "none" if self.info.dmc is None else self.info.dmc.neuron
+            logits = self._decision_logits(q, k)
+            attended = policy.attend(Projections(q, k, v, self.inv_freq, neuron, self.rotary_factor, logits))
             slots.append(attended.slots.to(torch.int32))
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
             gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)

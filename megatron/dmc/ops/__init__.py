@@ -15,13 +15,14 @@ from megatron.dmc.ops.decisions import (
 )
 from megatron.dmc.ops.eviction import evicting_attention, held_slots
 from megatron.dmc.ops.noise import logistic_noise
-from megatron.dmc.ops.oracle import OracleCache
+from megatron.dmc.ops.oracle import EvictingOracleCache, OracleCache
 from megatron.dmc.ops.pooling import pool
 from megatron.dmc.ops.prefill import compress, prefill_attention
 from megatron.dmc.ops.rotary import attention_factor, rotary_frequencies, rotate, rotate_and_split_neuron
 
 __all__ = [
     "Decisions",
+    "EvictingOracleCache",
     "OracleCache",
     "attention_backend",
     "attention_factor",

@@ -20,17 +20,18 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def decision_logits(key_neuron: Tensor, bias: float) -> Tensor:
-    """Logits of merging, ``key[D-1] - b`` (arXiv 2403.09636, section 3).
+def decision_logits(x: Tensor, bias: float, scale: float = 1.0) -> Tensor:
+    """Logits of merging or evicting: ``scale * x - b``, DMC's ``key[D-1] - b`` (arXiv 2403.09636, section 3).
 
     Args:
-        key_neuron: [b, ng, s], the last channel of the keys before the rotation.
+        x: what the decision is read from (``DMCConfig.decision_source``), of any shape: for DMC the last channel of the
+            keys before the rotation.
         bias: b.
 
     Returns:
         fp32 (fp64 for fp64) of the same shape.
     """
-    return _wide(key_neuron) - bias
+    return scale * _wide(x) - bias
 
 
 def hard_decisions(logits: Tensor, first: bool = True) -> Tensor:

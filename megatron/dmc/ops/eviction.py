@@ -152,11 +152,11 @@ def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 def held_slots(decisions: Decisions, window: int) -> Tensor:
     """Slots in use after the last token under eviction, per sequence and head: fp32 [b, ng].
 
-    The decision at token j + 1 is about token j; the latest ``window`` tokens are held in any case. The gradient is
-    that of the relaxed decisions (straight-through).
+    The decision at token j + 1 is about token j; the latest ``window + 1`` tokens are held in any case, as in the cache
+    of inference. The gradient is that of the relaxed decisions (straight-through).
     """
     s = decisions.alpha.size(-1)
-    decided = slice(1, max(1, s - window + 1))
+    decided = slice(1, max(1, s - window))
     soft = -decisions.alpha[..., decided].sum(dim=-1)
-    hard = (~decisions.merge[..., decided]).sum(dim=-1) + min(window, s)
+    hard = (~decisions.merge[..., decided]).sum(dim=-1) + min(window + 1, s)
     return hard.to(soft.dtype) + (soft - soft.detach())
