@@ -196,7 +196,7 @@ def test_prefill_of_several_blocks_of_rows(backend, device, d, g, dtype) -> None
     cu = ints([0, *torch.tensor(counts).cumsum(0).tolist()], device)
     limit = torch.cat((torch.linspace(3, 150, 140).int(), ints([38, 39, 40]), ints([0, 0]), ints([0])))
     index = limit[:, None].contiguous().to(device)
-    appended = Appended(*(x.to(device) for x in (q, k, v)), index)
+    appended = Appended(*(x.to(device) for x in (q, k, v)), index, index.new_empty(0))
     out = prefill_attention(state, 1, appended, cu, ints(rows, device), d**-0.5).cpu()
     exact, plain = [], []
     for i in range(t):

@@ -12,7 +12,7 @@ from test_kernels import BIAS, EPSILON, SHIFTS, ints, tokens
 from torch import Tensor
 
 from megatron.dmc import kernels
-from megatron.dmc.kernels import AppendParams, CacheState, make_state
+from megatron.dmc.kernels import AppendParams, CacheState, EvictParams, make_state
 from megatron.dmc.kernels.torch_ops import NAMESPACE
 
 OPS = getattr(torch.ops, NAMESPACE)
@@ -65,6 +65,31 @@ def test_schemas_and_fakes_are_true(device, op) -> None:
     others = {
         "append": (1, *arguments, *OPTIONS.values(), True, True),
         "append without parts": (1, *arguments, *OPTIONS.values(), True, False),
+        "decode_attention": (1, done.q_rot[:2], rows, 0.2),
+        "prefill_attention": (1, *done, cu, rows, 0.2),
+        "fork": (ints([1], device), ints([2], device)),
+        "free": (rows,),
+    }
+    torch.library.opcheck(getattr(OPS, op.split()[0]).default, (*state.tensors(), *others[op]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "op", ["append_evicting", "append_evicting without parts", "decode_attention", "prefill_attention", "fork", "free"]
+)
+def test_schemas_and_fakes_of_an_evicting_model_are_true(device, op) -> None:
+    shape = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "max_slots": 128, "evict_window": 20}
+    state = make_state(num_pages=64, max_seqs=3, device=device, **shape)
+    _, (q, k, v, cu, rows, _, inv_freq) = start(device)
+    steps = []
+    for at in (0, 6):
+        logits, positions = torch.randn(6, 2, device=device), ints([at, *range(at, at + 5)], device)
+        steps.append((q, k, v, logits, cu, rows, positions, inv_freq, False, 1))
+    kernels.append_evicting(state, 1, EvictParams(*steps[0]))
+    done = kernels.append_evicting(copy.deepcopy(state), 1, EvictParams(*steps[1]))
+    others = {
+        "append_evicting": (1, *steps[1], True),
+        "append_evicting without parts": (1, *steps[1], False),
         "decode_attention": (1, done.q_rot[:2], rows, 0.2),
         "prefill_attention": (1, *done, cu, rows, 0.2),
         "fork": (ints([1], device), ints([2], device)),

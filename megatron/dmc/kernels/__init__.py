@@ -26,7 +26,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron.dmc.kernels.dispatch import active_backend, use_backend
-from megatron.dmc.kernels.params import Appended, AppendParams
+from megatron.dmc.kernels.params import Appended, AppendParams, EvictParams
 from megatron.dmc.kernels.state import CacheState, make_state
 from megatron.dmc.kernels.torch_ops import call
 
@@ -53,11 +53,35 @@ def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
     return Appended(*call("append", state.k_pages.device, state, layer, params))
 
 
-def decode_attention(state: CacheState, layer: int, q_rot: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Attention of one query per sequence over all slots of its heads, ``softmax(scale * q K^T) V``.
+def append_evicting(state: CacheState, layer: int, params: EvictParams) -> Appended:
+    """Mark, rotate and write a step's tokens into the cache of one layer of a model that evicts (arXiv 2506.05345).
+
+    Query t sees token j while ``t - j <= w``, and after that if j is not marked. So a token that leaves the window,
+    when token j + w + 1 comes, moves from the recent pages to the head's next kept slot, or is given up. Pages are
+    taken in the order (sequence, head), kept pages before recent ones, and those that have left the window are given
+    back after all were taken, in the order (sequence, head, page): what they hold stays as it is until the next append
+    of any layer, for :func:`prefill_attention` of this one. Tokens of a chunk that leave the window within it are never
+    written to recent pages.
 
     Args:
-        q_rot: [N, Hq, D], of :func:`append`.
+        state: written in place; of ``make_state(evict_window=w)``.
+        layer: 0 to L - 1.
+        params: see :class:`EvictParams` for shapes and dtypes.
+
+    Raises:
+        RuntimeError: when more pages are needed than are free or than a row of the page table holds; nothing is
+            written then (CUDA: see the package).
+        ValueError: a tensor of the wrong shape, dtype or strides, or a cache of a model that does not evict.
+    """
+    return Appended(*call("append_evicting", state.k_pages.device, state, layer, params))
+
+
+def decode_attention(state: CacheState, layer: int, q_rot: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Attention of one query per sequence over all slots of its heads, ``softmax(scale * q K^T) V``; where the model
+    evicts, over the kept slots and the latest w + 1 tokens.
+
+    Args:
+        q_rot: [N, Hq, D], of :func:`append` or :func:`append_evicting`.
         rows: int32 [N].
         scale: 1 / sqrt(D) for the usual attention.
 
@@ -74,12 +98,14 @@ def prefill_attention(
     state: CacheState, layer: int, appended: Appended, cu_seqlens: Tensor, rows: Tensor, scale: float
 ) -> Tensor:
     """Attention of a step's tokens after :func:`append`: token t sees the slots [0, slot_index[t]), final by now, and
-    the state of its own slot as it was right after t.
+    the state of its own slot as it was right after t. Where the model evicts, the kept slots [0, slot_index[t]) and
+    tokens t - w to t.
 
     The result is that of feeding tokens one by one; the work is less by the compression ratio.
 
     Args:
-        appended: of :func:`append`, with ``partial``; or the part of it that belongs to some sequences.
+        appended: of :func:`append` or :func:`append_evicting`, with ``partial``; or the part of it that belongs to some
+            sequences. Nothing may have been appended since.
         cu_seqlens: int32 [N + 1], offsets of these sequences.
         rows: int32 [N].
         scale: 1 / sqrt(D) for the usual attention.
@@ -97,8 +123,9 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
     """Make the row ``target[i]`` a copy of the row ``source[i]``; either is written on its own from then on.
 
     Pages that can no longer be written are shared. The page of a head with a slot that may still be written (a
-    compressing model's last slot; the next slot of a plain model whose last page is not full) is copied into a page
-    that is taken in the order (pair, layer, head). Length, open segment and ring are copied.
+    compressing model's last slot; the next slot of a plain model whose last page is not full; the next of each kind for
+    a model that evicts) is copied into a page that is taken in the order (pair, layer, head, kept before recent).
+    Length, open segment, ring and marks are copied.
 
     Args:
         source: int32 [n], may name a row several times.
@@ -113,7 +140,7 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
 
 def free(state: CacheState, rows: Tensor) -> None:
     """Empty rows of the cache. Pages that no row holds any more become free, in the order (row as given, layer, head,
-    page) of the last row that held them.
+    page; kept before recent) of the last row that held them.
 
     Args:
         rows: int32 [any], distinct; below 0: ignored.
@@ -157,9 +184,11 @@ __all__ = [
     "AppendParams",
     "Appended",
     "CacheState",
+    "EvictParams",
     "active_backend",
     "add_rms_norm",
     "append",
+    "append_evicting",
     "decode_attention",
     "fork",
     "free",

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron.dmc.kernels.params import Appended, AppendParams
+from megatron.dmc.kernels.params import Appended, AppendParams, EvictParams
 from megatron.dmc.kernels.state import CacheState
 
 
@@ -19,7 +19,8 @@ class CompiledKernels:
     def __init__(self, library: Any) -> None:
         self.library = library
         self._bind = library["bind"]
-        self._append, self._fork, self._free = library["append"], library["fork_rows"], library["free_rows"]
+        self._append, self._append_evicting = library["append"], library["append_evicting"]
+        self._fork, self._free = library["fork_rows"], library["free_rows"]
         self._decode, self._prefill = library["decode_attention"], library["prefill_attention"]
         self._norm, self._silu = library["add_rms_norm"], library["silu_and_mul"]
 
@@ -29,6 +30,10 @@ class CompiledKernels:
 
     def append_scratch(self, params: AppendParams) -> Optional[Tensor]:
         """Device memory that :meth:`append` works in, or None."""
+        return None
+
+    def evict_scratch(self, params: EvictParams) -> Optional[Tensor]:
+        """Device memory that :meth:`append_evicting` works in, or None."""
         return None
 
     def decode_scratch(self, state: CacheState, q_rot: Tensor) -> Optional[Tensor]:
@@ -44,12 +49,15 @@ class CompiledKernels:
 
     def append(self, state: CacheState, layer: int, params: AppendParams) -> Appended:
         """See :func:`megatron.dmc.kernels.append`."""
-        q, k, v = params[:3]
-        if params.partial:
-            out = Appended(_like(q), _like(k), _like(v), k.new_empty(k.shape[:2], dtype=torch.int32))
-        else:
-            out = Appended(_like(q), k.new_empty(0), v.new_empty(0), k.new_empty(0, dtype=torch.int32))
+        out = _outputs(params, (0,))
         self._append(self._cache(state), layer, *params, *out, self.append_scratch(params), self.threads())
+        return out
+
+    def append_evicting(self, state: CacheState, layer: int, params: EvictParams) -> Appended:
+        """See :func:`megatron.dmc.kernels.append_evicting`."""
+        out = _outputs(params, (params.rows.numel(), *state.recent_table.shape[2:]))
+        scratch = self.evict_scratch(params)
+        self._append_evicting(self._cache(state), layer, *params, *out, scratch, self.threads())
         return out
 
     def decode_attention(self, state: CacheState, layer: int, q_rot: Tensor, rows: Tensor, scale: float) -> Tensor:
@@ -91,6 +99,16 @@ class CompiledKernels:
         out = x.new_empty((x.size(0), x.size(1) // 2))
         self._silu(x, out, self.threads())
         return out
+
+
+def _outputs(params: AppendParams | EvictParams, recent: tuple[int, ...]) -> Appended:
+    """Uninitialised outputs of an append. recent: shape of ``recent_before``."""
+    q, k, v = params[:3]
+    if params.partial:
+        index, before = (k.new_empty(shape, dtype=torch.int32) for shape in (k.shape[:2], recent))
+        return Appended(_like(q), _like(k), _like(v), index, before)
+    index, before = (k.new_empty(0, dtype=torch.int32) for _ in range(2))
+    return Appended(_like(q), k.new_empty(0), v.new_empty(0), index, before)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -39,13 +39,59 @@ class AppendParams(NamedTuple):
     """False leaves out what only :func:`megatron.dmc.kernels.prefill_attention` needs."""
 
 
+NEURON_NONE, NEURON_ALL, NEURON_QUERY = range(3)
+"""Heads whose channel D-1 takes no part in attention: none; all query and key heads; the first query head of every
+group.
+"""
+
+
+class EvictParams(NamedTuple):
+    """Arguments of :func:`megatron.dmc.kernels.append_evicting`: a step's tokens, and the decisions that came with
+    them.
+    """
+
+    q: Tensor
+    """[T, Hq, D], before the rotation, in the dtype of the cache."""
+    k: Tensor
+    v: Tensor
+    """[T, H, D], likewise."""
+    logits: Tensor
+    """fp32 [T, H], contiguous: decision logits. Above 0, the token that the decision is about is marked."""
+    cu_seqlens: Tensor
+    """int32 [N + 1], index of each sequence's first token, then T."""
+    rows: Tensor
+    """int32 [N], each sequence's row of the cache, all different; below 0 for padding."""
+    positions: Tensor
+    """int32 [T], of each token in its sequence."""
+    inv_freq: Tensor
+    """fp32 [D / 2], inverse frequencies of the rotation (radians per token)."""
+    about_self: bool
+    """True: a token's logit is about itself. False: about the token before it; that of a sequence's first token is
+    about none.
+    """
+    neuron: int
+    """One of NEURON_NONE, NEURON_ALL and NEURON_QUERY."""
+    partial: bool = True
+    """False leaves out what only :func:`megatron.dmc.kernels.prefill_attention` needs."""
+
+
 class Appended(NamedTuple):
-    """Result of :func:`megatron.dmc.kernels.append`: what attention needs of a step's tokens."""
+    """Result of :func:`megatron.dmc.kernels.append` and :func:`~megatron.dmc.kernels.append_evicting`: what attention
+    needs of a step's tokens.
+    """
 
     q_rot: Tensor
     """[T, Hq, D], rotated queries, the decision neuron set to 0."""
     k_part: Tensor
     v_part: Tensor
-    """[T, H, D], the state of each token's slot right after it, rotated at the token; empty without ``partial``."""
+    """[T, H, D], the state of each token's slot right after it, rotated at the token; for an evicting model the token
+    itself. Empty without ``partial``.
+    """
     slot_index: Tensor
-    """int32 [T, H], the slot that each token went to; empty without ``partial``."""
+    """int32 [T, H], the slot that each token went to; for an evicting model the number of kept slots that the token's
+    query sees, or -1 for all tokens of a head that a GPU refused. Empty without ``partial``.
+    """
+    recent_before: Tensor
+    """int32 [N, H, R], the sequences' rows of ``recent_table`` before the tokens; empty without ``partial``, and unless
+    the model evicts.
+    """

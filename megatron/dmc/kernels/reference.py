@@ -7,7 +7,6 @@ throughout, whatever the dtype of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import torch
@@ -15,89 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.kernels.params import Appended, AppendParams
-from megatron.dmc.kernels.state import RETURNED, TAKEN, CacheState
+from megatron.dmc.kernels.reference_evict import append_evicting, recent_slots, window_of_queries
+from megatron.dmc.kernels.reference_pages import Layout, check_room, give_back, kept_slots, rotate, take
+from megatron.dmc.kernels.state import CacheState
 from megatron.dmc.ops.decisions import decision_logits, importance
 from megatron.dmc.ops.pooling import pool
+
+__all__ = ["append", "append_evicting", "decode_attention", "prefill_attention", "fork", "free"]
+__all__ += ["rms_norm", "add_rms_norm", "silu_and_mul"]
 
 name = "reference"  # as a backend
 
 _QUERY_ROWS = 256  # queries of a chunk that attend at a time: bounds the scores
 
 
-class _Layout(NamedTuple):
-    """Places of a step's tokens: T' tokens of N sequences that have tokens and a row, of T with the ignored ones."""
-
-    sequence: Tensor
-    """int64 [T'], 0..N-1."""
-    token: Tensor
-    """int64 [T'], place among all T."""
-    first: Tensor
-    """int64 [N], place of each sequence's first token among the T'."""
-    count: Tensor
-    """int64 [N], tokens of each sequence, at least 1."""
-    rows: Tensor
-    """int64 [N], row of the cache."""
-
-    @property
-    def last(self) -> Tensor:
-        """int64 [N], place of each sequence's last token among the T'."""
-        return self.first + self.count - 1
-
-
-def _layout(cu_seqlens: Tensor, rows: Tensor) -> _Layout:
-    """Layout without padding (a row below 0) and sequences without tokens."""
-    starts, counts, rows = cu_seqlens[:-1].long(), cu_seqlens.diff().long(), rows.long()
-    keep = (counts > 0) & (rows >= 0)
-    starts, counts, rows = starts[keep], counts[keep], rows[keep]
-    sequence = torch.arange(rows.numel(), device=rows.device).repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
-    token = torch.arange(sequence.numel(), device=rows.device) - (first - starts)[sequence]
-    return _Layout(sequence, token, first, counts, rows)
-
-
-def _same_length(layout: _Layout) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of sequences with equally many tokens: (sequences [m], their tokens among the T' [m, s])."""
-    for s in layout.count.unique().tolist():
-        members = (layout.count == s).nonzero().flatten()
-        yield members, layout.first[members, None] + torch.arange(s, device=members.device)
-
-
-def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, compress: bool) -> Tensor:
-    """fp32 [T, h, D], rotated at ``positions`` (half-split layout); with ``compress`` the last channel is 0 before and
-    after.
-    """
-    angle = positions.float()[:, None, None] * inv_freq.float()
-    cos, sin = angle.cos(), angle.sin()
-    if compress:
-        x = F.pad(x[..., :-1], (0, 1))
-    left, right = x.float().chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return F.pad(turned[..., :-1], (0, 1)) if compress else turned
-
-
 def _take_pages(state: CacheState, layer: int, rows: Tensor, before: Tensor, after: Tensor) -> None:
-    """Give every head the pages that it grows by. before, after: int64 slots [N, H].
-
-    Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages: no order of
-    execution changes which head gets which page.
-    """
+    """Give every head, in the order (sequence, head), the pages that it grows by. before, after: int64 slots [N, H]."""
     size, heads = state.page_size, before.size(1)
+    check_room(state, after)
     had = -(-before // size)
-    demand = (-(-after // size) - had).flatten()
-    total = int(demand.sum())
-    if after.numel() and int(after.max()) > state.max_slots:
-        raise RuntimeError(
-            f"a head would hold {int(after.max())} slots, and its row of the page table {state.max_slots}"
-        )
-    if total > state.free_count():
-        raise RuntimeError(f"the step needs {total} pages and {state.free_count()} are free; nothing was written")
-    order = torch.arange(total, device=demand.device)
-    owner = torch.arange(demand.numel(), device=demand.device).repeat_interleave(demand)
-    column = had.flatten()[owner] + order - (demand.cumsum(0) - demand)[owner]
-    pages = state.free_pages[(state.counters[TAKEN] + order) % state.num_pages]
-    state.page_table[rows[owner // heads], layer, owner % heads, column] = pages
-    state.refcounts[pages.long()] = 1
-    state.counters[TAKEN] += total
+    owner, nth, pages = take(state, (-(-after // size) - had).flatten())
+    state.page_table[rows[owner // heads], layer, owner % heads, had.flatten()[owner] + nth] = pages
 
 
 class _Raw(NamedTuple):
@@ -160,11 +97,11 @@ def _remember(
 
 
 def _pool_chunks(
-    state: CacheState, layer: int, layout: _Layout, raw: _Raw, merge: Tensor, window: Optional[int]
+    state: CacheState, layer: int, layout: Layout, raw: _Raw, merge: Tensor, window: Optional[int]
 ) -> tuple[Tensor, Tensor]:
     """State of each token's slot right after it, before the rotation: fp32 [T', H, D]; ring and segment move on."""
     k_out, v_out = torch.empty_like(raw.k), torch.empty_like(raw.v)
-    for members, tokens in _same_length(layout):
+    for members, tokens in layout.by_length():
         rows, chunk_merge = layout.rows[members], merge[tokens].transpose(1, 2)
         history, valid = _history(state, layer, rows, window)
         # [m, s, H, ...] -> [m, H, s, ...], behind the history
@@ -177,7 +114,7 @@ def _pool_chunks(
     return k_out, v_out
 
 
-def _decide(params: AppendParams, layout: _Layout, before: Tensor) -> Tensor:
+def _decide(params: AppendParams, layout: Layout, before: Tensor) -> Tensor:
     """Which tokens merge into their head's last slot: bool [T', H]. before: int64 slots [N, H]."""
     neuron = params.k[layout.token, :, -1]
     if not params.compress:
@@ -187,7 +124,7 @@ def _decide(params: AppendParams, layout: _Layout, before: Tensor) -> Tensor:
     return merge
 
 
-def _slot_of_each_token(layout: _Layout, merge: Tensor, before: Tensor) -> Tensor:
+def _slot_of_each_token(layout: Layout, merge: Tensor, before: Tensor) -> Tensor:
     """Slot that each token opens or merges into, counted from 0 in its head: int64 [T', H]."""
     appends = (~merge).long().cumsum(0)  # over all sequences
     appends_of_earlier = F.pad(appends, (0, 0, 1, 0))[layout.first]  # in sequences before: [N, H]
@@ -195,7 +132,7 @@ def _slot_of_each_token(layout: _Layout, merge: Tensor, before: Tensor) -> Tenso
 
 
 def _write_slots(
-    state: CacheState, layer: int, layout: _Layout, merge: Tensor, slot: Tensor, k_part: Tensor, v_part: Tensor
+    state: CacheState, layer: int, layout: Layout, merge: Tensor, slot: Tensor, k_part: Tensor, v_part: Tensor
 ) -> None:
     """Write the final state of every slot: that after its newest token, which is its sequence's last or is followed by
     an append.
@@ -213,7 +150,7 @@ def _write_slots(
 def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
     """See :func:`megatron.dmc.kernels.append`."""
     q, k, v, inv_freq, compress = params.q, params.k, params.v, params.inv_freq, params.compress
-    layout = _layout(params.cu_seqlens, params.rows)
+    layout = Layout.of(params.cu_seqlens, params.rows)
     before = state.lengths[layout.rows, layer].long()  # slots: [N, H]
     merge = _decide(params, layout, before)
     slot = _slot_of_each_token(layout, merge, before)
@@ -225,50 +162,38 @@ def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
     if compress:
         omega = importance(q[layout.token, :, -1][..., None], k.size(1), params.bias, params.epsilon)[..., 0]
         k_part, v_part = _pool_chunks(state, layer, layout, _Raw(k_part, v_part, omega), merge, params.window)
-    where = params.positions[layout.token]
-    k_part, v_part = rotate(k_part, where, inv_freq, compress).to(k.dtype), v_part.to(v.dtype)
+    where, neuron_out = params.positions[layout.token], slice(None if compress else 0)
+    k_part, v_part = rotate(k_part, where, inv_freq, neuron_out).to(k.dtype), v_part.to(v.dtype)
     _write_slots(state, layer, layout, merge, slot, k_part, v_part)
 
     q_rot = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    q_rot[layout.token] = rotate(q[layout.token], where, inv_freq, compress).to(q.dtype)
+    q_rot[layout.token] = rotate(q[layout.token], where, inv_freq, neuron_out).to(q.dtype)
     if not params.partial:
-        return Appended(q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0))
+        return Appended(q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0), state.lengths.new_empty(0))
     k_all, v_all = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     index = state.lengths.new_zeros(k.shape[:2])
     k_all[layout.token], v_all[layout.token], index[layout.token] = k_part, v_part, slot.to(index.dtype)
-    return Appended(q_rot, k_all, v_all, index)
-
-
-def _gather(state: CacheState, layer: int, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots [0, limit) of every head in fp32, [N, H, n, D]; zeros beyond. limit: int64 [N, H]."""
-    pages = -(-int(limit.max()) // state.page_size)
-    ids = state.page_table[rows, layer, :, :pages].long()
-    # Ids and slots beyond the length are garbage, and 0 * NaN is NaN.
-    used = torch.arange(pages, device=ids.device) * state.page_size < limit[..., None]
-    ids = ids.masked_fill(~used, 0)
-    inside = torch.arange(pages * state.page_size, device=ids.device) < limit[..., None]
-    # [N, H, pages, page_size, D] -> [N, H, n, D]
-    return tuple(
-        x[ids].flatten(2, 3).float().masked_fill(~inside[..., None], 0.0) for x in (state.k_pages, state.v_pages)
-    )
+    return Appended(q_rot, k_all, v_all, index, state.lengths.new_empty(0))
 
 
 def decode_attention(state: CacheState, layer: int, q_rot: Tensor, rows: Tensor, scale: float) -> Tensor:
     """See :func:`megatron.dmc.kernels.decode_attention`."""
     heads, d = state.lengths.size(2), q_rot.size(-1)
     out = torch.zeros_like(q_rot, memory_format=torch.contiguous_format)
-    limit = state.lengths[rows.clamp_min(0).long(), layer].long()
-    keep = ((rows >= 0) & (limit.amax(-1) > 0)).nonzero().flatten()
+    at = rows.clamp_min(0).long()
+    seen = state.segment if state.evicts else state.lengths
+    keep = ((rows >= 0) & (seen[at, layer].amax(-1) > 0)).nonzero().flatten()
     if not keep.numel():
         return out
-    limit = limit[keep]
-    k, v = _gather(state, layer, rows[keep].long(), limit)
+    k, v, used = kept_slots(state, layer, at[keep], state.lengths[at[keep], layer].long())
+    if state.evicts:
+        recent = recent_slots(state, layer, at[keep])
+        k, v, used = (torch.cat(pair, dim=2) for pair in zip((k, v, used), recent))
     # [N, Hq, D] -> [N, H, g, D]
     q = q_rot[keep].float().view(keep.numel(), heads, -1, d)
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-    outside = torch.arange(k.size(2), device=k.device) >= limit[..., None]
-    p = torch.softmax(scores.masked_fill(outside[:, :, None], float("-inf")), dim=-1)
-    mixed = torch.matmul(p.masked_fill((limit == 0)[..., None, None], 0.0), v)
+    p = torch.softmax(scores.masked_fill(~used[:, :, None], float("-inf")), dim=-1)
+    mixed = torch.matmul(p.masked_fill(~used.any(-1)[..., None, None], 0.0), v)
     out[keep] = mixed.flatten(1, 2).to(out.dtype)
     return out
 
@@ -277,24 +202,31 @@ def prefill_attention(
     state: CacheState, layer: int, appended: Appended, cu_seqlens: Tensor, rows: Tensor, scale: float
 ) -> Tensor:
     """See :func:`megatron.dmc.kernels.prefill_attention`."""
-    q_rot, k_part, v_part, slot_index = appended
-    layout, heads, d = _layout(cu_seqlens, rows), k_part.size(1), q_rot.size(-1)
+    q_rot, k_part, v_part, slot_index, _ = appended
+    layout, heads, d = Layout.of(cu_seqlens, rows), k_part.size(1), q_rot.size(-1)
     out = torch.zeros_like(q_rot, memory_format=torch.contiguous_format)
-    for members, tokens in _same_length(layout):
+    for members, tokens in layout.by_length():
         for start in range(0, tokens.size(1), _QUERY_ROWS):
             at = layout.token[tokens[:, start : start + _QUERY_ROWS]]  # [m, s]
             m, s = at.shape
             # [m, s, Hq, D] -> [m, H, g, s, D]; the others [m, s, H, D] -> [m, H, 1, s, D]
             q = q_rot[at].float().view(m, s, heads, -1, d).permute(0, 2, 3, 1, 4)
-            own_k, own_v = (x[at].float().transpose(1, 2)[:, :, None] for x in (k_part, v_part))
             index = slot_index[at].long().transpose(1, 2)  # [m, H, s]
-            k, v = _gather(state, layer, layout.rows[members], index.amax(-1))
+            k, v, _ = kept_slots(state, layer, layout.rows[members], index.amax(-1))
             scores = torch.matmul(q, k[:, :, None].transpose(-1, -2)) * scale
             outside = torch.arange(k.size(2), device=k.device) >= index[..., None]
             scores = scores.masked_fill(outside[:, :, None], float("-inf"))
-            own = (q * own_k).sum(-1, keepdim=True) * scale
-            p = torch.softmax(torch.cat((scores, own), dim=-1), dim=-1)
-            mixed = torch.matmul(p[..., :-1], v[:, :, None]) + p[..., -1:] * own_v
+            if state.evicts:
+                block = slice(start, start + s)
+                near_k, near_v, near = window_of_queries(state, layer, layout, members, tokens, appended, block)
+                own = torch.matmul(q, near_k[:, :, None].transpose(-1, -2)) * scale
+                own = own.masked_fill(~near[:, None, None], float("-inf"))
+            else:
+                own_k, own_v = (x[at].float().transpose(1, 2)[:, :, None] for x in (k_part, v_part))
+                own = (q * own_k).sum(-1, keepdim=True) * scale
+            p, n = torch.softmax(torch.cat((scores, own), dim=-1), dim=-1), k.size(2)
+            of_own = torch.matmul(p[..., n:], near_v[:, :, None]) if state.evicts else p[..., n:] * own_v
+            mixed = torch.matmul(p[..., :n], v[:, :, None]) + of_own
             # [m, H, g, s, D] -> [m, s, Hq, D]
             out[at] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
     return out
@@ -307,49 +239,34 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
     if (
         target.unique().numel() != target.numel()
         or bool(torch.isin(source, target).any())
-        or bool(state.lengths[target].any())
+        or bool(state.lengths[target].any() | state.segment[target].any())
     ):
         raise ValueError(f"target is {target.tolist()}; it must be distinct empty rows that are no sources")
-    lengths = state.lengths[source].long()  # [n, L, H]
-    final = (lengths - 1).clamp_min(0) if state.compresses else lengths  # slots that are not written any more
-    held, shared = -(-lengths // state.page_size), final // state.page_size
-    copied = held > shared
-    total = int(copied.sum())
-    if total > state.free_count():
-        raise RuntimeError(f"the copies need {total} pages and {state.free_count()} are free; nothing was written")
-    column = torch.arange(state.page_table.size(3), device=lengths.device)
-    old = state.page_table[source]
-    # Beyond the length the target's table stays what it was.
-    table = torch.where(column < held[..., None], old, state.page_table[target])
-    every = old[column < shared[..., None]].long()
+    held = state.held_pages(source)
+    copied, shared = held.used & held.open, held.used & ~held.open
+    owner, _, pages = take(state, copied.flatten().long(), "the copies need")  # in the order (pair, layer, head, page)
+    every = held.ids[shared]
     state.refcounts.index_add_(0, every, torch.ones_like(every, dtype=torch.int32))
-    order = (state.counters[TAKEN] + torch.arange(total, device=lengths.device)) % state.num_pages
-    pages, at = state.free_pages[order], copied.nonzero(as_tuple=True)  # in the order (pair, layer, head)
-    before = old[(*at, shared[at])].long()
-    table[(*at, shared[at])] = pages
+    ids = held.ids.clone()
+    ids.view(-1)[owner] = pages.long()
     for x in (state.k_pages, state.v_pages):
-        x[pages.long()] = x[before]
-    state.refcounts[pages.long()] = 1
-    state.counters[TAKEN] += total
-    state.page_table[target] = table
-    for x in (state.lengths, state.segment, state.ring_k, state.ring_v, state.ring_w):
+        x[pages.long()] = x[held.ids.view(-1)[owner]]
+    # Where the source holds none the target's tables stay what they were.
+    tables = torch.cat((state.page_table[target], state.recent_table[target]), dim=3).long()
+    tables.scatter_(3, held.column, torch.where(held.used, ids, tables.gather(3, held.column)))
+    tables = tables.to(state.page_table.dtype)
+    state.page_table[target], state.recent_table[target] = tables.split(
+        (state.page_table.size(3), state.recent_table.size(3)), dim=3
+    )
+    for x in (state.lengths, state.segment, state.ring_k, state.ring_v, state.ring_w, state.marks):
         x[target] = x[source]
 
 
 def free(state: CacheState, rows: Tensor) -> None:
     """See :func:`megatron.dmc.kernels.free`."""
     rows = rows[rows >= 0].long()
-    pages = -(-state.lengths[rows].long() // state.page_size)
-    used = torch.arange(state.page_table.size(3), device=rows.device) < pages[..., None]
-    ids = state.page_table[rows][used].long()  # in the order (row, layer, head, page)
-    state.refcounts.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
-    # Rows may share a page: it is returned where the last of them lets go.
-    order = torch.arange(ids.numel(), device=rows.device)
-    last = order.new_zeros(state.num_pages).scatter_reduce_(0, ids, order, "amax")
-    ids = ids[(state.refcounts[ids] == 0) & (last[ids] == order)]
-    order = order[: ids.numel()]
-    state.free_pages[(state.counters[RETURNED] + order) % state.num_pages] = ids.to(torch.int32)
-    state.counters[RETURNED] += ids.numel()
+    held = state.held_pages(rows)
+    give_back(state, held.ids[held.used])  # in the order (row, layer, head, page)
     state.lengths[rows] = 0
     state.segment[rows] = 0
 

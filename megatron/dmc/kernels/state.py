@@ -3,13 +3,18 @@
 L layers, H local KV heads, D head dimension, W pooling window. A *row* is a place for one sequence. Every (row, layer,
 head) has its own number of slots, kept in pages; a page holds slots of one head. Rows that share a prefix share its
 full pages, which are not written any more; a page with a slot that may still be written belongs to one row.
+
+A model that evicts (DMS) has two runs of pages per head. The *kept pages* of ``page_table`` hold the unmarked tokens
+that are older than the eviction window w; they only ever grow. The *recent pages* of ``recent_table`` hold the latest
+w + 1 tokens, whatever was decided about them: token t in page t // page_size of the sequence, place t % page_size. A
+page is written once, place after place, and given back when its last token has left the window.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -18,8 +23,24 @@ from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PAGE_SIZES = (16, 32, 64)
+MAX_EVICT_WINDOW = 1024
 
 TAKEN, RETURNED, REFUSED = range(3)  # what ``counters`` counts
+
+
+class HeldPages(NamedTuple):
+    """Pages of n rows, each [n, L, H, max_pages + R]: of every head its kept pages, then its recent ones, both in the
+    order of their tokens.
+    """
+
+    column: Tensor
+    """int64, where each lies in the head's row of ``page_table``, or ``max_pages`` after that of ``recent_table``."""
+    ids: Tensor
+    """int64, garbage where none is held."""
+    used: Tensor
+    """bool, those that are held."""
+    open: Tensor
+    """bool, those of them that may still be written: at most one of each kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +53,9 @@ class CacheState:
     page_table: Tensor
     """int32 [rows, L, H, max_pages], page ids; what lies beyond the length is garbage."""
     lengths: Tensor
-    """int32 [rows, L, H], slots in use; 0: no token yet."""
+    """int32 [rows, L, H], slots of ``page_table`` in use: 0 before the first token, and while an evicting model has
+    kept none beyond its window.
+    """
     ring_k: Tensor
     ring_v: Tensor
     """[rows, L, H, R, D], un-rotated keys and values of the open slot. Token i of the segment lies at i mod W, in the
@@ -43,6 +66,16 @@ class CacheState:
     """fp32 [rows, L, H, R], omega of these tokens; without a window their total."""
     segment: Tensor
     """int32 [rows, L, H], tokens in the open slot; 0 before the first token. Entries of the ring beyond it are garbage.
+    An evicting model's: all tokens that the head has seen.
+    """
+    recent_table: Tensor
+    """int32 [rows, L, H, R], ids of the recent pages: page p of the sequence in column p mod R, R = ceil(w / page_size)
+    + 2. Other columns are garbage. R = 0 unless the model evicts.
+    """
+    marks: Tensor
+    """uint8 [rows, L, H, w + 2], 1 for a token that is not kept when it leaves the window: token j in place
+    j mod (w + 2). Nobody has decided yet about a token with 0 whose decision comes with the next token. [..., 0] unless
+    the model evicts.
     """
     free_pages: Tensor
     """int32 [num_pages], a ring of page ids: entries [taken, returned + num_pages), modulo num_pages, are free."""
@@ -86,6 +119,24 @@ class CacheState:
         """True if the last slot of a head may be written again. Only a model that merges has a ring."""
         return self.ring_w.size(3) > 0
 
+    @property
+    def evicts(self) -> bool:
+        """True if marked tokens are given up when they leave a window of recent tokens."""
+        return self.marks.size(3) > 0
+
+    @property
+    def evict_window(self) -> int:
+        """Eviction window w: the queries after a token that see it whatever was decided. 0 unless the model evicts."""
+        return max(0, self.marks.size(3) - 2)
+
+    def recent_pages(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages of a sequence, by its own count, that hold its recent tokens: the first, and the one after the last.
+
+        Args:
+            tokens: int64 of any shape, tokens seen.
+        """
+        return (tokens - 1 - self.evict_window).clamp_min(0) // self.page_size, -(-tokens // self.page_size)
+
     def free_count(self) -> int:
         """Number of free pages. Waits for the device."""
         taken, returned = self.counters[:REFUSED].tolist()
@@ -102,14 +153,15 @@ class CacheState:
         Raises:
             RuntimeError: what is wrong and with which page.
         """
-        lengths, table = self.lengths.cpu().long(), self.page_table.cpu().long()
+        lengths = self.lengths.cpu().long()
         if int(lengths.min()) < 0 or int(lengths.max()) > self.max_slots:
             raise RuntimeError(
                 f"lengths are outside of 0..{self.max_slots}: {int(lengths.min())}..{int(lengths.max())}"
             )
-        pages = -(-lengths // self.page_size)
-        used = torch.arange(table.size(3)) < pages[..., None]
-        owned = table[used]
+        if self.evicts and bool((lengths > (self.segment.cpu() - 1 - self.evict_window).clamp_min(0)).any()):
+            raise RuntimeError("a head has kept more tokens than have left its window")
+        held = HeldPages(*(x.cpu() for x in self.held_pages(torch.arange(self.lengths.size(0)))))
+        used, owned = held.used, held.ids[held.used]
         taken, returned = self.counters[:REFUSED].tolist()
         if not 0 <= taken - returned <= self.num_pages:
             raise RuntimeError(f"{taken} pages were taken and {returned} returned, of {self.num_pages}")
@@ -126,19 +178,34 @@ class CacheState:
         refcounts = self.refcounts.cpu().long()
         _none(refcounts != counts, "page {} is held by {} rows, and its count is {}", counts, refcounts)
         # Where each page lies in a row: (layer, head, column).
-        place = torch.arange(used[0].numel()).view(used[0].shape).expand_as(used)[used]
+        heads = torch.arange(used[0, ..., 0].numel()).view(used[0, ..., :1].shape) * used.size(3)
+        place = (heads + held.column)[used]
         first = torch.empty(self.num_pages, dtype=torch.long)
         first[owned] = place
         _none(
             torch.zeros_like(first).index_add_(0, owned, (first[owned] != place).long()) > 0,
             "page {} is held at two places",
         )
-        last = (
-            lengths - 1 if self.compresses else lengths
-        ) // self.page_size  # the page with the next slot to be written
-        open_ = (used & (torch.arange(table.size(3)) == last[..., None]))[used]
-        writable = torch.zeros_like(counts).index_add_(0, owned, open_.long()) > 0
+        writable = torch.zeros_like(counts).index_add_(0, owned, held.open[used].long()) > 0
         _none(writable & (counts > 1), "page {} may still be written and is shared by {} rows", counts)
+
+    def held_pages(self, rows: Tensor) -> HeldPages:
+        """Pages of some rows, kept ones and recent ones. rows: int [n], all of the cache's."""
+        rows = rows.to(self.lengths.device)
+        lengths = self.lengths[rows].long()[..., None]
+        column = torch.arange(self.page_table.size(3), device=rows.device).expand(*lengths.shape[:-1], -1)
+        ids, used = self.page_table[rows].long(), column < -(-lengths // self.page_size)
+        # That of the next slot to be written.
+        open_ = used & (column == ((lengths - 1) if self.compresses else lengths) // self.page_size)
+        if not self.evicts:
+            return HeldPages(column, ids, used, open_)
+        tokens = self.segment[rows].long()[..., None]
+        begin, end = self.recent_pages(tokens)
+        page = begin + torch.arange(self.recent_table.size(3), device=rows.device)
+        at, held = page % self.recent_table.size(3), page < end
+        recent = self.recent_table[rows].long().gather(3, at), held, held & (page == tokens // self.page_size)
+        kept = column, ids, used, open_
+        return HeldPages(*(torch.cat(pair, dim=3) for pair in zip(kept, (at + column.size(3), *recent))))
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(CacheState))
@@ -162,6 +229,7 @@ def make_state(
     page_size: int = 16,
     window: Optional[int] = 12,
     compress: bool = True,
+    evict_window: Optional[int] = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> CacheState:
@@ -174,6 +242,8 @@ def make_state(
         page_size: slots of a page: 16, 32 or 64.
         window: pooling window W, 1 to 64 tokens, or None for the whole segment.
         compress: False for a plain model, which needs no ring.
+        evict_window: w of a model that evicts, 1 to 1,024 tokens, which has no ring either; ``window`` and ``compress``
+            are ignored then.
         dtype: of keys and values: fp32, bf16 or fp16.
 
     Raises:
@@ -193,7 +263,11 @@ def make_state(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if num_pages >= 2**31:
         raise ValueError(f"num_pages is {num_pages}; page ids are 32-bit")
-    ring = 0 if not compress else 1 if window is None else window
+    if evict_window is not None and not 1 <= evict_window <= MAX_EVICT_WINDOW:
+        raise ValueError(f"an eviction window of {evict_window} is not possible; use 1 to {MAX_EVICT_WINDOW}")
+    evicts = evict_window is not None
+    recent, marks = (-(-evict_window // page_size) + 2, evict_window + 2) if evicts else (0, 0)
+    ring = 0 if evicts or not compress else 1 if window is None else window
     ring_dtype = torch.float32 if window is None else dtype
     heads = (max_seqs, num_layers, num_kv_heads)
 
@@ -209,6 +283,8 @@ def make_state(
         ring_v=zeros(*heads, ring, head_dim, of=ring_dtype),
         ring_w=zeros(*heads, ring, of=torch.float32),
         segment=zeros(*heads),
+        recent_table=zeros(*heads, recent),
+        marks=zeros(*heads, marks, of=torch.uint8),
         free_pages=torch.arange(num_pages, dtype=torch.int32, device=device),
         refcounts=zeros(num_pages),
         counters=zeros(4, of=torch.int64),

@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.kernels import dispatch, reference
-from megatron.dmc.kernels.params import Appended, AppendParams
+from megatron.dmc.kernels.params import Appended, AppendParams, EvictParams
 from megatron.dmc.kernels.state import CacheState
 
 NAMESPACE = "megatron_dmc"
 TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", Optional[int]: "int?"}
-FIELDS = {record: get_type_hints(record) for record in (CacheState, AppendParams, Appended)}
+FIELDS = {record: get_type_hints(record) for record in (CacheState, AppendParams, EvictParams, Appended)}
 
-_NEW_SLOTS = frozenset(FIELDS[CacheState]) - {"free_pages"}
+_POOL, _RING = frozenset({"free_pages", "refcounts", "counters"}), frozenset({"ring_k", "ring_v", "ring_w"})
+_RECENT = frozenset({"recent_table", "marks"})
+_ALL = frozenset(FIELDS[CacheState])
 # The tensors of the state that each op writes.
 WRITES: dict[str, frozenset[str]] = {
-    "append": _NEW_SLOTS,
+    "append": _ALL - _RECENT - {"free_pages"},
+    "append_evicting": _ALL - _RING,
     "decode_attention": frozenset(),
     "prefill_attention": frozenset(),
-    "fork": _NEW_SLOTS,
-    "free": frozenset({"lengths", "segment", "free_pages", "refcounts", "counters"}),
+    "fork": _ALL - {"free_pages"},
+    "free": _POOL | {"lengths", "segment"},
     "rms_norm": frozenset(),
     "add_rms_norm": frozenset(),
     "silu_and_mul": frozenset(),
@@ -71,12 +74,24 @@ for _op in WRITES:
 _STATE = len(FIELDS[CacheState])
 
 
+def _appended(q: Tensor, k: Tensor, partial: bool, recent: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Outputs of an append. recent: shape of ``recent_before``."""
+    shape, index = k.shape if partial else (0,), {"dtype": torch.int32}
+    parts = k.new_empty(shape), k.new_empty(shape), k.new_empty(shape[:2], **index)
+    return q.new_empty(q.shape), *parts, k.new_empty(recent if partial else (0,), **index)
+
+
 @torch.library.register_fake(f"{NAMESPACE}::append", lib=_library)
-def _append(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _append(*flat: Any) -> tuple[Tensor, ...]:
     params = AppendParams(*flat[_STATE + 1 :])
-    q, k, v = params[:3]
-    shape = k.shape if params.partial else (0,)
-    return q.new_empty(q.shape), k.new_empty(shape), v.new_empty(shape), k.new_empty(shape[:2], dtype=torch.int32)
+    return _appended(params.q, params.k, params.partial, (0,))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::append_evicting", lib=_library)
+def _append_evicting(*flat: Any) -> tuple[Tensor, ...]:
+    state, params = CacheState(*flat[:_STATE]), EvictParams(*flat[_STATE + 1 :])
+    recent = params.rows.size(0), *state.recent_table.shape[2:]
+    return _appended(params.q, params.k, params.partial, recent)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decode_attention", lib=_library)

@@ -70,7 +70,9 @@ const Kernels& kernels() {
   return *best;
 }
 
-void check_cache(const Cache&) {}
+void check_cache(const Cache& c) {
+  if (c.evict_window) TVM_FFI_THROW(RuntimeError) << "a cache of a model that evicts is not implemented in these CPU kernels";
+}
 
 void check_rows(const Cache& c, const int32_t* rows, int64_t n, const char* name = "rows") {
   for (int64_t i = 0; i < n; i++)
@@ -141,6 +143,10 @@ void run(AppendParams& p, const Optional<TensorView>&) {
   kernels().decide(p);
   take_pages(p);
   kernels().write(p);
+}
+
+void run(EvictParams&, const Optional<TensorView>&) {
+  TVM_FFI_THROW(RuntimeError) << "append_evicting is not implemented in these CPU kernels";
 }
 
 void run(DecodeParams& p, const Optional<TensorView>&) {

@@ -24,6 +24,7 @@ void done(const char* error) {
 bool aligned(const void* x) { return (uintptr_t)x % 16 == 0; }
 
 void check_cache(const Cache& c) {
+  if (c.evict_window) TVM_FFI_THROW(RuntimeError) << "a cache of a model that evicts is not implemented in these CUDA kernels";
   if (!aligned(c.k_pages) || !aligned(c.v_pages) || !aligned(c.ring_k) || !aligned(c.ring_v))
     TVM_FFI_THROW(ValueError) << "k_pages, v_pages, ring_k and ring_v must be aligned to 16 bytes";
 }
@@ -61,6 +62,10 @@ void run(AppendParams& p, const Optional<TensorView>& scratch) {
   x.owner = take<int32_t>(at, p.tokens);
   x.merge = take<uint8_t>(at, all);
   done(dmc_cuda_append(x, stream_of(p.cache.device)));
+}
+
+void run(EvictParams&, const Optional<TensorView>&) {
+  TVM_FFI_THROW(RuntimeError) << "append_evicting is not implemented in these CUDA kernels";
 }
 
 void run(DecodeParams& p, const Optional<TensorView>& scratch) {

@@ -26,6 +26,7 @@ using tvm::ffi::TensorView;
 // The launcher's part. `scratch` is that of CUDA kernels: memory of the caching allocator.
 void check_cache(const Cache& c);
 void run(AppendParams& p, const Optional<TensorView>& scratch);
+void run(EvictParams& p, const Optional<TensorView>& scratch);
 void run(DecodeParams& p, const Optional<TensorView>& scratch);
 void run(PrefillParams& p);
 void run(const ForkParams& p);
@@ -104,12 +105,15 @@ int64_t query_groups(const Cache& c, const TensorView& q) {
 // Checks the tensors of a state, in the order of CacheState.tensors(), and returns the Cache that the functions below take: once per
 // state, so that a call converts and checks only what is new in it.
 Bytes bind(TensorView k_pages, TensorView v_pages, TensorView page_table, TensorView lengths, TensorView ring_k, TensorView ring_v,
-           TensorView ring_w, TensorView segment, TensorView free_pages, TensorView refcounts, TensorView counters) {
+           TensorView ring_w, TensorView segment, TensorView recent_table, TensorView marks, TensorView free_pages, TensorView refcounts,
+           TensorView counters) {
   Cache c;
   check(k_pages.ndim() == 3 && contiguous(k_pages), "k_pages", k_pages, "[num_pages, page_size, D], contiguous");
   check(v_pages.ndim() == 3 && contiguous(v_pages) && v_pages.numel() == k_pages.numel(), "v_pages", v_pages, "like k_pages");
   check(page_table.ndim() == 4, "page_table", page_table, "int32 [rows, L, H, max_pages]");
   check(ring_w.ndim() == 4, "ring_w", ring_w, "fp32 [rows, L, H, R]");
+  check(recent_table.ndim() == 4, "recent_table", recent_table, "int32 [rows, L, H, C]");
+  check(here(marks) && is(marks, kDLUInt, 8) && marks.ndim() == 4 && contiguous(marks), "marks", marks, "uint8 [rows, L, H, w + 2]");
   check(here(k_pages), "k_pages", k_pages, "on the device of these kernels");
   c.num_pages = k_pages.size(0), c.page_size = (int)k_pages.size(1), c.head_dim = (int)k_pages.size(2);
   c.rows = page_table.size(0), c.layers = page_table.size(1), c.heads = page_table.size(2), c.max_pages = page_table.size(3);
@@ -125,6 +129,12 @@ Bytes bind(TensorView k_pages, TensorView v_pages, TensorView page_table, Tensor
   check(contiguous(ring_k) && ring_k.numel() == all * c.ring * c.head_dim, "ring_k", ring_k, "[rows, L, H, R, D]");
   check(contiguous(ring_v) && ring_v.numel() == ring_k.numel(), "ring_v", ring_v, "[rows, L, H, R, D]");
   c.ring_k = ring_k.data_ptr(), c.ring_v = ring_v.data_ptr();
+  c.recent = recent_table.size(3), c.evict_window = marks.size(3) ? marks.size(3) - 2 : 0;
+  c.recent_table = ints<int32_t>(recent_table, all * c.recent, "recent_table", "int32 [rows, L, H, C]");
+  int64_t columns = c.evict_window ? (c.evict_window + c.page_size - 1) / c.page_size + 2 : 0;
+  check(c.recent == columns, "recent_table", recent_table, "of as many columns as the window that marks is for needs");
+  check(marks.numel() == (c.evict_window ? all * (c.evict_window + 2) : 0), "marks", marks, "uint8 [rows, L, H, w + 2]");
+  c.marks = static_cast<uint8_t*>(marks.data_ptr());
   c.free_pages = ints<int32_t>(free_pages, c.num_pages, "free_pages", "int32 [num_pages]");
   c.refcounts = ints<int32_t>(refcounts, c.num_pages, "refcounts", "int32 [num_pages]");
   c.counters = ints<int64_t>(counters, 4, "counters", "int64 [4]");
@@ -147,13 +157,13 @@ int64_t layer_of(const Cache& c, int64_t layer) {
 // ------------------------------------------------------------------------------------------------------------------ ops
 // Arguments as in params.py and __init__.py, then the outputs, then what the device adds.
 
-// Without `partial`, k_part, v_part and slot_index are empty.
-void append(const Bytes& cache, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView cu_seqlens, TensorView rows,
-            TensorView positions, TensorView inv_freq, double bias, double epsilon, Optional<int64_t> window, bool compress, bool partial,
-            TensorView q_rot, TensorView k_part, TensorView v_part, TensorView slot_index, Optional<TensorView> scratch, int64_t threads) {
-  AppendParams p = {};
+// Fills what an append of any kind takes of a step's tokens and returns. Without `partial`, what the other outputs hold is empty.
+template <class P>
+void step(P& p, const Bytes& cache, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView cu_seqlens, TensorView rows,
+          TensorView positions, TensorView inv_freq, bool partial, TensorView q_rot, TensorView k_part, TensorView v_part,
+          TensorView slot_index, int64_t threads) {
   const Cache& c = p.cache = cache_of(cache);
-  p.layer = layer_of(c, layer), p.n = rows.numel(), p.tokens = q.size(0), p.groups = query_groups(c, q);
+  p.layer = layer_of(c, layer), p.n = rows.numel(), p.tokens = q.size(0), p.groups = query_groups(c, q), p.threads = (int)threads;
   p.q = heads(q, c, -1, -1, "q", "[T, Hq, D] of the cache's dtype, the last axis contiguous");
   p.k = heads(k, c, p.tokens, c.heads, "k", "[T, H, D] of the cache's dtype, the last axis contiguous");
   p.v = heads(v, c, p.tokens, c.heads, "v", "[T, H, D] of the cache's dtype, the last axis contiguous");
@@ -161,17 +171,42 @@ void append(const Bytes& cache, int64_t layer, TensorView q, TensorView k, Tenso
   p.cu_seqlens = ints<int32_t>(cu_seqlens, p.n + 1, "cu_seqlens", "int32 [N + 1], contiguous");
   p.positions = ints<int32_t>(positions, p.tokens, "positions", "int32 [T], contiguous");
   p.inv_freq = floats(inv_freq, c.head_dim / 2, "inv_freq", "fp32 [D / 2], contiguous");
-  p.bias = (float)bias, p.epsilon = (float)epsilon, p.window = (int)window.value_or(0), p.compress = compress, p.threads = (int)threads;
+  p.q_rot = heads(q_rot, c, p.tokens, q.size(1), "q_rot", "like q");
+  if (!partial) return;
+  p.k_part = heads(k_part, c, p.tokens, c.heads, "k_part", "like k");
+  p.v_part = heads(v_part, c, p.tokens, c.heads, "v_part", "like v");
+  p.slot_index = ints<int32_t>(slot_index, p.tokens * c.heads, "slot_index", "int32 [T, H]");
+}
+
+// recent_before: empty.
+void append(const Bytes& cache, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView cu_seqlens, TensorView rows,
+            TensorView positions, TensorView inv_freq, double bias, double epsilon, Optional<int64_t> window, bool compress, bool partial,
+            TensorView q_rot, TensorView k_part, TensorView v_part, TensorView slot_index, TensorView recent_before,
+            Optional<TensorView> scratch, int64_t threads) {
+  AppendParams p = {};
+  step(p, cache, layer, q, k, v, cu_seqlens, rows, positions, inv_freq, partial, q_rot, k_part, v_part, slot_index, threads);
+  const Cache& c = p.cache;
+  if (c.evict_window) TVM_FFI_THROW(ValueError) << "the cache is of a model that evicts; use append_evicting";
+  p.bias = (float)bias, p.epsilon = (float)epsilon, p.window = (int)window.value_or(0), p.compress = compress;
   if (compress && c.ring != (p.window ? p.window : 1))
     TVM_FFI_THROW(ValueError) << "the cache's ring holds " << c.ring << " tokens and the window is " << p.window << "; make the cache for this window";
   if (compress && c.ring_dtype != (p.window ? c.dtype : kF32))
     TVM_FFI_THROW(ValueError) << "ring_k is of the wrong dtype for this window";
-  p.q_rot = heads(q_rot, c, p.tokens, q.size(1), "q_rot", "like q");
-  if (partial) {
-    p.k_part = heads(k_part, c, p.tokens, c.heads, "k_part", "like k");
-    p.v_part = heads(v_part, c, p.tokens, c.heads, "v_part", "like v");
-    p.slot_index = ints<int32_t>(slot_index, p.tokens * c.heads, "slot_index", "int32 [T, H]");
-  }
+  run(p, scratch);
+}
+
+void append_evicting(const Bytes& cache, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView logits, TensorView cu_seqlens,
+                     TensorView rows, TensorView positions, TensorView inv_freq, bool about_self, int64_t neuron, bool partial,
+                     TensorView q_rot, TensorView k_part, TensorView v_part, TensorView slot_index, TensorView recent_before,
+                     Optional<TensorView> scratch, int64_t threads) {
+  EvictParams p = {};
+  step(p, cache, layer, q, k, v, cu_seqlens, rows, positions, inv_freq, partial, q_rot, k_part, v_part, slot_index, threads);
+  const Cache& c = p.cache;
+  if (!c.evict_window) TVM_FFI_THROW(ValueError) << "the cache is of a model that does not evict; use append";
+  p.logits = floats(logits, p.tokens * c.heads, "logits", "fp32 [T, H], contiguous");
+  if (neuron < kNeuronNone || neuron > kNeuronQuery) TVM_FFI_THROW(ValueError) << "neuron is " << neuron << "; it must be 0 (none), 1 (all) or 2 (query)";
+  p.about_self = about_self, p.neuron = (Neuron)neuron;
+  if (partial) p.recent_before = ints<int32_t>(recent_before, p.n * c.heads * c.recent, "recent_before", "int32 [N, H, C]");
   run(p, scratch);
 }
 
@@ -187,7 +222,7 @@ void decode_attention(const Bytes& cache, int64_t layer, TensorView q_rot, Tenso
 }
 
 void prefill_attention(const Bytes& cache, int64_t layer, TensorView q_rot, TensorView k_part, TensorView v_part, TensorView slot_index,
-                       TensorView cu_seqlens, TensorView rows, double scale, TensorView out, int64_t threads) {
+                       TensorView recent_before, TensorView cu_seqlens, TensorView rows, double scale, TensorView out, int64_t threads) {
   PrefillParams p = {};
   const Cache& c = p.cache = cache_of(cache);
   p.layer = layer_of(c, layer), p.n = rows.numel(), p.tokens = q_rot.size(0), p.groups = query_groups(c, q_rot);
@@ -197,6 +232,7 @@ void prefill_attention(const Bytes& cache, int64_t layer, TensorView q_rot, Tens
   p.v_part = heads(v_part, c, p.tokens, c.heads, "v_part", "[T, H, D]");
   p.out = heads(out, c, p.tokens, q_rot.size(1), "out", "like q_rot");
   p.slot_index = ints<int32_t>(slot_index, p.tokens * c.heads, "slot_index", "int32 [T, H]");
+  if (c.evict_window) p.recent_before = ints<int32_t>(recent_before, p.n * c.heads * c.recent, "recent_before", "int32 [N, H, C]");
   p.rows = row_ids(rows);
   p.cu_seqlens = ints<int32_t>(cu_seqlens, p.n + 1, "cu_seqlens", "int32 [N + 1], contiguous");
   run(p);
@@ -243,6 +279,7 @@ void silu_and_mul(TensorView x, TensorView out, int64_t threads) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, bind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, append);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append_evicting, append_evicting);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_attention, decode_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefill_attention, prefill_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fork_rows, fork_rows);

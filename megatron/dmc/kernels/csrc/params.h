@@ -9,20 +9,26 @@ enum Dtype { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 enum Counter { kTaken = 0, kReturned = 1, kRefused = 2, kArrived = 3 };  // of Cache::counters
 
-// A CacheState. S rows, L layers, H KV heads, R places in a ring.
+enum Neuron { kNeuronNone = 0, kNeuronAll = 1, kNeuronQuery = 2 };  // see params.py
+
+// A CacheState. S rows, L layers, H KV heads, R places in a ring, C columns of recent pages.
 struct Cache {
-  void* k_pages;        // [num_pages, page_size, D] of `dtype`
+  void* k_pages;          // [num_pages, page_size, D] of `dtype`
   void* v_pages;
-  int32_t* page_table;  // [S, L, H, max_pages]
-  int32_t* lengths;     // [S, L, H]
-  void* ring_k;         // [S, L, H, R, D] of `ring_dtype`
+  int32_t* page_table;    // [S, L, H, max_pages]
+  int32_t* lengths;       // [S, L, H]
+  void* ring_k;           // [S, L, H, R, D] of `ring_dtype`
   void* ring_v;
-  float* ring_w;        // [S, L, H, R]
-  int32_t* segment;     // [S, L, H]
-  int32_t* free_pages;  // [num_pages]
-  int32_t* refcounts;   // [num_pages]
-  int64_t* counters;    // [4]
+  float* ring_w;          // [S, L, H, R]
+  int32_t* segment;       // [S, L, H]
+  int32_t* recent_table;  // [S, L, H, C]
+  uint8_t* marks;         // [S, L, H, w + 2]
+  int32_t* free_pages;    // [num_pages]
+  int32_t* refcounts;     // [num_pages]
+  int64_t* counters;      // [4]
   int64_t num_pages, rows, layers, heads, max_pages, ring;
+  int64_t recent;         // C, 0 unless the model evicts
+  int64_t evict_window;   // w, 0 unless the model evicts
   int page_size, head_dim;
   Dtype dtype, ring_dtype;
   int device;
@@ -47,11 +53,12 @@ struct DecodeParams {
 struct PrefillParams {
   Cache cache;
   int64_t layer;
-  Heads q, out;               // [T, Hq, D]
-  Heads k_part, v_part;       // [T, H, D]
-  const int32_t* slot_index;  // [T, H]
-  const int32_t* cu_seqlens;  // [N + 1]
-  const int32_t* rows;        // [N]
+  Heads q, out;                  // [T, Hq, D]
+  Heads k_part, v_part;          // [T, H, D]
+  const int32_t* slot_index;     // [T, H]
+  const int32_t* recent_before;  // [N, H, C], null unless the model evicts
+  const int32_t* cu_seqlens;     // [N + 1]
+  const int32_t* rows;           // [N]
   int64_t n, tokens, groups;
   float scale;
   int threads;
@@ -75,6 +82,24 @@ struct AppendParams {
   float bias, epsilon;
   int window;                   // 0: none
   int compress;
+  int threads;
+};
+
+struct EvictParams {
+  Cache cache;
+  int64_t layer;
+  Heads q, k, v;                // before the rotation
+  Heads q_rot, k_part, v_part;  // k_part.data null: not wanted, nor slot_index and recent_before
+  int32_t* slot_index;          // [T, H]
+  int32_t* recent_before;       // [N, H, C]
+  const float* logits;          // [T, H]
+  const int32_t* cu_seqlens;    // [N + 1]
+  const int32_t* rows;          // [N]
+  const int32_t* positions;     // [T]
+  const float* inv_freq;        // [D / 2]
+  int64_t n, tokens, groups;
+  int about_self;
+  Neuron neuron;
   int threads;
 };
 
