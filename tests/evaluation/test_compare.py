@@ -21,7 +21,7 @@ from megatron.dmc.evaluation.compare.config import CompareConfig
 from megatron.dmc.evaluation.compare.jobs import Job, JobGraph
 from megatron.dmc.evaluation.compare.methods import build_graph
 from megatron.dmc.evaluation.compare.runner import JobRunner
-from megatron.dmc.evaluation.teacher_forced import Compression
+from megatron.dmc.evaluation.teacher_forced import Compression, TeacherForced
 
 TINY = {
     "seeds": [1],
@@ -318,13 +318,14 @@ def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, tra
     stamps = {path: path.stat().st_mtime_ns for path in (out / "jobs").rglob("*.json")}
     again = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
     assert "jobs done" not in again.stdout and stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    # What transformers and the engine would make of it.
-    from transformers import AutoConfig
+    # What the engine and transformers make of it.
+    from transformers import AutoModelForCausalLM
 
     from megatron.dmc.inference import LLM
 
     hf = out / "seed1/dms-distillation/2x/hf"
     with pytest.raises(ValueError, match="not served"):
         LLM(hf)
-    with pytest.raises(ValueError, match="method 'dms'"):
-        AutoConfig.from_pretrained(hf, trust_remote_code=True)
+    ids = torch.arange(3, 43)[None]
+    loss = AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)(ids, labels=ids).loss
+    assert float(loss) == pytest.approx(-float(TeacherForced.load(hf).score(ids).log_prob.mean()), rel=1e-4)

@@ -167,8 +167,6 @@ class Exported:
                 rows = GROUPS if self.decision.decision_per == "head" else 1
                 weights[f"{name}self_attn.dms_proj_alpha_norm.weight"] = 1 + draw(HIDDEN) / 9
                 weights[f"{name}self_attn.dms_proj_alpha.weight"] = draw(rows, HIDDEN, scale=HIDDEN**-0.5)
-                if qkv_bias:
-                    weights[f"{name}self_attn.dms_proj_alpha.bias"] = draw(rows, scale=0.3)
             weights[f"{name}self_attn.o_proj.weight"] = draw(HIDDEN, GROUPS * self.g * d, scale=HIDDEN**-0.5)
             weights[f"{name}mlp.gate_proj.weight"] = draw(48, HIDDEN, scale=HIDDEN**-0.5)
             weights[f"{name}mlp.up_proj.weight"] = draw(48, HIDDEN, scale=HIDDEN**-0.5)
@@ -205,16 +203,11 @@ class Oracle:
         """Decision logits of one token: [1, KV heads]. name: of the attention; x: before the layer's norm, [1, h]."""
         source, w = self.model.decision.decision_source, self.model.weights
         if source == "adapter":
-            y = F.linear(
-                self.norm(x, f"{name}dms_proj_alpha_norm"),
-                w[f"{name}dms_proj_alpha.weight"],
-                w.get(f"{name}dms_proj_alpha.bias"),
-            ).expand(1, GROUPS)
+            y = F.linear(self.norm(x, f"{name}dms_proj_alpha_norm"), w[f"{name}dms_proj_alpha.weight"])
         else:
-            y = torch.stack([k[0, n, -1] if source == "key" else q[0, n * self.model.g, -1] for n in range(GROUPS)])[
-                None
-            ]
-        return self.model.decision.decision_scale * y - self.bias
+            read = [k[0, n, -1] if source == "key" else q[0, n * self.model.g, -1] for n in range(GROUPS)]
+            y = torch.stack(read)[None]
+        return self.model.decision.decision_scale * y.expand(1, GROUPS) - self.bias
 
     def lengths(self) -> Tensor:
         return torch.stack([cache.lengths()[0] for cache in self.caches])

@@ -9,6 +9,7 @@ beside this file makes it. ``expected.json`` in the directory holds prompts and 
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 import sys
 import tempfile
@@ -79,6 +80,16 @@ def chunks_and_beams(subject: Subject) -> None:
         subject.generate(subject.prompts, use_cache=False, **named),
     )
     assert torch.equal(with_cache, without)
+
+
+@check("DMS")
+def dms(subject: Subject) -> None:
+    """A model of method dms: batch, without a cache, chunked prefill."""
+    other = copy.copy(subject)
+    other.model = AutoModelForCausalLM.from_pretrained(subject.directory / "dms", trust_remote_code=True)
+    other.answers = subject.expected["dms"]
+    for function in (batch, without_a_cache, chunks_and_beams):
+        function(other)
 
 
 @check("save and reload")

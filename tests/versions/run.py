@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from helpers.exported import CASES, VOCABULARY, Exported, tokens  # noqa: E402
+from helpers.exported import CASES, DMS_CASES, VOCABULARY, Exported, tokens  # noqa: E402
 
 from megatron.dmc.checkpoint.model_card import _sentencepiece_files  # noqa: E402
 
@@ -66,9 +66,12 @@ def make_directory(folder: Path) -> Path:
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert model.vocab_size() <= VOCABULARY
     prompts = [tokens(n, seed) for seed, n in enumerate((11, 3, 24))]
+    evicting = Exported(exported.directory / "dms", **DMS_CASES["adapter"])
+    (evicting.directory / "generation_config.json").write_text("{}")
     expected = {
         "prompts": prompts,
         "completions": [exported.oracle().generate(prompt, 25) for prompt in prompts],
+        "dms": [evicting.oracle().generate(prompt, 25) for prompt in prompts],
         "texts": {text: model.encode(text) for text in TEXTS},
         "prompt_text": TEXTS[0],
     }

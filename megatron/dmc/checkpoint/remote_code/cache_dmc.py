@@ -1,4 +1,4 @@
-"""The compressed cache of a DMC model: slots, and how tokens are appended to them or merged into them.
+"""The compressed cache of a model: slots, and how DMC appends tokens to them or merges tokens into them.
 
 ``modeling_dmc.py`` beside this file says what is computed. Shapes: b sequences, s tokens, ng KV heads, D channels.
 """
@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
+from .cache_dms import DMSCacheLayer
+
 POOL_ROWS = 128  # tokens that are averaged by one matrix product
 SLOT_STEP = 16  # a cache grows by a multiple of so many slots per head
 
 
-def rotate(x, cos, sin):
-    """Channel i with channel i + D/2, in fp32; the last channel, the neuron, is 0 before and after. x: [b, h, s, D]."""
-    left, right = F.pad(x[..., :-1].float(), (0, 1)).chunk(2, dim=-1)
+def rotate(x, cos, sin, neuron_out=True):
+    """Channel i with channel i + D/2, in fp32: [b, h, s, D]. neuron_out: the last channel is 0 before and after."""
+    x = F.pad(x[..., :-1], (0, 1)) if neuron_out else x
+    left, right = x.float().chunk(2, dim=-1)
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return F.pad(turned[..., :-1], (0, 1))
+    return F.pad(turned[..., :-1], (0, 1)) if neuron_out else turned
 
 
 class DMCCacheLayer:
@@ -115,6 +118,13 @@ class DMCCacheLayer:
             wanted = -(-wanted // SLOT_STEP) * SLOT_STEP
             self.keys, self.values = (F.pad(x, (0, 0, 0, wanted - capacity)) for x in (self.keys, self.values))
 
+    def final(self, slot, one):
+        """Slots that are final for queries whose own slots are given: bool [b, ng, rows, slots]. Of a prompt no more
+        than some query needs, of one token all that there may be, without a question to the device.
+        """
+        n = self.bound if one else max(0, int(slot.max()))
+        return torch.arange(n, device=slot.device) < slot[..., None]
+
     def select(self, indices):
         """Keep the sequences ``indices`` (int64 [b']), in this order."""
         if self.keys is not None:
@@ -133,7 +143,11 @@ class DMCCache(Cache):
 
     def __init__(self, config):
         # Cache.__init__ makes layers of its own, of other arguments from version to version.
-        self.layers = [DMCCacheLayer(config.dmc["window"]) for _ in range(config.num_hidden_layers)]
+        dmc, count = config.dmc, range(config.num_hidden_layers)
+        if config.evicts:
+            self.layers = [DMSCacheLayer(dmc["window"], dmc.get("decision_about", "previous")) for _ in count]
+        else:
+            self.layers = [DMCCacheLayer(dmc["window"]) for _ in count]
         self.layer_class_to_replicate, self.offloading = None, False
         self.reset()
 
@@ -210,8 +224,8 @@ class DMCCache(Cache):
 
     def crop(self, *args, **kwargs):
         raise ValueError(
-            "a DMC cache cannot be cropped: a merge has no inverse. Keep a copy (copy.deepcopy) of the cache as "
-            "it was, or generate without assisted decoding"
+            "a compressed cache cannot be cropped: merging and evicting have no inverse. Keep a copy (copy.deepcopy) "
+            "of the cache as it was, or generate without assisted decoding"
         )
 
     def activate_past_recording(self):

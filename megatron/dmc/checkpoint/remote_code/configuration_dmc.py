@@ -1,14 +1,23 @@
-"""Configuration of a language model whose key-value cache is compressed by DMC (arXiv 2403.09636).
+"""Configuration of a language model whose key-value cache is compressed by DMC (arXiv 2403.09636) or DMS (arXiv
+2506.05345).
 
-This file lies in a model directory, beside ``modeling_dmc.py`` and ``cache_dmc.py``; transformers reads them when it is
-told ``trust_remote_code=True``. The export of the megatron.dmc package has put it there, but it needs nothing of it.
+This file lies in a model directory, beside ``modeling_dmc.py``, ``cache_dmc.py`` and ``cache_dms.py``; transformers
+reads them when it is told ``trust_remote_code=True``. The export of the megatron.dmc package has put it there, but it
+needs nothing of it.
 
 ``config.json`` is that of the plain model (Llama, Mistral, Qwen 2, Qwen 3) with a ``dmc`` block:
 
     format_version      of this block; a file refuses what is newer than itself
     base_model_type     the plain model's model_type
-    decision_bias       b: a token is merged when its key's last channel is above b
-    window              W: tokens that a merged slot averages over; null: all of them
+    method              dmc (merges tokens) or dms (evicts them); dmc where it is left out
+    decision_bias       b: a token is merged or marked when the decision's x, times decision_scale, is above b
+    decision_source     what x is: key (its last channel; all that dmc has), query (that of the first one of the head's
+                        group) or adapter; key where it is left out
+    decision_about      whether the token before or itself is marked: previous or self; previous where it is left out
+    decision_per        who decides with an adapter: head or layer; head where it is left out
+    decision_scale      factor on x; 1 where it is left out
+    window              W. dmc: tokens that a merged slot averages over; null: all of them. dms: age in tokens up to
+                        which a marked token is seen
     importance_epsilon  added to every token's weight in that average
     add_qkv_bias        the projections of query, key and value have a bias (Qwen 2)
     qk_layernorm        every query and key head goes through an RMSNorm (Qwen 3)
@@ -20,7 +29,12 @@ told ``trust_remote_code=True``. The export of the megatron.dmc package has put 
 from transformers import PretrainedConfig
 
 FORMAT_VERSION = 1
-STAGES = {"zero_out": False, "retrofit": True, "finetune": True}  # does the stage merge tokens?
+STAGES = {"zero_out": False, "retrofit": True, "finetune": True}  # does the stage compress?
+DECISIONS = {  # values of the method dms, the first one where the block has none
+    "decision_source": ("key", "query", "adapter"),
+    "decision_about": ("previous", "self"),
+    "decision_per": ("head", "layer"),
+}
 REQUIRED = ("decision_bias", "window", "importance_epsilon", "stage")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 YARN = ("factor", "original_max_position_embeddings")
@@ -73,8 +87,13 @@ class DMCConfig(PretrainedConfig):
 
     @property
     def compresses(self):
-        """True when tokens are merged; False for a model that has only been prepared for it (stage zero_out)."""
+        """True when tokens are merged or evicted; False for a model that is only prepared for it (stage zero_out)."""
         return STAGES[self.dmc["stage"]]
+
+    @property
+    def evicts(self):
+        """True for a model of the method dms."""
+        return self.dmc.get("method", "dmc") == "dms"
 
     def to_diff_dict(self):
         """Keys that ``save_pretrained`` writes: those that transformers lacks, or has with another default.
@@ -108,11 +127,21 @@ def checked_block(dmc):
             f"the model is of stage {dmc['stage']!r}, which does not compress; export one of "
             f"{', '.join(STAGES)}, or use the plain model"
         )
-    if dmc.get("method", "dmc") != "dmc":
-        raise ValueError(f"the model was trained with method {dmc['method']!r}, which these files do not compute")
-    window = dmc["window"]
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"the dmc block has window {window!r}; it is a number of tokens, at least 1, or null")
+    method, window = dmc.get("method", "dmc"), dmc["window"]
+    if method not in ("dmc", "dms"):
+        raise ValueError(f"the model was trained with method {method!r}, which these files do not compute")
+    for key, values in DECISIONS.items():
+        known = values if method == "dms" else values[:1]
+        if dmc.get(key, values[0]) not in known:
+            raise ValueError(f"the dmc block has {key} {dmc[key]!r}; method {method} knows {', '.join(known)}")
+    if dmc.get("decision_per") == "layer" and dmc.get("decision_source") != "adapter":
+        raise ValueError("the dmc block has decision_per 'layer'; only an adapter decides per layer")
+    if method == "dmc" and dmc.get("decision_scale", 1) != 1:
+        raise ValueError(f"the dmc block has decision_scale {dmc['decision_scale']!r}; method dmc has 1 only")
+    if (window is None and method == "dms") or (window is not None and (not isinstance(window, int) or window < 1)):
+        raise ValueError(
+            f"the dmc block has window {window!r}; it is a number of tokens, at least 1, or for method dmc null"
+        )
     return dict(dmc)
 
 

@@ -1,10 +1,11 @@
-"""A Llama-family language model whose key-value cache is compressed by DMC (arXiv 2403.09636), for inference.
+"""A Llama-family language model whose key-value cache is compressed by DMC (arXiv 2403.09636) or DMS (arXiv
+2506.05345), for inference.
 
-This file lies in a model directory, beside ``cache_dmc.py`` and ``configuration_dmc.py``; transformers reads them when
-it is told ``trust_remote_code=True``. The export of the megatron.dmc package has put them there, but they need only
-torch and transformers.
+This file lies in a model directory, beside ``cache_dmc.py``, ``cache_dms.py`` and ``configuration_dmc.py``;
+transformers reads them when it is told ``trust_remote_code=True``. The export of the megatron.dmc package has put them
+there, but they need only torch and transformers.
 
-All but attention is Llama. In attention, every KV head decides at every token: *append* a slot to its cache, or *merge*
+All but attention is Llama. Under DMC, every KV head decides at every token: *append* a slot to its cache, or *merge*
 the token into its last slot. So a cache holds tokens / CR slots, and heads hold different numbers of them.
 
 - Decision. The last channel of every key and query head is no part of attention: it is zero before and after the
@@ -14,6 +15,14 @@ the token into its last slot. So a cache holds tokens / CR slots, and heads hold
 - Merging. A slot is the mean, weighted by omega, of its last W tokens' keys and values before the rotation; its key is
   rotated to the position of the newest of them. Only the last slot of a head ever changes.
 - Attention. A query sees all slots of its head, the last one as it was right after the query's own token.
+
+Under DMS, a head marks tokens, and a marked token is *evicted* once it is more than ``window`` tokens old: no later
+query sees it. Keys and values never change.
+
+- Decision. A token is marked when ``scale * x - b`` is positive. x is the last channel of the head's key or of the
+  first query of its group (after their norm, before the rotation; zero in attention, as under DMC), or the output of an
+  adapter: a linear layer on the normed hidden state that comes into the layer.
+- Token. The decision that is read from a token is about the token before it, or about itself.
 
 A chunk of tokens (a prompt, or one token) is compressed at once and then attends: same result as token by token.
 Decisions, weights and averages are computed in fp32. Decisions are hard and have no gradient: this file evaluates and
@@ -99,37 +108,38 @@ def yarn_factor(rope):
     return factor(over) / factor(under) if over and under else factor(1)
 
 
-def attend(q, cache, slot, k_own, v_own):
-    """Query t over the slots [0, slot[t]) of its head and its own slot as it was after token t. Scores in fp32.
+def attend(q, cache, seen, own=None):
+    """Queries over the first slots of the cache, as far as they see them, and one slot of their own. Scores in fp32.
 
-    q: [b, np, s, D] rotated; slot: [b, ng, s]; k_own, v_own: [b, ng, s, D]. Returns [b, s, np * D].
+    q: [b, np, s, D] rotated; seen: from a slice of the queries to a mask of slots, bool [b, ng, rows, slots]; own: keys
+    and values [b, ng, s, D]. Returns [b, s, np * D].
     """
     b, heads, s, d = q.shape
-    ng = slot.size(1)
+    ng = cache.keys.size(1)
     g, scale, out = heads // ng, 1 / math.sqrt(d), []
     q = q.view(b, ng, g, s, d)
     rows = max(1, min(QUERY_ROWS, QUERY_SCORES // (b * heads * (cache.bound + 1))))
     for start in range(0, s, rows):
         here = slice(start, start + rows)
-        # Slots that are final for some query of the block: the exact number for a prompt, no question to the device for
-        # a token.
-        n = cache.bound if s == 1 else max(0, int(slot[..., here].max()))
-        block, r = q[:, :, :, here], min(rows, s - start)
+        visible = seen(here)
+        block, r, n = q[:, :, :, here], min(rows, s - start), visible.size(-1)
         # Queries of a group lie one below the other: [b, ng, g * r, D] x [b, ng, D, n]
         scores = torch.matmul(block.reshape(b, ng, g * r, d), cache.keys[:, :, :n].transpose(-1, -2))
         scores = scores.view(b, ng, g, r, n).float() * scale
-        final = torch.arange(n, device=q.device) < slot[..., here, None]  # [b, ng, r, n]
-        scores = scores.masked_fill(~final[:, :, None], float("-inf"))
-        own = (block.float() * k_own[:, :, None, here].float()).sum(-1, keepdim=True) * scale
-        p = torch.softmax(torch.cat((scores, own), dim=-1), dim=-1).to(q.dtype)
+        # Finite: padding before any token sees nothing.
+        scores = scores.masked_fill(~visible[:, :, None], torch.finfo(scores.dtype).min)
+        if own is not None:
+            alone = (block.float() * own[0][:, :, None, here].float()).sum(-1, keepdim=True) * scale
+            scores = torch.cat((scores, alone), dim=-1)
+        p = torch.softmax(scores, dim=-1).to(q.dtype)
         mixed = torch.matmul(p[..., :n].reshape(b, ng, g * r, n), cache.values[:, :, :n]).view(b, ng, g, r, d)
-        out.append(mixed + p[..., n:] * v_own[:, :, None, here])
+        out.append(mixed if own is None else mixed + p[..., n:] * own[1][:, :, None, here])
     # [b, ng, g, s, D] -> [b, s, np * D]
     return torch.cat(out, dim=3).permute(0, 3, 1, 2, 4).reshape(b, s, heads * d)
 
 
 class DMCAttention(nn.Module):
-    """Grouped-query attention over a compressed cache."""
+    """Grouped-query attention whose heads merge tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -145,15 +155,20 @@ class DMCAttention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
 
-    def forward(self, x, cos, sin, valid, cache):
-        """x: [b, s, h]; cos, sin: [b, 1, s, D/2]; valid: bool [b, s], padding last; cache: the layer's, changed in
-        place.
-        """
+    def project(self, x):
+        """[b, s, h] -> queries, keys, values [b, heads, s, D], before the rotation."""
         b, s, _ = x.shape
         q, k, v = (project(x).view(b, s, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:  # the neuron is read after the norm
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [b, heads, s, D]
+        return tuple(y.transpose(1, 2) for y in (q, k, v))
+
+    def forward(self, x, hidden, cos, sin, valid, cache):
+        """x: [b, s, h], normed; hidden: the same before the norm; cos, sin: [b, 1, s, D/2]; valid: bool [b, s], padding
+        last; cache: the layer's, changed in place.
+        """
+        b, s, _ = x.shape
+        q, k, v = self.project(x)
         with torch.autocast(x.device.type, enabled=False):
             bias = self.dmc["decision_bias"]
             merge = k[..., -1].float() - bias > 0
@@ -165,7 +180,42 @@ class DMCAttention(nn.Module):
             omega = torch.sigmoid(neuron + bias) + self.dmc["importance_epsilon"]
             slot, k_own, v_own = cache.append(k, v, merge, omega, valid, cos, sin)
             q = rotate(q, cos, sin).to(q.dtype)
-            out = attend(q, cache, slot, k_own, v_own)
+            out = attend(q, cache, lambda here: cache.final(slot[..., here], s == 1), (k_own, v_own))
+        return self.o_proj(out)
+
+
+class DMSAttention(DMCAttention):
+    """Grouped-query attention whose heads evict tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.source = self.dmc.get("decision_source", "key")
+        if self.source == "adapter":
+            h, deciding = config.hidden_size, config.num_key_value_heads
+            deciding = deciding if self.dmc.get("decision_per", "head") == "head" else 1
+            self.dms_proj_alpha_norm = nn.RMSNorm(h, eps=config.rms_norm_eps)
+            self.dms_proj_alpha = nn.Linear(h, deciding, bias=False)
+
+    def decide(self, q, k, hidden):
+        """Decisions that are read from the tokens: bool [b, ng, s]."""
+        if self.source == "adapter":
+            x = self.dms_proj_alpha(self.dms_proj_alpha_norm(hidden)).transpose(1, 2).expand(-1, k.size(1), -1)
+        else:
+            x = (k if self.source == "key" else q[:, :: q.size(1) // k.size(1)])[..., -1]
+        mark = self.dmc.get("decision_scale", 1.0) * x.float() - self.dmc["decision_bias"] > 0
+        return mark if self.compresses else torch.zeros_like(mark)
+
+    def forward(self, x, hidden, cos, sin, valid, cache):
+        """See :class:`DMCAttention`."""
+        q, k, v = self.project(x)
+        mark = self.decide(q, k, hidden)
+        with torch.autocast(x.device.type, enabled=False):
+            neuron_out, first = self.source == "key", slice(None, None, q.size(1) // k.size(1))
+            turned = rotate(q, cos, sin, neuron_out).to(q.dtype)
+            if self.source == "query":  # the neuron is that of the first query head of each group
+                turned[:, first] = rotate(q[:, first], cos, sin).to(q.dtype)
+            number = cache.append(rotate(k, cos, sin, neuron_out).to(k.dtype), v, mark, valid)
+            out = attend(turned, cache, lambda here: cache.visible(number, here))
         return self.o_proj(out)
 
 
@@ -187,13 +237,13 @@ class DMCMLP(nn.Module):
 class DMCDecoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.self_attn = DMCAttention(config)
+        self.self_attn = (DMSAttention if config.evicts else DMCAttention)(config)
         self.mlp = DMCMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x, cos, sin, valid, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, valid, cache)
+        x = x + self.self_attn(self.input_layernorm(x), x, cos, sin, valid, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
