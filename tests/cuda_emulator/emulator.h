@@ -22,10 +22,12 @@
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(8) int2 { int32_t x, y; };
 struct alignas(16) int4 { int32_t x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -143,6 +145,11 @@ template <class X> X atomicAdd(X* p, X by) {
 template <class X> X atomicMax(X* p, X with) {
   X before = *p;
   if (with > before) *p = with;
+  return before;
+}
+template <class X> X atomicMin(X* p, X with) {
+  X before = *p;
+  if (with < before) *p = with;
   return before;
 }
 template <class X> X min(X a, X b) { return a < b ? a : b; }

@@ -117,6 +117,22 @@ def test_copies_that_do_not_fit_write_nothing(backend, device) -> None:
     assert state.free_count() == 0
 
 
+@on_cuda_kernels
+def test_a_copy_into_a_row_of_the_same_length_writes_nothing(backend, device) -> None:
+    state = poisoned(device, num_pages=16, max_seqs=3, num_layers=1, num_kv_heads=2, head_dim=32, max_slots=64)
+    run = Run(*tokens((2, 20), 2, 2, 32, -20.0), [1, 2], state, window=12, layer=0, device=device)
+    run.step([20, 20])
+    before = copy.deepcopy(state)
+    fork(state, ints([1], device), ints([2], device))
+    assert state.counters.tolist() == [8, 0, 1, 0]
+    state.counters[REFUSED] = 0
+    assert same(state.tensors(), before.tensors())
+    free(state, ints([2], device))
+    fork(state, ints([1], device), ints([2], device))
+    state.check_integrity()
+    assert torch.equal(state.lengths[1], state.lengths[2])
+
+
 # ------------------------------------------------------------------------------------------------- many heads, long
 # heads
 
@@ -365,6 +381,8 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch, capsys) -> None:
         "decide",
         "write",
         "remember",
+        "decide_evicting",
+        "write_evicting",
         "plan",
         "attend",
         "attend_few",

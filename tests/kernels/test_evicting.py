@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Collection
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,33 @@ from megatron.dmc.ops import rotary_frequencies
 
 EVICTING_BACKENDS = [
     pytest.param("reference", "cpu", id="reference"),
+    pytest.param("emulated", "cpu", id="emulated"),
     pytest.param("reference", "cuda", id="reference-cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
-on_evicting_backends = pytest.mark.parametrize(("backend", "device"), EVICTING_BACKENDS)
+
+
+def on_evicting_backends(names: str, *cases: tuple, emulated: Collection[int]):
+    """Parametrization by backend and ``cases``, values of ``names``. The emulator is slow: it runs those whose places
+    are in ``emulated``.
+    """
+    backends = [(backend, range(len(cases)) if backend.id != "emulated" else emulated) for backend in EVICTING_BACKENDS]
+    return pytest.mark.parametrize(
+        f"backend, device, {names}",
+        [
+            pytest.param(
+                *backend.values, *cases[n], id="-".join((backend.id, *map(_name, cases[n]))), marks=backend.marks
+            )
+            for backend, places in backends
+            for n in places
+        ],
+    )
+
+
+def _name(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
 # Those that look at values, and so can raise: the CUDA kernels wait for nothing.
 CHECKING = [name for name in ("cpp", "reference") if name in {b.values[0] for b in EVICTING_BACKENDS}]
 NEURONS = {"none": NEURON_NONE, "all": NEURON_ALL, "query": NEURON_QUERY}
@@ -51,9 +77,7 @@ def poisoned(window: int, device: str = "cpu", **options) -> CacheState:
 MIXTURE = ([40, 1, 0], [1, 0, 5], [1, 16, 1], [17, 1, 1], [1, 1, 1], [10, 51, 62])
 
 
-@pytest.mark.parametrize("about_self", [False, True], ids=["previous", "self"])
-@pytest.mark.parametrize("window", [1, 5, 16, 33])
-@on_evicting_backends
+@on_evicting_backends("window, about_self", *itertools.product([1, 5, 16, 33], [False, True]), emulated=(2, 7))
 def test_mixed_steps_equal_the_oracle(backend, device, window, about_self) -> None:
     """Outputs, what is kept and what is recent; all pages are back in the end."""
     state = poisoned(window, device)
@@ -70,21 +94,15 @@ def test_mixed_steps_equal_the_oracle(backend, device, window, about_self) -> No
     assert state.free_count() == 96 and not state.lengths.any() and not state.segment.any()
 
 
-# group sizes, neurons, page sizes, head dimensions, dtypes
-SHAPES = [
-    pytest.param(g, neuron, page_size, d, dtype, id=f"{g}-{neuron}-{page_size}-{d}-{str(dtype)[6:]}")
-    for g, neuron, page_size, d, dtype in (
-        (1, "all", 16, 8, torch.float32),
-        (2, "query", 32, 64, torch.bfloat16),
-        (3, "query", 16, 32, torch.float32),
-        (4, "none", 64, 16, torch.float16),
-        (8, "all", 32, 128, torch.float32),
-    )
-]
-
-
-@pytest.mark.parametrize(("g", "neuron", "page_size", "d", "dtype"), SHAPES)
-@on_evicting_backends
+@on_evicting_backends(
+    "g, neuron, page_size, d, dtype",
+    (1, "all", 16, 8, torch.float32),
+    (2, "query", 32, 64, torch.bfloat16),
+    (3, "query", 16, 32, torch.float32),
+    (4, "none", 64, 16, torch.float16),
+    (8, "all", 32, 128, torch.float32),
+    emulated=range(5),
+)
 def test_shapes_and_neurons_equal_the_oracle(backend, device, g, neuron, page_size, d, dtype) -> None:
     state = poisoned(20, device, page_size=page_size, head_dim=d, dtype=dtype)
     tokens = [sequence(75, g, 2, d, seed=i, dtype=dtype) for i in range(2)]
@@ -97,8 +115,7 @@ def test_shapes_and_neurons_equal_the_oracle(backend, device, g, neuron, page_si
     run.check_cache()
 
 
-@pytest.mark.parametrize("window", [1, 15, 16, 17, 64])
-@on_evicting_backends
+@on_evicting_backends("window", (1,), (15,), (16,), (17,), (64,), emulated=(3,))
 def test_token_by_token_equals_the_oracle(backend, device, window) -> None:
     tokens = [sequence(90, 2, 2, 8, seed=i) for i in range(2)]
     state = poisoned(window, device, head_dim=8, max_slots=96)
@@ -108,8 +125,7 @@ def test_token_by_token_equals_the_oracle(backend, device, window) -> None:
     run.check_cache()
 
 
-@pytest.mark.parametrize("window", [128, 512])
-@on_evicting_backends
+@on_evicting_backends("window", (128,), (512,), emulated=(0,))
 def test_long_windows_equal_the_oracle(backend, device, window) -> None:
     """Chunks up to one that is longer than the window."""
     n = window + 60
@@ -125,8 +141,7 @@ def test_long_windows_equal_the_oracle(backend, device, window) -> None:
     once.check_cache()
 
 
-@pytest.mark.parametrize("marked", [0.0, 1.0])
-@on_evicting_backends
+@on_evicting_backends("marked", (0.0,), (1.0,), emulated=())
 def test_nothing_and_everything_is_evicted(backend, device, marked) -> None:
     """Pages: a plain model's, up to the window and where nothing is marked; the window's where everything is."""
     window, n = 32, 100
@@ -143,8 +158,7 @@ def test_nothing_and_everything_is_evicted(backend, device, marked) -> None:
     run.check_cache()
 
 
-@pytest.mark.parametrize("length", [3, 16, 17, 32, 40, 55])
-@on_evicting_backends
+@on_evicting_backends("length", (3,), (16,), (17,), (32,), (40,), (55,), emulated=(1, 4))
 def test_a_copy_goes_on_by_itself(backend, device, length) -> None:
     """Forked mid-window: full pages are shared, the last of each kind is copied, and both go on as if alone."""
     window, common = 20, sequence(length, 2, 2, 16)

@@ -31,8 +31,15 @@ PACKAGED = Path(__file__).resolve().parent / "lib"
 CPU_SOURCES = ("cpu_append.cpp", "cpu_decode.cpp", "cpu_prefill.cpp", "cpu_rowwise.cpp")
 CPU_HEADERS = ("launch.h", "params.h", "cpu.h", "cpu_attention.h", "cpu_rows.h", "cpu_vec.h")
 CPU_LAUNCHER = "cpu_launch.cpp"
-CUDA_SOURCES = ("cuda_append.cu", "cuda_decode.cu", "cuda_prefill.cu", "cuda_pages.cu", "cuda_rowwise.cu")
-CUDA_HEADERS = ("launch.h", "params.h", "cuda.h", "cuda_device.cuh", "cuda_attention.cuh")
+CUDA_SOURCES = (
+    "cuda_append.cu",
+    "cuda_evict.cu",
+    "cuda_decode.cu",
+    "cuda_prefill.cu",
+    "cuda_pages.cu",
+    "cuda_rowwise.cu",
+)
+CUDA_HEADERS = ("launch.h", "params.h", "cuda.h", "cuda_device.cuh", "cuda_append.cuh", "cuda_attention.cuh")
 CUDA_LAUNCHER = "cuda_launch.cpp"
 
 # No errno and no trapping: both keep loops from becoming vectors. Nothing that changes results: no -ffast-math.

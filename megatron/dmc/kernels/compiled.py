@@ -32,7 +32,7 @@ class CompiledKernels:
         """Device memory that :meth:`append` works in, or None."""
         return None
 
-    def evict_scratch(self, params: EvictParams) -> Optional[Tensor]:
+    def evict_scratch(self, state: CacheState, params: EvictParams) -> Optional[Tensor]:
         """Device memory that :meth:`append_evicting` works in, or None."""
         return None
 
@@ -56,7 +56,7 @@ class CompiledKernels:
     def append_evicting(self, state: CacheState, layer: int, params: EvictParams) -> Appended:
         """See :func:`megatron.dmc.kernels.append_evicting`."""
         out = _outputs(params, (params.rows.numel(), *state.recent_table.shape[2:]))
-        scratch = self.evict_scratch(params)
+        scratch = self.evict_scratch(state, params)
         self._append_evicting(self._cache(state), layer, *params, *out, scratch, self.threads())
         return out
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.dmc.kernels import build, reference
 from megatron.dmc.kernels.compiled import CompiledKernels
-from megatron.dmc.kernels.params import AppendParams
+from megatron.dmc.kernels.params import AppendParams, EvictParams
 from megatron.dmc.kernels.state import CacheState
 
 
@@ -27,10 +27,15 @@ class CudaKernels(CompiledKernels):
     def __init__(self, library: Any) -> None:
         super().__init__(library)
         self._append_bytes = library["append_bytes"]
+        self._evict_bytes = library["evict_bytes"]
         self._decode_bytes = lru_cache(maxsize=1024)(library["decode_bytes"])
 
     def append_scratch(self, params: AppendParams) -> Tensor:
         size = self._append_bytes(params.rows.numel(), params.q.size(0), params.k.size(1))
+        return params.q.new_empty(size, dtype=torch.uint8)
+
+    def evict_scratch(self, state: CacheState, params: EvictParams) -> Tensor:
+        size = self._evict_bytes(params.rows.numel(), params.q.size(0), *state.recent_table.shape[2:])
         return params.q.new_empty(size, dtype=torch.uint8)
 
     def decode_scratch(self, state: CacheState, q_rot: Tensor) -> Tensor:

@@ -4,75 +4,35 @@
 // rotates and stores, a warp per token and head. `remember` moves the rings on after chunks, whose first tokens `write` reads
 // them for. The state of a slot is computed from its tokens each time, never added to and subtracted from.
 #include "cuda.h"
-#include "cuda_device.cuh"
+#include "cuda_append.cuh"
 
 namespace {
 
 using namespace dmc;
 
-constexpr int kDecideThreads = 512, kWriteThreads = 128;
-constexpr int kEach = 4;      // what a thread has at once: heads of the scan, rounds of tokens
-constexpr int kNoPage = -1;  // in `before`: this head got no page, and nothing of it may change
-
 // --------------------------------------------------------------------------------------------------- decide, take pages
 
-// Demand per head -> exclusive prefix sum over (sequence, head) -> slice of the ring of free pages. One block.
-__device__ void take_pages(const CudaAppend& p) {
-  __shared__ int shared[32];
-  __shared__ unsigned most;
+__device__ void take(const CudaAppend& p) {
   const Cache& c = p.cache;
-  int items = (int)(p.n * c.heads), refused = 0;
-  int64_t taken = c.counters[kTaken];
-  unsigned available = (unsigned)(c.num_pages - (taken - c.counters[kReturned])), pages = (unsigned)c.num_pages;
-  unsigned start = (unsigned)(taken % c.num_pages), base = 0, granted = 0;
-  for (int from = 0; from < items; from += kEach * blockDim.x) {
-    int at = from + kEach * threadIdx.x, before[kEach], after[kEach], demand[kEach], sum = 0, all;
-#pragma unroll
-    for (int e = 0; e < kEach; e++) {
-      before[e] = after[e] = demand[e] = 0;
-      if (at + e >= items) continue;
-      before[e] = __ldcg(p.before + at + e), after[e] = __ldcg(p.after + at + e);  // written by other blocks: not in this L1
-      bool fits = after[e] <= c.max_pages * c.page_size;
-      demand[e] = fits ? pages_of(c, after[e]) - pages_of(c, before[e]) : -1;
-      sum += fits ? demand[e] : 0;
-    }
-    unsigned place = base + block_scan(sum, shared, &all);
-#pragma unroll
-    for (int e = 0; e < kEach; e++) {
-      if (after[e] == 0) continue;  // padding, or no token and no slot
-      int i = (at + e) / (int)c.heads, h = (at + e) % (int)c.heads, wanted = demand[e] < 0 ? 0 : demand[e];
-      bool enough = demand[e] == 0 || (demand[e] > 0 && place + wanted <= available);
-      if (enough) {
-        int64_t index = head_index(c, p.rows[i], p.layer, h);
-        int32_t* row = c.page_table + index * c.max_pages + pages_of(c, before[e]);
-        for (int n = 0; n < wanted; n++) {
-          unsigned entry = start + place + n;
-          int32_t id = c.free_pages[entry < pages ? entry : entry - pages];
-          row[n] = id;
-          c.refcounts[id] = 1;
-        }
-        c.lengths[index] = after[e];
-        if (wanted) granted = place + wanted;
-      } else {
-        p.before[at + e] = kNoPage;
-        refused++;
-      }
-      place += wanted;
-    }
-    base += all;
-  }
-  if (threadIdx.x == 0) most = 0;
-  refused = block_sum(refused, shared);  // has the barriers for `most`
-  atomicMax(&most, granted);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    c.counters[kTaken] = taken + most;  // heads that need pages after a refused one are refused too: no gap
-    c.counters[kRefused] += refused;
-  }
+  struct Item {
+    int wanted, before, after;
+  };
+  auto load = [&](int at) {
+    int before = __ldcg(p.before + at), after = __ldcg(p.after + at);  // written by other blocks: not in this L1
+    bool fits = after <= c.max_pages * c.page_size;
+    // 0 slots: padding, or no token and no slot.
+    return Item{after == 0 ? kIdle : fits ? pages_of(c, after) - pages_of(c, before) : kTooLong, before, after};
+  };
+  auto grant = [&](int at, const Item& item, auto page) {
+    int64_t index = head_index(c, p.rows[at / (int)c.heads], p.layer, at % (int)c.heads);
+    int32_t* table = c.page_table + index * c.max_pages + pages_of(c, item.before);
+    for (int n = 0; n < item.wanted; n++) table[n] = page(n);
+    c.lengths[index] = item.after;
+  };
+  take_pages<Item>(c, (int)(p.n * c.heads), load, grant, [&](int at) { p.before[at] = kNoPage; });
 }
 
 template <class T> __global__ void __launch_bounds__(kDecideThreads, 2) decide(const CudaAppend p) {
-  __shared__ bool last;
   const Cache& c = p.cache;
   int heads = (int)c.heads, lane = threadIdx.x % 32, end_channel = c.head_dim - 1;
   int at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
@@ -112,57 +72,10 @@ template <class T> __global__ void __launch_bounds__(kDecideThreads, 2) decide(c
       p.after[at] = row >= 0 && begin < end ? slot + 1 : 0;
     }
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd((unsigned long long*)c.counters + kArrived, 1ull) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  if (threadIdx.x == 0) c.counters[kArrived] = 0;
-  __threadfence();
-  take_pages(p);
+  if (last_block(c)) take(p);
 }
 
 // ------------------------------------------------------------------------------------------------- pool, rotate, write
-
-// The fp32 angle is reduced in fp64; polynomials of Cephes' sinf and cosf.
-DMC_INLINE void sine_cosine(float angle, float* sine, float* cosine) {
-  const double magic = 6755399441055744.0;                // 1.5 * 2^52
-  double n = angle * 0.63661977236758134308 + magic;      // the nearest multiple of pi / 2
-  n -= magic;
-  float r = (float)(angle - n * 1.57079632679489661923), z = r * r;
-  int quadrant = (int)n;
-  float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
-  float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
-  float a = quadrant & 1 ? c : s, b = quadrant & 1 ? s : c;
-  *sine = quadrant & 2 ? -a : a;
-  *cosine = (quadrant + 1) & 2 ? -b : b;
-}
-
-// x [D] fp32 in shared memory, in place, by the whole warp; channel i turns with i + D/2.
-DMC_INLINE void rotate(float* x, float position, const float* inv_freq, int d, int compress) {
-  int half = d / 2, lane = threadIdx.x % 32;
-  __syncwarp();
-  for (int i = lane; i < half; i += 32) {
-    float sine, cosine, a = x[i], b = compress && i == half - 1 ? 0.0f : x[i + half];
-    sine_cosine(position * inv_freq[i], &sine, &cosine);
-    x[i] = a * cosine - b * sine;
-    x[i + half] = compress && i == half - 1 ? 0.0f : b * cosine + a * sine;
-  }
-  __syncwarp();
-}
-
-// A lane's share of one token's key and value: the units of 8 channels `lane` and, for N = 2, `lane + 32`, keys before values.
-template <int N> struct Units {
-  float x[N][8];
-  template <class F> static DMC_INLINE void each(int d, F f) {
-    int per = d / 8, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-      int unit = lane + 32 * n;
-      if (unit < 2 * per) f(n, unit >= per, (unit % per) * 8);
-    }
-  }
-};
 
 struct Item {  // one (sequence, head)
   int i, h, begin, end, row;
@@ -172,13 +85,6 @@ struct Item {  // one (sequence, head)
 DMC_INLINE Item item_of(const CudaAppend& p, int i, int h) {
   int row = p.rows[i];
   return {i, h, p.cu_seqlens[i], p.cu_seqlens[i + 1], row, head_index(p.cache, row < 0 ? 0 : row, p.layer, h)};
-}
-
-template <class T, int N> DMC_INLINE void read_raw(const CudaAppend& p, int64_t t, int h, Units<N>& to) {
-  bool aligned_k = is_aligned<T>(p.k), aligned_v = is_aligned<T>(p.v);
-  Units<N>::each(p.cache.head_dim, [&](int n, bool value, int channel) {
-    load8(to.x[n], (const T*)row_of<T>(value ? p.v : p.k, t, h) + channel, value ? aligned_v : aligned_k);
-  });
 }
 
 template <int N> DMC_INLINE void add(Units<N>& sum, const Units<N>& x, float weight) {
@@ -191,23 +97,13 @@ template <int N> DMC_INLINE void add(Units<N>& sum, const Units<N>& x, float wei
 // Rotate the state of a token's slot and put it where it belongs. stage: [D] of this warp.
 template <class T, int N> DMC_INLINE void finish(const CudaAppend& p, const Item& x, int t, Units<N>& state, float* stage, bool refused) {
   const Cache& c = p.cache;
-  int d = c.head_dim;
   int64_t at = (int64_t)t * c.heads + x.h;
-  Units<N>::each(d, [&](int n, bool value, int channel) { if (!value) store8(stage + channel, state.x[n]); });
-  rotate(stage, (float)p.positions[t], p.inv_freq, d, p.compress);
-  Units<N>::each(d, [&](int n, bool value, int channel) { if (!value) load8(state.x[n], stage + channel); });
-  __syncwarp();
-  if (p.k_part.data) {
-    bool aligned = is_aligned<T>(p.k_part) && is_aligned<T>(p.v_part);
-    Units<N>::each(d, [&](int n, bool value, int channel) {
-      store8(row_of<T>(value ? p.v_part : p.k_part, t, x.h) + channel, state.x[n], aligned);
-    });
-  }
+  turn(p, t, state, stage, p.compress);
+  if (p.k_part.data) write_part<T>(p, t, x.h, state);
   if (refused || (t + 1 < x.end && p.merge[at + c.heads])) return;
   // The newest token of its slot.
   int slot = p.slot_index[at];
-  int64_t page = c.page_table[x.index * c.max_pages + slot / c.page_size], place = (page * c.page_size + slot % c.page_size) * d;
-  Units<N>::each(d, [&](int n, bool value, int channel) { store8((T*)(value ? c.v_pages : c.k_pages) + place + channel, state.x[n]); });
+  write_slot<T>(c, c.page_table[x.index * c.max_pages + slot / c.page_size], slot % c.page_size, state);
 }
 
 // The mean over the last W tokens of t's slot, the newest first; the oldest ones are in the ring.
@@ -297,21 +193,6 @@ template <class T, int N> DMC_INLINE void pool_segment(const CudaAppend& p, cons
   if (threadIdx.x % 32 == 0) c.ring_w[x.index] = total;
 }
 
-template <class T> DMC_INLINE void write_query(const CudaAppend& p, int t, int head, float* stage) {
-  int d = p.cache.head_dim, channel = threadIdx.x % 32 * 8;
-  bool aligned = is_aligned<T>(p.q), out_aligned = is_aligned<T>(p.q_rot), padding = p.rows[p.owner[t]] < 0;
-  float x[8] = {};
-  if (channel < d) {
-    if (!padding) load8(x, (const T*)row_of<T>(p.q, t, head) + channel, aligned);
-    store8(stage + channel, x);
-  }
-  rotate(stage, (float)p.positions[t], p.inv_freq, d, p.compress);
-  if (channel < d) {
-    load8(x, stage + channel);
-    store8(row_of<T>(p.q_rot, t, head) + channel, x, out_aligned);
-  }
-}
-
 template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 1 ? 6 : 4) write(const CudaAppend p) {
   __shared__ __align__(16) float stages[kWriteThreads / 32][256];
   const Cache& c = p.cache;
@@ -321,7 +202,7 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 
   int64_t at = (int64_t)blockIdx.x * (kWriteThreads / 32) + warp, items = (in_turn ? p.n : p.tokens) * heads;
   if (at >= items) {
     int64_t hq = heads * p.groups, query = at - items;
-    if (query < p.tokens * hq) write_query<T>(p, (int)(query / hq), (int)(query % hq), stage);
+    if (query < p.tokens * hq) write_query<T>(p, (int)(query / hq), (int)(query % hq), stage, p.compress);
     return;
   }
   int i = (int)(in_turn ? at / heads : p.owner[at / heads]), lane = threadIdx.x % 32;
@@ -332,10 +213,7 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 
   Units<N> state = {};
   if (x.row < 0) {
     if (p.k_part.data)
-      for (int t = from; t < to; t++)
-        Units<N>::each(c.head_dim, [&](int n, bool value, int channel) {
-          store8(row_of<T>(value ? p.v_part : p.k_part, t, x.h) + channel, state.x[n], is_aligned<T>(value ? p.v_part : p.k_part));
-        });
+      for (int t = from; t < to; t++) write_part<T>(p, t, x.h, state);
     return;
   }
   if (p.compress && !p.window) {

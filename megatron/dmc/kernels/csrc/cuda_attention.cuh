@@ -10,17 +10,45 @@ namespace dmc {
 constexpr int kWarps = 4;
 constexpr int kTile = 16;  // slots that a warp takes at a time: within one page, as page sizes are multiples of it
 
-// One head's slots.
+// What a query of one head sees in the cache, in places: its kept slots, and from the next multiple of kTile on the recent tokens of a
+// model that evicts. A tile of these ends where that of its page does, so the first one may lack some places at its beginning.
 template <class T> struct Slots {
-  const int32_t* table;
+  const int32_t *table, *recent;
   const T *k, *v;
-  int page_size, d;
+  int page_size, d, columns;
+  int kept;   // slots
+  int token;  // of the first recent place, were it there
+  int first;  // token that is
 
-  DMC_INLINE Slots(const Cache& c, int row, int64_t layer, int head)
-      : table(c.page_table + head_index(c, row, layer, head) * c.max_pages), k((const T*)c.k_pages), v((const T*)c.v_pages),
-        page_size(c.page_size), d(c.head_dim) {}
+  DMC_INLINE Slots(const Cache& c, int row, int64_t layer, int head, int slots = INT32_MAX, int tokens = 0)
+      : k((const T*)c.k_pages), v((const T*)c.v_pages), page_size(c.page_size), d(c.head_dim), columns((int)c.recent), kept(slots) {
+    int64_t index = head_index(c, row, layer, head);
+    table = c.page_table + index * c.max_pages, recent = c.recent_table + index * c.recent;
+    first = first_token(c, tokens), token = first / kTile * kTile;
+  }
+  static DMC_INLINE int first_token(const Cache& c, int tokens) { return max(tokens - 1 - (int)c.evict_window, 0); }
+  // Number of places of a head that holds `slots` and has seen `tokens`.
+  static DMC_INLINE int places(const Cache& c, int slots, int tokens) {
+    return c.recent && tokens ? align(slots) + tokens - first_token(c, tokens) / kTile * kTile : slots;
+  }
+  static DMC_INLINE int align(int slots) { return (slots + kTile - 1) / kTile * kTile; }
+
   // Elements before the slot, which lies in the page `id`.
   DMC_INLINE int64_t offset(int id, int slot) const { return ((int64_t)id * page_size + (slot & (page_size - 1))) * d; }
+  // Keys and values of a place; false if there is nothing.
+  DMC_INLINE bool find(int place, const T*& key, const T*& value) const {
+    int at = place;
+    if (place >= kept && (at = place - align(kept) + token) < first) return false;
+    int id = place < kept ? table[at / page_size] : recent[at / page_size % columns];
+    key = k + offset(id, at), value = v + offset(id, at);
+    return true;
+  }
+  // The tile that begins at a multiple of kTile before `end`: its page, and 64 times its first slot there with its number of slots.
+  DMC_INLINE int2 tile(int place, int end) const {
+    if (place < kept) return make_int2(table[place / page_size], place % page_size * 64 + min(min(end, kept) - place, kTile));
+    int shift = token - align(kept), at = max(place + shift, first), stop = min(end, place + kTile) + shift;
+    return make_int2(recent[at / page_size % columns], at % page_size * 64 + stop - at);
+  }
 };
 
 // Results of a block's warps, in shared memory: weighted sums, highest scores and total weights.
@@ -56,14 +84,15 @@ template <class T, int Q> struct AnyCore {
   using Element = T;
   static constexpr int kQueries = Q, kMaxD = 256, kBlocks = 3;
   float q[Q][8], acc[Q][8], top[Q], total[Q];
-  int limit[Q];  // slots that the query sees
+  int limit[Q];  // slots that the query sees: `span` at most, before this one
+  unsigned span;
   int lanes, channel;
   bool on;
 
   // query(j): the row of query j, null if there is none. `scale` includes log2(e).
   template <class F> DMC_INLINE void begin(int d, float scale, bool aligned, F query) {
     for (lanes = 1; lanes * 8 < d;) lanes *= 2;
-    channel = threadIdx.x % lanes * 8, on = channel < d;
+    channel = threadIdx.x % lanes * 8, on = channel < d, span = INT32_MAX;
 #pragma unroll
     for (int j = 0; j < Q; j++) {
       const T* row = query(j);
@@ -92,7 +121,7 @@ template <class T, int Q> struct AnyCore {
 #pragma unroll
       for (int e = 0; e < 8; e++) score += q[j][e] * k[e];
       for (int w = lanes / 2; w; w /= 2) score += __shfl_xor_sync(kAll, score, w);
-      if (in && slot < limit[j]) add(j, score, v);
+      if (in && (unsigned)(limit[j] - 1 - slot) < span) add(j, score, v);
     }
   }
 
@@ -105,18 +134,21 @@ template <class T, int Q> struct AnyCore {
     if (in) add(j, score, v);
   }
 
-  DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
+  // find(slot, k, v): where its key and value begin; false if it is none.
+  template <class F> DMC_INLINE void run(F find, int begin, int end) {
     int warp = threadIdx.x / 32, per = 32 / lanes, mine = threadIdx.x % 32 / lanes;
 #pragma unroll 2
     for (int from = begin + warp * per; from < end; from += kWarps * per) {
       int slot = from + mine;
-      bool in = slot < end;
-      if (!in) slot = end - 1;
-      int64_t at = s.offset(s.table[slot / s.page_size], slot) + channel;
+      const T *key, *value;
+      bool in = slot < end && find(slot, key, value);
       float k[8] = {}, v[8] = {};
-      if (on) load8(k, s.k + at), load8(v, s.v + at);
+      if (in && on) load8(k, key + channel), load8(v, value + channel);
       take(k, v, slot, in);
     }
+  }
+  DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
+    run([&](int slot, const T*& k, const T*& v) { return s.find(slot, k, v); }, begin, end);
   }
 
   template <int D> DMC_INLINE void finish(Sums<Q, D>& to) {
@@ -266,19 +298,20 @@ template <class T, int D> struct TensorCore {
 
   // While one tile is worked on, the next one's keys and values are on their way.
   DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (end - begin + kTile - 1) / kTile;
-    int mine = warp < tiles ? (tiles - warp + kWarps - 1) / kWarps : 0, ids = 0;
-    auto slot_of = [&](int n) { return begin + (n * kWarps + warp) * kTile; };
-    // Page ids of the next 32 tiles lie in the lanes.
-    auto locate = [&](int n) {
-      if (n % 32 == 0 && n + lane < mine) ids = s.table[slot_of(n + lane) / s.page_size];
-      return s.offset(__shfl_sync(kAll, ids, n % 32), slot_of(n));
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (end - begin + kTile - 1) / kTile, n;
+    int mine = warp < tiles ? (tiles - warp + kWarps - 1) / kWarps : 0;
+    int2 ahead = make_int2(0, 0);
+    // The next 32 tiles lie in the lanes.
+    auto locate = [&](int i) {
+      if (i % 32 == 0 && i + lane < mine) ahead = s.tile(begin + ((i + lane) * kWarps + warp) * kTile, end);
+      int id = __shfl_sync(kAll, ahead.x, i % 32), slots = __shfl_sync(kAll, ahead.y, i % 32);
+      n = slots % 64;
+      return s.offset(id, slots / 64);
     };
     if (!mine) return;
     Keys keys;
     Values values;
     int64_t at = locate(0);
-    int n = min(end - slot_of(0), kTile);
     load(keys, s.k + at, n);
     if (kAhead) load(values, s.v + at, n);
 #pragma unroll 1
@@ -292,7 +325,6 @@ template <class T, int D> struct TensorCore {
       if (!kAhead) load(values, now_at, now);
       if (more) {
         at = locate(i + 1);
-        n = min(end - slot_of(i + 1), kTile);
         if (kAhead) load(keys, s.k + at, n);
       }
       weigh(scores, now, &p0, &p1);

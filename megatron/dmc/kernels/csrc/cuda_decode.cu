@@ -1,4 +1,4 @@
-// Decode attention: one query per sequence over all slots of its heads. Two launches.
+// Decode attention: one query per sequence over all slots of its heads, and the recent tokens of a model that evicts. Two launches.
 //
 // `plan` cuts the heads of a layer into chunks of about equal length, by their lengths on the device. `attend` has as many blocks as
 // the GPU holds at once; each takes the next chunk until none is left. The four warps of a block take 16 slots at a time in turn and
@@ -22,10 +22,10 @@ constexpr int kPitch = 8;              // numbers behind a partial sum; a multip
 
 struct Chunk {
   int item, row;     // item: sequence * heads + head; row below 0: padding
-  int begin, end;    // slots
+  int begin, end;    // places, see Slots
+  int kept, tokens;  // slots of the head, and tokens that it has seen
   int chunks, index; // of the head, and this one's place among them
   int partial;       // place of the head's first partial result
-  int unused;
 };
 
 // Layout of the workspace. A chunk's size is such that `limit` chunks hold all slots, and each item may begin one more. A head
@@ -70,14 +70,17 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan(const Work w) {
   __shared__ long long sums[32];
   const Cache& c = w.decode.cache;
   int heads = (int)c.heads, items = (int)w.decode.n * heads;
-  auto length_of = [&](int item, int* row) {
-    *row = w.decode.rows[item / heads];
-    return *row < 0 ? 0 : c.lengths[head_index(c, *row, w.decode.layer, item % heads)];
+  auto chunk_of = [&](int item) {  // all of a head
+    Chunk x = {item, item < items ? w.decode.rows[item / heads] : -1};
+    if (x.row < 0) return x;
+    int64_t index = head_index(c, x.row, w.decode.layer, item % heads);
+    x.kept = c.lengths[index], x.tokens = c.recent ? c.segment[index] : 0;
+    x.end = Slots<float>::places(c, x.kept, x.tokens);
+    return x;
   };
   long long total = 0;
   for (int item = threadIdx.x; item < items; item += blockDim.x) {
-    int row;
-    total += length_of(item, &row);
+    total += chunk_of(item).end;
     for (int pass = 0; pass < w.passes; pass++) w.plan.finished[item * w.passes + pass] = 0;
   }
   total = block_sum(total, sums);
@@ -85,9 +88,10 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan(const Work w) {
   size = max((size + kStep - 1) / kStep * kStep, (long long)kLeast);
   int count = 0, partials = 0, all;
   for (int from = 0; from < items; from += blockDim.x) {
-    int item = from + threadIdx.x, row = -1, length = item < items ? length_of(item, &row) : 0;
+    Chunk x = chunk_of(from + threadIdx.x);
+    int length = x.end;
     // As many chunks as the size asks for, about equally long. An empty head has one, which writes zeros.
-    int chunks = item < items ? max((int)((length + size - 1) / size), 1) : 0;
+    int chunks = x.item < items ? max((int)((length + size - 1) / size), 1) : 0;
     int each = chunks > 1 ? ((length + chunks - 1) / chunks + kStep - 1) / kStep * kStep : max(length, 1);
     if (chunks > 1) chunks = (length + each - 1) / each;
     int at = count + block_scan(chunks, shared, &all);
@@ -95,7 +99,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan(const Work w) {
     int partial = partials + block_scan(chunks > 1 ? chunks : 0, shared, &all);
     partials += all;
     for (int n = 0; n < chunks; n++)
-      w.plan.chunks[at + n] = {item, row, n * each, min(length, (n + 1) * each), chunks, n, partial, 0};
+      w.plan.chunks[at + n] = {x.item, x.row, n * each, min(length, (n + 1) * each), x.kept, x.tokens, chunks, n, partial};
   }
   if (threadIdx.x == 0) {
     w.plan.count[0] = count;
@@ -122,7 +126,7 @@ template <class Core> __global__ void __launch_bounds__(32 * kWarps, Core::kBloc
     Core core;
     core.begin(d, p.scale * kLog2E, aligned,
                [&](int j) { return j < queries ? row_of<const T>(p.q, sequence, first + j) : nullptr; });
-    core.run(Slots<T>(c, max(chunk.row, 0), p.layer, head), chunk.begin, chunk.end);
+    core.run(Slots<T>(c, max(chunk.row, 0), p.layer, head, chunk.kept, chunk.tokens), chunk.begin, chunk.end);
     core.finish(sums);
     __syncthreads();
     // [chunk of a head that has several][group][pitch]: sum, highest score, total

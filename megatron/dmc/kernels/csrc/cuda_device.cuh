@@ -234,6 +234,15 @@ DMC_INLINE int block_scan(int x, int* shared, int* all) {
 
 DMC_INLINE int pages_of(const Cache& c, int slots) { return (slots + c.page_size - 1) / c.page_size; }
 
+// Recent pages of a sequence of `tokens`, by its own count: the first, and the one after the last. Page p is in column p % c.recent.
+// None unless the model evicts.
+struct Recent {
+  int begin = 0, end = 0;
+  DMC_INLINE Recent(const Cache& c, int tokens) {
+    if (c.recent) begin = max(tokens - 1 - (int)c.evict_window, 0) / c.page_size, end = pages_of(c, tokens);
+  }
+};
+
 DMC_INLINE int64_t head_index(const Cache& c, int row, int64_t layer, int head) { return (row * c.layers + layer) * c.heads + head; }
 
 }  // namespace dmc

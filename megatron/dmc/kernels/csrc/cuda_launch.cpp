@@ -23,8 +23,12 @@ void done(const char* error) {
 // Cache and rows are read 16 bytes at a time.
 bool aligned(const void* x) { return (uintptr_t)x % 16 == 0; }
 
+bool aligned(const Heads& x, Dtype dtype) {
+  int64_t width = dtype == kF32 ? 4 : 2;
+  return aligned(x.data) && x.token * width % 16 == 0 && x.head * width % 16 == 0;
+}
+
 void check_cache(const Cache& c) {
-  if (c.evict_window) TVM_FFI_THROW(RuntimeError) << "a cache of a model that evicts is not implemented in these CUDA kernels";
   if (!aligned(c.k_pages) || !aligned(c.v_pages) || !aligned(c.ring_k) || !aligned(c.ring_v))
     TVM_FFI_THROW(ValueError) << "k_pages, v_pages, ring_k and ring_v must be aligned to 16 bytes";
 }
@@ -39,6 +43,11 @@ template <class T> T* take(char*& at, int64_t count) {
 int64_t append_bytes(int64_t n, int64_t tokens, int64_t heads) {
   auto bytes = [](int64_t x) { return (x + 15) / 16 * 16; };
   return bytes(tokens * heads) + 2 * bytes(4 * tokens * heads) + 2 * bytes(4 * n * heads) + bytes(4 * tokens);
+}
+
+int64_t evict_bytes(int64_t n, int64_t tokens, int64_t heads, int64_t recent) {
+  auto bytes = [](int64_t x) { return (x + 15) / 16 * 16; };
+  return 3 * bytes(4 * n * heads) + bytes(4 * tokens) + bytes(4 * tokens * heads) + bytes(4 * n * heads * recent) + bytes(tokens * heads);
 }
 
 char* check_scratch(const Optional<TensorView>& scratch, int64_t bytes) {
@@ -64,8 +73,18 @@ void run(AppendParams& p, const Optional<TensorView>& scratch) {
   done(dmc_cuda_append(x, stream_of(p.cache.device)));
 }
 
-void run(EvictParams&, const Optional<TensorView>&) {
-  TVM_FFI_THROW(RuntimeError) << "append_evicting is not implemented in these CUDA kernels";
+void run(EvictParams& p, const Optional<TensorView>& scratch) {
+  if (!p.tokens) return;
+  int64_t heads = p.cache.heads, recent = p.cache.recent, all = p.tokens * heads, items = p.n * heads;
+  char* at = check_scratch(scratch, evict_bytes(p.n, p.tokens, heads, recent));
+  CudaEvict x = {p};
+  x.before = take<int32_t>(at, items), x.after = take<int32_t>(at, items), x.seen = take<int32_t>(at, items);
+  x.owner = take<int32_t>(at, p.tokens);
+  int32_t *index = take<int32_t>(at, all), *table = take<int32_t>(at, items * recent);
+  if (!x.slot_index) x.slot_index = index;
+  if (!x.recent_before) x.recent_before = table;
+  x.moves = take<uint8_t>(at, all);
+  done(dmc_cuda_append_evicting(x, stream_of(p.cache.device)));
 }
 
 void run(DecodeParams& p, const Optional<TensorView>& scratch) {
@@ -74,7 +93,12 @@ void run(DecodeParams& p, const Optional<TensorView>& scratch) {
   done(dmc_cuda_decode(x, stream_of(c.device)));
 }
 
-void run(PrefillParams& p) { done(dmc_cuda_prefill(p, stream_of(p.cache.device))); }
+void run(PrefillParams& p) {
+  const Cache& c = p.cache;
+  if (c.evict_window && !(aligned(p.k_part, c.dtype) && aligned(p.v_part, c.dtype)))
+    TVM_FFI_THROW(ValueError) << "k_part and v_part must have heads aligned to 16 bytes, as append_evicting returns them";
+  done(dmc_cuda_prefill(p, stream_of(c.device)));
+}
 
 void run(const ForkParams& p) { done(dmc_cuda_fork(p, stream_of(p.cache.device))); }
 
@@ -97,4 +121,5 @@ void run(const SiluParams& p) {
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(append_bytes, append_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(evict_bytes, evict_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_bytes, dmc_cuda_decode_bytes);

@@ -8,6 +8,25 @@ using namespace dmc;
 
 constexpr int kThreads = 1024, kCopyThreads = 128;
 
+// What a head holds: kept pages, and behind them the recent ones of a model that evicts, in the order of their tokens.
+struct Held {
+  int32_t *table, *recent;
+  int kept, begin, columns, count;
+  int kept_open, recent_open;  // from these on pages may still be written: one of either kind at most
+  DMC_INLINE Held(const Cache& c, int64_t index) {
+    int length = c.lengths[index], tokens = c.segment[index];
+    Recent pages(c, tokens);
+    kept = pages_of(c, length), begin = pages.begin, columns = (int)c.recent, count = kept + pages.end - begin;
+    // A model that merges may write its last slot again, any model the slot after it.
+    kept_open = (c.ring && length ? length - 1 : length) / c.page_size, recent_open = kept + tokens / c.page_size - begin;
+    lie_in(c, index);
+  }
+  DMC_INLINE void lie_in(const Cache& c, int64_t index) { table = c.page_table + index * c.max_pages, recent = c.recent_table + index * c.recent; }
+  DMC_INLINE int32_t& operator[](int n) const { return n < kept ? table[n] : recent[(begin + n - kept) % columns]; }
+  DMC_INLINE bool open(int n) const { return n < kept ? n >= kept_open : n >= recent_open; }
+  DMC_INLINE int copies() const { return (kept_open < kept) + (recent_open < count); }
+};
+
 // The pages of a row's heads are all different, so its heads do not meet in a count.
 __global__ void __launch_bounds__(kThreads, 1) free_rows(const FreeParams p) {
   __shared__ int shared[32];
@@ -19,17 +38,17 @@ __global__ void __launch_bounds__(kThreads, 1) free_rows(const FreeParams p) {
     int row = p.rows[i];
     if (row < 0) continue;
     for (int from = 0; from < all; from += blockDim.x) {
-      int e = from + threadIdx.x, pages = 0, free = 0, total;
-      int64_t index = (int64_t)row * all + e;
-      const int32_t* table = c.page_table + index * c.max_pages;
-      if (e < all) pages = pages_of(c, c.lengths[index]);
-      for (int n = 0; n < pages; n++) free += --c.refcounts[table[n]] == 0;
+      int e = from + threadIdx.x, free = 0, total;
+      int64_t index = (int64_t)row * all + min(e, all - 1);
+      Held pages(c, index);
+      if (e >= all) pages.count = 0;
+      for (int n = 0; n < pages.count; n++) free += --c.refcounts[pages[n]] == 0;
       int place = given + block_scan(free, shared, &total);
       given += total;
-      for (int n = 0; n < pages && free; n++)
-        if (c.refcounts[table[n]] == 0) {
+      for (int n = 0; n < pages.count && free; n++)
+        if (c.refcounts[pages[n]] == 0) {
           unsigned entry = (unsigned)start + place++;
-          c.free_pages[entry < (unsigned)num_pages ? entry : entry - num_pages] = table[n];
+          c.free_pages[entry < (unsigned)num_pages ? entry : entry - num_pages] = pages[n];
           free--;
         }
       if (e < all) c.lengths[index] = c.segment[index] = 0;
@@ -39,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 1) free_rows(const FreeParams p) {
   if (threadIdx.x == 0) c.counters[kReturned] = returned + given;
 }
 
-// A compressing model may write its last slot again, any model the slot after it: pages before that are shared.
-DMC_INLINE int shared_pages(const Cache& c, int length) { return (c.ring && length ? length - 1 : length) / c.page_size; }
+// Set in the counter of the kernels' own from a refusal until the copies have seen it.
+constexpr unsigned long long kRefusedFork = 1ull << 62;
 
 __global__ void __launch_bounds__(kThreads, 1) fork_tables(const ForkParams p) {
   __shared__ int shared[32];
@@ -48,15 +67,15 @@ __global__ void __launch_bounds__(kThreads, 1) fork_tables(const ForkParams p) {
   int all = (int)(c.layers * c.heads), wanted = 0, filled = 0;
   for (int i = 0; i < p.n; i++)
     for (int e = threadIdx.x; e < all && p.source[i] >= 0 && p.target[i] >= 0; e += blockDim.x) {
-      int length = c.lengths[(int64_t)p.source[i] * all + e];
-      wanted += pages_of(c, length) - shared_pages(c, length);
-      filled += c.lengths[(int64_t)p.target[i] * all + e] != 0;
+      int64_t b = (int64_t)p.target[i] * all + e;
+      wanted += Held(c, (int64_t)p.source[i] * all + e).copies();
+      filled += c.lengths[b] != 0 || c.segment[b] != 0;
     }
   wanted = block_sum(wanted, shared), filled = block_sum(filled, shared);
   int64_t taken = c.counters[kTaken];
   if (filled || wanted > c.num_pages - (taken - c.counters[kReturned])) {
     __syncthreads();  // everyone has read the counters
-    if (threadIdx.x == 0) c.counters[kRefused] += 1;
+    if (threadIdx.x == 0) c.counters[kRefused] += 1, c.counters[kArrived] = kRefusedFork;
     return;
   }
   unsigned start = (unsigned)(taken % c.num_pages), num_pages = (unsigned)c.num_pages;
@@ -64,21 +83,23 @@ __global__ void __launch_bounds__(kThreads, 1) fork_tables(const ForkParams p) {
   for (int i = 0; i < p.n; i++) {
     if (p.source[i] < 0 || p.target[i] < 0) continue;
     for (int from = 0; from < all; from += blockDim.x) {
-      int e = from + threadIdx.x, length = 0, total;
-      int64_t a = (int64_t)p.source[i] * all + e, b = (int64_t)p.target[i] * all + e;
-      if (e < all) length = c.lengths[a];
-      int same = shared_pages(c, length), copies = pages_of(c, length) - same, place = given + block_scan(copies, shared, &total);
+      int e = from + threadIdx.x, total;
+      int64_t a = (int64_t)p.source[i] * all + min(e, all - 1), b = (int64_t)p.target[i] * all + e;
+      Held old(c, a), mine = old;
+      mine.lie_in(c, b);
+      unsigned entry = start + given + block_scan(e < all ? old.copies() : 0, shared, &total);
       given += total;
-      const int32_t* old = c.page_table + a * c.max_pages;
-      int32_t* table = c.page_table + b * c.max_pages;
-      for (int n = 0; n < same; n++) c.refcounts[table[n] = old[n]]++;
-      if (copies) {  // the one page that may still be written
-        unsigned entry = start + place;
-        int32_t id = c.free_pages[entry < num_pages ? entry : entry - num_pages];
-        table[same] = id;
-        c.refcounts[id] = 1;
+      if (e >= all) continue;
+      for (int n = 0; n < old.count; n++) {
+        if (old.open(n)) {
+          int32_t id = c.free_pages[entry < num_pages ? entry : entry - num_pages];
+          c.refcounts[mine[n] = id] = 1;
+          entry++;
+        } else {
+          c.refcounts[mine[n] = old[n]]++;
+        }
       }
-      if (e < all) c.lengths[b] = length, c.segment[b] = c.segment[a];
+      c.lengths[b] = c.lengths[a], c.segment[b] = c.segment[a];
     }
   }
   __syncthreads();
@@ -91,24 +112,33 @@ DMC_INLINE void copy(void* base, int64_t from, int64_t to, int64_t bytes) {
   for (int64_t n = threadIdx.x; n < bytes / 16; n += blockDim.x) b[n] = a[n];
 }
 
-// A block per pair and head: the open page, and the ring.
+// A block per pair and head: the open pages, the ring and the marks.
 __global__ void __launch_bounds__(kCopyThreads) fork_copies(const ForkParams p) {
+  __shared__ bool refused;
   const Cache& c = p.cache;
   int all = (int)(c.layers * c.heads), i = blockIdx.x / all, e = blockIdx.x % all;
-  if (p.source[i] < 0 || p.target[i] < 0) return;
-  int64_t a = (int64_t)p.source[i] * all + e, b = (int64_t)p.target[i] * all + e;
-  int length = c.lengths[b], same = shared_pages(c, length);
-  if (length != c.lengths[a] || !length) return;  // refused, or empty
-  if (same < pages_of(c, length)) {
-    int64_t width = c.dtype == kF32 ? 4 : 2, bytes = c.page_size * c.head_dim * width;
-    int32_t old = c.page_table[a * c.max_pages + same], id = c.page_table[b * c.max_pages + same];
-    copy(c.k_pages, old, id, bytes);
-    copy(c.v_pages, old, id, bytes);
+  if (threadIdx.x == 0) {
+    unsigned long long arrived = atomicAdd((unsigned long long*)c.counters + kArrived, 1ull);
+    refused = arrived >= kRefusedFork;
+    if (arrived % kRefusedFork == gridDim.x - 1) c.counters[kArrived] = 0;
   }
-  int64_t bytes = c.ring * c.head_dim * (c.ring_dtype == kF32 ? 4 : 2);
-  copy(c.ring_k, a, b, bytes);
-  copy(c.ring_v, a, b, bytes);
+  __syncthreads();
+  if (refused || p.source[i] < 0 || p.target[i] < 0) return;
+  int64_t a = (int64_t)p.source[i] * all + e, b = (int64_t)p.target[i] * all + e;
+  int64_t width = c.dtype == kF32 ? 4 : 2, page = c.page_size * c.head_dim * width;
+  Held old(c, a), mine = old;
+  mine.lie_in(c, b);
+  auto copy_page = [&](int n) {
+    copy(c.k_pages, old[n], mine[n], page);
+    copy(c.v_pages, old[n], mine[n], page);
+  };
+  if (old.kept_open < old.kept) copy_page(old.kept_open);
+  if (old.recent_open < old.count) copy_page(old.recent_open);
+  int64_t ring = c.ring * c.head_dim * (c.ring_dtype == kF32 ? 4 : 2), marks = c.recent ? c.evict_window + 2 : 0;
+  copy(c.ring_k, a, b, ring);
+  copy(c.ring_v, a, b, ring);
   for (int n = threadIdx.x; n < c.ring; n += blockDim.x) c.ring_w[b * c.ring + n] = c.ring_w[a * c.ring + n];
+  for (int n = threadIdx.x; n < marks; n += blockDim.x) c.marks[b * marks + n] = c.marks[a * marks + n];
 }
 
 }  // namespace

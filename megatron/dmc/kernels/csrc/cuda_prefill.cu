@@ -1,4 +1,5 @@
-// Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its head and its own partial state.
+// Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its head and its own partial state; of a model that
+// evicts, over its kept slots and tokens t - w to t, which lie in the recent pages of before the chunk and in the chunk itself.
 //
 // A block takes some rows (tokens times the group) of one KV head; how many tiles of rows there are only the device knows, so the
 // grid is as large as they can be, and blocks without one end at once. For elements of 16 bits it is FlashAttention-2's loop on
@@ -17,8 +18,36 @@ struct Tile {
   int sequence, row, begin, head, first, rows;
 };
 
-// Tiles in the order of sequences, the last one first, since later rows see more slots. shared: 32 numbers, and a tile.
-template <int M> DMC_INLINE Tile find_tile(const PrefillParams& p, int* shared, Tile* found, int64_t tiles) {
+// Tokens that the rows of a tile see whatever was decided about them, by their count in the sequence: each row the latest `span` up to its
+// own. None unless the model evicts.
+struct Window {
+  const int32_t* table;  // recent pages before the chunk
+  int before, shift;     // tokens that were there before the chunk; from a token of the chunk to its place among all T
+  int span, begin, end;
+
+  DMC_INLINE void set(const PrefillParams& p, const Tile& tile) {
+    const Cache& c = p.cache;
+    span = begin = end = 0;
+    if (!c.recent || tile.row < 0) return;
+    int heads = (int)c.heads, groups = (int)p.groups, count = p.cu_seqlens[tile.sequence + 1] - tile.begin;
+    bool refused = p.slot_index[(int64_t)tile.begin * heads + tile.head] < 0;  // its tokens see themselves only
+    table = p.recent_before + (tile.sequence * heads + tile.head) * c.recent;
+    before = refused ? 0 : c.segment[head_index(c, tile.row, p.layer, tile.head)] - count;
+    span = refused ? 1 : (int)c.evict_window + 1, shift = tile.begin - before;
+    begin = max(before + tile.first / groups + 1 - span, 0), end = before + (tile.first + tile.rows - 1) / groups + 1;
+  }
+  // The page of a token; -1: it is in the chunk.
+  DMC_INLINE int page(const Cache& c, int token) const { return token < before ? table[token / c.page_size % (int)c.recent] : -1; }
+  template <class T>
+  DMC_INLINE void find(const PrefillParams& p, const Slots<T>& s, int head, int token, int page, const T*& k, const T*& v) const {
+    k = page < 0 ? row_of<const T>(p.k_part, token + shift, head) : s.k + s.offset(page, token);
+    v = page < 0 ? row_of<const T>(p.v_part, token + shift, head) : s.v + s.offset(page, token);
+  }
+};
+
+// Tiles in the order of sequences, the last one first, since later rows see more slots. All pointers are to shared memory, the
+// first to 32 numbers.
+template <int M> DMC_INLINE Tile find_tile(const PrefillParams& p, int* shared, Tile* found, Window* window, int64_t tiles) {
   int heads = (int)p.cache.heads, groups = (int)p.groups;
   int wanted = (int)(tiles - 1 - blockIdx.x / heads), before = 0;
   if (threadIdx.x == 0) found->rows = 0;
@@ -29,6 +58,7 @@ template <int M> DMC_INLINE Tile find_tile(const PrefillParams& p, int* shared, 
     if (wanted >= first && wanted < first + count) {
       int at = (wanted - first) * M;
       *found = {i, p.rows[i], begin, (int)(blockIdx.x % heads), at, min(M, rows - at)};
+      window->set(p, *found);
     }
     before += all;
   }
@@ -60,8 +90,9 @@ template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(
   __shared__ __align__(16) Sums<kFew, 256> sums;
   __shared__ int shared[32];
   __shared__ Tile found;
+  __shared__ Window window;
   const PrefillParams& p = w.prefill;
-  Tile tile = find_tile<kFew>(p, shared, &found, w.tiles);
+  Tile tile = find_tile<kFew>(p, shared, &found, &window, w.tiles);
   if (!tile.rows) return;
   if (tile.row < 0) return clear<T>(p, tile);
   const Cache& c = p.cache;
@@ -77,9 +108,19 @@ template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(
     core.limit[j] = j < tile.rows ? p.slot_index[(int64_t)token(j) * c.heads + tile.head] : 0;
     most = max(most, core.limit[j]);
   }
-  core.run(Slots<T>(c, tile.row, p.layer, tile.head), 0, most);
+  Slots<T> slots(c, tile.row, p.layer, tile.head);
+  core.run(slots, 0, most);
+  if (window.span) {
+    core.span = window.span;
 #pragma unroll
-  for (int j = 0; j < kFew; j++) {
+    for (int j = 0; j < kFew; j++) core.limit[j] = j < tile.rows ? token(j) - window.shift + 1 : 0;
+    core.run([&](int at, const T*& k, const T*& v) {
+      window.find(p, slots, tile.head, at, window.page(c, at), k, v);
+      return true;
+    }, window.begin, window.end);
+  }
+#pragma unroll
+  for (int j = 0; j < kFew && !window.span; j++) {
     float k[8] = {}, v[8] = {};
     if (j < tile.rows && core.on) {
       load8(k, row_of<const T>(p.k_part, token(j), tile.head) + core.channel, aligned);
@@ -120,8 +161,9 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
   DMC_DYNAMIC_SHARED(memory);
   __shared__ int shared[32];
   __shared__ Tile found;
+  __shared__ Window window;
   const PrefillParams& p = w.prefill;
-  Tile tile = find_tile<kRows>(p, shared, &found, w.tiles);
+  Tile tile = find_tile<kRows>(p, shared, &found, &window, w.tiles);
   if (!tile.rows) return;
   if (tile.row < 0) return clear<T>(p, tile);
   const Cache& c = p.cache;
@@ -133,7 +175,8 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
   // A lane has the rows r and r + 8 of its warp. Slots only grow with the token, so the last row sees the most.
   int rows[2] = {warp * 16 + r, warp * 16 + r + 8}, limit[2], most = limit_of(tile.rows - 1), least = limit_of(0);
   bool here[2];
-  int warp_most = warp * 16 < tile.rows ? limit_of(min(warp * 16 + 15, tile.rows - 1)) : 0;
+  int warp_last = min(warp * 16 + 15, tile.rows - 1), warp_least = 0, warp_most = warp * 16 < tile.rows ? limit_of(warp_last) : 0;
+  unsigned span = INT32_MAX;  // a row sees `span` slots at most before its limit
   uint32_t queries[kSteps][4];
   bool aligned = is_aligned<T>(p.q) && is_aligned<T>(p.k_part) && is_aligned<T>(p.v_part) && is_aligned<T>(p.out);
   auto word = [&](const T* at) { return aligned ? *(const uint32_t*)at : (uint32_t)at[0].bits | (uint32_t)at[1].bits << 16; };
@@ -155,22 +198,28 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
     for (int e = 0; e < 4; e++) acc[n][e] = 0;
 
   Slots<T> slots(c, tile.row, p.layer, tile.head);
-  int tiles = (most + kSlots - 1) / kSlots, ids[S::kMine];
+  // Tiles of slots, then tiles of tokens.
+  int slot_tiles = (max(most, 0) + kSlots - 1) / kSlots, tiles = slot_tiles + (window.end - window.begin + kSlots - 1) / kSlots;
+  int ids[S::kMine];
+  auto first_of = [&](int n) { return n < slot_tiles ? n * kSlots : window.begin + (n - slot_tiles) * kSlots; };
+  auto end_of = [&](int n) { return n < slot_tiles ? most : window.end; };
   auto find_pages = [&](int n) {
 #pragma unroll
     for (int i = 0; i < S::kMine; i++) {
-      int chunk = threadIdx.x + i * kThreads, slot = n * kSlots + chunk / (D / 8);
-      ids[i] = chunk < S::kChunks && slot < most ? slots.table[slot / slots.page_size] : 0;
+      int chunk = threadIdx.x + i * kThreads, slot = first_of(n) + chunk / (D / 8);
+      ids[i] = 0;
+      if (chunk < S::kChunks && slot < end_of(n)) ids[i] = n < slot_tiles ? slots.table[slot / slots.page_size] : window.page(c, slot);
     }
   };
   auto copy = [&](int n) {
 #pragma unroll
     for (int i = 0; i < S::kMine; i++) {
-      int chunk = threadIdx.x + i * kThreads, row = chunk / (D / 8), slot = n * kSlots + row, channel = chunk % (D / 8) * 8;
+      int chunk = threadIdx.x + i * kThreads, row = chunk / (D / 8), slot = first_of(n) + row, channel = chunk % (D / 8) * 8;
       if (chunk >= S::kChunks) continue;
-      int64_t at = slots.offset(ids[i], slot) + channel;  // behind the last slot: zeros
-      copy16(&stage[n & 1][0][row][channel], slots.k + at, slot < most);
-      copy16(&stage[n & 1][1][row][channel], slots.v + at, slot < most);
+      const T *k, *v;  // behind the last slot: zeros
+      window.find(p, slots, tile.head, slot, ids[i], k, v);
+      copy16(&stage[n & 1][0][row][channel], k + channel, slot < end_of(n));
+      copy16(&stage[n & 1][1][row][channel], v + channel, slot < end_of(n));
     }
     copies_commit();
   };
@@ -184,8 +233,14 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
     __syncthreads();  // tile n is there for everyone, and everyone is done with tile n - 1
     if (n + 1 < tiles) copy(n + 1);
     if (n + 2 < tiles) find_pages(n + 2);
-    int first = n * kSlots;
-    if (first >= warp_most) continue;
+    int first = first_of(n);
+    if (n == slot_tiles) {  // tokens from here on
+      span = window.span, least = window.begin + window.span, warp_most = max(token(warp_last) - window.shift + 1, 0);
+      warp_least = token(warp * 16) - window.shift + 1 - window.span;
+#pragma unroll
+      for (int i = 0; i < 2; i++) limit[i] = here[i] ? token(rows[i]) - window.shift + 1 : 0;
+    }
+    if (first >= warp_most || first + kSlots <= warp_least) continue;
     float s[kSlots / 8][4];
 #pragma unroll
     for (int i = 0; i < kSlots / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0;
@@ -198,13 +253,13 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
         mma(s[2 * i], queries[k][0], queries[k][1], queries[k][2], queries[k][3], b[0], b[1], T{});
         mma(s[2 * i + 1], queries[k][0], queries[k][1], queries[k][2], queries[k][3], b[2], b[3], T{});
       }
-    bool masked = first + kSlots > least;
+    bool masked = n >= slot_tiles || first + kSlots > least;
     float highest[2] = {top[0], top[1]};
 #pragma unroll
     for (int i = 0; i < kSlots / 8; i++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        s[i][e] = masked && first + 8 * i + 2 * q + e % 2 >= limit[e / 2] ? -INFINITY : s[i][e] * scale;
+        s[i][e] = masked && (unsigned)(limit[e / 2] - 1 - first - 8 * i - 2 * q - e % 2) >= span ? -INFINITY : s[i][e] * scale;
         highest[e / 2] = fmaxf(highest[e / 2], s[i][e]);
       }
 #pragma unroll
@@ -237,7 +292,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
       }
     }
   }
-  // Each row's own state, and the end.
+  // Each row's own state, unless it was among the tokens, and the end.
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const T* k = here[i] ? row_of<const T>(p.k_part, token(rows[i]), tile.head) : nullptr;
@@ -254,7 +309,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
     total[i] += __shfl_xor_sync(kAll, total[i], 1);
     total[i] += __shfl_xor_sync(kAll, total[i], 2);
     if (!here[i]) continue;
-    score *= scale;
+    score = window.span ? -INFINITY : score * scale;
     float highest = fmaxf(top[i], score), factor = exp2_fast(top[i] - highest), weight = exp2_fast(score - highest);
     float share = 1.0f / (total[i] * factor + weight);
     factor *= share, weight *= share;
