@@ -16,16 +16,17 @@ from megatron.dmc.evaluation.policies import DMS, Projections
 from megatron.dmc.ops import (
     decision_logits,
     evicting_attention,
-    held_slots,
+    kept_slots,
     make_decisions,
     rotary_frequencies,
+    rotate,
     rotate_and_split_neuron,
 )
 from megatron.dmc.ops.attention import mask_channel, mask_unit
 
 
 def layer(q: Tensor, k: Tensor, v: Tensor, *, bias: float, window: int, noise=None) -> Tensor:
-    """Inputs as the model builds them."""
+    """Inputs as the model builds them, the decisions read from the keys."""
     d = q.size(-1)
     cos, sin = reference_tables(d, q.size(2), torch.float64 if q.dtype == torch.float64 else torch.float32, q.device)
     decisions = make_decisions(decision_logits(k[..., -1], bias), 0.5, noise)
@@ -70,25 +71,60 @@ def test_evicting_attention_matches_dense(g, window, relaxed, device) -> None:
             assert error <= (1e-9 if device == "cpu" else 3e-5), f"s {s}: {float(error):.1e}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("about_self", [False, True], ids=["previous", "self"])
+@pytest.mark.parametrize("g, window", [(1, 1), (3, 5), (2, 70)])
+def test_all_channels_may_be_in_attention(g, window, about_self, device) -> None:
+    """The mask has a place of its own where the decisions come from elsewhere than the keys, with its gradient."""
+    wide = torch.float64 if device == "cpu" else torch.float32
+    for s in (1, 2, window + 2, 66):
+        q, k, v = inputs(s, g, dtype=wide, device=device)
+        logits = torch.randn(k.shape[:3], generator=torch.Generator().manual_seed(3)).to(q).requires_grad_()
+        noise, (cos, sin) = noise_for(q).to(wide), reference_tables(q.size(-1), s, wide, q.device)
+        about = torch.arange(s) if about_self else torch.arange(s).add(1).clamp_max(s - 1)  # who decides about j
+        keep = (1 - torch.sigmoid((logits + noise) / 0.5)[..., about]).log()
+        scores = rotate(q, cos, sin) @ rotate(k, cos, sin).repeat_interleave(g, dim=1).transpose(-1, -2)
+        age = torch.arange(s)[:, None] - torch.arange(s)
+        far = (age > window).to(scores) * keep.repeat_interleave(g, dim=1).unsqueeze(-2)
+        scores = (scores / math.sqrt(q.size(-1)) + far).masked_fill((age < 0).to(q.device), -math.inf)
+        want = scores.softmax(dim=-1) @ v.repeat_interleave(g, dim=1)
+        mask = make_decisions(logits, 0.5, noise, about_self).log_keep
+        out = evicting_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, window, mask)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+        leaves = (q, k, v, *([logits] if s > window + 1 else []))
+        found = [(x, *torch.autograd.grad((x * weight).sum(), leaves)) for x in (out, want)]
+        for got, expected in zip(*found):
+            error = (got - expected).abs().max() / expected.abs().max().clamp_min(0.1)
+            assert error <= (1e-9 if device == "cpu" else 3e-5), f"s {s}: {float(error):.1e}"
+
+
+def test_a_mask_in_bf16_is_not_rounded_to_bf16() -> None:
+    """It takes two channels, so a decision of 0.1% more or less is not lost."""
+    q, k, v = (x.detach().bfloat16() for x in inputs(40, 2))
+    mask = torch.full(k.shape[:3], -4.0)
+    outputs = [evicting_attention(q, k, v, 2, mask + change)[:, :, 20:].float() for change in (0.0, -0.004)]
+    assert torch.equal(mask.bfloat16(), (mask - 0.004).bfloat16())
+    assert not torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("window", [1, 4, 16, 100])
 def test_hard_decisions_are_the_cache(window) -> None:
-    """Attention and number of slots equal those of the policy, which is tested against the step-by-step cache."""
+    """Attention equals that of the policy, which is tested against the step-by-step cache."""
     q, k, v = (x.detach() for x in inputs(60, 2, dtype=torch.float64))
     logits = decision_logits(k[..., -1], 0.3)
     x = Projections(q, k, v, rotary_frequencies(16, 1e4), neuron="all", logits=logits)
     attended = DMS(window).attend(x)
     assert torch.allclose(layer(q, k, v, bias=0.3, window=window), attended.out, atol=2e-6)
-    decisions = make_decisions(logits, 0.5)
-    assert torch.equal(held_slots(decisions, window).long(), attended.slots[..., -1])
-    assert window >= 60 or float(attended.slots[..., -1].double().mean()) < 60
 
 
-def test_slots_have_the_gradient_of_the_relaxed_decisions() -> None:
+def test_the_evicted_share_counts_marks_with_the_gradient_of_the_relaxed_decisions() -> None:
     logits = torch.randn(1, 2, 20).requires_grad_()
     noise = torch.randn(1, 2, 20)
-    decisions = make_decisions(logits, 0.5, noise)
-    (grad,) = torch.autograd.grad(held_slots(decisions, 4).sum(), logits)
-    alpha = decisions.alpha.detach()
-    want = -alpha * (1 - alpha) / 0.5
-    want[..., 0], want[..., 16:] = 0, 0  # the first token decides nothing; the last five tokens are held in any case
-    assert torch.allclose(grad, want, atol=1e-6)
+    for about_self in (False, True):
+        decisions = make_decisions(logits, 0.5, noise, about_self)
+        kept = kept_slots(decisions)
+        (grad,) = torch.autograd.grad(kept.sum(), logits)
+        alpha, first = decisions.alpha.detach(), 0 if about_self else 1  # the first token decides about nobody
+        assert torch.equal(kept, 20 - (logits[..., first:] > 0).sum(dim=-1).float())
+        want = -alpha * (1 - alpha) / 0.5
+        assert torch.allclose(grad, want, atol=1e-6) and bool((alpha[..., 0] > 0).all()) == about_self

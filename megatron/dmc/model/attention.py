@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron.dmc import ops
 from megatron.dmc.config import DMCConfig
+from megatron.dmc.model.adapter import DecisionProjection
+from megatron.dmc.model.norm import RMSNorm
 from megatron.dmc.model.supported import check_supported
 from megatron.dmc.ops.attention import mask_channel, mask_unit
 
@@ -30,26 +32,30 @@ class DMCStep:
     """
 
     compress: bool = True
-    """True: merge tokens. False: plain attention, with the decision neuron scaled by ``neuron_scale``."""
+    """True: merge or evict tokens. False: plain attention, with the decision neuron scaled by ``neuron_scale``."""
     neuron_scale: float = 1.0
-    """Factor on channel D-1 of q and k, as they leave the projection and after RoPE, when not compressing: 1 plain, 0
-    neuron out."""
+    """Factor on channel D-1 of the heads that ``DMCConfig.neuron`` names, as they leave the projection and after RoPE,
+    when not compressing: 1 plain, 0 neuron out."""
     sample_ids: Optional[Tensor] = None
     """Global index of each sequence, int64 [b], a key of the noise. None: hard decisions, no noise (evaluation)."""
     seed: int = 0
     step: int = 0
     """Optimizer step, a key of the noise."""
+    layer_input: Optional[Tensor] = None
+    """Hidden state before the layer's input norm, [s, b, h] (s / tp under sequence parallelism), which adapters read.
+    The layer puts it here for its attention."""
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """Slots kept by hard decisions, which the layers fill in: layer number -> int64 [b, KV heads of this rank]."""
+    """Tokens not marked by hard decisions (``ops.kept_slots``), which the layers fill in: layer number -> int64
+    [b, KV heads of this rank]."""
 
 
 class DMCSelfAttention(SelfAttention):
     """Self-attention whose KV heads merge tokens into their last slot (arXiv 2403.09636), or evict them
     (``DMCConfig.method``).
 
-    Takes and returns [s, b, h] like ``SelfAttention``; weights, their names and their sharding are the same. After
-    each compressing forward, ``kept_count`` holds the slots kept by this rank's heads: fp64 [b], differentiable
-    (straight-through).
+    Takes and returns [s, b, h] like ``SelfAttention``; weights, their names and their sharding are the same, and an
+    adapter's come in addition. After each compressing forward, ``kept_count`` holds the slots kept by this rank's
+    heads: fp64 [b], differentiable (straight-through).
     """
 
     def __init__(
@@ -75,6 +81,10 @@ class DMCSelfAttention(SelfAttention):
         n = self.num_query_groups_per_partition
         self.kv_head_range = range(rank * n, (rank + 1) * n)
         """Global indices of this rank's KV heads."""
+        if dmc.decision_source == "adapter":
+            heads = 1 if dmc.decision_per == "layer" else config.num_query_groups
+            self.dms_proj_alpha_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.dms_proj_alpha = DecisionProjection(config, heads, self.tp_group)
 
     def forward(
         self,
@@ -127,14 +137,30 @@ class DMCSelfAttention(SelfAttention):
                 "attention rotates all sequences alike: position_embedding_type rope or yarn"
             )
         query, key, value = self._project(hidden_states, step)
+        adapted = self._adapted(step) if step.compress and self.dmc.decision_source == "adapter" else None
         # The model may have made frequencies for more rows than there are tokens (the carried row).
         angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
         attend = partial(self._attend, step, angles)
         if self.checkpoint_core_attention and self.training:
-            context, self.kept_count = tensor_parallel.checkpoint(attend, False, query, key, value)
+            context, self.kept_count = tensor_parallel.checkpoint(attend, False, query, key, value, adapted)
         else:
-            context, self.kept_count = attend(query, key, value)
+            context, self.kept_count = attend(query, key, value, adapted)
         return self.linear_proj(context)
+
+    def _adapted(self, step: DMCStep) -> Tensor:
+        """Outputs of the adapter for this rank's KV heads: [s, b, ng], or [s, b, 1] for the layer."""
+        if step.layer_input is None:
+            raise ValueError(
+                "decision_source adapter reads the layer's input, which DMCStep.layer_input lacks; use the spec's "
+                "DMCTransformerLayer around this attention"
+            )
+        adapted = self.dms_proj_alpha(self.dms_proj_alpha_norm(step.layer_input))
+        own = (
+            slice(None)
+            if self.dmc.decision_per == "layer"
+            else slice(self.kv_head_range.start, self.kv_head_range.stop)
+        )
+        return adapted[..., own]
 
     def _project(self, hidden_states: Tensor, step: DMCStep) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [s, b, h] -> query [s, b, np, D], key, value [s, b, ng, D], before RoPE."""
@@ -145,67 +171,105 @@ class DMCSelfAttention(SelfAttention):
         if not step.compress:
             # Before the norms: zero_out ends with zeros in the projection, so the channel leaves the root mean square
             # of the others too. Faded after the norms it would leave that one at once, at the end.
-            query, key = _scale_neuron(query, step), _scale_neuron(key, step)
+            query, key = self._scale_neuron(query, key, step.neuron_scale)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
 
     def _attend(
-        self, step: DMCStep, angles: Tensor, query: Tensor, key: Tensor, value: Tensor
+        self, step: DMCStep, angles: Tensor, query: Tensor, key: Tensor, value: Tensor, adapted: Optional[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """query [s, b, np, D], key, value [s, b, ng, D] -> (context [s, b, np * D], kept fp64 [b])."""
+        """query [s, b, np, D], key, value [s, b, ng, D] -> (context [s, b, np * D], kept fp64 [b]).
+
+        adapted: outputs of the adapter, [s, b, ng] or [s, b, 1].
+        """
         # [s, b, heads, D] -> [b, heads, s, D]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         cos, sin = angles.cos() * self.rotary_factor, angles.sin() * self.rotary_factor
         if step.compress:
-            out, kept = self._compressed_attention(step, q, k, v, cos, sin)
+            decisions = self._decide(step, q, k, adapted)
+            slots = ops.kept_slots(decisions)
+            step.kept[self.layer_number] = slots.detach().long()
+            kept = slots.double().sum(dim=-1)
+            attend = self._evicting_attention if self.dmc.evicts else self._merging_attention
+            out = attend(decisions, q, k, v, cos, sin)
         else:
             kept = torch.zeros(q.size(0), dtype=torch.float64, device=q.device)
             q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
             # A rotation refills the channel from its partner.
-            out = ops.flash_attention(_scale_neuron(q, step), _scale_neuron(k, step), v)
+            out = ops.flash_attention(*self._scale_neuron(q, k, step.neuron_scale, heads=1), v)
         # [b, np, s, D] -> [s, b, np * D]
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1), kept
 
-    def _compressed_attention(
-        self, step: DMCStep, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Let every KV head decide where to merge (or evict), and attend to what is left: [b, heads, s, D] each."""
-        dmc, d, merges = self.dmc, q.size(-1), self.dmc.method == "dmc"
-        noise = None
+    def _decide(self, step: DMCStep, q: Tensor, k: Tensor, adapted: Optional[Tensor]) -> ops.Decisions:
+        """Decisions of this rank's KV heads from what ``decision_source`` names: [b, heads, s, D] before RoPE."""
+        dmc, heads = self.dmc, self.kv_head_range
+        if adapted is not None:
+            x = adapted.permute(1, 2, 0)  # [s, b, heads] -> [b, heads, s]
+            heads = heads if dmc.decision_per == "head" else range(1)
+        else:
+            x = (k if dmc.decision_source == "key" else q[:, :: q.size(1) // k.size(1)])[..., -1]
+        logits, noise = ops.decision_logits(x, dmc.decision_bias, dmc.decision_scale), None
         if step.sample_ids is not None:
             keys = dict(seed=step.seed, step=step.step, layer=self.layer_number)
-            noise = ops.logistic_noise(step.sample_ids, self.kv_head_range, k.size(2), **keys)
-        decisions = ops.make_decisions(ops.decision_logits(k[..., -1], dmc.decision_bias), dmc.temperature, noise)
-        slots = ops.kept_slots(decisions) if merges else ops.held_slots(decisions, dmc.window)
-        step.kept[self.layer_number] = slots.detach().long()
+            noise = ops.logistic_noise(step.sample_ids, heads, k.size(2), **keys).expand(-1, k.size(1), -1)
+        logits = logits.expand(-1, k.size(1), -1)
+        return ops.make_decisions(logits, dmc.temperature, noise, dmc.decision_about == "self")
+
+    def _merging_attention(
+        self, decisions: ops.Decisions, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Pool keys and values by the decisions and attend to the slots: [b, heads, s, D] each."""
+        dmc, d = self.dmc, q.size(-1)
         q, q_neuron = ops.rotate_and_split_neuron(q, cos, sin, mask_channel(d))
-        if merges:
-            omega = ops.importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
-            k, v = ops.pool(k, v, decisions.alpha, omega, dmc.window)
+        omega = ops.importance(q_neuron, k.size(1), dmc.decision_bias, dmc.importance_epsilon)
+        k, v = ops.pool(k, v, decisions.alpha, omega, dmc.window)
         k, _ = ops.rotate_and_split_neuron(k, cos, sin, decisions.log_keep.to(k.dtype) * mask_unit(d))
-        out = ops.dmc_attention(q, k, v) if merges else ops.evicting_attention(q, k, v, dmc.window)
-        return out, slots.double().sum(dim=-1)
+        return ops.dmc_attention(q, k, v)
+
+    def _evicting_attention(
+        self, decisions: ops.Decisions, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Attend to the window, and beyond it to what is not marked: [b, heads, s, D] each."""
+        d, window, mask = q.size(-1), self.dmc.window, decisions.log_keep
+        if self.dmc.neuron == "all":
+            q, _ = ops.rotate_and_split_neuron(q, cos, sin, mask_channel(d))
+            k, _ = ops.rotate_and_split_neuron(k, cos, sin, mask.to(k.dtype) * mask_unit(d))
+            return ops.evicting_attention(q, k, v, window)
+        q, _ = self._scale_neuron(q, k, 0.0, heads=1)
+        q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+        q, _ = self._scale_neuron(q, k, 0.0, heads=1)
+        return ops.evicting_attention(q, k, v, window, mask)
+
+    def _scale_neuron(self, q: Tensor, k: Tensor, scale: float, heads: int = -2) -> tuple[Tensor, Tensor]:
+        """Scale channel D-1 of the heads that ``DMCConfig.neuron`` names. heads: the axis of heads in q and k."""
+        if scale == 1.0 or self.dmc.neuron == "none":
+            return q, k
+        every = slice(None, None, q.size(heads) // k.size(heads) if self.dmc.neuron == "query" else 1)
+        q = q * _neuron_factor(q, scale, heads, every)
+        return q, (k if self.dmc.neuron == "query" else k * _neuron_factor(k, scale, heads, every))
 
     @torch.no_grad()
     def zero_decision_neurons(self) -> None:
-        """Set the QKV projection's rows (and bias) of channel D-1 of q and k to exactly 0: the end of zero_out."""
+        """Set the QKV projection's rows (and bias) of channel D-1 of the heads that ``DMCConfig.neuron`` names to
+        exactly 0: the end of zero_out."""
         ng = self.num_query_groups_per_partition
         g = self.num_attention_heads_per_partition // ng
         d = self.hidden_size_per_attention_head
+        heads = {"all": g + 1, "query": 1, "none": 0}[self.dmc.neuron]
         for parameter in (self.linear_qkv.weight, self.linear_qkv.bias):
             if parameter is not None and parameter.numel():
                 # [ng * (g + 2) * D, ...] -> [ng, g + 2, D, ...]: g queries, the key, the value
-                parameter.data.view(ng, g + 2, d, -1)[:, : g + 1, d - 1] = 0
+                parameter.data.view(ng, g + 2, d, -1)[:, :heads, d - 1] = 0
 
 
-def _scale_neuron(x: Tensor, step: DMCStep) -> Tensor:
-    """Scale channel D-1 of [..., D]."""
-    if step.neuron_scale == 1.0:
-        return x
-    factor = torch.ones(x.size(-1), dtype=x.dtype, device=x.device)
-    factor[-1] = step.neuron_scale
-    return x * factor
+def _neuron_factor(x: Tensor, scale: float, heads: int, which: slice) -> Tensor:
+    """Factors on x: ``scale`` for channel D-1 of the heads ``which``, else 1; heads: their axis in x."""
+    shape = [1] * x.dim()
+    shape[heads], shape[-1] = x.size(heads), x.size(-1)
+    factor = torch.ones(shape[heads], shape[-1], dtype=x.dtype, device=x.device)
+    factor[which, -1] = scale
+    return factor.view(shape)
 
 
 def _check_causal(mask: Tensor) -> None:

@@ -1,20 +1,23 @@
-"""A transformer layer that adds its attention's slot count to the carried row."""
+"""A transformer layer that shows its attention the layer's input, and adds the slot count to the carried row."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Optional
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron.dmc.model.attention import DMCStep
 from megatron.dmc.model.carry import read_count, write_count
 
 
 class DMCTransformerLayer(TransformerLayer):
     """``TransformerLayer`` on [s, b, h]; with ``carry``, on [s + 1, b, h], whose last row is not a token.
 
-    The row is taken off before the layer and put back after it, so norms, projections and kernels never see it.
+    The row is taken off before the layer and put back after it, so norms, projections and kernels never see it. What
+    is left is what an adapter reads (``DMCStep.layer_input``).
     """
 
     def __init__(self, config, submodules, *args, carry: bool = False, **kwargs) -> None:
@@ -22,9 +25,12 @@ class DMCTransformerLayer(TransformerLayer):
         self.carry = carry
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Optional[Tensor]]:
+        tokens = hidden_states[:-1] if self.carry else hidden_states
+        if isinstance(step := kwargs.get("attention_bias"), DMCStep):
+            kwargs["attention_bias"] = dataclasses.replace(step, layer_input=tokens)
+        output, context = super().forward(tokens, *args, **kwargs)
         if not self.carry:
-            return super().forward(hidden_states, *args, **kwargs)
-        output, context = super().forward(hidden_states[:-1], *args, **kwargs)
+            return output, context
         count = read_count(hidden_states[-1:]) + self.self_attention.kept_count
         row = write_count(count, output.size(-1), output.dtype)
         return torch.cat((output, row)), context

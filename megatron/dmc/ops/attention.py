@@ -31,18 +31,21 @@ class Backend(NamedTuple):
     """A causal attention kernel: forward and backward with the row statistics exposed."""
 
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor], tuple]
-    """(q [b, np, s, D], k, v [b, ng, s, D]) -> (o [b, np, s, D], lse fp32 [b, np, s], *rest)"""
+    forward: Callable[..., tuple]
+    """(q [b, np, s, D], k, v [b, ng, s, D], scale=None) -> (o [b, np, s, D], lse fp32 [b, np, s], *rest). ``scale`` is
+    the factor on the scores; None: 1 / sqrt(D)."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(do, q, k, v, o, lse, *rest) -> (dq, dk, dv)"""
+    """(do, q, k, v, o, lse, *rest, scale=None) -> (dq, dk, dv)"""
 
 
-def _cpu_forward(q, k, v):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+def _cpu_forward(q, k, v, scale=None):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
-def _cpu_backward(do, q, k, v, o, lse):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, True)
+def _cpu_backward(do, q, k, v, o, lse, scale=None):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, o, lse, 0.0, True, scale=scale
+    )
 
 
 @functools.cache
@@ -60,26 +63,28 @@ def _check_cpu_groups() -> None:
         )
 
 
-def _aten_flash_forward(q, k, v):
-    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)
+def _aten_flash_forward(q, k, v, scale=None):
+    out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     return out[:8]  # o, lse, cum_seq_q, cum_seq_k, max_q, max_k, philox seed, philox offset
 
 
-def _aten_flash_backward(do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, seed, offset):
+def _aten_flash_backward(do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, seed, offset, scale=None):
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset
+        do, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale
     )
 
 
-def _efficient_forward(q, k, v):
+def _efficient_forward(q, k, v, scale=None):
     g = q.size(1) // k.size(1)
     k, v = (x.repeat_interleave(g, dim=1) if g > 1 else x for x in (k, v))
-    o, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
+    o, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, True, scale=scale
+    )
     # The kernel pads the statistics to a multiple of 32 rows and wants them so in backward.
     return o, lse[..., : q.size(2)], lse, seed, offset
 
 
-def _efficient_backward(do, q, k, v, o, lse, padded_lse, seed, offset):
+def _efficient_backward(do, q, k, v, o, lse, padded_lse, seed, offset, scale=None):
     b, ng, s, d = k.shape
     g = q.size(1) // ng
     k, v = (x.repeat_interleave(g, dim=1) if g > 1 else x for x in (k, v))
@@ -88,28 +93,29 @@ def _efficient_backward(do, q, k, v, o, lse, padded_lse, seed, offset):
     # The kernel takes the rows of `o` to be np * D apart, [b, s, np, D] in memory, and does not look.
     o = o.transpose(1, 2).contiguous().transpose(1, 2)
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        do, q, k, v, None, o, padded_lse, seed, offset, 0.0, [True, True, True, False], True
+        do, q, k, v, None, o, padded_lse, seed, offset, 0.0, [True, True, True, False], True, scale=scale
     )
     if g > 1:  # [b, np, s, D] -> [b, ng, g, s, D] -> [b, ng, s, D]
         dk, dv = (x.view(b, ng, g, s, d).sum(dim=2) for x in (dk, dv))
     return dq, dk, dv
 
 
-def _flash_attn_forward(q, k, v):
+def _flash_attn_forward(q, k, v, scale=None):
     from flash_attn.flash_attn_interface import _flash_attn_forward as kernel
 
     # [b, h, s, D] -> [b, s, h, D], views
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o, lse, _, rng = kernel(q, k, v, 0.0, 1.0 / math.sqrt(q.size(-1)), True, -1, -1, 0.0, None, False)
+    scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
+    o, lse, _, rng = kernel(q, k, v, 0.0, scale, True, -1, -1, 0.0, None, False)
     return o.transpose(1, 2), lse, rng
 
 
-def _flash_attn_backward(do, q, k, v, o, lse, rng):
+def _flash_attn_backward(do, q, k, v, o, lse, rng, scale=None):
     from flash_attn.flash_attn_interface import _flash_attn_backward as kernel
 
     do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    scale = 1.0 / math.sqrt(q.size(-1))
+    scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
     deterministic = torch.are_deterministic_algorithms_enabled()  # as torch's own flash kernel does
     kernel(do, q, k, v, o, lse, dq, dk, dv, 0.0, scale, True, -1, -1, 0.0, None, deterministic, rng)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -21,12 +21,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def decision_logits(x: Tensor, bias: float, scale: float = 1.0) -> Tensor:
-    """Logits of merging or evicting: ``scale * x - b``, DMC's ``key[D-1] - b`` (arXiv 2403.09636, section 3).
+    """Logits of marking a token: ``scale * x - b``, DMC's ``key[D-1] - b`` (arXiv 2403.09636, section 3).
 
     Args:
         x: what the decision is read from (``DMCConfig.decision_source``), of any shape: for DMC the last channel of the
             keys before the rotation.
         bias: b.
+        scale: factor on x.
 
     Returns:
         fp32 (fp64 for fp64) of the same shape.
@@ -35,11 +36,11 @@ def decision_logits(x: Tensor, bias: float, scale: float = 1.0) -> Tensor:
 
 
 def hard_decisions(logits: Tensor, first: bool = True) -> Tensor:
-    """Hard decisions: True where a token merges into the previous slot.
+    """Hard decisions: True where the logit is positive.
 
     Args:
         logits: fp32 [b, ng, s].
-        first: position 0 is the first token of its sequence, which always appends.
+        first: position 0 is the first token of its sequence and decides about nobody (under DMC it always appends).
 
     Returns:
         bool [b, ng, s].
@@ -73,14 +74,18 @@ class Decisions(NamedTuple):
     """Decisions of one layer, in training or with hard decisions. All tensors are [b, ng, s]."""
 
     alpha: Tensor
-    """fp32, weight of merging with the previous slot: in (0, 1) in training, 0 or 1 otherwise; 0 at position 0."""
+    """fp32, relaxed decision read at each token: in (0, 1) in training, 0 or 1 otherwise; 0 where it is about nobody.
+    Under DMC, the weight of merging with the previous slot."""
     log_keep: Tensor
-    """fp32, additive mask of column j for later queries: log(1 - alpha[j+1]); 0 in the last column."""
+    """fp32, additive mask of column j for later queries, log(1 - alpha) of the decision about token j: alpha[j+1], 0 in
+    the last column; about the token itself, alpha[j]."""
     merge: Tensor
     """bool, the hard decisions of inference."""
 
 
-def make_decisions(logits: Tensor, temperature: float, noise: Optional[Tensor] = None) -> Decisions:
+def make_decisions(
+    logits: Tensor, temperature: float, noise: Optional[Tensor] = None, about_self: bool = False
+) -> Decisions:
     """Decisions from logits: relaxed ones with ``noise`` (training), hard ones without.
 
     ``alpha = sigmoid((logit + noise) / temperature)`` with noise Logistic(0, 1), the difference of two Gumbels.
@@ -90,22 +95,26 @@ def make_decisions(logits: Tensor, temperature: float, noise: Optional[Tensor] =
         logits: fp32 [b, ng, s].
         temperature: tau.
         noise: fp32 [b, ng, s], or None.
+        about_self: a token's decision is about itself, not about the token before it.
     """
-    merge = hard_decisions(logits)
+    first = 0 if about_self else 1  # the first decision that is about a token
+    merge = hard_decisions(logits, first=not about_self)
     if noise is None:
         alpha = merge.to(logits.dtype)
-        log_keep = alpha[..., 1:] * LOG_ZERO
+        log_keep = alpha[..., first:] * LOG_ZERO
     else:
-        z = (logits + noise) / temperature
-        alpha = F.pad(torch.sigmoid(z[..., 1:]), (1, 0))
-        log_keep = F.logsigmoid(-z[..., 1:]).clamp_min(LOG_ZERO)
-    return Decisions(alpha, F.pad(log_keep, (0, 1)), merge)
+        z = (logits[..., first:] + noise[..., first:]) / temperature
+        alpha = F.pad(torch.sigmoid(z), (first, 0))
+        log_keep = F.logsigmoid(-z).clamp_min(LOG_ZERO)
+    return Decisions(alpha, F.pad(log_keep, (0, first)), merge)
 
 
 def kept_slots(decisions: Decisions) -> Tensor:
-    """Slots in use after the last token, per sequence and head: fp32 [b, ng].
+    """Tokens that are not marked, per sequence and head: fp32 [b, ng].
 
-    The value counts hard decisions, as inference will; the gradient is that of the relaxed ones (straight-through).
+    Under DMC these are the slots in use after the last token; under DMS the slots that stay once the window has passed
+    over all tokens, so that ``1 - kept / s`` is the evicted share of arXiv 2506.05345. The value counts hard decisions,
+    as inference will; the gradient is that of the relaxed ones (straight-through).
     """
     soft = -decisions.alpha.sum(dim=-1)
     # x - x is exactly 0: the value stays an integer.

@@ -1,12 +1,13 @@
 """Training attention of DMS (arXiv 2506.05345) in O(S) memory: a column is masked only for queries beyond a window.
 
 Decisions are as in DMC, but a marked token is evicted instead of merged. The ``window`` queries after it still see it,
-whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha[j+1])``. The two parts
-of a row are two attentions over disjoint columns:
+whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha)``. The two parts of a
+row are two attentions over disjoint columns:
 
 - near, ages 0...window: a band, in blocks of rows, by plain matrix products;
-- far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in the freed
-  channel (see :mod:`megatron.dmc.ops.attention`).
+- far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in a channel
+  (see :mod:`megatron.dmc.ops.attention`): the one that the decision neuron has freed, or, where all channels of keys
+  are in use, one of eight that the far part gets in addition. Kernels take head dimensions in multiples of eight.
 
 The row statistics of both parts combine them. Backward calls the stock kernel's backward with the final output and
 statistics, which makes its ``delta`` and probabilities those of the whole row.
@@ -15,13 +16,16 @@ statistics, which makes its ``delta`` and probabilities those of the whole row.
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.ops.attention import attention_backend
-from megatron.dmc.ops.decisions import Decisions
+from megatron.dmc.ops.attention import attention_backend, mask_channel, mask_unit
+
+EXTRA = 8
+"""Channels that are added to the far part's heads to take a mask: as few as kernels allow."""
 
 
 def _rows(window: int) -> int:
@@ -60,31 +64,47 @@ def _band(s: int, rows: int, window: int, device: torch.device) -> Tensor:
     return (age >= 0) & (age <= window) & (block + column >= 0)
 
 
+def _far(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous queries, keys and values of the far part: [b, heads, s - window - 1, D], D + EXTRA with a ``mask``.
+
+    The mask takes two channels, the second for what the first one's format rounds off.
+    """
+    d, far = q.size(-1), q.size(2) - window - 1
+    q, k, v = q[:, :, window + 1 :], k[:, :, :far], v[:, :, :far]
+    if mask is None:
+        return q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (F.pad(x, (0, EXTRA)) for x in (q, k, v))
+    value = mask[:, :, :far] * mask_unit(d)
+    q[..., d : d + 2] = mask_channel(d)
+    k[..., d] = value
+    k[..., d + 1] = value - k[..., d]
+    return q, k, v
+
+
 class _EvictingAttention(torch.autograd.Function):
     @staticmethod
-    def _near(q: Tensor, k: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        """Scores of the band in fp32, -inf outside, and the keys' blocks. The last channel, the far part's mask, is
-        left out.
+    def _near(q: Tensor, k: Tensor, window: int, channels: int) -> tuple[Tensor, Tensor]:
+        """Scores of the band in fp32, -inf outside, and the keys' blocks. Of the last axis only the first ``channels``
+        count: the far part's mask is left out.
         """
         s, d, rows, groups = q.size(2), q.size(3), _rows(window), k.size(1)
         # [b, np, s, D] -> [b, ng, g, blocks, rows, D]; [b, ng, s, D] -> [b, ng, 1, blocks, columns, D]
         queries = _blocks(q.unflatten(1, (groups, -1)), rows)
         keys = _columns(k, rows, window).unsqueeze(2)
-        scores = queries[..., :-1] @ keys[..., :-1].transpose(-1, -2)
+        scores = queries[..., :channels] @ keys[..., :channels].transpose(-1, -2)
         scores = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32) / math.sqrt(d)
         return scores.masked_fill_(~_band(s, rows, window, q.device), float("-inf")), keys
 
     @staticmethod
-    def forward(ctx, q, k, v, window):
+    def forward(ctx, q, k, v, mask, window):
         (b, heads, s, d), groups, rows = q.shape, k.size(1), _rows(window)
         shape = (b, groups, heads // groups, s)
-        scores, _ = _EvictingAttention._near(q, k, window)
+        scores, _ = _EvictingAttention._near(q, k, window, d - (mask is None))
         lse = scores.logsumexp(dim=-1).flatten(-2)[..., :s].reshape(b, heads, s)
         far = max(0, s - window - 1)
         ctx.backend, ctx.rest = attention_backend(q.device.type, q.dtype), []
         if far:
-            early = (x[:, :, :far].contiguous() for x in (k, v))
-            out, far_lse, *ctx.rest = ctx.backend.forward(q[:, :, window + 1 :].contiguous(), *early)
+            out, far_lse, *ctx.rest = ctx.backend.forward(*_far(q, k, v, mask, window), scale=1 / math.sqrt(d))
             lse = torch.cat(
                 (lse[..., : window + 1], torch.logaddexp(lse[..., window + 1 :], far_lse.to(lse.dtype))), dim=-1
             )
@@ -94,17 +114,17 @@ class _EvictingAttention(torch.autograd.Function):
         )
         if far:
             weight = torch.exp(far_lse.to(lse.dtype) - lse[..., window + 1 :]).unsqueeze(-1)
-            total[:, :, window + 1 :] += (out * weight).to(total.dtype)
+            total[:, :, window + 1 :] += (out[..., :d] * weight).to(total.dtype)
         ctx.window = window
-        ctx.save_for_backward(q, k, v, total, lse)
+        ctx.save_for_backward(q, k, v, mask, total, lse)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, mask, out, lse = ctx.saved_tensors
         (b, heads, s, d), groups, window, rows = q.shape, k.size(1), ctx.window, _rows(ctx.window)
         shape = (b, groups, heads // groups, s)
-        scores, keys = _EvictingAttention._near(q, k, window)
+        scores, keys = _EvictingAttention._near(q, k, window, d - (mask is None))
         values = _columns(v, rows, window).unsqueeze(2)
         # Rows behind the end have no gradient, and lse 0 there: exp(0 - 0), times nothing.
         p = torch.exp(scores - _blocks(lse.view(*shape, 1), rows))
@@ -114,49 +134,42 @@ class _EvictingAttention(torch.autograd.Function):
         dq = (ds @ keys).flatten(-3, -2)[..., :s, :].reshape(q.shape)
         dk = _fold((ds.transpose(-1, -2) @ _blocks(q.view(*shape, d), rows)).sum(dim=2), window, s)
         dv = _fold((p.to(v.dtype).transpose(-1, -2) @ do).sum(dim=2), window, s)
-        dq[..., -1], dk[..., -1] = 0, 0
+        if mask is None:
+            dq[..., -1], dk[..., -1] = 0, 0
+        dmask = None if mask is None else torch.zeros_like(mask)
         far = max(0, s - window - 1)
         if far:
             late, early = slice(window + 1, None), slice(None, far)
+            extra = 0 if mask is None else EXTRA
             parts = ctx.backend.backward(
-                *(x[:, :, late].contiguous() for x in (grad, q)),
-                *(x[:, :, early].contiguous() for x in (k, v)),
-                *(
-                    x[:, :, late].contiguous()
-                    for x in (out, lse.to(torch.float32) if q.dtype != torch.float64 else lse)
-                ),
+                F.pad(grad[:, :, late], (0, extra)).contiguous(),
+                *_far(q, k, v, mask, window),
+                F.pad(out[:, :, late], (0, extra)).contiguous(),
+                (lse.to(torch.float32) if q.dtype != torch.float64 else lse)[:, :, late].contiguous(),
                 *ctx.rest,
+                scale=1 / math.sqrt(d),
             )
             for whole, part, where in zip((dq, dk, dv), parts, (late, early, early), strict=True):
-                whole[:, :, where] += part
-        return dq, dk, dv, None
+                whole[:, :, where] += part[..., :d]
+            if dmask is not None:
+                dmask[:, :, early] = parts[1][..., d] * mask_unit(d)
+        return dq, dk, dv, dmask, None
 
 
-def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Optional[Tensor] = None) -> Tensor:
     """Causal attention whose columns are masked for queries more than ``window`` tokens later.
 
     Args:
-        q: [b, np, s, D], rotated; channel D-1 holds :func:`megatron.dmc.ops.attention.mask_channel`.
-        k: [b, ng, s, D], rotated; channel D-1 holds ``m * mask_unit(D)``, m the column mask (``Decisions.log_keep``).
+        q: [b, np, s, D], rotated; without ``mask``, channel D-1 holds :func:`megatron.dmc.ops.attention.mask_channel`.
+        k: [b, ng, s, D], rotated; without ``mask``, channel D-1 holds ``m * mask_unit(D)``, m the column mask
+            (``Decisions.log_keep``).
         v: [b, ng, s, D].
         window: DMS window, the queries after a token that see it whatever was decided; at least 1.
+        mask: [b, ng, s], the column mask m, where all D channels of q and k are in attention. None: it rides in D-1.
 
     Returns:
-        [b, np, s, D] in q's dtype. The gradient of k's last channel is the mask's, that of q's last channel is to be
-        dropped.
+        [b, np, s, D] in q's dtype. Without ``mask``, the gradient of k's last channel is the mask's, and that of q's
+        last channel is to be dropped.
     """
     assert k.size(-1) == q.size(-1) and q.size(1) % k.size(1) == 0 and window >= 1
-    return _EvictingAttention.apply(q, k, v, window)
-
-
-def held_slots(decisions: Decisions, window: int) -> Tensor:
-    """Slots in use after the last token under eviction, per sequence and head: fp32 [b, ng].
-
-    The decision at token j + 1 is about token j; the latest ``window + 1`` tokens are held in any case, as in the cache
-    of inference. The gradient is that of the relaxed decisions (straight-through).
-    """
-    s = decisions.alpha.size(-1)
-    decided = slice(1, max(1, s - window))
-    soft = -decisions.alpha[..., decided].sum(dim=-1)
-    hard = (~decisions.merge[..., decided]).sum(dim=-1) + min(window + 1, s)
-    return hard.to(soft.dtype) + (soft - soft.detach())
+    return _EvictingAttention.apply(q, k, v, mask, window)
