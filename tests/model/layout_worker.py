@@ -20,8 +20,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron.dmc.checkpoint.frozen_base import base_hash
 from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_checkpoint
 from megatron.dmc.config import RunConfig
+from megatron.dmc.model import is_adapter
 from megatron.dmc.training import arguments, initialize
 from megatron.dmc.training.checkpointing import CheckpointWriter
 from megatron.dmc.training.data import Sidecar
@@ -67,7 +69,7 @@ def _layout(**values) -> dict:
         layers="recompute_num_layers",
         modules="recompute_modules",
     )
-    training = {k: values.pop(k) for k in ("micro_batch_size", "bf16", "distill_from") if k in values}
+    training = {k: values.pop(k) for k in ("micro_batch_size", "bf16", "distill_from", "freeze_base") if k in values}
     if "distill_from" in training:
         training |= dict(distill_weight=0.7, distill_temperature=2.0)
     return {"parallel": {names[k]: v for k, v in values.items()}, "training": training}
@@ -80,6 +82,12 @@ _TEACHER = dict(distill_from="teacher")
 def _dms(**values) -> dict:
     """Eviction instead of merging."""
     return {**_layout(**values), "dmc": dict(method="dms", window=4)}
+
+
+def _adapter(per: str = "head", **values) -> dict:
+    """Eviction by adapters on a frozen base."""
+    dmc = dict(method="dms", window=4, decision_source="adapter", decision_per=per, decision_scale=10.0)
+    return {**_layout(freeze_base=True, **values), "dmc": dmc}
 
 
 CASES: dict[int, dict[str, dict]] = {
@@ -104,6 +112,8 @@ CASES: dict[int, dict[str, dict]] = {
         "dms, micro-batch 2, recompute core_attn": _dms(
             micro_batch_size=2, recompute="selective", modules=["core_attn"]
         ),
+        "adapter": _adapter(),
+        "adapter, micro-batch 2, recompute": _adapter(micro_batch_size=2, **_FULL),
     },
     2: {
         "TP2": _layout(tp=2),
@@ -134,6 +144,9 @@ CASES: dict[int, dict[str, dict]] = {
         "bf16 distill PP2": _layout(pp=2, bf16=True, **_TEACHER),
         "dms TP2 SP": _dms(tp=2, sp=True),
         "dms PP2, recompute": _dms(pp=2, **_FULL),
+        "adapter TP2 SP": _adapter(tp=2, sp=True),
+        "adapter PP2 VPP2, recompute": _adapter(pp=2, vpp=2, **_FULL),
+        "adapter DP2, distributed optimizer, overlap both": _adapter(do=True, og=True, op=True),
     },
     4: {
         "TP2 PP2": _layout(tp=2, pp=2),
@@ -148,6 +161,9 @@ CASES: dict[int, dict[str, dict]] = {
         "distill TP2 PP2 VPP2 SP, recompute": _layout(tp=2, pp=2, vpp=2, sp=True, **_FULL, **_TEACHER),
         "distill PP4": _layout(pp=4, **_TEACHER),
         "dms TP2 PP2 SP": _dms(tp=2, pp=2, sp=True),
+        "adapter TP2 PP2 VPP2 SP, recompute core_attn": _adapter(
+            tp=2, pp=2, vpp=2, sp=True, recompute="selective", modules=["core_attn"]
+        ),
     },
 }
 
@@ -193,7 +209,9 @@ def configuration(directory: Path, name: str, extra: dict) -> RunConfig:
 
 
 def prepare(directory: Path) -> None:
-    """The datasets, the checkpoint that every layout starts from, and another model, the teacher."""
+    """The datasets, the checkpoint that every layout starts from, another model, the teacher, and adapters that mark
+    some of the tokens, with "start" as their frozen base.
+    """
     write_dataset(directory / "train", 60, 1)
     write_dataset(directory / "valid", 20, 2)
     plain = dict(stage="pretrain", start_cr=None, target_cr=None)
@@ -204,13 +222,23 @@ def prepare(directory: Path) -> None:
         manifest = Manifest("zero_out" if name == "start" else "pretrain", 1, 1, 0, 0, 1.0)
         CheckpointWriter(directory / name, chunks, None, arguments.dump(config)).save(manifest)
         parallel_state.destroy_model_parallel()
+    base = resolve_checkpoint(directory / "start")
+    manifest = Manifest("retrofit", 1, 1, 0, 0, 1.0, base=str(base), base_hash=base_hash(read_manifest(base)))
+    config = configuration(directory, "adapted", _adapter())
+    initialize.initialize(config)
+    chunks = [unwrap(chunk) for chunk in build_model(config)]
+    for name, parameter in chunks[0].named_parameters():
+        if is_adapter(name) and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    CheckpointWriter(directory / "adapted", chunks, None, arguments.dump(config)).save(manifest)
+    parallel_state.destroy_model_parallel()
 
 
 def train(directory: Path, name: str, extra: dict) -> dict:
     """Three steps and an evaluation, then a checkpoint."""
     config = configuration(directory, name, extra)
     initialize.initialize(config)
-    start = resolve_checkpoint(directory / "start")
+    start = resolve_checkpoint(directory / ("adapted" if config.training.freeze_base else "start"))
     trainer = Trainer(config, FakeTokenizer(), StartingPoint(start, read_manifest(start), resumes=False))
     iterators = trainer.iterators(trainer.train_data, 0)
     result: dict = {"lm loss": [], "dmc loss": [], "CR": [], "grad norm": [], "distill loss": [], "kept": []}

@@ -67,7 +67,7 @@ def words(case: str) -> list[str]:
 
 
 CASES = [(processes, case) for processes, cases in layout_worker.CASES.items() for case in cases]
-OTHERS = {"bf16", "distill", "dms"}
+OTHERS = {"bf16", "distill", "dms", "adapter"}
 """Their own tests have them."""
 
 
@@ -95,6 +95,14 @@ def test_layout_with_eviction(results, processes, case):
     assert largest_difference(result, single) <= TOLERANCE
     assert result["kept"] == single["kept"]
     assert single["kept"] != results(1)["single"]["kept"] and all(1.05 < cr < 3 for cr in single["CR"])
+
+
+@pytest.mark.parametrize("processes, case", [c for c in CASES if words(c[1])[0] == "adapter" and c[1] != "adapter"])
+def test_layout_with_adapters_on_a_frozen_base(results, processes, case):
+    single, result = results(1)["adapter"], results(processes)[case]
+    assert largest_difference(result, single, (*FIELDS, "distill loss")) <= TOLERANCE
+    assert result["kept"] == single["kept"] and all(1.05 < cr < 3 for cr in single["CR"])
+    assert largest_difference(result, single, ["validation"]) <= TOLERANCE
 
 
 def test_a_teacher_makes_a_difference(results):

@@ -65,12 +65,18 @@ class Manifest:
     """CRC-32 of those files, 8 hexadecimal digits each; empty when they were not taken (older conversions)."""
     family: Optional[str] = None
     """``model_type`` of the Hugging Face model at the start of the lineage, whose files lie in ``hf/``."""
+    base: Optional[str] = None
+    """Checkpoint with the frozen weights of a run that trained adapters only, an absolute path; this one holds the
+    adapters. None: this one holds all weights."""
+    base_hash: Optional[str] = None
+    """What ``frozen_base.base_hash`` gave for ``base``."""
 
     def check(self) -> None:
         """Raise ``ValueError`` for a value that no training writes."""
         one_of(self, "stage", "import", *STAGES)
         not_negative(self, "iteration", "train_iters", "consumed_samples", "consumed_tokens", "measured_cr")
         positive(self, "target_cr")
+        require((self.base is None) == (self.base_hash is None), "base and base_hash do not stand together")
         require(all(size >= 0 for size in self.files.values()), "files has a negative size")
 
     @property

@@ -9,11 +9,10 @@ the help of its command-line flag.
 from megatron.dmc.config.files import build, load_file
 from megatron.dmc.config.model import DMCConfig, ModelConfig
 from megatron.dmc.config.run import RunConfig
-from megatron.dmc.config.stage import PREDECESSORS, STAGES, OptimizerConfig, StageConfig
+from megatron.dmc.config.stage import STAGES, OptimizerConfig, StageConfig, predecessors
 from megatron.dmc.config.training import DataConfig, ParallelConfig, TrainingConfig
 
 __all__ = [
-    "PREDECESSORS",
     "STAGES",
     "DMCConfig",
     "DataConfig",
@@ -25,4 +24,5 @@ __all__ = [
     "TrainingConfig",
     "build",
     "load_file",
+    "predecessors",
 ]

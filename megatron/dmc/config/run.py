@@ -30,10 +30,24 @@ class RunConfig:
         """Raise ``ValueError`` for a wrong value or combination. ``world_size``: processes, when known."""
         for section in dataclasses.fields(self):
             getattr(self, section.name).check()
+        self._check_adapter()
         self._check_layout()
         self._check_sequence()
         if world_size is not None:
             self._check_world(world_size)
+
+    def _check_adapter(self) -> None:
+        source, stage = self.dmc.decision_source, self.stage.stage
+        require(
+            source != "adapter" or stage in ("retrofit", "finetune"),
+            f"stage {stage} has nothing to do with decision_source adapter, which takes no channel from attention: "
+            "start retrofit from the imported model",
+        )
+        require(
+            source == "adapter" or not self.training.freeze_base,
+            f"freeze_base trains adapters only, and decision_source is {source}; set method dms and decision_source "
+            "adapter, or train all weights",
+        )
 
     def _check_layout(self) -> None:
         m, p = self.model, self.parallel

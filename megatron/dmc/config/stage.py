@@ -10,13 +10,20 @@ from megatron.dmc.config.checks import not_negative, one_of, positive, require
 STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
 """``pretrain`` is plain language modelling (also the control run); the other three are DMC's, in their order."""
 
-PREDECESSORS: dict[str, tuple[str, ...]] = {
+_PREDECESSORS: dict[str, tuple[str, ...]] = {
     "pretrain": ("none", "import", "pretrain"),
     "zero_out": ("import", "pretrain"),
     "retrofit": ("zero_out", "retrofit"),
     "finetune": ("retrofit",),
 }
-"""Stages that a stage may be initialised from (``none``: random weights, ``import``: a converted checkpoint)."""
+
+
+def predecessors(stage: str, adapter: bool) -> tuple[str, ...]:
+    """Stages that a stage may be initialised from (``none``: random weights, ``import``: a converted checkpoint).
+
+    adapter: decisions come from an adapter, which takes no channel from attention, so that there is nothing to zero.
+    """
+    return ("import", "pretrain", "retrofit") if adapter and stage == "retrofit" else _PREDECESSORS[stage]
 
 
 @dataclass

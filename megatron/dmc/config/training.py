@@ -116,6 +116,9 @@ class TrainingConfig:
     """Implementation of the layers. auto: Transformer Engine when it is installed and a GPU is there."""
     init_from: Optional[str] = None
     """Checkpoint whose weights the stage starts from. Default: random weights, which only pretrain takes."""
+    freeze_base: bool = False
+    """Train the decision adapters and nothing else (decision_source adapter). The frozen model is its own teacher, with
+    compression off; gradients, optimizer state and checkpoints are the adapters' alone."""
     distill_from: Optional[str] = None
     """Checkpoint of the original model, a teacher whose logits become a part of the loss. Default: no teacher."""
     distill_weight: float = 1.0
@@ -158,6 +161,11 @@ class TrainingConfig:
         positive(self, "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "max_starts_without_step")
         positive(self, "save_interval", "keep_checkpoints", "save_retain_interval", "eval_interval", "exit_interval")
         positive(self, "exit_duration_in_mins", "distill_temperature")
+        require(
+            not (self.freeze_base and self.distill_from),
+            f"distill_from is {self.distill_from}, and freeze_base is set: a frozen model is its own teacher; leave "
+            "distill_from out",
+        )
         require(0 < self.distill_weight <= 1, f"distill_weight is {self.distill_weight}; it must be in (0, 1]")
         require(
             self.save_interval is None or self.save is not None,

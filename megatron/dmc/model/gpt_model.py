@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron.dmc.config import DMCConfig, ModelConfig
+from megatron.dmc.model.adapter import is_adapter
 from megatron.dmc.model.attention import DMCSelfAttention, DMCStep
 from megatron.dmc.model.carry import read_count, write_count
 from megatron.dmc.model.layer_specs import get_dmc_block_spec
@@ -24,7 +25,7 @@ class DMCGPTModel(GPTModel):
     Args:
         config: Megatron's configuration, from :func:`megatron.dmc.training.model.transformer_config`.
         model: sizes and family switches.
-        dmc: bias, window, temperature.
+        dmc: method of compression, source of its decisions, bias, window, temperature.
         carry: count kept slots through the decoder. True for the compressing stages: the hidden state has one row more
             than there are tokens (pass ``seq_length + tp`` to the schedule under sequence parallelism, else + 1), and
             the last stage returns (losses or logits, kept).
@@ -58,6 +59,7 @@ class DMCGPTModel(GPTModel):
             **kwargs,
         )
         self.carry = carry
+        self.base_frozen = False
         # megatron-core knows one set of rope-scaling constants; these come from the model's configuration.
         self.rotary_pos_emb.inv_freq = rotary_frequencies(
             model.head_dim, model.rotary_base, model.rope_scaling, device=self.rotary_pos_emb.inv_freq.device
@@ -99,10 +101,13 @@ class DMCGPTModel(GPTModel):
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[b, s] -> [s, b, h], with ``carry`` [s + 1, b, h], whose last row counts 0 slots."""
         hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        if not self.carry:
-            return hidden
-        zero = torch.zeros(hidden.size(1), dtype=torch.float64, device=hidden.device)
-        return torch.cat((hidden, write_count(zero, hidden.size(-1), hidden.dtype)))
+        if self.carry:
+            zero = torch.zeros(hidden.size(1), dtype=torch.float64, device=hidden.device)
+            hidden = torch.cat((hidden, write_count(zero, hidden.size(-1), hidden.dtype)))
+        if self.base_frozen and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            # Recomputed layers get a gradient through their input alone, and nothing before them is trained.
+            hidden.requires_grad_()
+        return hidden
 
     def _head(self, hidden: Tensor, labels: Optional[Tensor], loss_function: Optional[Callable]) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -115,6 +120,12 @@ class DMCGPTModel(GPTModel):
     def attention_layers(self) -> list[DMCSelfAttention]:
         """Attention modules of this stage, in layer order."""
         return [layer.self_attention for layer in self.decoder.layers]
+
+    def freeze_base(self) -> None:
+        """Let adapters be all that is trained. Comes before Megatron's wrappers, which make room for gradients."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_adapter(name))
+        self.base_frozen = True
 
     def zero_decision_neurons(self) -> None:
         """Set the decision neuron's weights to exactly 0 in every layer: the end of zero_out."""

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.dmc.checkpoint import checksums
 from megatron.dmc.checkpoint.formats.torch_dist.metadata import read_metadata
+from megatron.dmc.checkpoint.frozen_base import find_base
 from megatron.dmc.checkpoint.manifest import (
     LATEST,
     TEMPORARY,
@@ -33,7 +34,7 @@ from megatron.dmc.checkpoint.manifest import (
 )
 from megatron.dmc.checkpoint.pickled import cause, weights_only
 from megatron.dmc.checkpoint.staging import sync, sync_tree
-from megatron.dmc.model import DMCGPTModel
+from megatron.dmc.model import DMCGPTModel, is_adapter
 from megatron.dmc.training import mcore_compat
 from megatron.dmc.training.disk import DiskError, naming_disk_errors
 
@@ -81,7 +82,7 @@ class CheckpointWriter:
         temporary = self._make_temporary_directory(target.name)
         results = mcore_compat.use_results_file()
         request = dist_checkpointing.save(
-            mcore_compat.give_own_storages(_state(self.chunks, self.optimizer, is_loading=False)),
+            mcore_compat.give_own_storages(_state(self.chunks, self.optimizer, self._wanted, is_loading=False)),
             str(temporary),
             content_metadata=_metadata(),
             async_sharded_save=True,
@@ -97,6 +98,10 @@ class CheckpointWriter:
             self._queue.schedule_async_request(request)
         else:
             request.execute_sync()
+
+    def _wanted(self, name: str) -> bool:
+        """Whether a parameter is saved: of a model with a frozen base, the adapters are."""
+        return is_adapter(name) or not self.chunks[0].base_frozen
 
     def finish(self, wait: bool) -> Optional[Path]:
         """Complete the pending checkpoint if all of it is written, or ``wait`` for it. Returns its path then."""
@@ -189,13 +194,34 @@ def load(
 ) -> None:
     """Load weights, and the optimizer's state when it is given, from one checkpoint, in any layout.
 
+    The frozen weights of a checkpoint of adapters come from its base. Where a checkpoint has no adapters and the model
+    has, these stay as they are.
+
     Args:
         verify: compare the files with the manifest's checksums first, each on one of the ranks.
 
     Raises:
         ValueError: a file is not what was written, by its name; or the checkpoint does not hold this model (missing
-            tensors or other shapes), with megatron-core's message.
+            tensors or other shapes), with megatron-core's message; or its base is gone or was changed.
     """
+    base = find_base(directory, read_manifest(directory))
+    if base != directory:
+        _load(base, chunks, None, verify, wanted=lambda name: not is_adapter(name))
+        _load(directory, chunks, optimizer, verify, wanted=is_adapter)
+    elif any(is_adapter(name) for name in read_metadata(directory).state_dict_metadata):
+        _load(directory, chunks, optimizer, verify)
+    else:
+        _load(directory, chunks, optimizer, verify, wanted=lambda name: not is_adapter(name))
+
+
+def _load(
+    directory: Path,
+    chunks: list[DMCGPTModel],
+    optimizer: Optional[MegatronOptimizer],
+    verify: bool,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Load the parameters with ``wanted`` names, and the optimizer's state, from the files of one directory."""
     if verify:
         _verify(directory)
     metadata = read_metadata(directory)
@@ -203,7 +229,7 @@ def load(
         mcore_compat.create_adam_state(optimizer)
     try:
         with weights_only(), mcore_compat.use_metadata(metadata):
-            loaded = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(directory))
+            loaded = dist_checkpointing.load(_state(chunks, optimizer, wanted, is_loading=True), str(directory))
     except (
         dist_checkpointing.core.CheckpointingException,
         CheckpointException,  # derives from BaseException
@@ -217,7 +243,7 @@ def load(
         raise ValueError(_refusal(directory, error)) from error
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
         found = chunk.load_state_dict(loaded[name], strict=False)
-        odd = [key for key in (*found.missing_keys, *found.unexpected_keys) if _EXTRA_STATE not in key]
+        odd = [k for k in (*found.missing_keys, *found.unexpected_keys) if _EXTRA_STATE not in k and wanted(k)]
         if odd:
             raise ValueError(f"checkpoint {directory} does not fit this model: {', '.join(odd[:5])}")
     if optimizer is not None:
@@ -260,12 +286,18 @@ def _chunk_names(chunks: list[DMCGPTModel]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
-def _state(chunks: list[DMCGPTModel], optimizer: Optional[MegatronOptimizer], is_loading: bool) -> dict:
-    """Sharded state of the model's chunks and, when it is given, the optimizer."""
+def _state(
+    chunks: list[DMCGPTModel],
+    optimizer: Optional[MegatronOptimizer],
+    wanted: Callable[[str], bool],
+    *,
+    is_loading: bool,
+) -> dict:
+    """Sharded state of the parameters of the model's chunks with ``wanted`` names and, when given, the optimizer."""
     state = {}
     for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
         sharded = chunk.sharded_state_dict(metadata=_metadata())
-        state[name] = {key: value for key, value in sharded.items() if _EXTRA_STATE not in key}
+        state[name] = {key: value for key, value in sharded.items() if _EXTRA_STATE not in key and wanted(key)}
     if optimizer is not None:
         # Parameters of all chunks in one dict: their global names do not collide, their local ones would.
         parameters = {f"{i}.{k}": v for i, part in enumerate(state.values()) for k, v in part.items()}

@@ -1,7 +1,8 @@
 """Logit distillation: which checkpoint may be the teacher, how it runs beside the student, and the loss.
 
 Every pipeline chunk of the student has the teacher's chunk of the same stage beside it. Between stages the teacher's
-rows of the hidden state travel below the student's, in one message.
+rows of the hidden state travel below the student's, in one message. A frozen model is its own teacher: the same chunk
+runs twice, the first time with compression off.
 """
 
 from __future__ import annotations
@@ -62,12 +63,17 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teacher]:
-    """Load the checkpoint ``distill_from`` in the run's layout and precision, a chunk for each of ``students``.
-    Collective.
+    """Teachers for ``students``, a chunk for each; none where the run has no teacher. Collective.
 
-    The teacher has weights and nothing else: no gradients, no optimizer state, no saved activations. Raises
-    ``ValueError`` when the checkpoint cannot teach this run.
+    A frozen model teaches itself. Else the checkpoint ``distill_from`` is loaded in the run's layout and precision; it
+    has weights and nothing else: no gradients, no optimizer state, no saved activations. Raises ``ValueError`` when the
+    checkpoint cannot teach this run.
     """
+    if config.training.freeze_base:
+        t, step = config.training, DMCStep(compress=False)
+        return [Teacher(student, step, t.distill_weight, t.distill_temperature) for student in students]
+    if config.training.distill_from is None:
+        return []
     path, manifest = find_teacher(config)
     settings, t = transformer_config(config), config.training
     models = []
@@ -87,6 +93,7 @@ class Teacher:
     """One pipeline chunk of the original model. Not a module: neither the optimizer nor the checkpoint knows of it."""
 
     model: DMCGPTModel
+    """The student itself, where its base is frozen."""
     step: DMCStep
     """State that the teacher runs with."""
     weight: float
@@ -101,17 +108,20 @@ class Teacher:
 
         Returns:
             What ``chunk`` returns: on the last stage with losses fp32 [3, b, s] (:func:`distillation_loss`), on the
-            others the hidden state, with the teacher's s rows below the student's.
+            others the hidden state, with the teacher's rows below the student's.
         """
         student, tokens, positions = unwrap(chunk), batch.get("tokens"), batch.get("position_ids")
+        received = student.decoder.input_tensor
         if not student.pre_process:
-            # s rows of the student, the carried row if there is one, s rows of the teacher
-            received = student.decoder.input_tensor
-            rows = (received.size(0) + int(student.carry)) // 2
-            student.set_input_tensor(received[:rows])
+            # s rows of the student, then s of the teacher, each with the carried row after them if it has one
+            rows = (received.size(0) + int(student.carry) - int(self.model.carry)) // 2
             self.model.set_input_tensor(received[rows:].detach())
         with torch.no_grad():
             output = self.model(tokens, positions, step=self.step)
+        if not student.pre_process:
+            student.set_input_tensor(received[:rows])
+        if self.model.carry and self.model.post_process:
+            output, _ = output
         if not student.post_process:
             return torch.cat((chunk(tokens, positions, step=step), output))
         # The model gives logits as [b, s, vocab / tp] -> [s, b, vocab / tp]

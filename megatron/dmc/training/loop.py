@@ -26,7 +26,7 @@ from megatron.dmc.training.distillation import load_teachers
 from megatron.dmc.training.metrics import Logger, StepMetrics, StepSums
 from megatron.dmc.training.model import build_model, build_optimizer, set_learning_rate, unwrap
 from megatron.dmc.training.preemption import RestartGuard, StopSignal
-from megatron.dmc.training.starting_point import StartingPoint
+from megatron.dmc.training.starting_point import StartingPoint, frozen_base
 from megatron.dmc.training.tokenizer import Tokenizer
 
 
@@ -47,7 +47,7 @@ class Trainer:
         self.chunks = build_model(config)
         self.models = [unwrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(config, self.chunks)
-        teachers = load_teachers(config, self.models) if config.training.distill_from is not None else []
+        teachers = load_teachers(config, self.models)
         self.teachers = dict(zip(self.chunks, teachers))
 
         self.iteration = 0
@@ -56,6 +56,7 @@ class Trainer:
         self.lineage: list[str] = []
         self.family: Optional[str] = None
         self.hf_files: Mapping[str, bytes] = {}
+        self.base, self.base_hash = frozen_base(config, start)
         if start is not None:
             self._load(start)
         self.checkpoints = self._checkpoint_writer()
@@ -141,8 +142,8 @@ class Trainer:
         rows = seq_length
         if self.compresses:  # the carried row; under sequence parallelism every rank has one
             rows += p.tensor_model_parallel_size if p.sequence_parallel else 1
-        if training and self.teachers:
-            rows += seq_length
+        if training and self.teachers:  # of which a frozen model has as many rows as the student, which it is
+            rows += rows if t.freeze_base else seq_length
         get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, sums, training),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -243,12 +244,17 @@ class Trainer:
             return ""
         cause = "use more --train-iters, or a larger --loss-weight"
         if cr < 1.05:
-            bias, lr = self.config.dmc.decision_bias, self.config.optimizer.lr
+            dmc, lr = self.config.dmc, self.config.optimizer.lr
             cause = (
-                f"no token merges before a decision logit has climbed from {-bias:g} to 0 (dead time), for which this "
-                f"stage was too short; at --lr {lr:g} that takes some {bias / (150 * lr):.0f} steps, of which the "
-                "retrofit must have several times as many: use more --train-iters, or a higher --lr"
+                f"no token {'is evicted' if dmc.evicts else 'merges'} before a decision logit has climbed from "
+                f"{-dmc.decision_bias:g} to 0 (dead time), for which this stage was too short"
             )
+            if dmc.decision_source == "key":
+                cause += (
+                    f"; at --lr {lr:g} that takes some {dmc.decision_bias / (150 * lr):.0f} steps, of which the "
+                    "retrofit must have several times as many"
+                )
+            cause += ": use more --train-iters, or a higher --lr"
         return f"WARNING: the stage ends at CR {cr:.2f}, its target is {target:g}: {cause}"
 
     def _is_due(self, interval: Optional[int]) -> bool:
@@ -334,6 +340,8 @@ class Trainer:
                 lineage=self.lineage,
                 versions={**versions(), "world_size": os.environ.get("WORLD_SIZE", "1")},
                 family=self.family,
+                base=self.base,
+                base_hash=self.base_hash,
             )
         )
         if not self.checkpoints.background:

@@ -92,6 +92,8 @@ def build_model(run: RunConfig) -> list[DistributedDataParallel]:
             vp_stage=vp_stage,
         )
         model.model_type = ModelType.encoder_or_decoder
+        if run.training.freeze_base:
+            model.freeze_base()
         if torch.cuda.is_available():
             model.cuda()
         chunks.append(Float16Module(config, model) if run.training.bf16 else model)

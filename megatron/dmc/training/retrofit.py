@@ -20,7 +20,13 @@ from megatron.dmc import schedule
 from megatron.dmc.config import RunConfig
 from megatron.dmc.training.disk import DiskError
 from megatron.dmc.training.save_lock import SaveLock
-from megatron.dmc.training.starting_point import StartingPoint, check_resume, check_stage_order, find_starting_point
+from megatron.dmc.training.starting_point import (
+    StartingPoint,
+    check_resume,
+    check_stage_order,
+    find_starting_point,
+    frozen_base,
+)
 
 if TYPE_CHECKING:  # they import torch
     from megatron.dmc.training.preemption import RestartGuard, StopSignal
@@ -121,8 +127,9 @@ def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Optional[Start
         for key in ("start_cr", "target_cr"):
             if getattr(config.stage, key) is None:
                 setattr(config.stage, key, saved["stage"][key])
-    check_stage_order(config, start)
+    check_stage_order(config, start, saved)
     config.check(initialize.world_size())
+    frozen_base(config, start)
     if config.training.distill_from is not None:
         from megatron.dmc.training.distillation import find_teacher
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from megatron.dmc.checkpoint.frozen_base import base_hash, find_base
 from megatron.dmc.checkpoint.manifest import Manifest, newest_checkpoint, read_manifest, resolve_checkpoint
-from megatron.dmc.config import PREDECESSORS, RunConfig
+from megatron.dmc.config import RunConfig, predecessors
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,19 @@ def _check_writable(save: Path) -> None:
         raise ValueError(f"save {save}: {there} cannot be written; name another place for checkpoints")
 
 
-def check_stage_order(config: RunConfig, start: Optional[StartingPoint]) -> None:
+def check_stage_order(config: RunConfig, start: Optional[StartingPoint], saved: Optional[dict] = None) -> None:
     """Refuse a stage that does not follow from its checkpoint, and fill in the compression ratios that follow.
+
+    saved: the configuration of the checkpoint ``start``.
 
     Raises:
         ValueError: naming the stages, and what to do.
     """
     stage = config.stage
-    before = [name for name in PREDECESSORS[stage.stage] if name != "none"]
+    allowed = predecessors(stage.stage, config.dmc.decision_source == "adapter")
+    before = [name for name in allowed if name != "none"]
     if start is None:
-        if "none" not in PREDECESSORS[stage.stage]:
+        if "none" not in allowed:
             raise ValueError(f"stage {stage.stage} needs --init-from, a checkpoint of stage {' or '.join(before)}")
         return
     path, manifest = start.path, start.manifest
@@ -74,6 +78,13 @@ def check_stage_order(config: RunConfig, start: Optional[StartingPoint]) -> None
             f"stage {stage.stage} cannot start from {path}, which is of stage {manifest.stage}; it needs "
             f"{' or '.join(before)}"
         )
+    if manifest.stage == "zero_out" and saved is not None:
+        freed = RunConfig.from_dict(saved).dmc
+        if freed.neuron != config.dmc.neuron:
+            raise ValueError(
+                f"{path} has freed the channels of decision_source {freed.decision_source}, and this run decides by "
+                f"{config.dmc.decision_source}; run zero_out with decision_source {config.dmc.decision_source}"
+            )
     # Any checkpoint of retrofit is usable at the ratio that it has reached; the others are not done before the end.
     if not manifest.finished and manifest.stage != "retrofit":
         raise ValueError(
@@ -86,16 +97,34 @@ def check_stage_order(config: RunConfig, start: Optional[StartingPoint]) -> None
         stage.target_cr = manifest.target_cr
 
 
+def frozen_base(config: RunConfig, start: Optional[StartingPoint]) -> tuple[Optional[str], Optional[str]]:
+    """Checkpoint with the weights that the run leaves frozen, as an absolute path, and its hash; Nones for none.
+
+    Raises:
+        ValueError: the base of ``start`` is gone or was changed, or a base has no checksums to know it by.
+    """
+    base = None if start is None else find_base(start.path, start.manifest)
+    if base is None or not config.training.freeze_base:
+        return None, None
+    found = base_hash(read_manifest(base))
+    if found is None:
+        raise ValueError(
+            f"{base} has no checksums, by which the checkpoints of freeze_base know their frozen weights; convert it "
+            "anew with dmc convert import"
+        )
+    return str(base.resolve()), found
+
+
 def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
     """Refuse to resume with settings that would change what the run computes.
 
     Raises:
         ValueError: naming the setting and both values.
     """
-    now = config.to_dict()
-    # Older checkpoints know nothing of a teacher; without one the other two settings mean nothing.
-    distill = ("distill_from",)
-    if now["training"]["distill_from"]:
+    # Older checkpoints lack settings that have come since, and had what is their default.
+    now, saved = config.to_dict(), RunConfig.from_dict(saved).to_dict()
+    distill = ("distill_from", "freeze_base")
+    if now["training"]["distill_from"] or now["training"]["freeze_base"]:  # without a teacher they mean nothing
         distill += ("distill_weight", "distill_temperature")
     for section, keys in (
         ("stage", None),
@@ -107,7 +136,7 @@ def check_resume(config: RunConfig, saved: dict, path: Path) -> None:
         ("parallel", ("use_distributed_optimizer",)),
     ):
         for key in keys or saved[section]:
-            value = saved[section].get(key)
+            value = saved[section][key]
             if now[section][key] != value:
                 raise ValueError(
                     f"{section}.{key} is {now[section][key]!r}, but {path} was written with {value!r}; resume "

@@ -1,0 +1,80 @@
+"""Adapters on a frozen base: what a checkpoint holds, where it finds the rest, and runs that are killed on the way."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import tiny
+
+from megatron.dmc.checkpoint.frozen_base import find_base
+from megatron.dmc.checkpoint.manifest import read_manifest
+from megatron.dmc.training import retrofit
+
+pytestmark = pytest.mark.slow
+
+ADAPTER = dict(method="dms", decision_source="adapter", decision_scale=100.0, window=4, freeze_base=True, bf16=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("base")
+    tiny.run(tiny.command(data, "pretrain", train_iters=3, save_interval=2, save=root / "base"), root / "run")
+    return root / "base" / "iter_0000003"
+
+
+def command(data, base, save, **more):
+    return tiny.command(
+        data, "retrofit", train_iters=6, save_interval=2, target_cr=2, init_from=base, save=save, **ADAPTER, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(data, base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    return root / "save", tiny.run(command(data, base, root / "save"), root / "run")
+
+
+def test_a_checkpoint_holds_adapters_and_names_its_base(base, whole):
+    checkpoint = whole[0] / "iter_0000006"
+    tensors = tiny.checkpoint_tensors(checkpoint)
+    names = {name for name, value in tensors.items() if isinstance(value, torch.Tensor) and value.dim() > 1}
+    assert len(names) == 2 * 4 and all("dms_proj_alpha" in name for name in names)  # bf16, fp32 and two moments
+    manifest = read_manifest(checkpoint)
+    assert find_base(checkpoint, manifest) == base and manifest.lineage == ["pretrain"]
+    values = whole[1].values()
+    assert all(float.fromhex(values[i]["distill loss"]) >= 0 for i in values)
+    assert float.fromhex(values[6]["CR"]) > 1  # the adapters have been trained
+
+
+def test_a_killed_run_continues_bit_for_bit(data, base, whole, tmp_path):
+    argv = command(data, base, tmp_path / "save")
+    run = tiny.Run(argv, tmp_path / "run", hang="step:6")
+    run.wait_for_hang()
+    run.kill()
+    resumed = tiny.run(argv, tmp_path / "run")
+    assert sorted(resumed.values()) == [3, 4, 5, 6], resumed.output()
+    assert all(values == whole[1].values()[i] for i, values in resumed.values().items())
+    tiny.assert_same_checkpoint(whole[0] / "iter_0000006", tmp_path / "save" / "iter_0000006")
+
+
+def test_the_next_stage_finds_the_base_and_refuses_another(data, base, whole, tmp_path):
+    argv = tiny.command(
+        data, "finetune", train_iters=2, init_from=whole[0], save=tmp_path / "save", freeze_base=True, bf16=True
+    )
+    config, start = retrofit.prepare(argv)
+    assert config.dmc.decision_source == "adapter" and config.stage.target_cr == 2
+    tiny.run(argv, tmp_path / "run")
+    assert read_manifest(tmp_path / "save" / "iter_0000002").base == str(base)
+    moved = shutil.copytree(base, tmp_path / base.name)
+    assert find_base(start.path, start.manifest, moved) == moved
+    with pytest.raises(ValueError, match="has other weights than those that the adapters"):
+        find_base(start.path, start.manifest, base.with_name("iter_0000002"))
+    with pytest.raises(ValueError, match="which is not there; put that checkpoint back"):
+        find_base(start.path, start.manifest, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs zero_out or retrofit"):
+        retrofit.prepare(tiny.command(data, "retrofit", target_cr=2, init_from=base, method="dms"))
