@@ -321,6 +321,18 @@ def test_tokenize_and_back(server: Running) -> None:
     assert server.json("/detokenize", {"tokens": [61]}, 400)["error"]["param"] == "tokens"
 
 
+def test_the_model_says_how_it_compresses(server: Running) -> None:
+    (card,) = server.json("/v1/models")["data"]
+    assert card["compression"] == {
+        "method": "dmc",
+        "window": 12,
+        "decision_source": "key",
+        "decision_about": "previous",
+        "decision_per": "head",
+        "expected_ratio": 4.0,
+    }
+
+
 def test_operators_paths(server: Running) -> None:
     assert server.json("/health") == {} and server.json("/version") == {"version": __version__}
     schema = server.json("/openapi.json")

@@ -48,7 +48,7 @@ def test_an_answer_and_its_cache(model: Model, chromium: browser.Browser) -> Non
     with Running(model.path) as server:
         chromium.open(server.url + "/")
         chromium.wait("document.getElementById('health')?.textContent === 'ready'")
-        chromium.wait("document.getElementById('model').textContent === 'm · context length 256'")
+        chromium.wait("document.getElementById('model').textContent === 'm · context length 256 · dmc, window 12'")
         fill(chromium, prompt="one two", max_tokens="40", temperature="0", ignore_eos=True)
         chromium.run("document.getElementById('go').click()")
         chromium.wait("document.getElementById('said').textContent.includes('40 generated tokens')")
@@ -72,6 +72,8 @@ def test_an_answer_and_its_cache(model: Model, chromium: browser.Browser) -> Non
         colors = chromium.run("Array.from(document.querySelectorAll('#map td'), c => c.style.background)")
         assert len(set(colors)) > 1, "heads that compress differently have different colours"
         assert chromium.run("document.querySelectorAll('#lines polyline').length") == 2
+        merged = use["tokens"] * sum(map(len, use["slots"])) - sum(map(sum, use["slots"]))
+        assert f": {merged} merged into" in chromium.run("document.getElementById('fate').textContent")
         most = max(map(max, use["slots"]))
         assert (
             chromium.run("document.getElementById('most').textContent") == f"{most} slots, {use['tokens'] / most:.2f}×"

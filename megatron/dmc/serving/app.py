@@ -67,6 +67,8 @@ class Service:
     metrics: Metrics
     aliases: tuple[str, ...] = ()
     """Further names of the model that requests may give."""
+    compression: Optional[p.Compression] = None
+    """How the model compresses its cache; None for one that does not."""
     created: int = field(default_factory=lambda: int(time.time()))
     # A thread of its own, so that streams go on while a long text is tokenized.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))
@@ -172,7 +174,7 @@ def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:
     app = FastAPI(
         title="megatron.dmc",
         version=__version__,
-        description="OpenAI's API with vLLM's parameters, over a KV cache compressed by Dynamic Memory Compression.",
+        description="OpenAI's API with vLLM's parameters, over a KV cache that DMC or DMS compresses.",
         docs_url=None,  # FastAPI's pages load scripts from elsewhere, which a closed network has not
         redoc_url=None,
     )
@@ -230,6 +232,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             owned_by="megatron.dmc",
             root=service.root,
             max_model_len=service.prompts.max_model_len,
+            compression=service.compression,
         )
 
     refused = {status: REQUEST_ERRORS[status] for status in (401, 404, 413)}

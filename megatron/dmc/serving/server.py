@@ -19,8 +19,10 @@ from typing import Any, Optional
 
 import uvicorn
 
+from megatron.dmc.checkpoint.mapping import COMPRESSED_STAGES
 from megatron.dmc.inference import Engine, EngineConfig, InvalidRequest, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.inference.weights import ModelInfo
 from megatron.dmc.serving import template_process
 from megatron.dmc.serving.app import Service, create_app
 from megatron.dmc.serving.async_engine import AsyncEngine, Limits
@@ -32,6 +34,7 @@ from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, Keys
 from megatron.dmc.serving.prompts import Prompts, PromptSettings
+from megatron.dmc.serving.protocol import Compression
 from megatron.dmc.serving.ranks import Followers, LeadingEngine, check_size, follow
 
 log = logging.getLogger(__name__)
@@ -153,7 +156,17 @@ def make_service(
     _prepare_grammars(engine)
     gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
     gate.open_paths = TOKENIZER_PATHS if open_tokenizer else frozenset()
-    return Service(runner, prompts, model_name, str(engine.info.path), gate, metrics, tuple(aliases))
+    root, compression = str(engine.info.path), compression_of(engine.info)
+    return Service(runner, prompts, model_name, root, gate, metrics, tuple(aliases), compression)
+
+
+def compression_of(info: ModelInfo) -> Optional[Compression]:
+    """Description of a model's compression for its clients; None for one that keeps a slot for every token."""
+    dmc = info.dmc
+    if dmc is None or info.stage not in COMPRESSED_STAGES:
+        return None
+    names = ("method", "window", "decision_source", "decision_about", "decision_per")
+    return Compression(**{name: getattr(dmc, name) for name in names}, expected_ratio=info.expected_cr)
 
 
 def _prepare_grammars(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from megatron.dmc.serving.protocol.generation import CompletionRequest, Sampling
 from megatron.dmc.serving.protocol.response_models import (
     ChatCompletionResponse,
     CompletionResponse,
+    Compression,
     DetokenizeResponse,
     ErrorResponse,
     ModelCard,
@@ -40,6 +41,7 @@ __all__ = [
     "ChatFields",
     "CompletionRequest",
     "CompletionResponse",
+    "Compression",
     "ContentPart",
     "DetokenizeRequest",
     "DetokenizeResponse",

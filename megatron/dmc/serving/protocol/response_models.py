@@ -151,6 +151,19 @@ class ResponsesResponse(BaseModel):
     usage: Optional[ResponsesUsage]
 
 
+class Compression(BaseModel):
+    """How a model compresses its KV cache."""
+
+    method: Literal["dmc", "dms"] = Field(description="dmc merges tokens, dms evicts them.")
+    window: Optional[int] = Field(
+        description="dmc: tokens that a slot averages over, null for all; dms: tokens from a mark to the eviction."
+    )
+    decision_source: Literal["key", "query", "adapter"] = Field(description="What decisions are read from.")
+    decision_about: Literal["previous", "self"] = Field(description="Token that a decision is about.")
+    decision_per: Literal["head", "layer"] = Field(description="Who decides: every KV head, or a layer for all.")
+    expected_ratio: float = Field(description="Compression ratio that was measured, or trained for.")
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
@@ -158,6 +171,7 @@ class ModelCard(BaseModel):
     owned_by: str
     root: str
     max_model_len: int
+    compression: Optional[Compression] = Field(description="null for a model that does not compress.")
 
 
 class ModelList(BaseModel):
