@@ -33,10 +33,12 @@ INSTALL_REQUIRES = [
 
 # What `pip install .` leaves out. "serve" is for `dmc serve`, `dmc batch` and `dmc bench serve` (httpx2), and for
 # structured outputs (llguidance); "gpu" is for training on GPUs, and needs the steps of docs/install.md.
+# "vllm" is for serving inside vLLM (docs/vllm.md).
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
     "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "httpx2", "llguidance"],
     "gguf": ["gguf"],
+    "vllm": ["vllm>=0.32,<0.34"],
     "eval": ["lm-eval[api]"],
     # The second line is "serve", whose tests need it.
     "dev": [
@@ -88,6 +90,9 @@ setup(
     python_requires=">=3.11,<3.15",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["dmc = megatron.dmc.cli:main"]},
+    entry_points={
+        "console_scripts": ["dmc = megatron.dmc.cli:main"],
+        "vllm.general_plugins": ["megatron_dmc = megatron.dmc.vllm:register"],
+    },
     zip_safe=False,
 )

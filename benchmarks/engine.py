@@ -139,9 +139,8 @@ class StandIn:
             self.k[..., -1] = (torch.rand(self.k.shape[:2], device=self.k.device) < 0.75).to(self.k.dtype) * 2 - 1
             raw = (self.q[:count], self.k[:count], self.v[:count])
             places = (batch.cu_seqlens, batch.rows, batch.positions)
-            epsilon = info.dmc.importance_epsilon if info.dmc else 0.0
-            rule = (info.decision_bias, epsilon, info.window, info.compresses)
-            params = kernels.AppendParams(*raw, *places, self.model.inv_freq, *rule, partial=False)
+            attention = self.model.attention
+            params = kernels.AppendParams(*raw, *places, attention.inv_freq, *attention.rule, partial=False)
             kernels.append(state, layer, params)
         return torch.zeros(batch.logits_at.numel(), info.model.vocab_size, device=self.k.device)
 

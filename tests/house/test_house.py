@@ -100,6 +100,8 @@ RULES = {
 }
 RULES["evaluation"] = Rule(tuple(area for area in RULES if area))
 RULES["cli"] = Rule(tuple(area for area in RULES if area))
+# Imported by vLLM alone: no area above may import it.
+RULES["vllm"] = Rule(("config", "kernels", "checkpoint", "inference"), MEGATRON)
 # Commands that work where Megatron is not installed.
 for command in ("options", "generate", "serve", "batch", "bench", "build"):
     RULES[f"cli.{command}"] = Rule(("cli.options", "flags", "kernels", "inference", "serving"), MEGATRON)
@@ -161,6 +163,8 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             root_name = area_of(inner) is None and "." not in inner and not rule.only
             if not root_name and not any(within(inner, allowed) for allowed in (area, *rule.areas)):
                 found.append(f"{where}: {area} may import {', '.join((area, *rule.areas))} of megatron.dmc")
+        elif within(name, "vllm") and area != "vllm":
+            found.append(f"{where}: only megatron.dmc.vllm may import vllm")
         elif rule.only and name.split(".")[0] not in (*rule.only, *sys.stdlib_module_names):
             found.append(f"{where}: {area} may import {', '.join(rule.only)} and the standard library")
     return found
@@ -210,6 +214,9 @@ def test_dependencies_point_one_way() -> None:
         ("evaluation.quality", "from megatron.dmc.cli import main"),
         ("cli.serve", "from megatron.dmc.training import loop"),
         ("cli.batch", "import megatron.core"),
+        ("serving.server", "from vllm import LLM"),
+        ("evaluation.quality", "from megatron.dmc.vllm import grants"),
+        ("vllm.model", "from megatron.dmc.serving import server"),
         ("helpers", ""),
     ],
 )
@@ -234,6 +241,7 @@ def test_a_wrong_import_is_caught(module: str, source: str) -> None:
         ("evaluation.quality", "from megatron.dmc import inference, training\nimport megatron.core"),
         ("cli.main", "from megatron.dmc.serving import server"),
         ("evaluation.report", "if __name__ == '__main__':\n    from megatron.dmc.cli.eval import main"),
+        ("vllm.model", "from vllm.config import VllmConfig\nfrom megatron.dmc.inference.attention import Step"),
         ("cli.serve", "from megatron.dmc.cli import options\nfrom megatron.dmc.serving import server"),
     ],
 )

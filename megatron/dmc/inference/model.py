@@ -7,7 +7,6 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.inference.attention import CompressedAttention
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import ModelInfo, Reader
 from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
-from megatron.dmc.ops import attention_factor, rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ class Model:
         self.layers = [_read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm) for n in range(c.num_layers)]
         self.norm = reader.whole("model.norm.weight")
         self.head = reader.rows(["lm_head.weight"]) if c.untie_embeddings_and_output_weights else self.embedding
-        self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
-        self.rotary_factor = attention_factor(c.rope_scaling)
+        self.attention = CompressedAttention(info, device)
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
@@ -148,21 +146,7 @@ class Model:
     def _attend(self, n: int, layer: Layer, x: Tensor, batch: InputBatch, state: CacheState) -> Tensor:
         """Attention over the cache: [T, h] -> [T, h], this rank's share of the sum."""
         q, k, v = self._project(layer, x)
-        dmc, chunks = self.info.dmc, batch.decoding < batch.rows.numel()
-        tokens = (q, k, v, batch.cu_seqlens, batch.rows, batch.positions, self.inv_freq)
-        epsilon = dmc.importance_epsilon if dmc else 0.0
-        rule = (self.info.decision_bias, epsilon, self.info.window, self.info.compresses)
-        done = kernels.append(state, n, kernels.AppendParams(*tokens, *rule, partial=chunks))
-        # YaRN's factor is on rotated queries and keys alike.
-        scale, d = self.rotary_factor**2 / math.sqrt(self.head_dim), batch.decoding
-        parts = []
-        if d:
-            parts.append(kernels.decode_attention(state, n, done.q_rot[:d], batch.rows[:d], scale))
-        if chunks:
-            done = kernels.Appended(*(x[d:] for x in done))
-            bounds = batch.cu_seqlens[d:] - d  # a decoding sequence has one token
-            parts.append(kernels.prefill_attention(state, n, done, bounds, batch.rows[d:], scale))
-        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        mixed = self.attention(state, n, q, k, v, batch)
         # [T, Hq, D] -> [T, Hq D]
         return linear(mixed.flatten(1), layer.out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -70,12 +70,21 @@ def read_info(directory: hf.HFDirectory) -> ModelInfo:
     """Read a directory's configuration. Raises ``ValueError``, naming key and value, for what the model does not
     compute.
     """
-    path, config = directory.path, directory.config
-    block = mapping.dmc_block(config)
-    model, family = mapping.from_hf_config(config), mapping.family_of(config)
-    name = mapping.model_dtype(config)
+    config = directory.config
+    info = describe(directory.path, config, torch.float32)
+    family, name = mapping.family_of(config), mapping.model_dtype(config)
     kept = [tensor for name, tensor in directory.tensors.items() if not name.endswith(family.dropped)]
-    dtype = getattr(torch, name) if name else hf.main_dtype(kept)
+    return replace(info, dtype=getattr(torch, name) if name else hf.main_dtype(kept))
+
+
+def describe(path: Path, config: dict, dtype: torch.dtype) -> ModelInfo:
+    """Configuration of a model by its config.json alone. Raises like :func:`read_info`.
+
+    Args:
+        path: the model's directory, for messages and for generation_config.json, if it has one.
+        dtype: of the weights.
+    """
+    block, model = mapping.dmc_block(config), mapping.from_hf_config(config)
     eos = _eos(path, config, model.vocab_size)
     if block is None:
         return ModelInfo(path, model, None, None, 1.0, dtype, eos)

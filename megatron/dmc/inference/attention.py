@@ -1,0 +1,63 @@
+"""Attention over the paged compressed cache, as one call for a layer: whoever owns the projections (the engine's own
+model, another server's) hands over queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.dmc import kernels
+from megatron.dmc.inference.weights import ModelInfo
+from megatron.dmc.kernels.state import CacheState
+from megatron.dmc.ops import attention_factor, rotary_frequencies
+
+
+class Step(Protocol):
+    """Which tokens of which sequences a step computes: T tokens of n sequences, those with one token first."""
+
+    positions: Tensor
+    """int32 [T], of each token in its sequence."""
+    cu_seqlens: Tensor
+    """int32 [n + 1], index of each sequence's first token, then T."""
+    rows: Tensor
+    """int32 [n], each sequence's row of the cache; below 0 for padding."""
+    decoding: int
+    """Number of sequences at the front that have one token each; those behind them may have any number."""
+
+
+class CompressedAttention:
+    """Attention of a model's layers by its rule of merging. Holds no weights and no state of sequences."""
+
+    def __init__(self, info: ModelInfo, device: torch.device) -> None:
+        c, dmc = info.model, info.dmc
+        self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
+        # YaRN's factor is on rotated queries and keys alike.
+        self.scale = attention_factor(c.rope_scaling) ** 2 / math.sqrt(c.head_dim)
+        epsilon = dmc.importance_epsilon if dmc else 0.0
+        self.rule = (info.decision_bias, epsilon, info.window, info.compresses)
+
+    def __call__(self, state: CacheState, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Append a step's tokens to one layer's cache, and attend.
+
+        Args:
+            q: [T, Hq, D], before the rotation.
+            k, v: [T, H, D], likewise.
+
+        Returns:
+            [T, Hq, D]
+        """
+        d, chunks = step.decoding, step.decoding < step.rows.numel()
+        tokens = (q, k, v, step.cu_seqlens, step.rows, step.positions, self.inv_freq)
+        done = kernels.append(state, layer, kernels.AppendParams(*tokens, *self.rule, partial=chunks))
+        parts = []
+        if d:
+            parts.append(kernels.decode_attention(state, layer, done.q_rot[:d], step.rows[:d], self.scale))
+        if chunks:
+            done = kernels.Appended(*(x[d:] for x in done))
+            bounds = step.cu_seqlens[d:] - d  # a decoding sequence has one token
+            parts.append(kernels.prefill_attention(state, layer, done, bounds, step.rows[d:], self.scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,241 @@
+"""vLLM's Llama with compressed attention, which also runs Mistral, Qwen 2 and Qwen 3.
+
+One object stands for the cache of all layers, as one attention layer: vLLM allocates its memory, and knows of no other
+cache. Projections, norms, MLP and weights are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from megatron.dmc.inference.attention import CompressedAttention
+from megatron.dmc.inference.weights import ModelInfo, describe
+from megatron.dmc.kernels.state import DTYPES
+from megatron.dmc.vllm.cache import CompressedSpec
+from megatron.dmc.vllm.config import page_size
+from megatron.dmc.vllm.grants import Grants
+from megatron.dmc.vllm.rows import Rows, steps_late
+
+POOL = "dmc_cache.0"
+"""Name of the one attention layer. vLLM wants exactly one number in it."""
+
+
+def model_info(vllm_config: VllmConfig) -> ModelInfo:
+    """Configuration of the model that vLLM serves. Raises ``ValueError`` for one that this plugin cannot serve."""
+    served = vllm_config.model_config
+    config = get_hf_file_to_dict("config.json", served.model, served.revision)
+    info = describe(Path(served.model), config, served.dtype)
+    if info.dmc is not None and info.dmc.method != "dmc":
+        raise ValueError(
+            f"{served.model} was trained with method {info.dmc.method}, which is not served inside vLLM; use dmc serve"
+        )
+    return info
+
+
+@dataclass
+class Step:
+    """Attention metadata of a step, see :class:`megatron.dmc.inference.attention.Step`."""
+
+    positions: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+    decoding: int
+    count: int
+    """Tokens of the step; vLLM may pad its tensors beyond them."""
+
+
+class StepBuilder(AttentionMetadataBuilder[Step]):
+    """Builder of :class:`Step` from what vLLM knows of a batch."""
+
+    reorder_batch_threshold = 1  # sequences with one token come first
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.rows = pool_of(vllm_config).rows
+
+    def build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Step:
+        n, total = common.num_reqs, common.num_actual_tokens
+        on_host = common.query_start_loc_cpu[: n + 1]
+        more = (on_host.diff() != 1).nonzero()
+        cu_seqlens = common.query_start_loc[: n + 1].to(torch.int32)
+        counts = cu_seqlens.diff()
+        first = common.seq_lens[:n] - counts  # position of each sequence's first token in the step
+        shift = torch.repeat_interleave(first - cu_seqlens[:-1], counts, output_size=total)
+        positions = torch.arange(total, dtype=torch.int32, device=shift.device).add_(shift)
+        return Step(
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            rows=self.rows.row_of_block[common.block_table_tensor[:n, 0].long()],
+            decoding=int(more[0]) if len(more) else n,
+            count=total,
+        )
+
+
+class Backend(AttentionBackend):
+    """What vLLM asks of an attention backend. It has no implementation to give: attention is an operator of its own."""
+
+    supported_dtypes = list(DTYPES)
+
+    @staticmethod
+    def get_name() -> str:
+        return "MEGATRON_DMC"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("compressed attention is called as torch.ops.vllm.dmc_attention")
+
+    @staticmethod
+    def get_builder_cls() -> type[StepBuilder]:
+        return StepBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+
+class Pool(AttentionLayerBase):
+    """The cache of all layers of a rank; to vLLM it is one attention layer."""
+
+    impl = None
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.info = model_info(vllm_config)
+        c, parallel, scheduling = self.info.model, vllm_config.parallel_config, vllm_config.scheduler_config
+        self.dtype, self.device = vllm_config.model_config.dtype, vllm_config.device_config.device
+        self.heads = c.kv_heads // parallel.tensor_parallel_size
+        self.attention = CompressedAttention(self.info, self.device)
+        self.rows = Rows(
+            scheduling.max_num_seqs,
+            page_size(vllm_config),
+            num_layers=c.num_layers,
+            num_kv_heads=self.heads,
+            head_dim=c.head_dim,
+            max_slots=vllm_config.model_config.max_model_len,
+            window=self.info.window,
+            compress=self.info.compresses,
+            dtype=self.dtype,
+        )
+        vllm_config.compilation_config.static_forward_context[POOL] = self
+
+    def get_attn_backend(self) -> type[Backend]:
+        return Backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> CompressedSpec:
+        overlapping = vllm_config.max_concurrent_batches + steps_late(self.device)
+        heads, slots = self.rows.heads, page_size(vllm_config)
+        cr = max(1.0, self.info.expected_cr)
+        return CompressedSpec(
+            block_size=slots * math.floor(cr),
+            tokens_per_state=math.floor(cr),
+            num_kv_heads=heads,
+            head_size=self.info.model.head_dim,
+            dtype=self.dtype,
+            dcp_sharded=False,
+            grants=Grants(heads, slots, cr, vllm_config.scheduler_config.max_num_batched_tokens * overlapping),
+            layout=self.rows.layout,
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the memory that vLLM allocated."""
+        self.kv_cache = kv_cache
+        size = kv_cache.numel() * kv_cache.element_size()
+        storage = kv_cache.untyped_storage()
+        buffer = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(storage)
+        start = kv_cache.storage_offset() * kv_cache.element_size()
+        self.rows.bind(buffer[start : start + size])
+
+
+def pool_of(vllm_config: VllmConfig) -> Pool:
+    """The cache of the model that a process has built."""
+    return vllm_config.compilation_config.static_forward_context[POOL]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    """Compressed attention of one layer: q [T, Hq, D], k and v [T, H, D], before the rotation -> [T, Hq, D]. Tokens
+    beyond those of the step are padding. In a run without a step, which vLLM has for profiling, the result is 0.
+    """
+    context = get_forward_context()
+    if context.attn_metadata is None:
+        return torch.zeros_like(q)
+    step, pool = context.attn_metadata[POOL], context.no_compile_layers[POOL]
+    t = step.count
+    out = pool.attention(pool.rows.state, layer, q[:t], k[:t], v[:t], step)
+    return out if t == q.size(0) else torch.cat((out, q.new_zeros(q.size(0) - t, *q.shape[1:])))
+
+
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+direct_register_custom_op("dmc_attention", attend, fake_impl=_attend_fake)
+
+
+class Attention(nn.Module):
+    """Projections around compressed attention, with Qwen 2's biases and Qwen 3's norms where the model has them."""
+
+    def __init__(
+        self, config: Any, hidden_size: int, num_heads: int, num_kv_heads: int, prefix: str, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        c, quantization = pool_of(get_current_vllm_config()).info.model, kwargs.get("quant_config")
+        ranks = get_tensor_model_parallel_world_size()
+        self.layer, self.head_dim = extract_layer_index(prefix), c.head_dim
+        self.heads, self.kv_heads = num_heads // ranks, num_kv_heads // ranks
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size,
+            c.head_dim,
+            num_heads,
+            num_kv_heads,
+            bias=c.add_qkv_bias,
+            quant_config=quantization,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * c.head_dim, hidden_size, bias=False, quant_config=quantization, prefix=f"{prefix}.o_proj"
+        )
+        self.q_norm = self.k_norm = None
+        if c.qk_layernorm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, eps=c.norm_epsilon) for _ in range(2))
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        qkv = qkv.view(qkv.size(0), -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:  # the neuron is read after the norm
+            q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
+        mixed = torch.ops.vllm.dmc_attention(q, k, v, self.layer)
+        out, _ = self.o_proj(mixed.flatten(1))
+        return out
+
+
+class DecoderLayer(LlamaDecoderLayer):
+    """Llama's layer with compressed attention."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
+        super().__init__(vllm_config, prefix=prefix, config=config, attn_layer_type=Attention)
+
+
+class DMCForCausalLM(LlamaForCausalLM):
+    """A model that ``dmc export`` wrote."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        Pool(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DecoderLayer)
