@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from megatron.dmc.checkpoint import checksums, mapping
-from megatron.dmc.checkpoint.formats import gguf, hf, legacy, megatron, torch_dist
+from megatron.dmc.checkpoint.formats import adapter, gguf, hf, legacy, megatron, torch_dist
 from megatron.dmc.checkpoint.formats.base import Given, Source
 from megatron.dmc.checkpoint.manifest import write_files, write_hf_files
 from megatron.dmc.checkpoint.model_card import REMOTE_CODE, model_card, tokenizer_files
@@ -99,12 +99,31 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def import_hf(
-    source: str | Path, save: str | Path, *, overwrite: bool = False, progress: Optional[Progress] = None
+    source: str | Path,
+    save: str | Path,
+    *,
+    adapters: Optional[str | Path] = None,
+    overwrite: bool = False,
+    progress: Optional[Progress] = None,
+    target_cr: Optional[float] = None,
+    decision_about: Optional[str] = None,
 ) -> Path:
-    """:func:`import_model` of a Hugging Face directory, plain or exported: config.json with safetensors or
-    ``pytorch_model*.bin``.
+    """:func:`import_model` of a Hugging Face directory, plain, exported or with another program's DMS model:
+    config.json with safetensors or ``pytorch_model*.bin``.
+
+    Args:
+        adapters: directory with the adapters of a DMS model, whose base ``source`` is.
+        target_cr, decision_about: see :class:`Given`.
     """
-    return import_model(hf.open_model(Path(source)), Path(save), overwrite, progress)
+    given = Given(target_cr=target_cr, decision_about=decision_about)
+    return import_model(open_hf(source, adapters, given), Path(save), overwrite, progress)
+
+
+def open_hf(source: str | Path, adapters: Optional[str | Path] = None, given: Given = Given()) -> Source:
+    """:func:`hf.open_model`, with adapters where a directory of them is named (:func:`adapter.open_with_base`)."""
+    if adapters is None:
+        return hf.open_model(Path(source), given)
+    return adapter.open_with_base(Path(source), Path(adapters), given)
 
 
 def import_legacy(
@@ -214,8 +233,27 @@ def export(
     Raises:
         ValueError: see :func:`torch_dist.open_model`; or ``save`` exists and ``overwrite`` is False.
     """
-    save, progress = Path(save), progress or Progress()
-    source = torch_dist.open_model(Path(load))
+    return write_hf(torch_dist.open_model(Path(load)), Path(save), overwrite, tokenizer, progress or Progress())
+
+
+def merge_adapter(
+    source: str | Path,
+    adapters: str | Path,
+    save: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Optional[Progress] = None,
+) -> Path:
+    """Write a model and the adapters of another directory as one Hugging Face directory, as :func:`export` would.
+
+    Raises:
+        ValueError: see :func:`adapter.open_with_base`; or ``save`` exists and ``overwrite`` is False.
+    """
+    return write_hf(open_hf(source, adapters), Path(save), overwrite, None, progress or Progress())
+
+
+def write_hf(source: Source, save: Path, overwrite: bool, tokenizer: Optional[str | Path], progress: Progress) -> Path:
+    """Write a model as a Hugging Face directory, with the modelling file where it needs one."""
     announce(f"export {source.path} ({source.kind}) -> {save}", source.tensors, save, progress)
     files = tokenizer_files(source, tokenizer, progress.say)
     with writing(save), staged(save, overwrite) as directory:

@@ -7,9 +7,10 @@ A release checkpoint is loaded without optimizer state and begins at iteration 0
 ``megatron/training/checkpointing.py`` of github.com/NVIDIA/Megatron-LM, commit d98e8a6). The arguments in ``common.pt``
 are those that ``--use-checkpoint-args`` takes over (``load_args_from_checkpoint``).
 
-A model that was retrofitted has a decision neuron, the last channel of every query and key head, which is not part of
-its attention. Megatron's own attention would take it for an ordinary channel and compute nonsense, in silence. So the
-channel is taken out of the weights, unless they are for a model with this package's layers.
+A model that was retrofitted may have a decision neuron, the last channel of every query and key head, or of the first
+query head of each group, which is not part of its attention. Megatron's own attention would take it for an ordinary
+channel and compute nonsense, in silence. So the channel is taken out of the weights, unless they are for a model with
+this package's layers. Adapters are left out: the model below them is a plain one.
 """
 
 from __future__ import annotations
@@ -55,15 +56,31 @@ def plain_parameters(source: Source) -> dict[Key, Lazy]:
 
     Where heads have an RMSNorm the neuron stays part of their root mean square, with which the model was trained, and
     is taken out behind it.
+
+    Raises:
+        ValueError: decisions that cannot be taken out of a model like this.
     """
-    model = source.run.model
+    model, neuron = source.run.model, source.run.dmc.neuron
+    if neuron == "none":
+        own = {rule.megatron for rule in mapping.rules(source.family, model) if mapping.is_adapter(rule.hf[0])}
+        return {key: tensor for key, tensor in source.parameters.items() if key[0] not in own}
+    if neuron == "query":
+        if model.qk_layernorm:
+            raise ValueError(
+                f"{source.path} has decisions in a channel of one query head of each group, behind an RMSNorm whose "
+                "weight all heads share; Megatron's attention cannot leave that channel out"
+            )
+        return _without(source.parameters, PROJECTIONS, neuron_rows(model, first_query_only=True))
     if model.qk_layernorm and source.manifest.stage in mapping.COMPRESSED_STAGES:
         ends, rows = ("q_layernorm.weight", "k_layernorm.weight"), [model.head_dim - 1]
     else:
         ends, rows = PROJECTIONS, neuron_rows(model)
-    return {
-        key: WithoutRows(tensor, rows) if key[0].endswith(ends) else tensor for key, tensor in source.parameters.items()
-    }
+    return _without(source.parameters, ends, rows)
+
+
+def _without(parameters: dict[Key, Lazy], ends: tuple[str, ...], rows: list[int]) -> dict[Key, Lazy]:
+    """Parameters, of which those with a name of these ends lose some rows."""
+    return {key: WithoutRows(tensor, rows) if key[0].endswith(ends) else tensor for key, tensor in parameters.items()}
 
 
 def arguments(source: Source, with_decisions: bool) -> argparse.Namespace:
@@ -200,6 +217,8 @@ def export_megatron(
     source = torch_dist.open_model(Path(load))
     if source.is_dmc and not keep_decisions:
         source.parameters = plain_parameters(source)
+        if source.run.dmc.neuron == "none":
+            source.family = mapping.FAMILIES[source.family.model_type]
     common = {
         "args": arguments(source, keep_decisions),
         "checkpoint_version": 3.0,
@@ -215,8 +234,12 @@ def export_megatron(
         (directory / LATEST).write_text(RELEASE)
     progress.warn()
     if source.is_dmc:
-        progress.say(_KEPT if keep_decisions else _PLAIN)
+        plain = _BASE if source.run.dmc.neuron == "none" else _PLAIN
+        progress.say(_KEPT if keep_decisions else plain)
     return save
+
+
+_BASE = "the adapters are left out: the model that they were trained on, bit by bit, which compresses nothing"
 
 
 _PLAIN = (

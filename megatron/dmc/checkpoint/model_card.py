@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -73,21 +73,43 @@ def _sentencepiece_files(path: Path, say: Callable[[str], None]) -> dict[str, by
     }
 
 
+def front_matter(tags: Sequence[str], base_model: Optional[str] = None) -> list[str]:
+    """Lines of a model card's YAML header."""
+    named = [f"base_model: {json.dumps(base_model)}"] if base_model else []
+    return ["---", "library_name: transformers", *named, "tags:", *(f"- {tag}" for tag in tags), "---"]
+
+
+def method_text(source: Source) -> str:
+    """Paragraph on how a retrofitted model compresses its cache, and to what ratio."""
+    manifest, dmc = source.manifest, source.run.dmc
+    measured = f"{manifest.measured_cr:.2f}" if manifest.measured_cr else "not measured"
+    figures = f"Measured compression ratio at the end of training: {measured}. "
+    if not dmc.evicts:
+        return (
+            f"Retrofitted with Dynamic Memory Compression (arXiv 2403.09636) to {manifest.target_cr:g}x: every KV head "
+            "decides token by token to append to its cache or to merge into its last slot. "
+            f"{figures}Decision bias {dmc.decision_bias:g}, window {dmc.window or 'unbounded'}."
+        )
+    who = "every KV head decides" if dmc.decision_per == "head" else "every layer decides"
+    about = "itself" if dmc.decision_about == "self" else "the one before it"
+    source_text = {
+        "key": "the last channel of the key",
+        "query": "the last channel of the first query head of the group",
+        "adapter": "a linear layer of its own on the hidden state; the base's weights are left as they were",
+    }[dmc.decision_source]
+    return (
+        f"Retrofitted with Dynamic Memory Sparsification (arXiv 2506.05345) to {manifest.target_cr:g}x: {who}, at "
+        f"every token about {about}, whether it is evicted from the cache {dmc.window} tokens later. The decision is "
+        f"read from {source_text}. {figures}Decision scale {dmc.decision_scale:g}, bias {dmc.decision_bias:g}."
+    )
+
+
 def model_card(source: Source) -> str:
     """README.md of an exported directory."""
     manifest, model = source.manifest, source.run.model
     lineage = " -> ".join([*manifest.lineage, manifest.stage])
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags:",
-        *(["- dmc", "- kv-cache-compression"] if source.is_dmc else []),
-        f"- {source.family.model_type}",
-        "---",
-        "",
-        f"# {source.path.parent.name or 'model'}",
-        "",
-    ]
+    tags = [*(["dmc", "kv-cache-compression"] if source.is_dmc else []), source.family.model_type]
+    lines = [*front_matter(tags), "", f"# {source.path.parent.name or 'model'}", ""]
     lines += [
         f"{source.family.model_type}, {model.num_layers} layers, hidden size {model.hidden_size}, "
         f"{model.num_attention_heads} "
@@ -95,14 +117,7 @@ def model_card(source: Source) -> str:
         f"from stage {manifest.stage}, step {manifest.iteration} (lineage: {lineage})."
     ]
     if manifest.stage in mapping.COMPRESSED_STAGES:
-        measured = f"{manifest.measured_cr:.2f}" if manifest.measured_cr else "not measured"
-        lines += [
-            "",
-            f"Retrofitted with Dynamic Memory Compression (arXiv 2403.09636) to {manifest.target_cr:g}x: every KV head "
-            f"decides token by token to append to its cache or to merge into its last slot. Measured compression "
-            f"ratio at the end of training: {measured}. Decision bias {source.run.dmc.decision_bias:g}, window "
-            f"{source.run.dmc.window or 'unbounded'}.",
-        ]
+        lines += ["", method_text(source)]
     if source.is_dmc:
         lines += [
             "",

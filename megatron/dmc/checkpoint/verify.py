@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 from megatron.dmc.checkpoint import checksums, mapping
-from megatron.dmc.checkpoint.convert import Progress
-from megatron.dmc.checkpoint.formats import hf, torch_dist
-from megatron.dmc.checkpoint.formats.base import Source, compare_names
+from megatron.dmc.checkpoint.convert import Progress, open_hf
+from megatron.dmc.checkpoint.formats import torch_dist
+from megatron.dmc.checkpoint.formats.base import Given, Source, compare_names
 from megatron.dmc.checkpoint.manifest import check_contents, read_manifest, resolve_checkpoint
 from megatron.dmc.checkpoint.tensors import same_bits
 
 
-def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
+def verify(
+    source: str | Path,
+    load: str | Path,
+    progress: Progress,
+    adapters: Optional[str | Path] = None,
+    given: Given = Given(),
+) -> str:
     """Compare key sets, configurations, shapes, dtypes and every bit. Streams.
+
+    Args:
+        adapters: see :func:`open_hf`.
 
     Returns:
         One line that says what was compared.
@@ -21,7 +31,7 @@ def verify(source: str | Path, load: str | Path, progress: Progress) -> str:
     Raises:
         ValueError: the first difference of each kind, by name.
     """
-    theirs, ours = hf.open_model(Path(source)), torch_dist.open_model(Path(load))
+    theirs, ours = open_hf(source, adapters, given), torch_dist.open_model(Path(load))
     _compare_configs(theirs, ours)
     compare_names(ours.tensors, theirs.tensors, str(ours.path))
     differing = []
@@ -71,7 +81,7 @@ def verify_checksums(path: str | Path, is_checkpoint: bool) -> str:
 
 def _compare_configs(theirs: Source, ours: Source) -> None:
     one, two = mapping.base_config(theirs.config), mapping.base_config(ours.config)
-    if theirs.family is not ours.family or mapping.from_hf_config(one) != mapping.from_hf_config(two):
+    if theirs.family.model_type != ours.family.model_type or mapping.from_hf_config(one) != mapping.from_hf_config(two):
         keys = sorted(k for k in {*one, *two} if one.get(k) != two.get(k))
         odd = ", ".join(f"{k} is {one.get(k)!r} and {two.get(k)!r}" for k in keys[:5])
         raise ValueError(f"{theirs.path} and {ours.path} differ in config.json: {odd}")

@@ -22,6 +22,8 @@ EXAMPLES = """
     dmc convert verify --hf Llama-2-7b-hf --load llama2-7b --logits
     dmc convert verify --hf Llama-2-7b-DMC-4x                         # is a file damaged?
     dmc convert export --load dmc-4x --save Llama-2-7b-DMC-4x         # loads with trust_remote_code=True
+    dmc convert export --load dms-8x --save Qwen3-8B-DMS-adapter --adapter-only --base-model Qwen/Qwen3-8B
+    dmc convert merge-adapter --hf Qwen3-8B --adapter Qwen3-8B-DMS-adapter --save Qwen3-8B-DMS-8x
     dmc convert export --megatron --load dmc-4x --save for-megatron   # a plain GPTModel loads it; it compresses nothing
     dmc convert merge-heads --hf Llama-2-7b-hf --kv-heads 8 --save Llama-2-7b-GQA
     dmc convert inspect Llama-2-7b-DMC-4x
@@ -68,7 +70,8 @@ def build_parser() -> flags.Parser:
     load.add_argument(
         "--target-cr",
         type=float,
-        help="Compression ratio (tokens / slots) of a DMC model, for a Megatron checkpoint that does not record it.",
+        help="Compression ratio (tokens / slots) of a DMC or DMS model, where a Megatron checkpoint or another "
+        "program's DMS directory does not record it.",
     )
     save = command(
         "export", "Write a Hugging Face directory, or a checkpoint for Megatron-LM, from a checkpoint", _export
@@ -78,6 +81,16 @@ def build_parser() -> flags.Parser:
         metavar="DIR",
         required=True,
         help="Checkpoint, or a --save directory whose newest checkpoint is used.",
+    )
+    save.add_argument(
+        "--adapter-only",
+        action="store_true",
+        help="Write the adapters of a DMS model alone, for its base: dmc serve BASE --adapter DIR.",
+    )
+    save.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="Name of the base that --adapter-only writes, or its directory, whose weights are then compared.",
     )
     save.add_argument(
         "--tokenizer", metavar="PATH", help="Tokenizer to export with a model that did not come from Hugging Face."
@@ -98,7 +111,9 @@ def build_parser() -> flags.Parser:
     merge.add_argument(
         "--kv-heads", metavar="N", type=int, required=True, help="KV heads of the result; must divide the model's."
     )
-    for writing in (load, save, merge):
+    join = command("merge-adapter", "Write a model and its DMS adapters as one Hugging Face directory", _merge_adapter)
+    join.add_argument("--hf", metavar="DIR", required=True, help="Hugging Face directory of the base.")
+    for writing in (load, save, merge, join):
         writing.add_argument("--save", metavar="DIR", required=True, help="Directory to write.")
         writing.add_argument("--overwrite", action="store_true", help="Replace the --save directory when it exists.")
     verify = command(
@@ -115,6 +130,18 @@ def build_parser() -> flags.Parser:
     verify.add_argument(
         "--logits", action="store_true", help="Compare logits with transformers' implementation too, in fp32."
     )
+    for reading in (load, verify, join):
+        needed = reading is join
+        reading.add_argument(
+            "--adapter", metavar="DIR", required=needed, help="Adapters of a DMS model to put on the --hf directory."
+        )
+    for reading in (load, verify):
+        reading.add_argument(
+            "--decision-about",
+            choices=("previous", "self"),
+            help="Token that the decisions of another program's DMS model in --hf are about. Default: the one before "
+            "for NVIDIA's models, the token itself for FastDMS's.",
+        )
     inspect = command("inspect", "Describe what a directory or file holds", _inspect)
     inspect.add_argument(
         "directory", metavar="PATH", help="Directory, or GGUF file, of any format that dmc convert knows."
@@ -156,7 +183,9 @@ def _import(args: argparse.Namespace) -> int:
     if args.hf:
         from megatron.dmc.checkpoint.convert import import_hf
 
-        return _wrote(_with_progress(import_hf, args.hf, args.save, overwrite=args.overwrite))
+        given = {"adapters": args.adapter, "target_cr": args.target_cr, "decision_about": args.decision_about}
+        return _wrote(_with_progress(import_hf, args.hf, args.save, overwrite=args.overwrite, **given))
+    _only_with_hf(args)
     if args.gguf:
         import torch
 
@@ -172,9 +201,26 @@ def _import(args: argparse.Namespace) -> int:
     return _wrote(_with_progress(import_legacy, args.legacy, args.save, **said))
 
 
+def _only_with_hf(args: argparse.Namespace) -> None:
+    for name in ("adapter", "decision_about"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --hf")
+
+
 def _export(args: argparse.Namespace) -> int:
     if args.keep_decisions and not args.megatron:
         raise ValueError("--keep-decisions goes with --megatron; a Hugging Face directory always keeps them")
+    if args.base_model and not args.adapter_only:
+        raise ValueError("--base-model goes with --adapter-only")
+    if args.adapter_only:
+        from megatron.dmc.checkpoint.adapter_export import export_adapter
+
+        if args.megatron or args.tokenizer:
+            raise ValueError(
+                "--adapter-only writes adapters for Hugging Face's names; leave --megatron and --tokenizer out"
+            )
+        settings = {"base_model": args.base_model, "overwrite": args.overwrite}
+        return _wrote(_with_progress(export_adapter, args.load, args.save, **settings))
     if args.megatron:
         from megatron.dmc.checkpoint.megatron_export import export_megatron
 
@@ -193,15 +239,26 @@ def _merge_heads(args: argparse.Namespace) -> int:
     return _wrote(_with_progress(merge_heads, args.hf, args.save, args.kv_heads, overwrite=args.overwrite))
 
 
+def _merge_adapter(args: argparse.Namespace) -> int:
+    from megatron.dmc.checkpoint.convert import merge_adapter
+
+    return _wrote(_with_progress(merge_adapter, args.hf, args.adapter, args.save, overwrite=args.overwrite))
+
+
 def _verify(args: argparse.Namespace) -> int:
     from megatron.dmc.checkpoint.verify import verify, verify_checksums
 
+    if not args.hf:
+        _only_with_hf(args)
     if not (args.hf and args.load):
         if not (args.hf or args.load) or args.logits:
             raise ValueError("dmc convert verify needs --hf and --load, or one of them without --logits")
         print(verify_checksums(args.load or args.hf, is_checkpoint=bool(args.load)), flush=True)
         return 0
-    print(_with_progress(verify, args.hf, args.load), flush=True)
+    from megatron.dmc.checkpoint.formats.base import Given
+
+    given = Given(decision_about=args.decision_about)
+    print(_with_progress(verify, args.hf, args.load, adapters=args.adapter, given=given), flush=True)
     if args.logits:
         from megatron.dmc.evaluation.logits import compare_logits
 

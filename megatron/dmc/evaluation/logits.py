@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats import dms, hf
 from megatron.dmc.evaluation.load import load_checkpoint
 from megatron.dmc.inference.text import load_tokenizer
 
@@ -76,7 +76,13 @@ def compare_logits(source: str | Path, load: str | Path) -> str:
     from megatron.dmc.checkpoint.remote_code.modeling_dmc import DMCForCausalLM
 
     source = Path(source)
-    is_dmc = "dmc" in hf.read_json(source / "config.json")
+    config, foreign = dms.canonical_config(source, hf.read_json(source / "config.json"))
+    if foreign:
+        raise ValueError(
+            f"{source} is a DMS model described by {foreign.origin}, which transformers runs with that program's code; "
+            "compare logits with what dmc convert export writes"
+        )
+    is_dmc = "dmc" in config
     try:
         # This package's own modelling file, not the copy in the directory: that could be anybody's.
         model_class = DMCForCausalLM if is_dmc else AutoModelForCausalLM

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint import checksums
-from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats import adapter
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
 from megatron.dmc.inference.model import Model, linear
 from megatron.dmc.inference.parallel import TensorParallel
@@ -82,12 +82,18 @@ class TeacherForced(Model):
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        path: str | Path,
+        dtype: str | torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        adapters: Optional[str | Path] = None,
     ) -> TeacherForced:
-        """Load a Hugging Face directory. Raises ``ValueError`` for a wrong one, naming key or tensor and the fix."""
-        directory, where = hf.open_directory(Path(path)), torch.device(device)
+        """Load a Hugging Face directory, and the ``adapters`` of another one. Raises ``ValueError`` for a wrong one,
+        naming key or tensor and the fix.
+        """
+        directory, where = adapter.open_directory(path, adapters), torch.device(device)
         info = read_info(directory)
-        with checksums.checking(directory.path):
+        with adapter.checking(directory):
             return cls(directory, info, TensorParallel(), dtype_of(dtype, info, where), where)
 
     def own_policy(self) -> CachePolicy:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
 
 import torch
 
+from megatron.dmc.checkpoint.formats import adapter, hf
+from megatron.dmc.checkpoint.formats.base import Given
 from megatron.dmc.config import ModelConfig
+from megatron.dmc.inference import dummy
 from megatron.dmc.inference.cache import page_bytes, row_bytes
-from megatron.dmc.inference.dummy import LOAD_FORMATS
 from megatron.dmc.inference.weights import ModelInfo
 
 
@@ -22,6 +25,12 @@ class EngineConfig:
     """Data type of weights, activations and cache: auto (that of the files), float32, bfloat16 or float16."""
     load_format: str = "auto"
     """Source of the weights. auto: the model's directory; dummy: random weights, for which config.json is enough."""
+    adapter: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
+    """Directory of a DMS model's adapters (dmc convert export --adapter-only) to put on the model, which must be their
+    base."""
+    decision_about: Optional[Literal["previous", "self"]] = None
+    """Token that the decisions of another program's DMS model are about. Default: the one before for NVIDIA's models,
+    the token itself for FastDMS's."""
     device: str = "auto"
     """Device to run on: auto (a GPU where there is one), cpu or cuda."""
     tensor_parallel_size: int = 1
@@ -65,8 +74,10 @@ class EngineConfig:
         self._check_integer("max_prefix_snapshots", 0)
         self._check_integer("prefix_cache_min_tokens", 1)
         self._check_integer("max_logprobs", -1)
-        if self.load_format not in LOAD_FORMATS:
-            raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(LOAD_FORMATS)}")
+        if self.load_format not in dummy.LOAD_FORMATS:
+            raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(dummy.LOAD_FORMATS)}")
+        if self.load_format == "dummy" and self.adapter is not None:
+            raise ValueError(f"adapter is {self.adapter!r} with load_format dummy; adapters need their base's weights")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
@@ -76,6 +87,16 @@ class EngineConfig:
         value = getattr(self, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
             raise ValueError(f"{name} is {value!r}; it must be an integer, at least {low}")
+
+    def open_directory(self, path: str | Path) -> hf.HFDirectory:
+        """Open the model to run: with its adapters, or with random weights.
+
+        Raises:
+            ValueError: a model directory that is wrong, by file or key.
+        """
+        if self.load_format == "dummy":
+            return dummy.open_directory(path)
+        return adapter.open_directory(path, self.adapter, Given(decision_about=self.decision_about))
 
     def torch_device(self) -> torch.device:
         """Device of this rank. Raises ``ValueError`` when there is none of the kind."""

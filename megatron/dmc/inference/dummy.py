@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
-from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats import dms, hf
 from megatron.dmc.config import DMCConfig
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -72,7 +72,7 @@ def open_directory(path: str | Path, compression_ratio: Optional[float] = None) 
         ValueError: no such file, a model that is not supported, or a ratio below 1.
     """
     path = Path(path)
-    config = hf.read_json(path / "config.json")
+    config = dms.read_config(path)
     if compression_ratio == 1:
         config = mapping.base_config(config)
     elif compression_ratio is not None:

@@ -15,9 +15,7 @@ from typing import Any, Optional
 import torch
 
 from megatron.dmc import kernels
-from megatron.dmc.checkpoint import checksums
-from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.inference import dummy
+from megatron.dmc.checkpoint.formats import adapter, hf
 from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache, make_cache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
@@ -95,13 +93,13 @@ class Engine:
         if device.type == "cpu":
             keep_freed_memory()
         if not isinstance(path, hf.HFDirectory):
-            path = (dummy if config.load_format == "dummy" else hf).open_directory(path)
+            path = config.open_directory(path)
         self.info = info = read_info(path)
         info.check_served()
         dtype = dtype_of(config.dtype, info, device)
         self.parallel = tp.initialize(config.tensor_parallel_size, device)
         checked = config.load_format != "dummy" and self.parallel.rank == 0
-        with checksums.checking(path.path) if checked else nullcontext():
+        with adapter.checking(path) if checked else nullcontext():
             self.model = Model(path, info, self.parallel, dtype, device)
         self.sizes: Sizes = resolve(config, info, dtype, device)
         self.cache = self._make_cache(dtype)

@@ -20,7 +20,6 @@ from typing import Any, Optional
 
 import torch.distributed as dist
 
-from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference import Engine, EngineConfig, Request, StepOutput
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.text import load_tokenizer
@@ -69,7 +68,7 @@ class LeadingEngine(Engine):
 
 def check_size(path: str, config: EngineConfig) -> None:
     """Raise ``ValueError`` when the model cannot be cut into so many parts, before any process is started."""
-    TensorParallel(0, config.tensor_parallel_size).check(read_info(hf.open_directory(path)).model)
+    TensorParallel(0, config.tensor_parallel_size).check(read_info(config.open_directory(path)).model)
 
 
 def follow(path: str, config: EngineConfig, tokenizer: str) -> None:

@@ -55,9 +55,11 @@ class Given:
     vocab_size: Optional[int] = None
     """Rows of the vocabulary without padding."""
     target_cr: Optional[float] = None
-    """Compression ratio that a DMC model was trained to."""
+    """Compression ratio that a DMC or DMS model was trained to."""
     dtype: Optional[torch.dtype] = None
     """Type that the weights of a GGUF file are read as."""
+    decision_about: Optional[str] = None
+    """Token that the decisions of another program's DMS model are about: previous or self."""
 
 
 class Format(Protocol):
@@ -137,6 +139,21 @@ def weight_row(tensors: Iterable[Lazy]) -> Row:
     types = Counter(str(t.dtype).removeprefix("torch.") for t in tensors)
     size = f"{elements / 1e9:.2f} billion" if elements >= 1e8 else f"{elements:,}"
     return ("weights", f"{len(tensors)} tensors, {size} parameters, {nbytes:,} bytes, {', '.join(types)}")
+
+
+def decision_rows(dmc: DMCConfig) -> list[Row]:
+    """How a retrofitted model decides, and what becomes of a marked token."""
+    if not dmc.evicts:
+        return [("decisions", f"bias {dmc.decision_bias:g}, window {dmc.window or 'unbounded'}")]
+    method = f"dms: marked tokens are evicted {dmc.window} tokens later"
+    return [("method", method), ("decisions", decision_text(dmc))]
+
+
+def decision_text(dmc: DMCConfig) -> str:
+    """Where the decisions of method dms come from, and about what."""
+    about = "the token itself" if dmc.decision_about == "self" else "the token before"
+    numbers = f"scale {dmc.decision_scale:g}, bias {dmc.decision_bias:g}"
+    return f"{dmc.decision_source}, per {dmc.decision_per}, about {about}, {numbers}"
 
 
 def cr_row(said: Mapping[str, Any]) -> Row:

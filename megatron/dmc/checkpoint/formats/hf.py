@@ -16,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from megatron.dmc.checkpoint import checksums, foreign, mapping
 from megatron.dmc.checkpoint.direct import DirectFile
 from megatron.dmc.checkpoint.fields import Fields, read_json
+from megatron.dmc.checkpoint.formats import dms
 from megatron.dmc.checkpoint.formats.base import (
     Given,
     Row,
     Source,
     compare_names,
     cr_row,
+    decision_rows,
     imported_run,
     model_rows,
     weight_row,
@@ -29,7 +31,7 @@ from megatron.dmc.checkpoint.formats.base import (
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE, Manifest
 from megatron.dmc.checkpoint.mapping import views
 from megatron.dmc.checkpoint.pickled import load_lazily
-from megatron.dmc.checkpoint.tensors import BackgroundWriter, Buffers, FileTensor, Lazy, equal
+from megatron.dmc.checkpoint.tensors import BackgroundWriter, Buffers, FileTensor, Lazy, Rows, equal
 from megatron.dmc.checkpoint.tokenizer_files import tokenizer_files
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.environment import versions
@@ -57,6 +59,10 @@ class HFDirectory:
     """Name -> tensor, in the order of the files and of the tensors inside each."""
     weight_map: dict[str, str]
     """Name of a tensor -> name of its file."""
+    foreign: Optional[dms.ForeignDMS] = None
+    """Description of a DMS model by another program, from which the ``dmc`` block of ``config`` was made."""
+    adapter: Optional[Path] = None
+    """Directory of adapters that were put on the model (:mod:`adapter`)."""
 
     @property
     def nbytes(self) -> int:
@@ -113,19 +119,20 @@ def _read_bin(path: Path) -> dict[str, Lazy]:
     return content
 
 
-def open_directory(path: str | Path) -> HFDirectory:
+def open_directory(path: str | Path, given: Given = Given()) -> HFDirectory:
     """Open a directory with ``config.json`` and weights: safetensors, or ``pytorch_model*.bin`` read without running
-    code.
+    code. One with another program's DMS model gets a ``dmc`` block (:mod:`dms`).
 
     Raises:
-        ValueError: a file is missing, truncated, or does not hold what its index says; naming file and tensor.
+        ValueError: a file is missing, truncated, or does not hold what its index says; naming file and tensor. Or see
+            :func:`dms.canonical_config`.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; name a Hugging Face model directory")
     if not (path / "config.json").is_file() and (what := foreign.export_command(path)):
         raise ValueError(what)
-    config = read_json(path / "config.json")
+    config, found = dms.canonical_config(path, read_json(path / "config.json"), given)
     for index, single, read in ((INDEX, SINGLE, read_safetensors), (_BIN_INDEX, _BIN_SINGLE, _read_bin)):
         if (path / index).is_file():
             tensors, weight_map = _read_shards(path, index, _read_index(path / index), read)
@@ -136,7 +143,27 @@ def open_directory(path: str | Path) -> HFDirectory:
             break
     else:
         raise ValueError(f"{path} holds no weights: none of {INDEX}, {SINGLE}, {_BIN_INDEX}, {_BIN_SINGLE} is there")
-    return HFDirectory(path, config, tensors, weight_map)
+    return HFDirectory(path, config, _one_row_per_layer(tensors, config, path), weight_map, found)
+
+
+def _one_row_per_layer(tensors: dict[str, Lazy], config: dict, path: Path) -> dict[str, Lazy]:
+    """Tensors in which adapters that decide by layer have one row: Model-Optimizer keeps a row per KV head and reads
+    the first.
+
+    Raises:
+        ValueError: there are adapters, and nothing in ``config.json`` says so.
+    """
+    adapters = [name for name in tensors if mapping.is_adapter(name)]
+    dmc = mapping.dmc_from_hf_config(config)
+    if adapters and (dmc is None or dmc.decision_source != "adapter"):
+        raise ValueError(
+            f"{path} holds the adapters of a DMS model ({adapters[0]}), and its config.json does not say how they "
+            "decide; restore its dms_* keys, dms_separate_alpha among them, or its dmc block"
+        )
+    if dmc is None or dmc.decision_per != "layer":
+        return tensors
+    first = {name: Rows(tensors[name], 0, 1) for name in adapters if name.endswith("alpha.weight")}
+    return tensors | {name: tensor for name, tensor in first.items() if tensors[name].shape[0] > 1}
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -257,18 +284,20 @@ def matches(path: Path) -> bool:
 def open_model(path: Path, given: Given = Given()) -> Source:
     """The model in a directory, plain or exported, whose files are first compared with its checksums, if it has any."""
     checksums.require_undamaged(path, checksums.read_file(path), str(path), checksums.ADVICE)
-    directory = open_directory(path)
-    files = {name: file.read_bytes() for name, file in directory.side_files().items()}
-    files["config.json"] = (path / "config.json").read_bytes()
-    return source_of(directory, files)
+    return source_of(open_directory(path, given))
 
 
-def source_of(directory: HFDirectory, files: dict[str, bytes]) -> Source:
+def source_of(directory: HFDirectory, files: Optional[dict[str, bytes]] = None) -> Source:
     """The model in a directory that was opened, or in a file that was read as one.
 
     Args:
-        files: small files to carry along: tokenizer, configuration.
+        files: small files to carry along: tokenizer, configuration. None: those of the directory.
     """
+    if files is None:
+        files = {name: file.read_bytes() for name, file in directory.side_files().items()}
+        changed = directory.foreign or directory.adapter
+        config = directory.path / "config.json"
+        files["config.json"] = dms.as_json(directory.config) if changed else config.read_bytes()
     config = directory.config
     model, family = mapping.from_hf_config(config), mapping.family_of(config)
     block = mapping.dmc_block(config)
@@ -276,12 +305,14 @@ def source_of(directory: HFDirectory, files: dict[str, bytes]) -> Source:
     dropped = sorted(set(directory.tensors) - set(tensors))
     more = ", ..." if dropped[3:] else ""
     notes = [f"left out (computed from the configuration): {', '.join(dropped[:3])}{more}"] if dropped else []
+    if directory.foreign:
+        notes.append(directory.foreign.note())
     manifest = _manifest(block, family, directory.path)
     weight_map = safetensors_names({name: directory.weight_map[name] for name in tensors})
     files = {**files, SHARDS_FILE: json.dumps(weight_map, indent=1).encode()}
     return Source(
         path=directory.path,
-        kind=family.model_type,
+        kind=family.model_type + (f" + {block.dmc.method}" if block else ""),
         family=family,
         config=config,
         run=imported_run(model, block.dmc if block else DMCConfig(), manifest),
@@ -380,11 +411,12 @@ def describe(path: Path) -> list[Row]:
         dmc = [
             ("stage", f"{block.stage}, step {block.step}"),
             cr_row({"target_cr": block.target_cr, "measured_cr": block.measured_cr}),
-            ("decisions", f"bias {block.dmc.decision_bias:g}, window {block.dmc.window or 'unbounded'}"),
+            *decision_rows(block.dmc),
         ]
     return [
         ("format", f"Hugging Face directory, {len(files)} weight file{'s' * (len(files) > 1)}"),
-        ("family", family.model_type + (" + dmc" if block else "")),
+        ("family", family.model_type + (f" + {block.dmc.method}" if block else "")),
+        ("written by", found.foreign and found.foreign.origin),
         *model_rows(model),
         *dmc,
         weight_row(found.tensors.values()),

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.dmc.checkpoint.formats import gguf, hf, legacy, megatron, torch_dist
+from megatron.dmc.checkpoint.formats import adapter, gguf, hf, legacy, megatron, torch_dist
 from megatron.dmc.checkpoint.formats.base import Format, lines
 from megatron.dmc.checkpoint.manifest import resolve_checkpoint
 
-FORMATS: dict[str, Format] = {"gguf": gguf, "hf": hf, "torch_dist": torch_dist, "legacy": legacy, "megatron": megatron}
+FORMATS: dict[str, Format] = {
+    "gguf": gguf,
+    "adapter": adapter,
+    "hf": hf,
+    "torch_dist": torch_dist,
+    "legacy": legacy,
+    "megatron": megatron,
+}
 
 
 def format_of(path: Path) -> Format:

@@ -4,14 +4,25 @@ A family is an entry of :data:`FAMILIES` (docs/extending.md). A key of ``config.
 name: an option that is dropped silently gives a model that talks nonsense. No torch is imported but by :mod:`views`.
 """
 
-from megatron.dmc.checkpoint.mapping.families import FAMILIES, LLAMA_TENSORS, Family, hf_shapes, in_order, rules
+from megatron.dmc.checkpoint.mapping.families import (
+    FAMILIES,
+    LLAMA_TENSORS,
+    Family,
+    hf_shapes,
+    in_order,
+    is_adapter,
+    rules,
+    with_adapters,
+)
 from megatron.dmc.checkpoint.mapping.hf_config import (
+    ADAPTER_MODEL_TYPE,
     COMPRESSED_STAGES,
     DMC_ARCHITECTURE,
     DMC_FORMAT_VERSION,
     DMC_MODEL_TYPE,
     DMCBlock,
     base_config,
+    block_fields,
     changed_config,
     dmc_block,
     dmc_config,
@@ -20,10 +31,12 @@ from megatron.dmc.checkpoint.mapping.hf_config import (
     from_hf_config,
     model_dtype,
     to_hf_config,
+    with_block,
 )
 from megatron.dmc.checkpoint.mapping.rules import TensorRule
 
 __all__ = [
+    "ADAPTER_MODEL_TYPE",
     "COMPRESSED_STAGES",
     "DMC_ARCHITECTURE",
     "DMC_FORMAT_VERSION",
@@ -34,6 +47,7 @@ __all__ = [
     "LLAMA_TENSORS",
     "TensorRule",
     "base_config",
+    "block_fields",
     "changed_config",
     "dmc_block",
     "dmc_config",
@@ -42,7 +56,10 @@ __all__ = [
     "from_hf_config",
     "hf_shapes",
     "in_order",
+    "is_adapter",
     "model_dtype",
     "rules",
     "to_hf_config",
+    "with_adapters",
+    "with_block",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 from megatron.dmc.checkpoint.mapping.rules import TensorRule
 from megatron.dmc.checkpoint.mapping.transforms import QKV, GatedMLP, Vocabulary
-from megatron.dmc.config import ModelConfig
+from megatron.dmc.config import DMCConfig, ModelConfig
 
 _ATTENTION, _MLP = "decoder.layers.self_attention.", "decoder.layers.mlp."
 _HF = "model.layers.{layer}."
@@ -30,6 +30,9 @@ LLAMA_TENSORS = (
     TensorRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
     TensorRule("output_layer.weight", ("lm_head.weight",), Vocabulary(), ("V h",), 0, _UNTIED),
 )
+
+_ALPHA = "self_attn.dms_proj_alpha"
+"""Beginning of the names of an adapter's tensors, as NVIDIA's Model-Optimizer writes them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,28 @@ _FAMILIES = (
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 """``model_type`` -> family."""
+
+
+def with_adapters(family: Family, dmc: DMCConfig) -> Family:
+    """The family with the adapters that decide in a model of these settings; unchanged where none does."""
+    if dmc.decision_source != "adapter":
+        return family
+    by_head = dmc.decision_per == "head"
+    return replace(
+        family,
+        tensors=(
+            *family.tensors,
+            TensorRule(_ATTENTION + "dms_proj_alpha_norm.weight", (f"{_HF}{_ALPHA}_norm.weight",)),
+            TensorRule(
+                _ATTENTION + "dms_proj_alpha.weight", (f"{_HF}{_ALPHA}.weight",), shapes=("H h" if by_head else "1 h",)
+            ),
+        ),
+    )
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a Hugging Face tensor belongs to a DMS adapter, by its name."""
+    return _ALPHA in name
 
 
 def rules(family: Family, model: ModelConfig) -> list[TensorRule]:

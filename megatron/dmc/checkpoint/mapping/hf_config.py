@@ -11,7 +11,7 @@ from typing import Any, Optional
 from megatron.dmc.checkpoint.fields import INT32, Fields
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.config_keys import INERT, NEUTRAL, check_neutral, is_one_of, named
-from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family
+from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family, with_adapters
 from megatron.dmc.checkpoint.mapping.rope import yarn_context_length, yarn_scaling
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
 from megatron.dmc.config.checks import shown
@@ -21,6 +21,8 @@ DMC_MODEL_TYPE = "dmc"
 _DMC_KEYS = ("base_model_type", "decision_bias", "window", "importance_epsilon", "stage")
 _DECISION = {"source": "key", "about": "previous", "per": "head"}
 """Texts that describe the decision (``DMCConfig.decision_*``), and what they are in a block that leaves them out."""
+ADAPTER_MODEL_TYPE = "dmc_adapter"
+"""``model_type`` of a directory with the adapters of a DMS model alone; no other loader knows it."""
 DMC_ARCHITECTURE = "DMCForCausalLM"
 DMC_AUTO_MAP = {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"}
 COMPRESSED_STAGES = ("retrofit", "finetune")
@@ -71,7 +73,14 @@ def base_config(config: dict) -> dict:
 
 
 def family_of(config: dict) -> Family:
-    """Raises ``ValueError`` for a ``model_type`` that no table describes."""
+    """Family of a model, with the adapters of its ``dmc`` block. Raises ``ValueError`` for a ``model_type`` that no
+    table describes, and for a damaged block.
+    """
+    family = _plain_family(config)
+    return with_adapters(family, dmc_block(config).dmc) if "dmc" in config else family  # type: ignore[union-attr]
+
+
+def _plain_family(config: dict) -> Family:
     fields = _fields(base_config(config))
     kind = fields.text("model_type")
     if kind not in FAMILIES:
@@ -187,6 +196,11 @@ def from_hf_config(config: dict) -> ModelConfig:
 def _check_keys(fields: Fields, family: Family) -> None:
     """Raise ``ValueError`` for a key that no table knows, or a value that the family does not support."""
     config = fields.content
+    if foreign := sorted(key for key in config if key.startswith("dms_")):
+        raise ValueError(
+            f"config.json: {named(dict(config), foreign)}: this is a DMS model, whose directory must be read as one; "
+            "here only a plain model's config.json can be"
+        )
     known = {*_SIZES, *_READ, *INERT, *NEUTRAL, *family.required, *family.inert}
     unknown = sorted(k for k in config if k not in known and config[k] is not None)
     if unknown:
@@ -280,7 +294,7 @@ def dmc_block(config: dict) -> Optional[DMCBlock]:
     if stage not in ("zero_out", *COMPRESSED_STAGES):
         block.refuse("stage", f"zero_out, {' or '.join(COMPRESSED_STAGES)}")
     for name in ("add_qkv_bias", "qk_layernorm"):
-        value = family_of(config).switches.get(name, False)
+        value = _plain_family(config).switches.get(name, False)
         if block.flag(name, value) != value:
             block.refuse(name, f"{value} for base_model_type {block.text('base_model_type')}")
     return DMCBlock(
@@ -376,21 +390,33 @@ def dmc_config(config: dict, run: RunConfig, manifest: Manifest) -> dict:
     Args:
         config: of the plain family.
     """
-    block = {
-        "format_version": DMC_FORMAT_VERSION,
-        "base_model_type": config["model_type"],
-        "decision_bias": run.dmc.decision_bias,
-        "window": run.dmc.window,
-        "importance_epsilon": run.dmc.importance_epsilon,
-        "add_qkv_bias": run.model.add_qkv_bias,
-        "qk_layernorm": run.model.qk_layernorm,
-        "stage": manifest.stage,
-        "step": manifest.iteration,
-        "target_cr": manifest.target_cr,
-        "measured_cr": manifest.measured_cr,
-    }
-    if run.dmc.method != "dmc":
-        block["method"] = run.dmc.method
-        block |= {f"decision_{key}": getattr(run.dmc, f"decision_{key}") for key in (*_DECISION, "scale")}
+    crs = manifest.target_cr, manifest.measured_cr
+    return with_block(config, DMCBlock(config["model_type"], run.dmc, manifest.stage, manifest.iteration, *crs))
+
+
+def with_block(config: dict, block: DMCBlock) -> dict:
+    """``config.json`` of the plain family with a ``dmc`` block, and the names that go with it."""
     own = {"architectures": [DMC_ARCHITECTURE], "model_type": DMC_MODEL_TYPE, "auto_map": DMC_AUTO_MAP}
-    return {**config, **own, "dmc": block}
+    return {**config, **own, "dmc": block_fields(block)}
+
+
+def block_fields(block: DMCBlock) -> dict:
+    """The ``dmc`` block as JSON: what :func:`dmc_block` reads."""
+    switches = FAMILIES[block.base_model_type].switches
+    fields = {
+        "format_version": DMC_FORMAT_VERSION,
+        "base_model_type": block.base_model_type,
+        "decision_bias": block.dmc.decision_bias,
+        "window": block.dmc.window,
+        "importance_epsilon": block.dmc.importance_epsilon,
+        "add_qkv_bias": switches.get("add_qkv_bias", False),
+        "qk_layernorm": switches.get("qk_layernorm", False),
+        "stage": block.stage,
+        "step": block.step,
+        "target_cr": block.target_cr,
+        "measured_cr": block.measured_cr,
+    }
+    if block.dmc.method != "dmc":
+        fields["method"] = block.dmc.method
+        fields |= {f"decision_{key}": getattr(block.dmc, f"decision_{key}") for key in (*_DECISION, "scale")}
+    return fields

@@ -19,8 +19,8 @@ class TensorRule:
     """Names of the tensors; ``{layer}`` stands for the layer's number."""
     transform: Transform = Direct()
     shapes: tuple[str, ...] = ("h",)
-    """Shape of each tensor in symbols. V: vocabulary, h: hidden size, F: feed-forward size, D: head dimension, q and k:
-    query and KV heads times head dimension."""
+    """Shape of each tensor in symbols. V: vocabulary, h: hidden size, F: feed-forward size, D: head dimension, H: KV
+    heads, q and k: query and KV heads times head dimension."""
     split: Optional[int] = None
     """Dimension that tensor parallelism cuts; None: every rank has the whole parameter."""
     when: Optional[str] = None
@@ -42,6 +42,8 @@ class TensorRule:
             "h": model.hidden_size,
             "F": model.ffn_hidden_size,
             "D": d,
+            "H": model.kv_heads,
+            "1": 1,
             "q": model.num_attention_heads * d,
             "k": model.kv_heads * d,
         }

@@ -174,6 +174,9 @@ def read_training(recorded: Recorded, given: Given) -> tuple[Manifest, DMCConfig
         ValueError: a DMC model of unknown compression ratio, or values that do not fit together.
     """
     args, iteration = recorded.args, recorded.iteration
+    if evicting := sorted(name for name, value in args.items() if "dms" in name.lower() and value):
+        said = f"is {args[evicting[0]]!r}: a model of method dms, for which Megatron's arguments have no names"
+        raise wrong(f"{recorded.where}: args.{evicting[0]}", said, "a Hugging Face directory of it, for --hf")
     theirs = {name: value for name, value in args.items() if "dmc" in name.lower()}
     if odd := sorted(set(theirs) - _DMC_ARGS):
         said = ", ".join(f"{name} = {theirs[name]!r}" for name in odd)

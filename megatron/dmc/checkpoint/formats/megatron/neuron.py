@@ -13,10 +13,13 @@ PROJECTIONS = ("linear_qkv.weight", "linear_qkv.bias")
 """Endings of the parameters that have its rows."""
 
 
-def neuron_rows(model: ModelConfig) -> list[int]:
-    """Rows of the QKV projection, [ng, g + 2, D] of them: the last of every query head and of the key head."""
+def neuron_rows(model: ModelConfig, first_query_only: bool = False) -> list[int]:
+    """Rows of the QKV projection, [ng, g + 2, D] of them: the last of every query head and of the key head, or of the
+    first query head of each group.
+    """
     d, heads = model.head_dim, model.num_attention_heads // model.kv_heads + 2
-    return [(group * heads + head + 1) * d - 1 for group in range(model.kv_heads) for head in range(heads - 1)]
+    chosen = range(1 if first_query_only else heads - 1)
+    return [(group * heads + head + 1) * d - 1 for group in range(model.kv_heads) for head in chosen]
 
 
 def check_zeroed(parameters: Mapping[Key, Lazy], model: ModelConfig) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.checkpoint.formats.base import Given, Row, Source, compare_names, cr_row, model_rows, weight_row
+from megatron.dmc.checkpoint.formats.base import (
+    Given,
+    Row,
+    Source,
+    compare_names,
+    cr_row,
+    decision_rows,
+    model_rows,
+    weight_row,
+)
 from megatron.dmc.checkpoint.formats.torch_dist.reader import DistReader
 from megatron.dmc.checkpoint.formats.torch_dist.writer import CHUNK_BYTES, DistWriter
 from megatron.dmc.checkpoint.manifest import (
@@ -57,15 +66,15 @@ def open_model(path: Path, given: Given = Given()) -> Source:
     check_contents(checkpoint, manifest)
     reader, model = DistReader(checkpoint), run.model
     config = _config(checkpoint, reader, model)
+    if manifest.stage in ("zero_out", *mapping.COMPRESSED_STAGES):
+        config = mapping.dmc_config(config, run, manifest)
     family = mapping.family_of(config)
     parameters = _parameters(reader, family, model)
     tensors = views.to_hf(family, model, parameters)
     weight_map = _weight_map(checkpoint, tensors, model)
-    if manifest.stage in ("zero_out", *mapping.COMPRESSED_STAGES):
-        config = mapping.dmc_config(config, run, manifest)
     return Source(
         path=checkpoint,
-        kind=f"{family.model_type}{' + dmc' if 'dmc' in config else ''}, stage {manifest.stage}",
+        kind=f"{family.model_type}{f' + {run.dmc.method}' if 'dmc' in config else ''}, stage {manifest.stage}",
         family=family,
         config=config,
         run=run,
@@ -157,5 +166,6 @@ def _training_rows(manifest: Manifest, run: RunConfig, chunks: int) -> list[Row]
         ("stage", stage),
         ("lineage", " -> ".join(manifest.lineage)),
         cr_row({"target_cr": manifest.target_cr, "measured_cr": manifest.measured_cr}),
+        *(decision_rows(run.dmc) if manifest.stage in ("zero_out", *mapping.COMPRESSED_STAGES) else []),
         ("layout", layout),
     ]

@@ -1,0 +1,116 @@
+"""Adapters of a DMS checkpoint as a directory of their own, beside the unchanged model that they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron.dmc import __version__
+from megatron.dmc.checkpoint import checksums, mapping
+from megatron.dmc.checkpoint.convert import Progress, announce, writing
+from megatron.dmc.checkpoint.formats import adapter, dms, hf, torch_dist
+from megatron.dmc.checkpoint.formats.base import Source
+from megatron.dmc.checkpoint.model_card import front_matter, method_text
+from megatron.dmc.checkpoint.staging import staged
+
+
+def export_adapter(
+    load: str | Path,
+    save: str | Path,
+    *,
+    base_model: Optional[str] = None,
+    overwrite: bool = False,
+    progress: Optional[Progress] = None,
+) -> Path:
+    """Write the adapters of a checkpoint, with the name and the SHA-256 of the model below them.
+
+    Args:
+        base_model: name of the base for people, such as ``Qwen/Qwen3-8B``; or its directory, which then must hold the
+            checkpoint's weights. None: the name that the checkpoint has for it.
+
+    Raises:
+        ValueError: the checkpoint has no adapters; ``base_model`` is a directory with other weights; or ``save``
+            exists and ``overwrite`` is False.
+    """
+    save, progress = Path(save), progress or Progress()
+    source = torch_dist.open_model(Path(load))
+    tensors = {name: tensor for name, tensor in source.tensors.items() if mapping.is_adapter(name)}
+    if not tensors:
+        dmc = source.run.dmc
+        what = f"method {dmc.method}, decisions from {dmc.decision_source}" if source.is_dmc else "a plain model"
+        raise ValueError(f"{source.path} has no adapters ({what}); export the whole model, without --adapter-only")
+    digest = adapter.weights_sha256(
+        {
+            name: tensor
+            for name, tensor in source.tensors.items()
+            if not mapping.is_adapter(name) and _once(name, source)
+        }
+    )
+    if base_model is not None and Path(base_model).is_dir():
+        _check_same(Path(base_model), digest, source.path)
+        base_model = Path(base_model).name
+    config = _config(source, base_model or _name(source), digest)
+    announce(f"export the adapters of {source.path} -> {save}", tensors, save, progress)
+    with writing(save), staged(save, overwrite) as directory:
+        crc32 = {hf.SINGLE: hf.write_safetensors(directory / hf.SINGLE, tensors, progress.block)}
+        (directory / "config.json").write_bytes(dms.as_json(config))
+        (directory / "README.md").write_text(_card(source, config), encoding="utf-8")
+        checksums.write_file(directory, crc32)
+    progress.warn()
+    return save
+
+
+def _once(name: str, source: Source) -> bool:
+    """False for the second copy of tied embeddings."""
+    return name != "lm_head.weight" or source.run.model.untie_embeddings_and_output_weights
+
+
+def _check_same(base: Path, digest: str, checkpoint: Path) -> None:
+    found = adapter.weights_sha256(adapter.base_tensors(hf.open_directory(base)))
+    if found != digest:
+        raise ValueError(
+            f"{base} is not the base of {checkpoint}: its weights have SHA-256 {found[:16]}..., the checkpoint's "
+            f"{digest[:16]}...; train the adapters alone (--freeze-base), or export the whole model"
+        )
+
+
+def _name(source: Source) -> Optional[str]:
+    """Name of the model at the beginning of the lineage, as far as the checkpoint knows it."""
+    name = source.config.get("_name_or_path")
+    if isinstance(name, str) and name:
+        return Path(name).name if Path(name).is_absolute() else name
+    return Path(source.manifest.source).name if source.manifest.source else None
+
+
+def _config(source: Source, base_model: Optional[str], digest: str) -> dict[str, Any]:
+    model = source.run.model
+    sizes = (model.num_layers, model.hidden_size, model.kv_heads)
+    return {
+        "model_type": mapping.ADAPTER_MODEL_TYPE,
+        "base_model": base_model,
+        "base_weights_sha256": digest,
+        **dict(zip(adapter.SIZES, sizes, strict=True)),
+        "dmc": source.config["dmc"],
+    }
+
+
+def _card(source: Source, config: dict[str, Any]) -> str:
+    base = config["base_model"] or "BASE"
+    tags = ["dmc", "kv-cache-compression", "adapter"]
+    return "\n".join(
+        [
+            *front_matter(tags, base_model=config["base_model"]),
+            "",
+            f"# DMS adapters for {base}",
+            "",
+            method_text(source),
+            "",
+            f"Exported by megatron.dmc {__version__} from step {source.manifest.iteration}. This directory has the "
+            f"adapters alone; the weights of {base} are as they were (SHA-256 {config['base_weights_sha256']}, "
+            "docs/conversion.md).",
+            "",
+            "    dmc serve BASE --adapter DIR",
+            "    dmc convert merge-adapter --hf BASE --adapter DIR --save MODEL",
+            "",
+        ]
+    )
