@@ -204,6 +204,20 @@ def test_what_does_not_fit_writes_nothing(backend) -> None:
             assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
 
 
+@on_evicting_backends("about_self", (False,), (True,), emulated=(0, 1))
+def test_a_step_of_padding_alone_changes_nothing(backend, device, about_self) -> None:
+    state = poisoned(4, device)
+    Run([sequence(9, 1, 2, 16)], [1], state, about_self=about_self, neuron=NEURON_NONE, device=device).step([9])
+    before, x = copy.deepcopy(state), sequence(2, 1, 2, 16)
+    places = (ints(at, device) for at in ([0, 0, 1, 2], [1, -1, -1], [0, 0]))
+    tokens = [of.to(device) for of in (x.q, x.k, x.v, x.logits)]
+    inv_freq = rotary_frequencies(16, 1e4, device=device)
+    done = append_evicting(state, 1, EvictParams(*tokens, *places, inv_freq, about_self, NEURON_NONE))
+    assert not done.q_rot.any() and not done.k_part.any()
+    for one, other in zip(state.tensors(), before.tensors(), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("evict_window", [0, 1025])
 def test_impossible_windows_are_refused(evict_window) -> None:
     with pytest.raises(ValueError, match="eviction window"):

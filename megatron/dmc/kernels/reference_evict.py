@@ -79,7 +79,7 @@ class _Step:
         if self.params.about_self:
             return marked, earlier
         decisions = marked
-        marked = F.pad(marked[1:], (0, 0, 0, 1))
+        marked = F.pad(marked, (0, 0, 0, 1))[1:]
         marked[layout.last] = False  # nobody has decided about the last token
         return marked, torch.where((self.before > 0)[:, None], decisions[layout.first], earlier)
 
