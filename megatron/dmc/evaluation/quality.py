@@ -23,7 +23,7 @@ class Quality:
     tokens: int
     lm_loss: float
     cr: float
-    """Tokens / slots over all layers, heads and sequences."""
+    """Tokens / slots over all layers, heads and sequences; under DMS the window's tokens are among the slots."""
     cr_by_head: Tensor
     """Tokens / slots of each head: fp64 [layers, KV heads]."""
     warnings: list[str]
@@ -60,7 +60,7 @@ def measure(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, b
     config.data.data_path, config.data.valid_data_path = [prefix], [prefix]
     warnings = check_datasets(config, tokenizer)
     m = config.model
-    kept = torch.zeros(m.num_layers, m.kv_heads, dtype=torch.float64)
+    held = torch.zeros(m.num_layers, m.kv_heads, dtype=torch.float64)
     batch = min(batch, sequences)
     iterator = _batches(loaded, tokenizer, prefix, sequences // batch * batch, batch)
     for _ in range(sequences // batch):
@@ -69,8 +69,8 @@ def measure(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, b
         losses = loaded.model(item["tokens"], item["position_ids"], labels=item["labels"], step=step)
         loss += float((losses.double() * item["loss_mask"]).sum())
         tokens += losses.numel()
-        for layer, count in step.kept.items():
-            kept[layer - 1] += count.sum(dim=0).double().cpu()
+        for layer, count in step.held.items():
+            held[layer - 1] += count.sum(dim=0).double().cpu()
     if not loaded.compresses:
-        kept.fill_(tokens)
-    return Quality(tokens, loss / tokens, tokens * kept.numel() / float(kept.sum()), tokens / kept, warnings)
+        held.fill_(tokens)
+    return Quality(tokens, loss / tokens, tokens * held.numel() / float(held.sum()), tokens / held, warnings)

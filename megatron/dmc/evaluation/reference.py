@@ -1,4 +1,4 @@
-"""Token-by-token decoding of a training checkpoint with the step-by-step oracle of the compressed cache.
+"""Token-by-token decoding of a training checkpoint with the step-by-step oracles of the compressed cache.
 
 Slow (Python loops over heads) and exact: tests compare teacher forcing with it. To serve a model, use
 :mod:`megatron.dmc.inference`.
@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.evaluation.load import Loaded
-from megatron.dmc.ops import OracleCache, attention_factor
+from megatron.dmc.ops import EvictingOracleCache, OracleCache, attention_factor
 
 
 class ReferenceDecoder:
-    """Decodes one sequence, token by token, through a local-spec model with one :class:`OracleCache` per layer."""
+    """Decodes one sequence, token by token, through a local-spec model with one oracle's cache per layer:
+    :class:`OracleCache` or, for DMS, :class:`EvictingOracleCache`.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         if not loaded.compresses:
@@ -25,15 +27,18 @@ class ReferenceDecoder:
                 f"{loaded.path} is of stage {loaded.manifest.stage}, which does not compress; name a "
                 "checkpoint of retrofit or finetune"
             )
-        if loaded.config.dmc.method != "dmc":
-            raise ValueError(f"{loaded.path} was trained with method {loaded.config.dmc.method}; this decodes dmc only")
         self.model, self.config = loaded.model, loaded.config
-        m, dmc = self.config.model, self.config.dmc
-        inv_freq = self.model.rotary_pos_emb.inv_freq
-        settings = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
-        settings["factor"] = attention_factor(m.rope_scaling)
-        self.caches = [OracleCache(1, m.kv_heads, inv_freq, **settings) for _ in range(m.num_layers)]
+        self.caches = [self._cache() for _ in range(self.config.model.num_layers)]
         self.tokens = 0
+
+    def _cache(self) -> OracleCache | EvictingOracleCache:
+        m, dmc, inv_freq = self.config.model, self.config.dmc, self.model.rotary_pos_emb.inv_freq
+        factor = attention_factor(m.rope_scaling)
+        if dmc.evicts:
+            decides = dict(about_self=dmc.decision_about == "self", neuron=dmc.neuron)
+            return EvictingOracleCache(1, m.kv_heads, inv_freq, window=dmc.window, factor=factor, **decides)
+        rule = dict(decision_bias=dmc.decision_bias, epsilon=dmc.importance_epsilon, window=dmc.window)
+        return OracleCache(1, m.kv_heads, inv_freq, factor=factor, **rule)
 
     def lengths(self) -> Tensor:
         """Slots in use: int64 [layers, KV heads]."""
@@ -53,12 +58,22 @@ class ReferenceDecoder:
             q, k, v = mixed[:, :, :g].reshape(1, -1, d), mixed[:, :, g], mixed[:, :, g + 1]
             if m.qk_layernorm:
                 q, k = attention.q_layernorm(q), attention.k_layernorm(k)
-            x = x + F.linear(cache.step(q, k, v).view(1, -1), attention.linear_proj.weight)
+            decided = (self._decision_logits(attention, x, q, k),) if isinstance(cache, EvictingOracleCache) else ()
+            x = x + F.linear(cache.step(q, k, v, *decided).view(1, -1), attention.linear_proj.weight)
             gate, up = F.linear(layer.pre_mlp_layernorm(x), layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight)
         self.tokens += 1
         head = model.output_layer if m.untie_embeddings_and_output_weights else model.embedding.word_embeddings
         return F.linear(model.decoder.final_layernorm(x), head.weight)[0, : m.vocab_size].float()
+
+    def _decision_logits(self, attention: torch.nn.Module, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Decision logits of one token: fp32 [1, ng]. x: before the layer's norm, [1, h]; q, k: [1, heads, D]."""
+        dmc, ng = self.config.dmc, k.size(1)
+        if dmc.decision_source == "adapter":
+            y = F.linear(attention.dms_proj_alpha_norm(x), attention.dms_proj_alpha.weight)
+        else:
+            y = k[..., -1] if dmc.decision_source == "key" else q.view(1, ng, -1, q.size(-1))[:, :, 0, -1]
+        return dmc.decision_scale * y.float().expand(1, ng) - dmc.decision_bias
 
     def generate(
         self,

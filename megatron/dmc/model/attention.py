@@ -47,6 +47,9 @@ class DMCStep:
     kept: dict[int, Tensor] = field(default_factory=dict)
     """Tokens not marked by hard decisions (``ops.kept_slots``), which the layers fill in: layer number -> int64
     [b, KV heads of this rank]."""
+    held: dict[int, Tensor] = field(default_factory=dict)
+    """Slots that a cache holds after the last token, filled in like ``kept`` when there is no noise. Under DMS the
+    marked tokens of the window are among them."""
 
 
 class DMCSelfAttention(SelfAttention):
@@ -190,6 +193,8 @@ class DMCSelfAttention(SelfAttention):
             decisions = self._decide(step, q, k, adapted)
             slots = ops.kept_slots(decisions)
             step.kept[self.layer_number] = slots.detach().long()
+            if step.sample_ids is None:
+                step.held[self.layer_number] = self._held(decisions, slots)
             kept = slots.double().sum(dim=-1)
             attend = self._evicting_attention if self.dmc.evicts else self._merging_attention
             out = attend(decisions, q, k, v, cos, sin)
@@ -215,6 +220,12 @@ class DMCSelfAttention(SelfAttention):
             noise = ops.logistic_noise(step.sample_ids, heads, k.size(2), **keys).expand(-1, k.size(1), -1)
         logits = logits.expand(-1, k.size(1), -1)
         return ops.make_decisions(logits, dmc.temperature, noise, dmc.decision_about == "self")
+
+    def _held(self, decisions: ops.Decisions, slots: Tensor) -> Tensor:
+        """Slots that a cache holds after the last token: int64 [b, heads]; slots: ``ops.kept_slots``."""
+        if not self.dmc.evicts:
+            return slots.detach().long()
+        return ops.held_slots(decisions.merge, self.dmc.window, self.dmc.decision_about == "self")
 
     def _merging_attention(
         self, decisions: ops.Decisions, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor

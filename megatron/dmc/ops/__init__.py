@@ -13,7 +13,7 @@ from megatron.dmc.ops.decisions import (
     kept_slots,
     make_decisions,
 )
-from megatron.dmc.ops.eviction import evicting_attention
+from megatron.dmc.ops.eviction import evicting_attention, held_slots
 from megatron.dmc.ops.noise import logistic_noise
 from megatron.dmc.ops.oracle import EvictingOracleCache, OracleCache
 from megatron.dmc.ops.pooling import pool
@@ -32,6 +32,7 @@ __all__ = [
     "evicting_attention",
     "flash_attention",
     "hard_decisions",
+    "held_slots",
     "importance",
     "kept_slots",
     "logistic_noise",

@@ -173,3 +173,17 @@ def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Optio
     """
     assert k.size(-1) == q.size(-1) and q.size(1) % k.size(1) == 0 and window >= 1
     return _EvictingAttention.apply(q, k, v, mask, window)
+
+
+def held_slots(merge: Tensor, window: int, about_self: bool = False) -> Tensor:
+    """Slots that a cache holds after the last token: int64 [b, ng]. The latest ``window + 1`` tokens are among them,
+    whatever was decided.
+
+    Args:
+        merge: hard decisions by the token that they are read from, bool [b, ng, s] (``Decisions.merge``).
+        window: DMS window.
+        about_self: a token's decision is about itself, not about the token before it.
+    """
+    s = merge.size(-1)
+    marked = merge if about_self else merge[..., 1:]
+    return s - marked[..., : max(0, s - window - 1)].sum(dim=-1)
