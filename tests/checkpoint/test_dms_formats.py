@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from megatron.dmc.checkpoint import convert, mapping
 from megatron.dmc.checkpoint.adapter_export import export_adapter
 from megatron.dmc.checkpoint.convert import Progress
-from megatron.dmc.checkpoint.formats import adapter, hf
+from megatron.dmc.checkpoint.formats import adapter, hf, torch_dist
 from megatron.dmc.checkpoint.formats.base import Given
 from megatron.dmc.checkpoint.formats.registry import describe
 from megatron.dmc.checkpoint.formats.torch_dist import DistReader, read_run_config
+from megatron.dmc.checkpoint.frozen_base import base_hash
 from megatron.dmc.checkpoint.manifest import read_manifest
 from megatron.dmc.checkpoint.megatron_export import export_megatron
 from megatron.dmc.checkpoint.verify import verify
@@ -269,6 +270,28 @@ def test_damaged_adapters(alone: Path, tmp_path: Path) -> None:
     edit(tmp_path / "a", {}, ("base_weights_sha256",))
     with pytest.raises(ValueError, match="base_weights_sha256 is missing"):
         adapter.open_adapter(tmp_path / "a")
+
+
+def test_a_checkpoint_of_adapters_alone(alone: Path, tmp_path: Path) -> None:
+    """What --freeze-base saves is exported with the weights of the checkpoint that it names."""
+    convert.import_hf(alone / "head-base", tmp_path / "base", progress=quiet())
+    source, base = torch_dist.open_model(alone / "head-mg"), read_manifest(tmp_path / "base")
+    source.parameters = {key: value for key, value in source.parameters.items() if "dms_" in key[0]}
+    (tmp_path / "mg").mkdir()
+    with torch_dist.DistWriter(tmp_path / "mg") as writer:
+        for (name, layer), tensor in source.parameters.items():
+            list(writer.write(name, tensor, layer=(layer, source.run.model.num_layers)))
+    shutil.copyfile(alone / "head-mg" / "config.yaml", tmp_path / "mg" / "config.yaml")
+    source.manifest.base, source.manifest.base_hash = str(tmp_path / "base"), base_hash(base)
+    source.manifest.write(tmp_path / "mg", {})
+    assert "identical" in verify(alone / "head", tmp_path / "mg", quiet())
+    assert "holds adapters alone" in describe(tmp_path / "mg")
+    export_adapter(tmp_path / "mg", tmp_path / "a", base_model=str(alone / "head-base"), progress=quiet())
+    one, two = adapter.open_adapter(tmp_path / "a"), adapter.open_adapter(alone / "head-adapter")
+    assert one.base_sha256 == two.base_sha256 and all(hf.equal(t, two.tensors[n]) for n, t in one.tensors.items())
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match="which is not there"):
+        torch_dist.open_model(tmp_path / "mg")
 
 
 # ------------------------------------------------------------------------------------------------- for Megatron-LM

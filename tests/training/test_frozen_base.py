@@ -4,8 +4,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import families, tiny
 
+from megatron.dmc.checkpoint import convert
+from megatron.dmc.checkpoint.adapter_export import export_adapter
+from megatron.dmc.checkpoint.formats import adapter, hf
 from megatron.dmc.checkpoint.frozen_base import find_base
 from megatron.dmc.checkpoint.manifest import read_manifest
 from megatron.dmc.training import retrofit
@@ -78,3 +81,21 @@ def test_the_next_stage_finds_the_base_and_refuses_another(data, base, whole, tm
         find_base(start.path, start.manifest, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="needs zero_out or retrofit"):
         retrofit.prepare(tiny.command(data, "retrofit", target_cr=2, init_from=base, method="dms"))
+
+
+def test_the_adapters_of_a_run_go_on_the_model_that_was_imported(data, tmp_path):
+    """Hugging Face -> import -> adapters trained -> export of both kinds; the base is the original by its hash."""
+    families.make("qwen3", tmp_path / "hf", vocab_size=tiny.VOCABULARY)
+    convert.import_hf(tmp_path / "hf", tmp_path / "base")
+    argv = tiny.command(
+        data, "retrofit", train_iters=2, target_cr=2, init_from=tmp_path / "base", save=tmp_path / "save", **ADAPTER
+    )
+    tiny.run(argv, tmp_path / "run")
+    convert.export(tmp_path / "save", tmp_path / "whole")
+    export_adapter(tmp_path / "save", tmp_path / "alone", base_model=str(tmp_path / "hf"))
+    served = adapter.open_directory(tmp_path / "hf", tmp_path / "alone")
+    adapter.check_base(served)
+    whole = hf.open_directory(tmp_path / "whole")
+    assert whole.config["dmc"] == served.config["dmc"] and whole.config["dmc"]["decision_source"] == "adapter"
+    assert whole.tensors.keys() == served.tensors.keys()
+    assert all(hf.equal(tensor, served.tensors[name]) for name, tensor in whole.tensors.items())

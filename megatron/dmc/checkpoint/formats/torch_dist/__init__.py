@@ -6,6 +6,7 @@ stacked in a first dimension. Neither Megatron nor several processes are needed 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.dmc.checkpoint import mapping
@@ -22,6 +23,7 @@ from megatron.dmc.checkpoint.formats.base import (
 )
 from megatron.dmc.checkpoint.formats.torch_dist.reader import DistReader
 from megatron.dmc.checkpoint.formats.torch_dist.writer import CHUNK_BYTES, DistWriter
+from megatron.dmc.checkpoint.frozen_base import find_base
 from megatron.dmc.checkpoint.manifest import (
     HF_FILES,
     SHARDS_FILE,
@@ -64,12 +66,14 @@ def open_model(path: Path, given: Given = Given()) -> Source:
             "where attention depends on the step; let it finish, or export the checkpoint before it"
         )
     check_contents(checkpoint, manifest)
-    reader, model = DistReader(checkpoint), run.model
-    config = _config(checkpoint, reader, model)
+    if (base := find_base(checkpoint, manifest)) != checkpoint:
+        check_contents(base, read_manifest(base))
+    stored, model = _stored(checkpoint, base), run.model
+    config = _config(checkpoint, stored, model)
     if manifest.stage in ("zero_out", *mapping.COMPRESSED_STAGES):
         config = mapping.dmc_config(config, run, manifest)
     family = mapping.family_of(config)
-    parameters = _parameters(reader, family, model)
+    parameters = _parameters(checkpoint, stored, family, model)
     tensors = views.to_hf(family, model, parameters)
     weight_map = _weight_map(checkpoint, tensors, model)
     return Source(
@@ -86,20 +90,30 @@ def open_model(path: Path, given: Given = Given()) -> Source:
     )
 
 
-def _config(checkpoint: Path, reader: DistReader, model: ModelConfig) -> dict:
+def _stored(checkpoint: Path, base: Path) -> dict[str, DistReader]:
+    """Name of a parameter -> reader of the checkpoint that has it: of adapters alone, or of the frozen base."""
+    readers = [DistReader(path) for path in dict.fromkeys((base, checkpoint))]
+    return {name: reader for reader in readers for name in reader.tensors()}
+
+
+def _config(checkpoint: Path, stored: Mapping[str, DistReader], model: ModelConfig) -> dict:
     """The plain family's ``config.json``: the original one as training has changed it, or a new one."""
-    dtype = str(hf.main_dtype(reader.get(name) for name in reader.tensors())).removeprefix("torch.")
+    dtype = str(hf.main_dtype(reader.get(name) for name, reader in stored.items())).removeprefix("torch.")
     original = checkpoint / HF_FILES / "config.json"
     if original.is_file():
         return mapping.changed_config(hf.read_json(original), model, dtype)
     return mapping.to_hf_config(model, dtype)
 
 
-def _parameters(reader: DistReader, family: mapping.Family, model: ModelConfig) -> dict[Key, Lazy]:
-    _check_layers(reader, model)
-    compare_names(reader.tensors(), {rule.megatron for rule in mapping.rules(family, model)}, str(reader.directory))
+def _parameters(
+    checkpoint: Path, stored: Mapping[str, DistReader], family: mapping.Family, model: ModelConfig
+) -> dict[Key, Lazy]:
+    for reader in dict.fromkeys(stored.values()):
+        _check_layers(reader, model)
+    compare_names(stored, {rule.megatron for rule in mapping.rules(family, model)}, str(checkpoint))
     parameters: dict[Key, Lazy] = {}
     for rule, layer in mapping.in_order(family, model):
+        reader = stored[rule.megatron]
         parameter, shape = reader.get(rule.megatron, layer), rule.megatron_shape(model)
         if parameter.shape != shape:
             raise ValueError(
@@ -147,6 +161,7 @@ def describe(path: Path) -> list[Row]:
         weight_row(reader.get(name) for name in entries),
         ("optimizer", "yes, training can resume" if manifest.has_optimizer else "no, weights only"),
         ("source", manifest.source),
+        ("frozen base", manifest.base and f"{manifest.base}; this checkpoint holds adapters alone"),
         ("also there", ", ".join(_names(checkpoint / HF_FILES))),
         ("made with", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
     ]
