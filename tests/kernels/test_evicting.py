@@ -20,6 +20,7 @@ from megatron.dmc.kernels.params import NEURON_ALL, NEURON_NONE, NEURON_QUERY
 from megatron.dmc.ops import rotary_frequencies
 
 EVICTING_BACKENDS = [
+    pytest.param("cpp", "cpu", id="cpp"),
     pytest.param("reference", "cpu", id="reference"),
     pytest.param("emulated", "cpu", id="emulated"),
     pytest.param("reference", "cuda", id="reference-cuda", marks=pytest.mark.gpu),

@@ -28,8 +28,17 @@ from megatron.dmc.kernels.cpu_tuning import cpu_info, is_intel
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
-CPU_SOURCES = ("cpu_append.cpp", "cpu_decode.cpp", "cpu_prefill.cpp", "cpu_rowwise.cpp")
-CPU_HEADERS = ("launch.h", "params.h", "cpu.h", "cpu_attention.h", "cpu_rows.h", "cpu_vec.h")
+CPU_SOURCES = ("cpu_append.cpp", "cpu_evict.cpp", "cpu_decode.cpp", "cpu_prefill.cpp", "cpu_rowwise.cpp")
+CPU_HEADERS = (
+    "launch.h",
+    "params.h",
+    "cpu.h",
+    "cpu_attention.h",
+    "cpu_tokens.h",
+    "cpu_pages.h",
+    "cpu_rows.h",
+    "cpu_vec.h",
+)
 CPU_LAUNCHER = "cpu_launch.cpp"
 CUDA_SOURCES = (
     "cuda_append.cu",

@@ -88,8 +88,6 @@ def use_backend(backend: Any) -> Iterator[None]:
 
 def call(op: str, device_type: str, *arguments: Any) -> Any:
     """Run ``op`` on the backend of a device."""
-    # The compiled kernels do not take caches of models that evict.
-    evicts = bool(arguments) and getattr(arguments[0], "evicts", False)
-    backend = _forced or (_load("reference") if evicts else _default(device_type))
+    backend = _forced or _default(device_type)
     with _RecordFunctionFast(f"dmc::{op}"):  # the compiled kernels are no torch ops: so that torch.profiler shows them
         return getattr(backend, op)(*arguments)

@@ -2,7 +2,7 @@
 //
 // `decide` only fills scratch, so that a step which does not fit can be refused before anything was written; the launcher takes
 // the pages in between. The state of a slot is computed from its tokens each time, never added to and subtracted from.
-#include "cpu_attention.h"
+#include "cpu_tokens.h"
 
 namespace {
 
@@ -11,8 +11,6 @@ constexpr int64_t kBlock = 16;  // tokens of a task; each looks back over the wi
 struct Item {  // one (sequence, head)
   int64_t i, h, begin, count, row, index;
 };
-
-INLINE int64_t count_of(const AppendParams& p, int64_t i) { return p.rows[i] < 0 ? 0 : p.cu_seqlens[i + 1] - p.cu_seqlens[i]; }
 
 INLINE Item item_of(const AppendParams& p, int64_t at) {
   Item x;
@@ -63,41 +61,11 @@ template <class T> void decide(const AppendParams& p) {
   }
 }
 
-// Branch-free, so that the compiler vectorizes it. The fp32 angle is reduced in fp64; polynomials of Cephes' sinf and cosf.
-INLINE void sine_cosine(float angle, float* sine, float* cosine) {
-  const double magic = 0x1.8p52;
-  double n = angle * 0.63661977236758134308 + magic;  // the nearest multiple of pi / 2
-  n -= magic;
-  float r = (float)(angle - n * 1.57079632679489661923), z = r * r;
-  int quadrant = (int)n;
-  float s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
-  float c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.0f;
-  float a = quadrant & 1 ? c : s, b = quadrant & 1 ? s : c;
-  *sine = quadrant & 2 ? -a : a;
-  *cosine = (quadrant + 1) & 2 ? -b : b;
-}
-
-// x [D] fp32 in place; channel i turns with i + D/2.
-INLINE void rotate(float* x, const float* table, int d, int compress) {
-  int half = d / 2;
-  const float *cosine = table, *sine = table + half;
-  if (compress) x[d - 1] = 0;
-  for (int i = 0; i < half; i++) {
-    float a = x[i], b = x[i + half];
-    x[i] = a * cosine[i] - b * sine[i];
-    x[i + half] = b * cosine[i] + a * sine[i];
-  }
-  if (compress) x[d - 1] = 0;
-}
-
 template <class T> INLINE void add_row(float* sum, const T* x, int d, float weight) {
   int c = 0;
   for (; c + VW <= d; c += VW) store(sum + c, load(sum + c) + load(x + c) * splat(weight));
   if (c < d) store(sum + c, load(sum + c) + load_some(x + c, d - c) * splat(weight));
 }
-
-// Head of a token, before the rotation.
-template <class T> INLINE const T* raw(const Heads& x, int64_t t, int64_t h) { return (const T*)x.data + t * x.token + h * x.head; }
 
 template <class T> void finish(const AppendParams& p, const Item& x, int64_t t, float* k, float* v) {
   const Cache& c = p.cache;
@@ -105,8 +73,8 @@ template <class T> void finish(const AppendParams& p, const Item& x, int64_t t, 
   int64_t at = t * c.heads + x.h;
   rotate(k, p.cos_sin + t * d, d, p.compress);
   if (p.k_part.data) {
-    write_row((T*)p.k_part.data + t * p.k_part.token + x.h * p.k_part.head, k, d, 1.0f);
-    write_row((T*)p.v_part.data + t * p.v_part.token + x.h * p.v_part.head, v, d, 1.0f);
+    write_row(head_of<T>(p.k_part, t, x.h), k, d, 1.0f);
+    write_row(head_of<T>(p.v_part, t, x.h), v, d, 1.0f);
   }
   if (t + 1 < x.begin + x.count && p.merge[at + c.heads]) return;
   // The newest token of its slot.
@@ -123,8 +91,8 @@ template <class T> void pool_window(const AppendParams& p, const Item& x, int64_
   for (int64_t t = from; t < to; t++) {
     int64_t at = t * c.heads + x.h;
     if (!p.merge[at]) {
-      read_row(k, raw<T>(p.k, t, x.h), d, 1.0f);
-      read_row(v, raw<T>(p.v, t, x.h), d, 1.0f);
+      read_row(k, head_of<T>(p.k, t, x.h), d, 1.0f);
+      read_row(v, head_of<T>(p.v, t, x.h), d, 1.0f);
     } else {
       memset(k, 0, sizeof k);
       memset(v, 0, sizeof v);
@@ -133,8 +101,8 @@ template <class T> void pool_window(const AppendParams& p, const Item& x, int64_
       int64_t u = t;
       for (; left > 0 && u >= x.begin; u--, left--) {
         float w = p.omega[u * c.heads + x.h];
-        add_row(k, raw<T>(p.k, u, x.h), d, w);
-        add_row(v, raw<T>(p.v, u, x.h), d, w);
+        add_row(k, head_of<T>(p.k, u, x.h), d, w);
+        add_row(v, head_of<T>(p.v, u, x.h), d, w);
         total += w;
         if (!p.merge[u * c.heads + x.h]) { left = 0; break; }
       }
@@ -151,31 +119,11 @@ template <class T> void pool_window(const AppendParams& p, const Item& x, int64_
   }
 }
 
-// The last channel of the second half of a row is the neuron, which a compressing model takes out.
-INLINE vf without_last(vf x) {
-  vi keep;
-  for (int i = 0; i < VW; i++) keep[i] = i + 1 < VW ? -1 : 0;
-  return (vf)((vi)x & keep);
-}
-
-// Channels c and c + half of a row, as in `rotate`.
-INLINE void turn(vf& low, vf& high, const float* table, int c, int half, int compress) {
-  bool neuron = compress && c + VW == half;
-  if (neuron) high = without_last(high);
-  vf cosine = load(table + c), sine = load(table + half + c), x = low * cosine - high * sine, y = high * cosine + low * sine;
-  low = x, high = neuron ? without_last(y) : y;
-}
-
-template <class T> INLINE void store_halves(T* to, int c, int half, vf low, vf high) {
-  store(to + c, low);
-  store(to + half + c, high);
-}
-
 constexpr int kListed = 64;
 
-// True where a window can be pooled in registers, half a row at a time.
-INLINE bool in_halves(const AppendParams& p) {
-  return p.cache.head_dim / 2 % VW == 0 && (!p.compress || (p.window && p.window <= kListed));
+// True where a window can be pooled in registers.
+INLINE bool pooled_in_halves(const AppendParams& p) {
+  return in_halves(p.cache.head_dim) && (!p.compress || (p.window && p.window <= kListed));
 }
 
 // pool_window for one token, in registers instead of a buffer.
@@ -193,12 +141,12 @@ template <class T> INLINE void pool_token(const AppendParams& p, const Item& x, 
     total += weight;
   };
   if (!p.merge[at]) {
-    list(raw<T>(p.k, t, x.h), raw<T>(p.v, t, x.h), 1.0f);
+    list(head_of<T>(p.k, t, x.h), head_of<T>(p.v, t, x.h), 1.0f);
   } else {
     int64_t u = t;
     bool begun = false;
     for (; n < p.window && u >= x.begin && !begun; u--) {
-      list(raw<T>(p.k, u, x.h), raw<T>(p.v, u, x.h), p.omega[u * c.heads + x.h]);
+      list(head_of<T>(p.k, u, x.h), head_of<T>(p.v, u, x.h), p.omega[u * c.heads + x.h]);
       begun = !p.merge[u * c.heads + x.h];
     }
     // The segment began in an earlier step: the rest of the window is in the ring.
@@ -211,8 +159,8 @@ template <class T> INLINE void pool_token(const AppendParams& p, const Item& x, 
   bool newest = t + 1 == x.begin + x.count || !p.merge[at + c.heads];
   T* key = newest ? (T*)slots.key<T>(p.slot_index[at]) : nullptr;
   T* value = newest ? (T*)slots.value<T>(p.slot_index[at]) : nullptr;
-  T* k_part = p.k_part.data ? (T*)p.k_part.data + t * p.k_part.token + x.h * p.k_part.head : nullptr;
-  T* v_part = p.k_part.data ? (T*)p.v_part.data + t * p.v_part.token + x.h * p.v_part.head : nullptr;
+  T* k_part = p.k_part.data ? head_of<T>(p.k_part, t, x.h) : nullptr;
+  T* v_part = p.k_part.data ? head_of<T>(p.v_part, t, x.h) : nullptr;
   for (int e = 0; e < half; e += VW) {
     vf k_low{}, k_high{}, v_low{}, v_high{};
     for (int i = 0; i < n; i++) {
@@ -234,28 +182,6 @@ template <class T> void pool_block(const AppendParams& p, int64_t i, int64_t fro
   for (int64_t h = 0; !halves && h < p.cache.heads; h++) pool_window<T>(p, item_of(p, i * p.cache.heads + h), from, to);
 }
 
-// Queries of a token, rotated.
-template <class T> INLINE void rotate_queries(const AppendParams& p, int64_t t, bool halves) {
-  int d = p.cache.head_dim, half = d / 2;
-  const float* table = p.cos_sin + t * d;
-  float q[256 + VW];
-  for (int64_t h = 0; h < p.cache.heads * p.groups; h++) {
-    const T* from = raw<T>(p.q, t, h);
-    T* to = (T*)p.q_rot.data + t * p.q_rot.token + h * p.q_rot.head;
-    if (!halves) {
-      read_row(q, from, d, 1.0f);
-      rotate(q, table, d, p.compress);
-      write_row(to, q, d, 1.0f);
-      continue;
-    }
-    for (int e = 0; e < half; e += VW) {
-      vf low = load(from + e), high = load(from + half + e);
-      turn(low, high, table, e, half, p.compress);
-      store_halves(to, e, half, low, high);
-    }
-  }
-}
-
 // All tokens of one head without a window: the fp32 mean of the segment moves on.
 template <class T> void pool_segment(const AppendParams& p, const Item& x) {
   const Cache& c = p.cache;
@@ -265,8 +191,8 @@ template <class T> void pool_segment(const AppendParams& p, const Item& x) {
   float k[256 + VW], v[256 + VW];
   for (int64_t t = x.begin; t < x.begin + x.count; t++) {
     int64_t at = t * c.heads + x.h;
-    read_row(k, raw<T>(p.k, t, x.h), d, 1.0f);
-    read_row(v, raw<T>(p.v, t, x.h), d, 1.0f);
+    read_row(k, head_of<T>(p.k, t, x.h), d, 1.0f);
+    read_row(v, head_of<T>(p.v, t, x.h), d, 1.0f);
     if (p.merge[at]) {
       *total += p.omega[at];
       float share = p.omega[at] / *total;
@@ -290,41 +216,24 @@ template <class T> void remember(const AppendParams& p, const Item& x) {
   if (p.window)
     for (int64_t back = 0; back < x.count && back < segment && back < c.ring; back++) {
       int64_t t = end - 1 - back, place = x.index * c.ring + (segment - 1 - back) % c.ring;
-      memcpy((T*)c.ring_k + place * d, raw<T>(p.k, t, x.h), d * sizeof(T));
-      memcpy((T*)c.ring_v + place * d, raw<T>(p.v, t, x.h), d * sizeof(T));
+      memcpy((T*)c.ring_k + place * d, head_of<T>(p.k, t, x.h), d * sizeof(T));
+      memcpy((T*)c.ring_v + place * d, head_of<T>(p.v, t, x.h), d * sizeof(T));
       c.ring_w[place] = p.omega[t * c.heads + x.h];
     }
   c.segment[x.index] = (int32_t)segment;
-}
-
-// Zero outputs of a token of padding.
-template <class T> void clear(const AppendParams& p, int64_t t) {
-  int d = p.cache.head_dim;
-  for (int64_t h = 0; h < p.cache.heads * p.groups; h++)
-    memset((T*)p.q_rot.data + t * p.q_rot.token + h * p.q_rot.head, 0, d * sizeof(T));
-  for (int64_t h = 0; h < p.cache.heads; h++) {
-    p.slot_index[t * p.cache.heads + h] = 0;
-    if (!p.k_part.data) continue;
-    memset((T*)p.k_part.data + t * p.k_part.token + h * p.k_part.head, 0, d * sizeof(T));
-    memset((T*)p.v_part.data + t * p.v_part.token + h * p.v_part.head, 0, d * sizeof(T));
-  }
 }
 
 template <class T> void write(const AppendParams& p) {
   const Cache& c = p.cache;
   int d = c.head_dim;
   int64_t heads = c.heads, items = p.n * heads;
-  bool alone = p.tokens * heads * (p.groups + 2) * d < 32768, halves = in_halves(p);
+  bool alone = p.tokens * heads * (p.groups + 2) * d < 32768, halves = pooled_in_halves(p);
 #pragma omp parallel num_threads(alone ? 1 : p.threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < p.tokens; t++) {
-      float* table = p.cos_sin + t * d;
-      float position = (float)p.positions[t];
-      for (int e = 0; e < d / 2; e++) sine_cosine(position * p.inv_freq[e], table + d / 2 + e, table + e);
-    }
+    for (int64_t t = 0; t < p.tokens; t++) fill_table(p.cos_sin + t * d, p.positions[t], p.inv_freq, d);
 #pragma omp for schedule(static) nowait
-    for (int64_t t = 0; t < p.tokens; t++) rotate_queries<T>(p, t, halves);
+    for (int64_t t = 0; t < p.tokens; t++) rotate_queries<T>(p, t, p.cos_sin + t * d, p.compress ? kNeuronAll : kNeuronNone);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < p.n; i++)
       for (int64_t t = p.cu_seqlens[i]; p.rows[i] < 0 && t < p.cu_seqlens[i + 1]; t++) clear<T>(p, t);

@@ -15,6 +15,7 @@ struct Slots {
   int page_size, shift;  // page_size = 2^shift
   int64_t page_bytes, row_bytes;
   int64_t length;
+  int64_t gap, resume;  // slots [gap, resume) do not exist: between the last kept slot and the first recent token
   template <class T> const T* key(int64_t slot) const { return at<T>(k, slot); }
   template <class T> const T* value(int64_t slot) const { return at<T>(v, slot); }
   template <class T> const T* at(const char* pages, int64_t slot) const {
@@ -22,16 +23,70 @@ struct Slots {
   }
 };
 
+// Head of a token.
+template <class T> INLINE T* head_of(const Heads& x, int64_t t, int64_t h) { return (T*)x.data + t * x.token + h * x.head; }
+
 INLINE int element_size(Dtype d) { return d == kF32 ? 4 : 2; }
 
 INLINE int64_t head_index(const Cache& c, int64_t row, int64_t layer, int64_t head) {
   return (row * c.layers + layer) * c.heads + head;
 }
 
+// `length` slots in the pages of `table`.
+INLINE Slots slots_in(const Cache& c, const int32_t* table, int64_t length) {
+  int64_t bytes = element_size(c.dtype) * c.head_dim;
+  return {table, (const char*)c.k_pages, (const char*)c.v_pages, c.page_size, page_shift(c), bytes * c.page_size,
+          bytes, length, INT64_MAX, INT64_MAX};
+}
+
+// Slots of a head; of a model that evicts, the kept ones.
+INLINE Slots slots_of(const Cache& c, int64_t index) { return slots_in(c, c.page_table + index * c.max_pages, c.lengths[index]); }
+
 INLINE Slots slots_of(const Cache& c, int64_t row, int64_t layer, int64_t head) {
-  int64_t index = head_index(c, row, layer, head), bytes = element_size(c.dtype) * c.head_dim;
-  return {c.page_table + index * c.max_pages, (const char*)c.k_pages, (const char*)c.v_pages, c.page_size,
-          __builtin_ctz(c.page_size), bytes * c.page_size, bytes, c.lengths[index]};
+  return slots_of(c, head_index(c, row, layer, head));
+}
+
+// Recent pages by `columns` [R] of the table: the slot of a token is its recent_place.
+INLINE Slots recent_slots(const Cache& c, const int32_t* columns) { return slots_in(c, columns, c.recent * c.page_size); }
+
+INLINE int64_t recent_place(const Cache& c, int64_t token) {
+  uint32_t column = (uint32_t)(token >> page_shift(c)) % (uint32_t)c.recent;
+  return ((int64_t)column << page_shift(c)) + (token & (c.page_size - 1));
+}
+
+// What attention sees of a head after an append, as slots of one row of pages: the kept ones, and where the model evicts, the tokens
+// of the window from the next page on, the first of them anywhere in its page.
+struct View {
+  int64_t index, kept, first;  // head; kept slots; first recent page
+  int64_t resume, end;         // slot of the window's first token; slots with the gap before it
+};
+
+INLINE View view_of(const Cache& c, int64_t index) {
+  int64_t kept = c.lengths[index];
+  if (!c.recent) return {index, kept, 0, kept, kept};
+  int64_t tokens = c.segment[index], from = tokens > c.evict_window ? tokens - c.evict_window - 1 : 0;
+  int64_t resume = (pages_of(c, kept) << page_shift(c)) + (from & (c.page_size - 1));
+  return {index, kept, from >> page_shift(c), resume, resume + tokens - from};
+}
+
+// Slots [begin, end) of a view, counted from `begin`, which is a multiple of kTile, and what is prefetched behind them. `table`: where
+// the model evicts, memory for the ids of as many pages, which do not lie in one row.
+INLINE Slots slots_of(const Cache& c, const View& view, int64_t begin, int64_t end, int32_t* table) {
+  Slots s = slots_of(c, view.index);
+  int64_t page = begin >> s.shift;
+  s.table += page, s.length -= begin;
+  if (!c.recent) return s;
+  int64_t stop = end + kTile < view.end ? end + kTile : view.end, kept = pages_of(c, view.kept), pages = pages_of(c, stop) - page;
+  int64_t own = kept < page ? 0 : kept - page < pages ? kept - page : pages;
+  if (own > 0) memcpy(table, s.table, own * sizeof(int32_t));
+  const int32_t* columns = c.recent_table + view.index * c.recent;
+  int64_t column = (view.first + page + own - kept) % c.recent;
+  for (int64_t i = own; i < pages; i++) {
+    table[i] = columns[column];
+    column = column + 1 < c.recent ? column + 1 : 0;
+  }
+  s.table = table, s.length = stop - begin, s.gap = view.kept - begin, s.resume = view.resume - begin;
+  return s;
 }
 
 // Scores of one tile to weights, in place, relative to 2^top; slots from n on get weight 0. Weights are powers of 2: `scale` holds
@@ -216,10 +271,14 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
     for (int e = 0; e < V * P; e++) sum[i][e] = load(acc + i * dp + c + e * VW);
   for (int p = 0; p < n; p += s.page_size) {
     const T* v = s.value<T>(begin + p) + c;
-    int m = n - p < s.page_size ? n - p : s.page_size;
+    int m = n - p < s.page_size ? n - p : s.page_size, least = 0;
+    if (begin + p < s.resume && begin + p + m > s.gap) {  // a page beside the gap
+      if (begin + p < s.gap) m = (int)(s.gap - begin - p);
+      else least = (int)(s.resume - begin - p);
+    }
     Ahead ahead = Ahead::of<T>(s, s.v, begin + p);
     int64_t share = (int64_t)c * s.page_size * sizeof(T);  // of the page, that this pass over the channels asks for
-    for (int r = 0; r < m; r += R::kTogether) {
+    for (int r = least - least % R::kTogether; r < m; r += R::kTogether) {
       vf weight[Q];
 #pragma GCC unroll 16
       for (int i = 0; i < Q; i++) weight[i] = R::weight(weights + i * kTile, p + r);
@@ -230,8 +289,8 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
         for (int j = 0; j < R::kTogether; j++) {
           int64_t at = (int64_t)(r + j) * d + e * R::kChannels;
           if (e * bytes % 64 == 0) ahead.ask(share + ((r + j) * V + e) * bytes);
-          // NaN may lie behind the last slot.
-          if (j == 0 || r + j < m) row[j] = Tail ? R::row(v + at, d - c) : R::row(v + at);
+          // NaN may lie behind the last slot, and in the gap.
+          if (R::kTogether == 1 || (r + j >= least && r + j < m)) row[j] = Tail ? R::row(v + at, d - c) : R::row(v + at);
         }
         R::split(row, parts);
 #pragma GCC unroll 16
@@ -263,6 +322,9 @@ void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, in
                  float* total) {
   alignas(64) float scores[Q * kTile];
   score_tile<T, Q>(s, begin, n, q, d, dp, scores);
+  if (begin < s.resume && begin + n > s.gap)
+    for (int64_t r = s.gap > begin ? s.gap - begin : 0; r < n && begin + r < s.resume; r++)
+      for (int i = 0; i < Q; i++) scores[i * kTile + r] = -INFINITY;
 #pragma GCC unroll 16
   for (int i = 0; i < Q; i++) {
     float factor = softmax_tile<T>(scores + i * kTile, n, scale, top + i, total + i * VW);
@@ -275,10 +337,10 @@ void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, in
 // Floats of one query, or of its sums.
 template <class T> INLINE int padded(int d) { return (int)align_up(d, Rows<T>::kChannels); }
 
-// A range of one head's slots: for each query un-normalised sums [g][dp], the power of 2 that they are relative to, and the total
+// The first `slots` of a head: for each query un-normalised sums [g][dp], the power of 2 that they are relative to, and the total
 // weight. q [g, D] with rows `stride` apart; `packed`: memory for [g][dp].
 template <class T>
-void attend_range(const Slots& s, int64_t begin, int64_t end, const T* q, int64_t stride, int g, int d, float scale, float* packed,
+void attend_range(const Slots& s, int64_t slots, const T* q, int64_t stride, int g, int d, float scale, float* packed,
                   float* acc, float* top, float* total) {
   int dp = padded<T>(d);
   float totals[kMostGroups * VW];
@@ -291,8 +353,8 @@ void attend_range(const Slots& s, int64_t begin, int64_t end, const T* q, int64_
   memset(totals, 0, sizeof(float) * g * VW);
   memset(acc, 0, sizeof(float) * g * dp);
   scale *= 1.44269504f;
-  for (int64_t at = begin; at < end; at += kTile) {
-    int n = end - at < kTile ? (int)(end - at) : kTile, i = 0;
+  for (int64_t at = 0; at < slots; at += kTile) {
+    int n = slots - at < kTile ? (int)(slots - at) : kTile, i = 0;
 #define DMC_QUERIES(Q) \
   for (; i + Q <= g; i += Q) attend_tile<T, Q>(s, at, n, packed + i * dp, d, dp, scale, acc + i * dp, top + i, totals + i * VW);
 #if defined(__AVX512F__)  // registers for eight

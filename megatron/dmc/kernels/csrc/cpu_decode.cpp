@@ -1,7 +1,8 @@
 // Decode attention: one query per sequence over all slots of its heads, split over ranges of slots.
 //
 // Work is bound by memory, so a page is read once for all queries of its group: scores of a tile of 64 slots, online softmax,
-// weighted values. A split is 1024 slots whatever the number of threads, so results do not depend on it.
+// weighted values. A split is 1024 slots whatever the number of threads, so results do not depend on it. Kept slots and recent tokens
+// of a model that evicts are one row of slots with a gap.
 #include "cpu_attention.h"
 
 namespace {
@@ -18,9 +19,10 @@ template <class T> int decode(const DecodeParams& p) {
   const Cache& c = p.cache;
   int d = c.head_dim, g = (int)p.groups, dp = padded<T>(d);
   int64_t tasks = 0, partials = 0, slots = 0;
+  auto view = [&](int64_t i, int64_t h) { return p.rows[i] < 0 ? View{} : view_of(c, head_index(c, p.rows[i], p.layer, h)); };
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads; h++) {
-      int64_t length = p.rows[i] < 0 ? 0 : c.lengths[head_index(c, p.rows[i], p.layer, h)];
+      int64_t length = view(i, h).end;
       int64_t splits = length ? (length + kSplit - 1) / kSplit : 1;
       tasks += splits, slots += length;
       if (splits > 1) partials += splits;
@@ -33,7 +35,7 @@ template <class T> int decode(const DecodeParams& p) {
   float* next = memory;
   for (int64_t i = 0; i < p.n; i++)
     for (int64_t h = 0; h < c.heads; h++) {
-      int64_t length = p.rows[i] < 0 ? 0 : c.lengths[head_index(c, p.rows[i], p.layer, h)];
+      int64_t length = view(i, h).end;
       int64_t splits = length ? (length + kSplit - 1) / kSplit : 1;
       for (int64_t s = 0; s < splits; s++) {
         int64_t end = (s + 1) * kSplit;
@@ -62,8 +64,9 @@ template <class T> int decode(const DecodeParams& p) {
       const T* from = (const T*)q.data + task.sequence * q.token + task.head * g * q.head;
       float* acc = task.partial ? task.partial : own + g * dp;
       float *top = acc + g * dp, *total = top + g;
-      Slots s = slots_of(c, p.rows[task.sequence], p.layer, task.head);
-      attend_range<T>(s, task.begin, task.end, from, q.head, g, d, p.scale, own, acc, top, total);
+      int32_t table[(kSplit + kTile) / 16];
+      Slots s = slots_of(c, view(task.sequence, task.head), task.begin, task.end, table);
+      attend_range<T>(s, task.end - task.begin, from, q.head, g, d, p.scale, own, acc, top, total);
       if (!task.partial)
         for (int j = 0; j < g; j++) write_row(to + j * out.head, acc + j * dp, d, 1.0f / total[j]);
     }

@@ -1,4 +1,6 @@
-// Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its heads and its own partial state.
+// Prefill attention: query t of a chunk over the final slots [0, slot_index[t]) of its heads and its own partial state; where the model
+// evicts, over its kept slots, itself, and the tokens of its window before it, which lie in the pages of the window as it was before the
+// chunk and in the chunk.
 //
 // A task is 64 queries (tokens times the group) of one KV head. Queries lie in the lanes: scores [slot][query], weights likewise,
 // sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes. Four numbers of the cache
@@ -61,7 +63,7 @@ struct Block {  // scratch of one task; fp32, or pairs
   float *scores;  // [kTile][kRows], then the weights
   float *k, *v;   // [kTile][D]: of keys and values that are not multiplied as they lie
   float top[kRows], total[kRows];
-  int32_t limit[kRows];
+  int32_t least[kRows], limit[kRows];  // a query sees what is at [least, limit) of the tiles at hand
   static int64_t floats(int d) { return align_up(d, VW) * (2 * kRows + 2 * kTile) + kTile * kRows; }
   Block(float* memory, int d) {
     int64_t wide = align_up(d, VW);
@@ -134,13 +136,14 @@ template <class P, int V> INLINE void add_values(const Block& b, const Tile& til
     }
 }
 
-// Scores of slots [begin, begin + n) to weights, relative to 2^top; where that lags too far behind the maximum it moves on, and
+// Scores of rows [begin, begin + n) to weights, relative to 2^top; where that lags too far behind the maximum it moves on, and
 // what was summed is scaled. V vectors of queries at a time: a maximum has to wait for the one before it.
 template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
   constexpr int together = Panel<T>::kTogether;
   for (int at = 0; at < columns; at += V * VW) {
     vf base[V], best[V], sum[V];
-    vi limit[V];
+    vi least[V], limit[V];
+    memcpy(least, b.least + at, sizeof least);
     memcpy(limit, b.limit + at, sizeof limit);
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) base[j] = best[j] = load(b.top + at + j * VW), sum[j] = load(b.total + at + j * VW);
@@ -150,7 +153,7 @@ template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int 
       for (int j = 0; j < V; j++) {
         float* to = scores + r * kRows + j * VW;
         vf s = load(to) * splat(scale);
-        if (masked) s = select(limit[j] > (int32_t)(begin + r), s, splat(-INFINITY));
+        if (masked) s = select((least[j] <= (int32_t)(begin + r)) & (limit[j] > (int32_t)(begin + r)), s, splat(-INFINITY));
         store(to, s);
         best[j] = vmax(s, best[j]);
       }
@@ -184,23 +187,23 @@ template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int 
   }
 }
 
-// Rows [begin, begin + n) of keys or values in fp32.
-template <class T> INLINE void widen_rows(float* out, const Slots& s, const char* pages, int64_t begin, int n, int d) {
-  for (int r = 0; r < n; r++) read_row(out + (int64_t)r * align_up(d, VW), s.at<T>(pages, begin + r), d, 1.0f);
+// Two rows of values, in pairs; `odd` null: zeros.
+INLINE void pair_row(float* out, const bf16* even, const bf16* odd, int d) {
+  for (int c = 0; c < d; c += VW) {
+    bool whole = d - c >= VW;
+    vf low = whole ? load(even + c) : load_some(even + c, d - c), high{};
+    if (odd) high = whole ? load(odd + c) : load_some(odd + c, d - c);
+    store(out + c, (vf)((vu)high | ((vu)low >> 16)));
+  }
 }
 
-// Pairs of rows [begin, begin + n) of values; zeros behind the last.
-INLINE void pair_rows(float* out, const Slots& s, int64_t begin, int n, int d) {
-  for (int r = 0; r < n; r += 2) {
-    const bf16 *even = s.value<bf16>(begin + r), *odd = even + d;
-    float* to = out + r / 2 * align_up(d, VW);
-    for (int c = 0; c < d; c += VW) {
-      bool whole = d - c >= VW;
-      vf low = whole ? load(even + c) : load_some(even + c, d - c), high{};
-      if (r + 1 < n) high = whole ? load(odd + c) : load_some(odd + c, d - c);
-      store(to + c, (vf)((vu)high | ((vu)low >> 16)));
-    }
-  }
+// n values to b.v, of which row(r) is the r-th.
+template <class T, class Row> INLINE void copy_values(Block& b, int n, int d, Row row) {
+  constexpr int together = Panel<T>::kTogether;
+  int64_t wide = align_up(d, VW);
+  for (int r = 0; r < n; r += together)
+    if constexpr (together == 2) pair_row(b.v + r / 2 * wide, row(r), r + 1 < n ? row(r + 1) : nullptr, d);
+    else read_row(b.v + r * wide, row(r), d, 1.0f);
 }
 
 template <class T> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin, int n, int d) {
@@ -208,9 +211,9 @@ template <class T> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin
   Tile tile;
   int64_t wide = align_up(d, VW);
   tile.k_row = kInPlace<T> ? d / together : wide, tile.v_row = sizeof(T) == 4 ? d : wide;
-  if (!kInPlace<T>) widen_rows<T>(b.k, s, s.k, begin, n, d);
-  if constexpr (together == 2) pair_rows(b.v, s, begin, n, d);
-  else if (sizeof(T) != 4) widen_rows<T>(b.v, s, s.v, begin, n, d);
+  if (!kInPlace<T>)
+    for (int r = 0; r < n; r++) read_row(b.k + r * wide, s.key<T>(begin + r), d, 1.0f);
+  if (sizeof(T) != 4) copy_values<T>(b, n, d, [&](int r) { return s.value<T>(begin + r); });
   for (int r = 0; r < n; r += kPiece) {
     tile.k[r / kPiece] = kInPlace<T> ? (const float*)s.key<T>(begin + r) : b.k + r * wide;
     tile.v[r / kPiece] = sizeof(T) == 4 ? (const float*)s.value<T>(begin + r) : b.v + r / together * wide;
@@ -218,9 +221,60 @@ template <class T> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin
   return tile;
 }
 
-// Tokens [first, first + count) of a sequence, of one KV head. V: vectors of queries that are multiplied at a time.
+// The window of a chunk's tokens: those before token `chunk` in the recent pages as they were, the others in the chunk, which begins
+// at token `begin` of the step.
+struct Window {
+  Slots recent;
+  int64_t begin, chunk;
+};
+
+INLINE Window window_of(const PrefillParams& p, int64_t sequence, int64_t head) {
+  const Cache& c = p.cache;
+  int64_t begin = p.cu_seqlens[sequence], count = p.cu_seqlens[sequence + 1] - begin;
+  int64_t tokens = c.segment[head_index(c, p.rows[sequence], p.layer, head)];
+  return {recent_slots(c, p.recent_before + (sequence * c.heads + head) * c.recent), begin, tokens - count};
+}
+
+// Tile of n tokens of a window, from token `from` of the sequence on. They are copied: in the step, rows of a head lie so far apart
+// that they would displace each other in the CPU's first cache.
+template <class T> INLINE Tile read_window(Block& b, const PrefillParams& p, const Window& w, int64_t head, int64_t from, int n) {
+  constexpr int together = Panel<T>::kTogether;
+  int d = p.cache.head_dim, r = 0;
+  int64_t wide = align_up(d, VW);
+  const T *keys[kTile], *values[kTile];
+  while (r < n && from + r < w.chunk) {
+    int64_t place = recent_place(p.cache, from + r);
+    const T *key = w.recent.key<T>(place), *value = w.recent.value<T>(place);
+    int left = w.recent.page_size - (int)(place & (w.recent.page_size - 1));
+    for (; left && r < n && from + r < w.chunk; left--, r++, key += d, value += d) keys[r] = key, values[r] = value;
+  }
+  for (; r < n; r++) {
+    int64_t t = w.begin + from + r - w.chunk;
+    keys[r] = head_of<T>(p.k_part, t, head), values[r] = head_of<T>(p.v_part, t, head);
+  }
+  for (r = 0; r < n; r++)
+    if (kInPlace<T>) memcpy(b.k + r * wide, keys[r], d * sizeof(T));
+    else read_row(b.k + r * wide, keys[r], d, 1.0f);
+  copy_values<T>(b, n, d, [&](int i) { return values[i]; });
+  Tile tile;
+  tile.k_row = tile.v_row = wide;
+  for (r = 0; r < n; r += kPiece) tile.k[r / kPiece] = b.k + r * wide, tile.v[r / kPiece] = b.v + r / together * wide;
+  return tile;
+}
+
+// A tile whose rows are [at, at + n) of what the queries' limits count.
 template <class T, int V>
-void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t first, int count, Block& b) {
+INLINE void attend_rows(Block& b, const Tile& tile, int64_t at, int n, int d, int columns, float scale, bool masked) {
+  using P = Panel<T>;
+  score<P, V>(b, tile, n, d / P::kTogether, columns);
+  weigh<T, V>(b, at, n, d, columns, scale, masked);
+  add_values<P, V>(b, tile, (n + P::kTogether - 1) / P::kTogether, d, columns);
+}
+
+// Tokens [first, first + count) of a sequence, of one KV head. V: vectors of queries that are multiplied at a time. `window` null: the
+// model does not evict.
+template <class T, int V>
+void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t first, int count, const Window* window, Block& b) {
   using P = Panel<T>;
   static const T nothing[256] = {};
   const Cache& c = p.cache;
@@ -232,7 +286,7 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
   for (int i = 0; i < columns; i++) {
     int64_t t = first + i / g;
     q[i] = own[i] = nothing;
-    b.limit[i] = 0, b.top[i] = 0, b.total[i] = 1;
+    b.least[i] = b.limit[i] = 0, b.top[i] = 0, b.total[i] = 1;
     if (i >= rows) continue;
     b.limit[i] = p.slot_index[t * c.heads + head];
     least = b.limit[i] < least ? b.limit[i] : least;
@@ -249,10 +303,16 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
   else to_columns(b.q, q, columns, d);
   for (int64_t at = 0; at < most; at += kTile) {
     int n = most - at < kTile ? (int)(most - at) : kTile;
-    Tile tile = read_tile<T>(b, s, at, n, d);
-    score<P, V>(b, tile, n, d / P::kTogether, columns);
-    weigh<T, V>(b, at, n, d, columns, scale, at + n > least);
-    add_values<P, V>(b, tile, (n + P::kTogether - 1) / P::kTogether, d, columns);
+    attend_rows<T, V>(b, read_tile<T>(b, s, at, n, d), at, n, d, columns, scale, at + n > least);
+  }
+  if (window) {
+    int64_t token = window->chunk + first - window->begin, last = token + count - 1;
+    for (int i = 0; i < rows; i++) b.limit[i] = (int32_t)(token + i / g), b.least[i] = b.limit[i] - (int32_t)c.evict_window;
+    for (int64_t at = token > c.evict_window ? token - c.evict_window : 0; at < last; at += kTile) {
+      int n = last - at < kTile ? (int)(last - at) : kTile;
+      bool masked = at + n > token || at + c.evict_window < last;
+      attend_rows<T, V>(b, read_window<T>(b, p, *window, head, at, n), at, n, d, columns, scale, masked);
+    }
   }
   for (int i = 0; i < columns; i += VW) {
     vf factor = splat(1.0f) / load(b.total + i);
@@ -270,19 +330,19 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
   }
 }
 
-// The last token of a sequence: its own slot is final and holds its partial state, so this is decoding.
+// The last token of a sequence: its own slot is final and holds its partial state, and the window ends with it, so this is decoding.
 template <class T> void attend_token(const PrefillParams& p, int64_t row, int64_t head, int64_t t, float* memory) {
   int d = p.cache.head_dim, g = (int)p.groups, dp = padded<T>(d);
   float *packed = memory, *acc = packed + g * dp, *top = acc + g * dp, *total = top + g;
-  const T* from = (const T*)p.q.data + t * p.q.token + head * g * p.q.head;
-  Slots s = slots_of(p.cache, row, p.layer, head);
-  attend_range<T>(s, 0, p.slot_index[t * p.cache.heads + head] + 1, from, p.q.head, g, d, p.scale, packed, acc, top, total);
-  T* to = (T*)p.out.data + t * p.out.token + head * g * p.out.head;
+  View view = view_of(p.cache, head_index(p.cache, row, p.layer, head));
+  Slots s = slots_of(p.cache, view, 0, view.end, (int32_t*)(total + g));
+  attend_range<T>(s, view.end, head_of<T>(p.q, t, head * g), p.q.head, g, d, p.scale, packed, acc, top, total);
+  T* to = head_of<T>(p.out, t, head * g);
   for (int j = 0; j < g; j++) write_row(to + j * p.out.head, acc + j * dp, d, 1.0f / total[j]);
 }
 
 struct Task {
-  int32_t row, head, count;
+  int32_t sequence, head, count;
   int64_t first;
   bool lone;  // the last token of its sequence and nothing else
 };
@@ -306,9 +366,9 @@ template <class T> int prefill(const PrefillParams& p) {
     // The last blocks see the most slots: they start first.
     for (int64_t at = (count - 1) / each * each; count > 0 && at >= 0; at -= each)
       for (int64_t h = 0; h < c.heads; h++)
-        list[tasks++] = {p.rows[i], (int32_t)h, (int32_t)(count - at < each ? count - at : each), begin + at, at + 1 == count};
+        list[tasks++] = {(int32_t)i, (int32_t)h, (int32_t)(count - at < each ? count - at : each), begin + at, at + 1 == count};
   }
-  int64_t single = (int64_t)g * (2 * padded<T>(d) + 2), floats = Block::floats(d);
+  int64_t single = (int64_t)g * (2 * padded<T>(d) + 2) + c.max_pages + c.recent, floats = Block::floats(d);
   if (single > floats) floats = single;
   int failed = 0;
 #pragma omp parallel num_threads(tasks < 2 ? 1 : p.threads) reduction(| : failed)
@@ -319,13 +379,17 @@ template <class T> int prefill(const PrefillParams& p) {
     for (int64_t i = 0; i < tasks; i++) {
       const Task& t = list[i];
       if (failed) continue;
+      int64_t row = p.rows[t.sequence];
       if (t.lone) {
-        attend_token<T>(p, t.row, t.head, t.first, memory);
+        attend_token<T>(p, row, t.head, t.first, memory);
         continue;
       }
+      Window window;
+      if (c.recent) window = window_of(p, t.sequence, t.head);
+      const Window* own = c.recent ? &window : nullptr;
       Block block(memory, d);
-      if (VW == 16 && t.count * g > 2 * VW) attend_block<T, kRows / VW>(p, t.row, t.head, t.first, t.count, block);
-      else attend_block<T, 2>(p, t.row, t.head, t.first, t.count, block);
+      if (VW == 16 && t.count * g > 2 * VW) attend_block<T, kRows / VW>(p, row, t.head, t.first, t.count, own, block);
+      else attend_block<T, 2>(p, row, t.head, t.first, t.count, own, block);
     }
   }
   free(list);

@@ -92,6 +92,7 @@ struct EvictParams {
   Heads q_rot, k_part, v_part;  // k_part.data null: not wanted, nor slot_index and recent_before
   int32_t* slot_index;          // [T, H]
   int32_t* recent_before;       // [N, H, C]
+  int32_t* before;              // scratch [N, H], kept slots before the step
   const float* logits;          // [T, H]
   const int32_t* cu_seqlens;    // [N + 1]
   const int32_t* rows;          // [N]
