@@ -5,7 +5,9 @@ Measured, in turn within one process, on caches of random slots whose pages lie 
   copy       torch's copy_ of a buffer as large as the cache; reads and writes both count
   kernel     the compiled decode attention (C++ or CUDA); bytes are those of the slots' keys and values
   reference  the same op in plain PyTorch (on a GPU only where the heads are shortest: it takes many times the memory)
-  append     on a GPU: decide, pool, rotate and write one token per sequence before it, one head in four taking a slot
+  append     decide, pool, rotate and write one token per sequence before it, one head in four taking a slot
+  evicting   on a CPU: the same op, and append_evicting, for a model that evicts (DMS) whose heads hold as many slots,
+             the latest 257 tokens among them; one token in four is kept when it leaves the window
   flashinfer on a GPU, with --flashinfer: its paged decode attention on the same cache, every head a sequence of its
              own; the faster of its two kernels (ordinary and tensor cores), planned beforehand, in graphs too
 One row per query heads / KV heads, dtype and slots per head. On a CPU "ragged" heads hold between a half and one and a
@@ -17,6 +19,8 @@ Targets (--check) on a CPU:
              many sequences then that the cache is 128 MiB at least: a smaller one, and its copy, lie in the CPU's own
              caches
   speed      kernel at least 5 times as fast as the reference, everywhere
+  evicting   the op takes at most 1.05 times as long for a model that evicts as for one that merges, and its append no
+             longer than append
 On a GPU of 64 sequences and more:
   bandwidth  kernel at least 0.85 of copy at 512 slots and more, 0.60 at 128
   append     with the pages it takes, less than a tenth of append and kernel, at 512 slots and more
@@ -27,12 +31,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import _flashinfer
 import torch
 from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
 
 from megatron.dmc import kernels
+from megatron.dmc.kernels.params import NEURON_ALL
 from megatron.dmc.kernels.state import REFUSED
 from megatron.dmc.ops import rotary_frequencies
 
@@ -45,12 +51,17 @@ BATCH = {"cpu": 4, "cuda": 64}
 BANDWIDTH_TARGETS = {"cpu": ((4096, 0.60),), "cuda": ((512, 0.85), (128, 0.60))}  # from so many slots on
 MEMORY_BYTES = 128 * 2**20  # of a cache on a CPU, where memory's bandwidth is the measure
 SPEED_TARGET, APPEND_TARGET, APPEND_FROM, FLASHINFER_TARGET = 5.0, 0.10, 512, 1.0
-REPEATS, ROUNDS = 10, (5, 30)  # calls of a CUDA graph; rounds of a measurement
+EVICT_WINDOW, EVICTING_TARGET, EVICTING_APPEND_TARGET = 256, 1.05, 1.0
+REPEATS, ROUNDS = 10, (5, 30)  # calls of a CUDA graph, and of append; rounds of a measurement
 GROWTH = REPEATS * (ROUNDS[1] + 3)  # slots that a head gains at most while append is measured
 
 
-def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: int, dtype, device) -> kernels.CacheState:
-    """Cache of random slots, as many in every head or as many in the mean, whose pages lie in random order."""
+def cache(
+    rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: int, dtype, device, evict_window: int = 0
+) -> kernels.CacheState:
+    """Cache of random slots, as many in every head or as many in the mean, whose pages lie in random order. With an
+    ``evict_window`` those of a model that evicts, its recent tokens among them.
+    """
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(rows, 1, heads, generator=generator)
     if not uneven:
@@ -58,30 +69,37 @@ def cache(rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: in
     else:
         share = share + 0.5 if device.type == "cpu" else (-share.log()).clamp(1 / 16, 4)
     lengths = (slots * share).long()
-    pages = -(-lengths // page_size)
-    total = int(pages.sum())
-    growth = GROWTH if device.type == "cuda" else 0
+    recent = evict_window + 1 if evict_window else 0
+    kept = lengths - recent
+    growth = -(-GROWTH // page_size)
     state = kernels.make_state(
-        num_pages=total + rows * heads * -(-growth // page_size),
+        num_pages=int((-(-lengths // page_size) + 2).sum()) + rows * heads * growth,
         max_seqs=rows,
         num_layers=1,
         num_kv_heads=heads,
         head_dim=d,
-        max_slots=int(lengths.max()) + growth,
+        max_slots=int(lengths.max()) + GROWTH,
         page_size=page_size,
+        evict_window=evict_window or None,
         dtype=dtype,
         device=device,
     )
     for x in (state.k_pages, state.v_pages, state.ring_k, state.ring_v):
         x.normal_()
     state.ring_w.fill_(1.0)
-    state.segment.fill_(12)
-    used = torch.arange(state.page_table.size(3)) < pages[..., None]
+    state.lengths.copy_(kept)
+    # A model that merges has seen 12 tokens of the open slot, one that evicts four times what it kept.
+    state.segment.copy_(4 * kept.amax(2, keepdim=True) + recent if evict_window else torch.full_like(kept, 12))
+    state.marks.copy_(torch.rand(state.marks.shape, generator=generator) < 0.75)
+    held = state.held_pages(torch.arange(rows))
+    total = int(held.used.sum())
     state.free_pages.copy_(torch.randperm(state.num_pages, generator=generator))
     taken = state.free_pages[:total]
-    state.page_table[used.to(device)] = taken
+    tables = torch.cat((state.page_table, state.recent_table), dim=3)
+    tables.scatter_(3, held.column, torch.zeros_like(held.ids).masked_scatter_(held.used, taken.long()).int())
+    state.page_table.copy_(tables[..., : state.page_table.size(3)])
+    state.recent_table.copy_(tables[..., state.page_table.size(3) :])
     state.refcounts[taken.long()] = 1
-    state.lengths.copy_(lengths)
     state.counters[0] = total
     state.check_integrity()
     return state
@@ -104,16 +122,28 @@ def graphed(function: Callable[[], object], device: torch.device) -> Callable[[]
 
 
 def appending(state: kernels.CacheState, query_heads: int) -> Callable[[], object]:
-    """Function that appends one token to every row; a random quarter of the heads opens a slot each time."""
+    """Function that appends one token to every row :data:`REPEATS` times on a CPU, once in a CUDA graph of as many; a
+    random quarter of the heads keeps one more slot each time.
+    """
     rows, heads, d, device = state.lengths.size(0), state.lengths.size(2), state.head_dim, state.k_pages.device
     fused = torch.randn(rows, query_heads + 2 * heads, d, device=device).to(state.k_pages.dtype)
     q, k, v = fused.split((query_heads, heads, heads), dim=1)
     k[..., -1] = torch.where(torch.rand(rows, heads, device=device) < 0.25, -20.0, 20.0)
     ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
     positions, inv_freq = torch.full_like(ends[1:], 4000), rotary_frequencies(d, 1e4, device=device)
-    options = {"bias": 5.0, "epsilon": 2.0**-7, "window": 12, "partial": False}
-    params = kernels.AppendParams(q, k, v, ends, ends[:-1], positions, inv_freq, **options)
-    return lambda: kernels.append(state, 0, params)
+    tokens = (ends, ends[:-1], positions, inv_freq)
+    if state.evicts:
+        logits = k[..., -1].float().contiguous()
+        rule = {"about_self": False, "neuron": NEURON_ALL, "partial": False}
+        evict = kernels.EvictParams(q, k, v, logits, *tokens, **rule)
+        once = partial(kernels.append_evicting, state, 0, evict)
+    else:
+        options = {"bias": 5.0, "epsilon": 2.0**-7, "window": 12, "partial": False}
+        merge = kernels.AppendParams(q, k, v, *tokens, **options)
+        once = partial(kernels.append, state, 0, merge)
+    if device.type == "cuda":
+        return graphed(once, device)
+    return lambda: [once() for _ in range(REPEATS)]
 
 
 def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
@@ -121,7 +151,9 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     batch = args.batch
     if device.type == "cpu" and slots >= BANDWIDTH_TARGETS["cpu"][0][0]:
         batch = max(batch, -(-MEMORY_BYTES // (2 * slots * heads * d * dtype.itemsize)))
-    state = cache(batch, heads, d, slots, uneven, args.page_size, dtype, device)
+    shape = (batch, heads, d, slots, uneven, args.page_size, dtype, device)
+    state = cache(*shape)
+    evicting = cache(*shape, min(EVICT_WINDOW, slots // 4)) if device.type == "cpu" else None
     q = torch.randn(batch, query_heads, d, dtype=dtype, device=device)
     rows = torch.arange(batch, dtype=torch.int32, device=device)
     bytes_read = int(state.lengths.sum()) * 2 * d * state.k_pages.element_size()
@@ -136,6 +168,8 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         "copy": graphed(lambda: target.copy_(source), device),
         "kernel": graphed(lambda: kernels.decode_attention(state, 0, q, rows, d**-0.5), device),
     }
+    if evicting is not None:
+        functions["evicting"] = lambda: kernels.decode_attention(evicting, 0, q, rows, d**-0.5)
     if args.flashinfer:
         ours = kernels.decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
         for name, function in _flashinfer.decode_functions(state, 0, q, d**-0.5).items():
@@ -151,11 +185,12 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         speed_up = ratio(again["reference"], [t / repeats for t in again["kernel"]])
     else:
         speed_up = None
-    if device.type == "cuda":  # the last: it changes the lengths
-        functions = {"append": graphed(appending(state, query_heads), device)}
-        times["append"] = [
-            t / repeats for t in interleave(functions, device, seconds=args.seconds / 4, rounds=ROUNDS)["append"]
-        ]
+    # The last: it changes the lengths.
+    states = {"append": state} | ({"evicting append": evicting} if evicting is not None else {})
+    functions = {name: appending(state, query_heads) for name, state in states.items()}
+    again = interleave(functions, device, seconds=args.seconds / 4, rounds=ROUNDS)
+    times |= {name: [t / REPEATS for t in values] for name, values in again.items()}
+    for state in states.values():
         assert int(state.counters[REFUSED]) == 0
         state.check_integrity()
     ms = {name: spread(values) for name, values in times.items()}
@@ -179,8 +214,12 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         "of_copy": ratio([t / 2 for t in times["copy"]], times["kernel"]),
         "speed_up": speed_up,
         "over_flashinfer": ratio(times[theirs], times["kernel"]) if theirs else None,
-        "append_share": ms["append"]["median"] / (ms["append"]["median"] + ms["kernel"]["median"])
-        if "append" in ms
+        "append_share": ms["append"]["median"] / (ms["append"]["median"] + ms["kernel"]["median"]),
+        "evicting_over_merging": {
+            "attention": ratio(times["evicting"], times["kernel"]),
+            "append": ratio(times["evicting append"], times["append"]),
+        }
+        if evicting is not None
         else None,
     }
 
@@ -199,6 +238,10 @@ def missed_targets(figures: list[dict], device: torch.device) -> list[str]:
             missed.append(
                 f"speed: {f['speed_up']['median']:.1f} x the reference at {name}; the target is {SPEED_TARGET:.0f}"
             )
+        if device.type == "cpu":
+            for part, most in (("attention", EVICTING_TARGET), ("append", EVICTING_APPEND_TARGET)):
+                if (found := f["evicting_over_merging"][part]["median"]) > most:
+                    missed.append(f"evicting: {found:.2f} of the time of {part} at {name}; the target is {most:.2f}")
         if device.type == "cuda" and f["slots"] >= APPEND_FROM and f["append_share"] >= APPEND_TARGET:
             missed.append(
                 f"append: {f['append_share']:.2f} of append and kernel at {name}; the target is {APPEND_TARGET:.2f}"
@@ -226,6 +269,8 @@ def cells(f: dict, on: str) -> dict[str, object]:
         "x reference": speed["median"] if speed else "",
         "quartiles": quartiles(speed, ".1f") if speed else "",
     }
+    if f["evicting_over_merging"]:
+        found |= {f"DMS/DMC {part}": x["median"] for part, x in f["evicting_over_merging"].items()}
     if on == "cuda":
         found |= {"append ms": f"{f['ms']['append']['median']:.3f}", "share": f["append_share"]}
     if f["over_flashinfer"]:
