@@ -165,7 +165,7 @@ def test_more_heads_than_threads_give_pages_back(backend, device) -> None:
 
 
 @on_cuda_kernels
-def test_forked_rows_in_lockstep_hand_out_the_pages_of_the_reference(backend, device) -> None:
+def test_forked_rows_in_lockstep_hand_out_pages_in_order(backend, device) -> None:
     """Ragged steps over rows that share pages, chunks longer than the window and padding among them."""
     state = poisoned(20, device, num_pages=160)
     twin, common = copy.deepcopy(state), sequence(37, 1, 2, 16)
