@@ -1,0 +1,157 @@
+"""Runs in an environment with vLLM, by run.py beside it: check.py JOB.json. Every engine lives in this process, so its
+scheduler, its pages and its accounts can be looked at after every step. Prints one line of JSON for each case.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def make_engine(case: dict):
+    from vllm import LLM
+
+    return LLM(
+        case["model"],
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        disable_log_stats=True,
+        **case["engine"],
+    ).llm_engine
+
+
+class Books:
+    """What scheduler and worker of an engine say of the cache, and whether it agrees."""
+
+    def __init__(self, engine) -> None:
+        from megatron.dmc.vllm.model import pool_of
+
+        self.scheduler = engine.engine_core.engine_core.scheduler
+        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.rows = pool_of(engine.vllm_config).rows
+
+    def check(self) -> None:
+        state, manager = self.rows.state, self.manager
+        state.check_integrity()
+        granted = sum(len(blocks) for blocks in manager.req_to_blocks.values())
+        free = manager.block_pool.get_num_free_blocks()
+        assert granted + free == manager.usable, (granted, free, manager.usable)
+        taken = state.num_pages - state.free_count()
+        # Rows that ended hold their pages until the next step begins.
+        ended = [row for name, row in self.rows._rows.items() if name not in manager.lives]
+        waiting = sum(int((-(-state.lengths[row.index] // state.page_size)).sum()) for row in ended)
+        assert taken - waiting <= granted * self.rows.heads, (taken, waiting, granted)
+
+    def check_empty(self) -> None:
+        self.check()
+        assert not self.manager.lives and not any(self.manager.req_to_blocks.values())
+        assert self.rows.requests == 0 and self.rows.state.free_count() == self.rows.state.num_pages
+        assert self.manager.block_pool.get_num_free_blocks() == self.manager.usable
+
+
+def run(engine, case: dict, books: Books | None) -> dict:
+    """All requests of a case, some of which are aborted on the way."""
+    from vllm import SamplingParams
+
+    waiting = [dict(request, id=str(i)) for i, request in enumerate(case["requests"])]
+    by_id, results, tokens = {r["id"]: r for r in waiting}, {}, {r["id"]: {} for r in waiting}
+    chance, steps, running = random.Random(7), 0, set()
+    limit = 40 * sum(len(r["prompt"]) + r["max_tokens"] for r in waiting)
+    while waiting or running:
+        while waiting and len(running) < case["at_once"]:
+            request = waiting.pop(0)
+            # vLLM takes temperature 0 for one completion only; of one candidate any temperature takes the same.
+            greedy = {"temperature": 0} if request["n"] == 1 else {"temperature": 1, "top_k": 1, "n": request["n"]}
+            params = SamplingParams(**greedy, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
+            engine.add_request(request["id"], {"prompt_token_ids": request["prompt"]}, params)
+            running.add(request["id"])
+        for output in engine.step():
+            for one in output.outputs:
+                tokens[output.request_id][one.index] = list(one.token_ids)
+            if output.finished:
+                running.discard(output.request_id)
+                results[output.request_id] = {one.finish_reason for one in output.outputs}
+        steps += 1
+        assert steps < limit, f"no end after {steps} steps; {len(running)} requests run"
+        for name in [name for name in running if by_id[name].get("abort") and chance.random() < 0.1]:
+            engine.abort_request([name])
+            running.discard(name)
+            results[name] = {"abort"}
+        if books:
+            books.check()
+    engine.step()  # tells the worker what ended
+    wrong, lost = [], []
+    for name, request in by_id.items():
+        reasons, expected = results.get(name, set()), request["expected"]
+        # Every token takes a slot in every head of a model that never merges; the last one is not computed.
+        computed = len(request["prompt"]) + request["max_tokens"] - 1
+        too_long = case.get("never_merges") and books.manager.grants.worst(computed) > books.manager.usable
+        fits = "error" if too_long else "length"
+        if not (reasons == {fits} or (request.get("abort") and reasons <= {"abort", fits})):
+            lost.append((name, sorted(map(str, reasons)), fits))
+        for got in tokens[name].values():
+            whole = reasons == {"length"}
+            if (got != expected) if whole else (got != expected[: len(got)]):
+                wrong.append(name)
+        if reasons == {"length"} and len(tokens[name]) != request["n"]:
+            lost.append((name, "completions", len(tokens[name])))
+    return {"steps": steps, "wrong": wrong, "lost": lost, "errors": sum("error" in r for r in results.values())}
+
+
+def check(case: dict) -> dict:
+    began, engine = time.time(), make_engine(case)
+    books = Books(engine) if case["compressed"] else None
+    preempted = 0
+    scheduler = engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
+
+    def counted(*args, **named):
+        nonlocal preempted
+        preempted += 1
+        return preempt(*args, **named)
+
+    scheduler._preempt_request = counted
+    outcome = run(engine, case, books)
+    if books:
+        books.check_empty()
+        outcome["usable"] = books.manager.usable
+    outcome |= {"preempted": preempted, "requests": len(case["requests"]), "seconds": round(time.time() - began)}
+    engine.engine_core.shutdown()
+    return outcome
+
+
+def main() -> int:
+    failed = False
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        try:
+            outcome = check(case)
+        except Exception as error:  # the other cases run all the same
+            import traceback
+
+            traceback.print_exc()
+            outcome = {"raised": f"{type(error).__name__}: {error}"}
+        refused = case.get("refused")
+        if refused:
+            right = refused in outcome.get("raised", "")
+        else:
+            right = "raised" not in outcome and not outcome["wrong"] and not outcome["lost"]
+            right = right and all(outcome[name] >= least for name, least in case.get("at_least", {}).items())
+        failed |= not right
+        print("CASE", json.dumps({"case": case["name"], "right": right, **outcome}), flush=True)
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

