@@ -5,6 +5,7 @@ Measured, in turn within one process, for a prompt of ``--tokens`` tokens of one
              nothing else
   CR 1, 4    append (decide, pool, rotate, write) and prefill_attention, in chunks of ``--chunk`` tokens; CR 1 is a
              plain model, and at CR 4 every head merges three tokens of four, each others
+  DMS 4      likewise for a model that evicts (DMS): append_evicting, three tokens of four marked, a window of 256
   reference  CR 4 in plain PyTorch
 
 Targets (--check), fp32 and bf16:
@@ -15,40 +16,50 @@ Targets (--check), fp32 and bf16:
 from __future__ import annotations
 
 import time
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
 
 from megatron.dmc import kernels
+from megatron.dmc.kernels.params import NEURON_ALL
 from megatron.dmc.ops import rotary_frequencies
 
 SHAPES = ((8, 2, 128), (8, 8, 64))  # query heads, KV heads, head dimension
 DENSE_TARGET, SPEED_TARGET = 1.0, 5.0
+EVICT_WINDOW = 256
 
 
 class Prompt:
     """Raw queries, keys and values of a prompt, and a cache with room for it."""
 
     def __init__(
-        self, shape: tuple[int, int, int], tokens: int, cr: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: tuple[int, int, int],
+        tokens: int,
+        cr: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        evict_window: Optional[int] = None,
     ) -> None:
         heads, kv_heads, d = shape
         generator = torch.Generator().manual_seed(0)
         self.q, self.k, self.v = (torch.randn(tokens, h, d, generator=generator) for h in (heads, kv_heads, kv_heads))
         self.k[..., -1] = torch.where(torch.rand(tokens, kv_heads, generator=generator) < 1 / cr, -1.0, 1.0)
         self.q, self.k, self.v = (x.to(device, dtype) for x in (self.q, self.k, self.v))
-        self.options = {"bias": 0.0, "epsilon": 2.0**-7, "window": 12, "compress": cr > 1}
+        self.logits = self.k[..., -1].float().contiguous()
         self.inv_freq = rotary_frequencies(d, 1e4, device=device)
         self.row = torch.zeros(1, dtype=torch.int32, device=device)
         self.state: kernels.CacheState = kernels.make_state(
-            num_pages=kv_heads * -(-tokens // 16),
+            num_pages=kv_heads * (-(-tokens // 16) + 2),
             max_seqs=1,
             num_layers=1,
             num_kv_heads=kv_heads,
             head_dim=d,
             max_slots=tokens,
             compress=cr > 1,
+            evict_window=evict_window,
             dtype=dtype,
             device=device,
         )
@@ -61,8 +72,14 @@ class Prompt:
             ends = torch.tensor([0, stop - start], dtype=torch.int32, device=self.q.device)
             positions = torch.arange(start, stop, dtype=torch.int32, device=self.q.device)
             q, k, v = (x[start:stop] for x in (self.q, self.k, self.v))
-            params = kernels.AppendParams(q, k, v, ends, self.row, positions, self.inv_freq, **self.options)
-            done = kernels.append(self.state, 0, params)
+            where = (ends, self.row, positions, self.inv_freq)
+            if self.state.evicts:
+                rule = {"about_self": False, "neuron": NEURON_ALL}
+                params = kernels.EvictParams(q, k, v, self.logits[start:stop], *where, **rule)
+                done = kernels.append_evicting(self.state, 0, params)
+            else:
+                rule = {"bias": 0.0, "epsilon": 2.0**-7, "window": 12, "compress": self.state.compresses}
+                done = kernels.append(self.state, 0, kernels.AppendParams(q, k, v, *where, **rule))
             kernels.prefill_attention(self.state, 0, done, ends, self.row, q.size(-1) ** -0.5)
 
     def dense(self) -> tuple[torch.Tensor, ...]:
@@ -74,6 +91,7 @@ class Prompt:
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, args, device: torch.device) -> dict:
     plain, dmc = (Prompt(shape, args.tokens, cr, dtype, device) for cr in (1, 4))
+    dms = Prompt(shape, args.tokens, 4, dtype, device, EVICT_WINDOW)
     dense = plain.dense()
 
     def reference():
@@ -84,6 +102,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, args, device: torch
         "sdpa": lambda: F.scaled_dot_product_attention(*dense, is_causal=True),
         "CR 1": lambda: plain.prefill(args.tokens, args.chunk),
         "CR 4": lambda: dmc.prefill(args.tokens, args.chunk),
+        "DMS 4": lambda: dms.prefill(args.tokens, args.chunk),
         "reference": reference,
     }
     times = interleave(functions, device, seconds=args.seconds)
@@ -97,7 +116,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, args, device: torch
         "chunk": args.chunk,
         "compression_ratio": args.tokens * shape[1] / slots,
         "ms": {name: spread(values) for name, values in times.items()},
-        "of_sdpa": {name: ratio(times[name], times["sdpa"]) for name in ("CR 1", "CR 4")},
+        "of_sdpa": {name: ratio(times[name], times["sdpa"]) for name in ("CR 1", "CR 4", "DMS 4")},
         "speed_up": ratio(times["reference"], times["CR 4"]),
     }
 
@@ -123,8 +142,8 @@ def cells(f: dict) -> dict[str, object]:
         "heads": f"{f['query_heads']}/{f['heads']}",
         "D": f["head_dim"],
         "dtype": f["dtype"],
-        **{f"{name} ms": ms[name]["median"] for name in ("sdpa", "CR 1", "CR 4")},
-        **{f"{name} / sdpa": share[name]["median"] for name in ("CR 1", "CR 4")},
+        **{f"{name} ms": ms[name]["median"] for name in ("sdpa", "CR 1", "CR 4", "DMS 4")},
+        **{f"{name} / sdpa": share[name]["median"] for name in ("CR 1", "CR 4", "DMS 4")},
         "(quartiles)": quartiles(share["CR 4"]),
         "x reference": speed["median"],
         "quartiles": quartiles(speed, ".1f"),
