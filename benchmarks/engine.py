@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
 
-from megatron.dmc import kernels
 from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.inference.methods import StepTokens
 from megatron.dmc.kernels import active_backend
 
 SEQUENCES_TARGET, DECODE_TARGET, TRANSFORMERS_TARGET = 3.6, 3.0, 1.5
@@ -137,11 +137,10 @@ class StandIn:
         for layer in range(len(self.model.layers)):
             # Above the bias: merge.
             self.k[..., -1] = (torch.rand(self.k.shape[:2], device=self.k.device) < 0.75).to(self.k.dtype) * 2 - 1
+            attention, where = self.model.attention, (batch.cu_seqlens, batch.rows, batch.positions)
             raw = (self.q[:count], self.k[:count], self.v[:count])
-            places = (batch.cu_seqlens, batch.rows, batch.positions)
-            attention = self.model.attention
-            params = kernels.AppendParams(*raw, *places, attention.inv_freq, *attention.rule, partial=False)
-            kernels.append(state, layer, params)
+            tokens = StepTokens(*raw, *where, attention.inv_freq, decisions=None, partial=False)
+            attention.method.append(state, layer, tokens)
         return torch.zeros(batch.logits_at.numel(), info.model.vocab_size, device=self.k.device)
 
 
@@ -180,7 +179,7 @@ def budget(context: int, sequences: int, args: argparse.Namespace, dtype: torch.
     """Bytes of the cache for so many sequences of a plain model, and for what they decode here."""
     heads, longest = args.layers * args.heads, context + ROOM
     pages = sequences * heads * -(-longest // PAGE)
-    rows = sequences * row_bytes(heads, args.head_dim, longest, PAGE, 0, dtype)
+    rows = sequences * row_bytes(heads, longest, PAGE)
     return pages * (page_bytes(PAGE, args.head_dim, dtype) + 8) + rows
 
 

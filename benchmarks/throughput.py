@@ -37,7 +37,7 @@ from megatron.dmc.checkpoint.mapping import to_hf_config
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.inference import Engine, EngineConfig, StepOutput, dummy
 from megatron.dmc.inference.bench import Iteration, Workload, iterate, random_prompts
-from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.inference.cache import page_bytes, ring_bytes, row_bytes
 from megatron.dmc.kernels import active_backend
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
@@ -85,7 +85,7 @@ def engine(
         heads, ring = model.num_layers * model.kv_heads, DMCConfig().window if ratio > 1 else 0
         # Half of a head's last page is empty on average.
         each = heads * (longest / ratio / PAGE + 0.5) * page_bytes(PAGE, model.head_dim, dtype)
-        tables = row_bytes(heads, model.head_dim, longest, PAGE, ring, dtype)
+        tables = row_bytes(heads, longest, PAGE, ring_bytes(ring, model.head_dim, dtype))
         rows = max(1, int(HELD * memory / (each + tables)))
     tokens = max(rows, 2048 if device.type == "cuda" else 512)
     settings = EngineConfig(

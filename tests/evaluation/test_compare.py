@@ -321,11 +321,12 @@ def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, tra
     # What the engine and transformers make of it.
     from transformers import AutoModelForCausalLM
 
-    from megatron.dmc.inference import LLM
+    from megatron.dmc.inference import LLM, SamplingParams
 
     hf = out / "seed1/dms-distillation/2x/hf"
-    with pytest.raises(ValueError, match="not served"):
-        LLM(hf)
+    (result,) = LLM(hf, dtype="float32").generate([[*range(3, 43)]], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    ours = sum(entry.logprob for entry in result.prompt_logprobs[1:]) / 39
     ids = torch.arange(3, 43)[None]
     loss = AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)(ids, labels=ids).loss
     assert float(loss) == pytest.approx(-float(TeacherForced.load(hf).score(ids).log_prob.mean()), rel=1e-4)
+    assert float(loss) == pytest.approx(-ours, rel=1e-4)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Optional
 
 import torch
-from helpers.exported import CASES, VOCABULARY, Exported, tokens
+from helpers.exported import CASES, DMS_CASES, VOCABULARY, Exported, tokens
 from torch import Tensor
 
 from megatron.dmc.inference import Engine, EngineConfig, SamplingParams, StepOutput
@@ -18,8 +19,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 class Model:
     """One exported model with prompts of many lengths; the oracle's answers are computed once."""
 
-    def __init__(self, directory: Path, case: str, measured_cr: float = 4.0) -> None:
-        settings = CASES[case]
+    def __init__(
+        self, directory: Path, case: str = "", measured_cr: float = 4.0, settings: Optional[dict] = None
+    ) -> None:
+        """The model of a case, or of other ``settings``."""
+        settings = settings or {**CASES, **DMS_CASES}[case]
         self.exported, self.path = Exported(directory, **settings), str(directory)
         config = json.loads((directory / "config.json").read_text())
         family = "qwen2" if settings.get("qkv_bias") else "qwen3" if settings.get("qk_norm") else "llama"
@@ -66,6 +70,20 @@ def all_back(engine: Engine) -> None:
     assert engine.cache.free_rows == engine.cache.rows == engine.sizes.max_num_seqs + engine.sizes.max_prefix_snapshots
     stats = engine.stats()
     assert stats.pages_used == stats.pages_cached == stats.running == stats.waiting == 0
+
+
+def live_slots(engine: Engine) -> int:
+    """Slots that live rows hold by the device's tables, each counted once."""
+    state, found = engine.cache.state, set()
+    size, columns = state.page_size, state.recent_table.size(3)
+    for row in engine.cache.live.nonzero()[0].tolist():
+        tables = (x[row].tolist() for x in (state.page_table, state.recent_table, state.lengths, state.segment))
+        for heads in zip(*tables):
+            for kept, recent, length, seen in zip(*heads):
+                found |= {(kept[n // size], n % size) for n in range(length)}
+                window = range(max(0, seen - 1 - state.evict_window), seen) if state.evicts else ()
+                found |= {(recent[n // size % columns], n % size) for n in window}
+    return len(found)
 
 
 def ids_of(outputs: list[StepOutput]) -> tuple[int, ...]:

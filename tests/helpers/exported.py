@@ -83,6 +83,7 @@ class Exported:
         stage: str = "finetune",
         seed: int = 0,
         dms: dict | None = None,
+        positions: int = 256,
     ) -> None:
         self.directory, self.bias, self.window, self.g, self.d, self.stage = (
             directory,
@@ -130,7 +131,7 @@ class Exported:
             "head_dim": self.d,
             "rms_norm_eps": 1e-5,
             "vocab_size": VOCABULARY,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": positions,
             "tie_word_embeddings": tied,
             "hidden_act": "silu",
         }

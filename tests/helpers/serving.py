@@ -67,7 +67,7 @@ def make_prompts(
     tokenizer: object, vocab_size: int, max_model_len: int, settings: PromptSettings | None = None
 ) -> Prompts:
     """Prompts as a server with an endless cache makes them."""
-    cache = SimpleNamespace(num_pages=1, pages_at=lambda tokens: 1)
+    cache = SimpleNamespace(num_pages=1, pages_at=lambda tokens, compression_ratio: 1)
     return Prompts(InputProcessor(tokenizer, vocab_size, max_model_len, cache, 1.0, "the model"), settings)
 
 

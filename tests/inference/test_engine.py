@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import families
 from helpers.engines import GREEDY, Model, all_back, drain, full_logprobs, ids_of
-from helpers.exported import CASES, GROUPS, LAYERS, VOCABULARY
+from helpers.exported import CASES, DMS_CASES, GROUPS, LAYERS, VOCABULARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 # ----------------------------------------------------------------------------------------------------- the same tokens
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *DMS_CASES])
 def test_logits_and_tokens_equal_the_oracle(case: str, models) -> None:
     """Every position's log-probabilities, of prompt and answer, within 1e-4; prompts read whole and in chunks."""
     model = models(case)
@@ -93,7 +93,7 @@ def test_half_precision_runs(dtype: str, models) -> None:
     assert (full_logprobs(outputs)[0] - model.logprobs(prompt)[-1]).abs().median() < 0.3
 
 
-@pytest.mark.parametrize("case", ["half", "unbounded", "no merging", "qwen 3"])
+@pytest.mark.parametrize("case", ["half", "unbounded", "no merging", "qwen 3", "adapter, self"])
 def test_batch_composition_does_not_matter(case: str, models) -> None:
     """Prompts of many lengths at once, more than there are rows, chunks beside decoding: each as if it were alone."""
     model = models(case)
@@ -108,12 +108,12 @@ def test_batch_composition_does_not_matter(case: str, models) -> None:
     assert stats.generation_tokens == 240 and stats.prompt_tokens == sum(map(len, prompts))
 
 
-@pytest.mark.parametrize("case", ["half", "llama 3", "no merging"])
+@pytest.mark.parametrize("case", ["half", "llama 3", "no merging", "query"])
 def test_preempted_or_not(case: str, models) -> None:
     """A pool that is too small for all: sequences give their pages back, read their tokens again, and say the same."""
     model = models(case)
     prompts = [model.prompt(n, seed) for seed, n in enumerate((14, 3, 40, 14))]
-    pages = {"half": 20, "llama 3": 18, "no merging": 28}[case]
+    pages = {"half": 20, "llama 3": 18, "no merging": 28, "query": 28}[case]
     engine = model.engine(num_pages=pages, max_num_seqs=4, max_num_batched_tokens=200)
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=60))
@@ -141,7 +141,7 @@ ACTIONS = st.lists(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(
-    case=st.sampled_from(["half", "llama 3", "no merging"]),
+    case=st.sampled_from(["half", "llama 3", "no merging", "adapter"]),
     actions=ACTIONS,
     rows=st.integers(2, 6),
     chunk=st.integers(6, 64),

@@ -49,7 +49,7 @@ def test_sizes() -> None:
     assert sizes[-4:] == [256, 272, 288, 300] and sizes == sorted(set(sizes))
 
 
-@pytest.mark.parametrize("case", ["half", "unbounded", "qwen 2"])
+@pytest.mark.parametrize("case", ["half", "unbounded", "qwen 2", "query"])
 @pytest.mark.parametrize("seqs", [1, 3, 8])
 def test_the_same_tokens(case: str, seqs: int, recorded: list[int], tmp_path: Path) -> None:
     model = Model(tmp_path / "model", case)

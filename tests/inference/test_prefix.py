@@ -21,8 +21,11 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 # miss
 
 
+CASES = ["half", "window", "unbounded", "no merging", "one slot", "llama 3", "qwen 3", "query", "adapter, self"]
+
+
 @pytest.mark.parametrize("chunk", [512, 9])
-@pytest.mark.parametrize("case", ["half", "window", "unbounded", "no merging", "one slot", "llama 3", "qwen 3"])
+@pytest.mark.parametrize("case", CASES)
 def test_hits_and_misses_have_the_same_logits(case: str, chunk: int, models) -> None:
     """The same prompt, a longer one, ones that part from it, and the next turn of a conversation."""
     model = models(case)
@@ -112,16 +115,18 @@ def test_answers_of_one_request_share_its_prompt(length: int, rows: int, models)
     assert len(set(several)) == 4
 
 
-def test_shared_pages_are_counted_once(models) -> None:
-    model = models("no merging")
+# Pages per head: three full ones once, the fourth in each of four answers, and in the snapshot of the prompt; beside it
+# that of the latest four tokens where there is a window.
+@pytest.mark.parametrize(("case", "used", "snapshot"), [("no merging", 3 + 4, 1), ("no eviction", 3 + 4 + 4, 2)])
+def test_shared_pages_are_counted_once(case: str, used: int, snapshot: int, models) -> None:
+    model = models(case)
     engine = model.engine(num_pages=100, max_num_seqs=4, max_prefix_snapshots=4)
     engine.add_request("a", model.prompt(60), dataclasses.replace(SHORT, n=4))
     for _ in range(2):
         engine.step()
         engine.cache.check_integrity()
     stats = engine.stats()
-    # Three full pages per head once, the fourth in each of four answers, and in the snapshot of the prompt.
-    assert (stats.running, stats.pages_used, stats.pages_cached) == (4, HEADS * (3 + 4), HEADS)
+    assert (stats.running, stats.pages_used, stats.pages_cached) == (4, HEADS * used, HEADS * snapshot)
     assert stats.slots_used == HEADS * (48 + 13 + 3 * 12) and stats.tokens_held == 61 + 3 * 60
     assert (
         stats.waste == pytest.approx(1 - stats.slots_used / (16 * stats.pages_used)) and stats.compression_ratio == 1.0

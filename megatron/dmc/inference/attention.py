@@ -5,12 +5,13 @@ model, another server's) hands over queries, keys and values.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Optional, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron.dmc import kernels
+from megatron.dmc.inference.methods import StepTokens, method_of
 from megatron.dmc.inference.weights import ModelInfo
 from megatron.dmc.kernels.state import CacheState
 from megatron.dmc.ops import attention_factor, rotary_frequencies
@@ -30,29 +31,38 @@ class Step(Protocol):
 
 
 class CompressedAttention:
-    """Attention of a model's layers by its rule of merging. Holds no weights and no state of sequences."""
+    """Attention of a model's layers by its compression method. Holds no weights and no state of sequences."""
 
     def __init__(self, info: ModelInfo, device: torch.device) -> None:
-        c, dmc = info.model, info.dmc
+        c = info.model
+        self.method = method_of(info)
         self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
         # YaRN's factor is on rotated queries and keys alike.
         self.scale = attention_factor(c.rope_scaling) ** 2 / math.sqrt(c.head_dim)
-        epsilon = dmc.importance_epsilon if dmc else 0.0
-        self.rule = (info.decision_bias, epsilon, info.window, info.compresses)
 
-    def __call__(self, state: CacheState, layer: int, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+    def __call__(
+        self,
+        state: CacheState,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: Step,
+        decisions: Optional[Tensor] = None,
+    ) -> Tensor:
         """Append a step's tokens to one layer's cache, and attend.
 
         Args:
             q: [T, Hq, D], before the rotation.
             k, v: [T, H, D], likewise.
+            decisions: [T, H or 1] of an adapter, where the model has them.
 
         Returns:
             [T, Hq, D]
         """
         d, chunks = step.decoding, step.decoding < step.rows.numel()
-        tokens = (q, k, v, step.cu_seqlens, step.rows, step.positions, self.inv_freq)
-        done = kernels.append(state, layer, kernels.AppendParams(*tokens, *self.rule, partial=chunks))
+        where = (step.cu_seqlens, step.rows, step.positions, self.inv_freq)
+        done = self.method.append(state, layer, StepTokens(q, k, v, *where, decisions, partial=chunks))
         parts = []
         if d:
             parts.append(kernels.decode_attention(state, layer, done.q_rot[:d], step.rows[:d], self.scale))

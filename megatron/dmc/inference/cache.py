@@ -6,7 +6,8 @@ own in every head. Tensor-parallel ranks hold different heads, which merge diffe
 and what is asked for must fit on each.
 
 Rows hold sequences or snapshots. Those that were forked from one another share pages; the host counts every shared page
-once.
+once. The recent pages of a model that evicts are counted apart (``recent_pages.py``): what follows about slots and
+pages without more words is about the kept ones, which are all that other models have.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from megatron.dmc import kernels
 from megatron.dmc.inference.parallel import TensorParallel
+from megatron.dmc.inference.recent_pages import RecentPages, Window
 from megatron.dmc.kernels.state import REFUSED, CacheState, make_state
 
 
@@ -78,6 +80,8 @@ class PagedCache:
         self.rows, layers, heads = state.lengths.shape
         self.page_size, self.num_pages = state.page_size, state.num_pages
         self.shape = (layers, heads)
+        self.window = Window(state.evict_window, self.page_size)
+        self._recent = RecentPages(self.rows, self.window)
         self._shift = self.page_size.bit_length() - 1  # pages have a power of two of slots
         self.lengths = np.zeros((self.rows, parallel.size, layers * heads), dtype=np.int32)
         """Host copy of the slots of each head: int32 [rows, ranks, layers * heads]."""
@@ -96,6 +100,11 @@ class PagedCache:
         self._all_shared, self._live_shared = (np.zeros(parallel.size, dtype=np.int64) for _ in range(2))
 
     @property
+    def heads(self) -> int:
+        """Heads of one rank, over all layers."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def free_rows(self) -> int:
         return len(self._free_rows)
 
@@ -104,24 +113,41 @@ class PagedCache:
         # In 32 bits: numpy's sum would convert to 64 first, which takes as long again.
         return np.add.reduce((slots + (self.page_size - 1)) >> self._shift, axis=-1, dtype=np.int32)
 
-    def pages_at(self, tokens: float) -> int:
-        """Pages on one rank of a new sequence with ``tokens`` slots in every head."""
-        return int(-(-tokens // self.page_size)) * self.shape[0] * self.shape[1]
+    def pages_at(self, tokens: int, compression_ratio: float = 1.0) -> int:
+        """Pages of both kinds on one rank of a new sequence of ``tokens`` tokens.
+
+        Args:
+            compression_ratio: tokens per slot, of those beyond an eviction window.
+        """
+        kept = -(-self.window.beyond(tokens) / compression_ratio // self.page_size)
+        return (int(kept) + int(self.window.held(tokens))) * self.heads
+
+    def held_pages(self, row: int) -> np.ndarray:
+        """Pages of both kinds of a row, shared ones included: [ranks]."""
+        return self._pages[row] + self.heads * self.window.held(self.tokens[row])
 
     def free_pages(self) -> np.ndarray:
         """Pages that no row holds: [ranks]."""
-        return self.num_pages - (self._pages - self._shared_pages).sum(0) - self._all_shared
+        kept = (self._pages - self._shared_pages).sum(0) + self._all_shared
+        return self.num_pages - kept - self.heads * self._recent.total
 
     def available_pages(self) -> np.ndarray:
         """Pages that no sequence holds, free ones and those of snapshots alone: [ranks]."""
-        return self.num_pages - (self._pages - self._shared_pages)[self.live].sum(0) - self._live_shared
+        kept = (self._pages - self._shared_pages)[self.live].sum(0) + self._live_shared
+        return self.num_pages - kept - self.heads * self._recent.live
 
     def growth(self, rows: list[int], tokens: list[int]) -> np.ndarray:
-        """Pages that each row takes at worst for so many tokens more: [n, ranks]."""
+        """Pages of both kinds that each row takes at worst for so many tokens more: [n, ranks]."""
+        before, more, window = self.tokens[rows], np.asarray(tokens), self.window
         if tokens and min(tokens) == max(tokens) == 1:  # of a decode step: nothing is to be looked at head by head
-            return self._full[rows]
-        after = self.lengths[rows] + np.asarray(tokens, dtype=np.int32)[:, None, None]
-        return self.pages_for(after) - self._pages[rows]
+            kept = self._full[rows]
+            if not window.size:
+                return kept
+            kept = kept * (before > window.size)[:, None]
+        else:
+            slots = window.beyond(before + more) - window.beyond(before)
+            kept = self.pages_for(self.lengths[rows] + slots.astype(np.int32)[:, None, None]) - self._pages[rows]
+        return kept + self.heads * window.taken(before, more)[:, None]
 
     def most_tokens(self, row: int, pages: np.ndarray, wanted: int) -> int:
         """Largest number of tokens, up to ``wanted``, that takes at most ``pages`` ([ranks]) more of
@@ -155,6 +181,7 @@ class PagedCache:
                 self._all_shared -= shared.pages
                 shared = shared.parent
             self._base[row] = None
+            self._recent.release(row)
         for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
             x[rows] = 0
         self._full[rows] = self.lengths[0, 0].size
@@ -168,8 +195,9 @@ class PagedCache:
         return np.maximum(lengths - 1, 0) // self.page_size if self.state.compresses else lengths // self.page_size
 
     def copies(self, row: int) -> np.ndarray:
-        """Pages that a copy of a row takes: [ranks]."""
-        return self._pages[row] - self._final(row).sum(-1)
+        """Pages of both kinds that a copy of a row takes: [ranks]."""
+        recent = bool(self.window.size and self.tokens[row] % self.page_size)
+        return self._pages[row] - self._final(row).sum(-1) + self.heads * recent
 
     def fork(self, source: int, live: bool) -> int:
         """Copy a row: returns a new one in the same state. There must be a free row, and pages for the copies."""
@@ -189,6 +217,7 @@ class PagedCache:
         shared = self._base[row] = self._base[source]
         if shared is not None:
             shared.holders += 1
+        self._recent.fork(source, row, int(self.tokens[row]))
         if live:
             self.resume(row)
         return row
@@ -196,6 +225,8 @@ class PagedCache:
     def park(self, row: int) -> None:
         """Turn a sequence's row into a snapshot."""
         shared = self._base[row] if self.live[row] else None
+        if self.live[row]:
+            self._recent.set_live(row, False)
         self.live[row] = False
         while shared is not None:
             shared.live -= 1
@@ -207,6 +238,7 @@ class PagedCache:
     def resume(self, row: int) -> None:
         """Turn a snapshot's row into a sequence's."""
         self.live[row], shared = True, self._base[row]
+        self._recent.set_live(row, True)
         while shared is not None:
             shared.live += 1
             if shared.live > 1:
@@ -221,7 +253,7 @@ class PagedCache:
         pages, shared = self._pages[row] - self._shared_pages[row], self._base[row]
         while shared is not None and not shared.live:
             pages, shared = pages + shared.pages, shared.parent
-        return pages
+        return pages + self.heads * self._recent.dormant(row)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -230,7 +262,12 @@ class PagedCache:
 
         The one wait for the device in a step. Raises ``RuntimeError`` when the device ran out of pages.
         """
-        self.tokens[rows] += np.asarray(counts)
+        before = self.tokens[rows]
+        after = self.tokens[rows] = before + np.asarray(counts)
+        if self.window.size:
+            moved = self.window.begin(after) != self.window.begin(before)
+            for i in np.flatnonzero(moved | (self.window.end(after) != self.window.end(before))).tolist():
+                self._recent.advance(rows[i], bool(self.live[rows[i]]), int(after[i]))
         index = torch.tensor(rows, device=self.state.lengths.device)
         lengths = self.state.lengths[index].flatten(1)
         # One row more, so that it costs no wait of its own: heads that a GPU had to refuse.
@@ -251,15 +288,26 @@ class PagedCache:
         """Cache usage of a row after the last step."""
         layers, heads = self.shape
         # [ranks, L H] -> [L, ranks H]: rank r holds the heads r H ... (r + 1) H - 1
-        slots = self.lengths[row].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
-        return CacheUse(
-            int(self.tokens[row]), tuple(map(tuple, slots.tolist())), int(self._pages[row].sum()), self.page_size
-        )
+        slots = self.slots([row])[0].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
+        pages = int(self.held_pages(row).sum())
+        return CacheUse(int(self.tokens[row]), tuple(map(tuple, slots.tolist())), pages, self.page_size)
+
+    def slots(self, rows: list[int] | np.ndarray) -> np.ndarray:
+        """Slots of each head in pages of both kinds: int [n, ranks, layers * heads]."""
+        return self.lengths[rows] + self.window.inside(self.tokens[rows])[:, None, None]
+
+    def compression_ratio(self, rows: list[int]) -> Optional[float]:
+        """Tokens per slot of some rows, of those beyond an eviction window; None where there are none."""
+        slots, tokens = int(self.lengths[rows].sum()), int(self.window.beyond(self.tokens[rows]).sum())
+        return tokens * self.lengths[0].size / slots if slots else None
 
     def live_slots(self) -> int:
         """Number of slots that sequences hold on all ranks; shared ones count once."""
         own = self.lengths - self._shared * self.page_size
-        return int(own[self.live].sum() + self._live_shared.sum() * self.page_size)
+        kept = int(own[self.live].sum() + self._live_shared.sum() * self.page_size)
+        recent = int(self.window.inside(self.tokens[self.live]).sum())
+        recent -= self._recent.repeated_tokens(self.tokens, self.live)
+        return kept + recent * self.lengths[0].size
 
     def check_integrity(self) -> None:
         """Raise ``RuntimeError`` when a page is lost or counted wrongly, or the host's copy is not the device's."""
@@ -268,9 +316,12 @@ class PagedCache:
         device = self.state.lengths.flatten(1).cpu().numpy()
         if not np.array_equal(device, self.lengths[:, rank]):
             raise RuntimeError("the host's copy of the lengths differs from the device's")
-        pages = -(-torch.from_numpy(self.lengths[self.live, rank]).view(-1, *self.shape, 1) // self.page_size)
-        table = self.state.page_table.cpu()[torch.from_numpy(self.live)]
-        needed = table[torch.arange(table.size(3)) < pages].unique().numel()
+        if self.window.size:
+            seen = self.state.segment.flatten(1).cpu().numpy()
+            if (seen != self.tokens[:, None]).any():
+                raise RuntimeError("the host's count of tokens differs from the device's")
+        held = self.state.held_pages(torch.from_numpy(np.flatnonzero(self.live)))
+        needed = held.ids[held.used].unique().numel()
         for what, there, counted in (
             ("free", self.state.free_count(), self.free_pages()),
             ("available", self.num_pages - needed, self.available_pages()),
@@ -293,6 +344,21 @@ def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
     return 2 * page_size * head_dim * dtype.itemsize
 
 
-def row_bytes(heads: int, head_dim: int, max_slots: int, page_size: int, ring: int, ring_dtype: torch.dtype) -> int:
-    """Size in bytes of one row without its pages, for ``heads`` heads over all layers: page table, ring, lengths."""
-    return heads * (4 * -(-max_slots // page_size) + ring * (2 * head_dim * ring_dtype.itemsize + 4) + 8)
+def row_bytes(heads: int, max_slots: int, page_size: int, own: int = 0) -> int:
+    """Size in bytes of one row without its pages, for ``heads`` heads over all layers: page table, lengths, and what a
+    compression method keeps besides.
+
+    Args:
+        own: bytes of a head by :func:`ring_bytes` or :func:`window_bytes`.
+    """
+    return heads * (4 * -(-max_slots // page_size) + 8 + own)
+
+
+def ring_bytes(places: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Size in bytes of one head's ring of tokens of the open slot."""
+    return places * (2 * head_dim * dtype.itemsize + 4)
+
+
+def window_bytes(window: int, page_size: int) -> int:
+    """Size in bytes of one head's table of recent pages, and of its marks."""
+    return 4 * (-(-window // page_size) + 2) + window + 2

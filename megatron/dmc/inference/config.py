@@ -14,6 +14,7 @@ from megatron.dmc.checkpoint.formats.base import Given
 from megatron.dmc.config import ModelConfig
 from megatron.dmc.inference import dummy
 from megatron.dmc.inference.cache import page_bytes, row_bytes
+from megatron.dmc.inference.methods import method_of
 from megatron.dmc.inference.weights import ModelInfo
 
 
@@ -170,10 +171,9 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
         raise ValueError(f"max_model_len is {longest}; the model has {model.max_position_embeddings} positions")
     tokens = config.max_num_batched_tokens or (2048 if device.type == "cuda" else 512)
     heads = model.num_layers * model.kv_heads // config.tensor_parallel_size
-    ring = 0 if not info.compresses else 1 if info.window is None else info.window
-    per_row = row_bytes(
-        heads, model.head_dim, longest, config.block_size, ring, torch.float32 if info.window is None else dtype
-    )
+    method = method_of(info)
+    own = method.head_bytes(model.head_dim, config.block_size, dtype)
+    per_row = row_bytes(heads, longest, config.block_size, own)
     if config.enable_prefix_caching:
         per_row += 4 * model.vocab_size  # the logits of a snapshot
     per_page = page_bytes(config.block_size, model.head_dim, dtype)
@@ -192,5 +192,5 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
             f"the cache would have {max(0, pages)} pages, and the {heads} heads of all layers take one each for a "
             f"first token; give kv_cache_memory_bytes {needed} or more"
         )
-    most = rows * heads * -(-longest // config.block_size)
+    most = rows * heads * method.most_pages(longest, config.block_size)
     return Sizes(longest, rows, snapshots, tokens, min(pages, most), per_page, per_row)

@@ -138,8 +138,7 @@ class Engine:
             head_dim=model.head_dim,
             max_slots=sizes.max_model_len,
             page_size=self.config.block_size,
-            window=info.window,
-            compress=info.compresses,
+            **model.attention.method.state_options(),
             dtype=dtype,
             device=self.device,
         )
@@ -319,9 +318,10 @@ class Engine:
         pages, slots = cache.num_pages * self.parallel.size, cache.live_slots()
         used = pages - int(cache.available_pages().sum())
         cached = pages - used - int(cache.free_pages().sum())
-        held, whole = int(cache.tokens[live].sum()), int(cache.lengths[live].sum())
+        held, by_head = int(cache.tokens[live].sum()), cache.slots(live)
         # [rows, ranks, L H] -> [L]
-        layers = cache.lengths[live].sum((0, 1)).reshape(cache.shape).sum(1).tolist()
+        layers = by_head.sum((0, 1)).reshape(cache.shape).sum(1).tolist()
+        whole = sum(layers)
         states = held * cache.lengths[0].size // len(layers)
         return EngineStats(
             running=len(self.scheduler.running),

@@ -142,7 +142,7 @@ class InputProcessor:
         if params.stop and self.tokenizer is None:
             message = f"stop is {list(params.stop)}, and there is no tokenizer; use stop_token_ids"
             raise InvalidRequest(message, "stop")
-        pages = self.cache.pages_at((len(ids) + 1) / self.expected_cr)
+        pages = self.cache.pages_at(len(ids) + 1, self.expected_cr)
         if pages > self.cache.num_pages:
             raise InvalidRequest(
                 f"the prompt has {len(ids)} tokens and would take {pages} pages at the model's compression ratio of "

@@ -8,6 +8,7 @@ tensor-parallel rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,19 @@ class InputBatch:
     """Index of each token whose logits are wanted: int64 [m]."""
 
 
+class Adapter(NamedTuple):
+    """Layer of its own that decides: linear, after an RMSNorm of the hidden state."""
+
+    norm: Tensor
+    """[h]"""
+    weight: Tensor
+    """[H, h], or [1, h] where all heads of a layer decide alike."""
+
+    def __call__(self, hidden: Tensor, epsilon: float) -> Tensor:
+        """Decisions of hidden states before the layer's input norm: [T, h] -> [T, H or 1]."""
+        return linear(kernels.rms_norm(hidden, self.norm, epsilon), self.weight)
+
+
 @dataclass(frozen=True)
 class Layer:
     """Weights of one layer: this tensor-parallel rank's part."""
@@ -51,6 +65,8 @@ class Layer:
     q_norm: Tensor | None
     k_norm: Tensor | None
     """[D]"""
+    adapter: Adapter | None
+    """What decides, where that is no neuron of keys or queries."""
     out: Tensor
     """[h, Hq D]"""
     mlp_norm: Tensor
@@ -69,11 +85,22 @@ def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool) -> Layer:
         qkv_bias=reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None,
         q_norm=reader.whole(attention + "q_norm.weight") if qk_norm else None,
         k_norm=reader.whole(attention + "k_norm.weight") if qk_norm else None,
+        adapter=_read_adapter(reader, attention + "dms_proj_alpha"),
         out=reader.columns(attention + "o_proj.weight"),
         mlp_norm=reader.whole(name + "post_attention_layernorm.weight"),
         gate_up=reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")]),
         down=reader.columns(mlp + "down_proj.weight"),
     )
+
+
+def _read_adapter(reader: Reader, name: str) -> Adapter | None:
+    """Rows of this rank's KV heads, or the one that decides for a whole layer; None where the model has no adapters."""
+    weight = f"{name}.weight"
+    if weight not in reader.shapes:
+        return None
+
+    rows = reader.whole(weight) if reader.shapes[weight][0] == 1 else reader.rows([weight])
+    return Adapter(reader.whole(f"{name}_norm.weight"), rows)
 
 
 class Model:
@@ -109,7 +136,8 @@ class Model:
         tensors = [
             self.embedding,
             self.norm,
-            *(x for layer in self.layers for x in vars(layer).values() if x is not None),
+            *(x for layer in self.layers for x in vars(layer).values() if isinstance(x, Tensor)),
+            *(x for layer in self.layers for x in layer.adapter or ()),
         ]
         if self.head is not self.embedding:
             tensors.append(self.head)
@@ -125,7 +153,7 @@ class Model:
                 y = kernels.rms_norm(x, layer.input_norm, epsilon)
             else:
                 x, y = kernels.add_rms_norm(x, delta, layer.input_norm, epsilon)
-            delta = self.parallel.sum(self._attend(n, layer, y, batch, state))
+            delta = self.parallel.sum(self._attend(n, layer, x, y, batch, state))
             x, y = kernels.add_rms_norm(x, delta, layer.mlp_norm, epsilon)
             delta = self.parallel.sum(linear(kernels.silu_and_mul(linear(y, layer.gate_up)), layer.down))
         at = batch.logits_at
@@ -143,10 +171,10 @@ class Model:
         x = F.embedding(local.masked_fill(~here, 0), self.embedding).masked_fill(~here[:, None], 0.0)
         return self.parallel.sum(x)
 
-    def _attend(self, n: int, layer: Layer, x: Tensor, batch: InputBatch, state: CacheState) -> Tensor:
-        """Attention over the cache: [T, h] -> [T, h], this rank's share of the sum."""
-        q, k, v = self._project(layer, x)
-        mixed = self.attention(state, n, q, k, v, batch)
+    def _attend(self, n: int, layer: Layer, hidden: Tensor, x: Tensor, batch: InputBatch, state: CacheState) -> Tensor:
+        """Attention over the cache: [T, h] -> [T, h], this rank's share of the sum. hidden: x before its norm."""
+        decisions = layer.adapter and layer.adapter(hidden, self.info.model.norm_epsilon)
+        mixed = self.attention(state, n, *self._project(layer, x), batch, decisions)
         # [T, Hq, D] -> [T, Hq D]
         return linear(mixed.flatten(1), layer.out)
 

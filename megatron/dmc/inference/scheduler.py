@@ -113,12 +113,8 @@ class Scheduler:
 
     def observed_cr(self) -> float:
         """Tokens per slot to expect of a new sequence: what the model promises, or less when running ones have less."""
-        rows = [s.row for s in self.running]
-        slots = int(self.cache.lengths[rows].sum()) if rows else 0
-        if slots == 0 or self.expected_cr == 1:
-            return self.expected_cr
-        heads = self.cache.lengths[0].size
-        return max(1.0, min(self.expected_cr, float(self.cache.tokens[rows].sum()) * heads / slots))
+        observed = self.cache.compression_ratio([s.row for s in self.running]) if self.expected_cr > 1 else None
+        return self.expected_cr if observed is None else max(1.0, min(self.expected_cr, observed))
 
 
 class _Step:
@@ -255,21 +251,21 @@ class _Step:
 
     def _expected_pages(self, sequence: Sequence, cr: float) -> tuple[Optional[Node], np.ndarray]:
         """The snapshot to continue from, and the pages that the prompt is expected to take: never more than without."""
-        whole = np.full_like(self.free, self.cache.pages_at(len(sequence.token_ids) / cr))
+        whole = np.full_like(self.free, self.cache.pages_at(len(sequence.token_ids), cr))
         for node in self.manager.match_prefix(sequence):
             cost = self.cache.cost(node.row)
             if (cost <= self.free).all():
-                rest = np.maximum(0, whole - self.cache.pages_for(self.cache.lengths[node.row]))
+                rest = np.maximum(0, whole - self.cache.held_pages(node.row))
                 return node, np.minimum(whole, cost + rest)
         return None, whole
 
     def _owed_pages(self, sequence: Sequence, cr: float) -> int:
         """Pages that the rest of a prompt is expected to take after this step."""
-        held = self.cache.pages_for(self.cache.lengths[sequence.row])
+        held = self.cache.held_pages(sequence.row)
         part = next((p for p in (*self.chunks, *self.single) if p.sequence is sequence), None)
         if part is not None:
             held = held + self.cache.growth([sequence.row], [part.num_tokens])[0]
-        return max(0, self.cache.pages_at(len(sequence.token_ids) / cr) - int(held.max()))
+        return max(0, self.cache.pages_at(len(sequence.token_ids), cr) - int(held.max()))
 
 
 def _insert(sequences: list[Sequence], sequence: Sequence) -> None:

@@ -17,9 +17,10 @@ from megatron.dmc.checkpoint.tensors import has_only_finite
 from megatron.dmc.config import DMCConfig, ModelConfig
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
+from megatron.dmc.kernels.state import MAX_EVICT_WINDOW
 
 NEVER = 1e9
-"""Decision bias above any logit: a model of stage zero_out appends every token, with the neuron out of attention."""
+"""Decision bias above any logit: a model of stage zero_out marks no token, with the neuron out of attention."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class ModelInfo:
     stage: Optional[str]
     """Stage of the retrofit; None for a plain model."""
     expected_cr: float
-    """Tokens per slot that the model was measured, or trained, to reach; 1 when it does not merge."""
+    """Tokens per slot that the model was measured, or trained, to reach; 1 when it does not compress. Under method dms
+    of tokens that are older than the window.
+    """
     dtype: torch.dtype
     """Data type of the weights: the one that config.json names, or that most bytes in the files have."""
     eos: tuple[int, ...]
@@ -41,17 +44,15 @@ class ModelInfo:
 
     def check_served(self) -> None:
         """Raise ``ValueError`` for a model that only ``megatron.dmc.evaluation`` can run."""
-        if self.dmc is not None and self.dmc.method != "dmc":
+        if self.dmc is not None and self.dmc.evicts and (self.dmc.window or 0) > MAX_EVICT_WINDOW:
             raise ValueError(
-                f"{self.path} was trained with method {self.dmc.method}, which is evaluated "
-                "(megatron.dmc.evaluation) and not served; retrofit with method dmc"
+                f"{self.path} evicts after {self.dmc.window} tokens (dmc.window in config.json); the engine takes "
+                f"windows of method dms up to {MAX_EVICT_WINDOW}"
             )
 
     @property
     def compresses(self) -> bool:
-        """Whether the decision neuron is taken out of attention.
-        (A model of stage zero_out never merges all the same.)
-        """
+        """Whether the model makes decisions. (One of stage zero_out never marks a token all the same.)"""
         return self.dmc is not None
 
     @property
