@@ -169,7 +169,7 @@ def slow_policies(exported: Exported, length: int) -> dict:
 
 
 WHOLE = {name: CASES[name] for name in ("window", "every head", "zero_out")}
-WHOLE |= {name: case for name, case in DMS_CASES.items() if case["dms"].get("source") != "adapter"}
+WHOLE |= DMS_CASES
 
 
 @pytest.mark.parametrize("case", WHOLE)

@@ -261,7 +261,7 @@ def write_hf(source: Source, save: Path, overwrite: bool, tokenizer: Optional[st
         (directory / "config.json").write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
         write_files(directory, files)
         if source.is_dmc:
-            for path in REMOTE_CODE.glob("*_dmc.py"):
+            for path in REMOTE_CODE.glob("*_dm[cs].py"):
                 shutil.copyfile(path, directory / path.name)
         (directory / "README.md").write_text(model_card(source), encoding="utf-8")
         checksums.write_file(directory, crc32)

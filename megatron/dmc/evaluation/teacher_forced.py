@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint.formats import adapter
+from megatron.dmc.checkpoint.formats import adapter, hf
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
 from megatron.dmc.inference.model import Model, linear
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.weights import dtype_of, read_info
-from megatron.dmc.ops import decision_logits
+from megatron.dmc.inference.weights import ModelInfo, Reader, dtype_of, read_info
+from megatron.dmc.ops import attention_factor, decision_logits, rotary_frequencies
 
 LOGITS = 1024  # tokens whose logits are in memory at once
 
@@ -79,6 +79,24 @@ class Scored:
 
 class TeacherForced(Model):
     """A Llama-family model, plain or exported with a ``dmc`` block, whose attention is a policy's."""
+
+    def __init__(
+        self,
+        directory: hf.HFDirectory,
+        info: ModelInfo,
+        parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(directory, info, parallel, dtype, device)
+        c = info.model
+        self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
+        self.rotary_factor = attention_factor(c.rope_scaling)
+        self.adapters: list[tuple[Tensor, Tensor]] = []  # of every layer: weights of its norm [h], and [H or 1, h]
+        if info.dmc is not None and info.dmc.decision_source == "adapter":
+            reader = Reader(directory, info, parallel, dtype, device)
+            names = [f"model.layers.{n}.self_attn.dms_proj_alpha" for n in range(c.num_layers)]
+            self.adapters = [(reader.whole(f"{name}_norm.weight"), reader.whole(f"{name}.weight")) for name in names]
 
     @classmethod
     def load(
@@ -142,27 +160,34 @@ class TeacherForced(Model):
         parts = zip(tokens.split(batch), labels.split(batch))
         return Scored.cat([self._score(part.to(self.device), after.to(self.device), policy) for part, after in parts])
 
-    def _decision_logits(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """Decision logits of queries [b, np, s, D] and keys [b, ng, s, D] before the rotation: fp32 [b, ng, s]; None
-        for a plain model.
+    def _decision_logits(self, n: int, x: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        """Decision logits in layer n: fp32 [b, ng, s]; None for a plain model.
+
+        Args:
+            x: hidden states before the layer's input norm, [b, s, h].
+            q, k: [b, np, s, D] and [b, ng, s, D], before the rotation.
         """
         dmc = self.info.dmc
         if dmc is None:
             return None
-        x = k if dmc.decision_source == "key" else q[:, :: q.size(1) // k.size(1)]
-        return decision_logits(x[..., -1], self.info.decision_bias, dmc.decision_scale)
+        if self.adapters:
+            norm, weight = self.adapters[n]
+            y = F.linear(self._normed(x, norm), weight).transpose(1, 2).expand(-1, k.size(1), -1)
+        else:
+            y = (k if dmc.decision_source == "key" else q[:, :: q.size(1) // k.size(1)])[..., -1]
+        return decision_logits(y, self.info.decision_bias, dmc.decision_scale)
 
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
         (b, s), d = tokens.shape, self.head_dim
         x, slots = self._embed(tokens.flatten()), []
-        for layer in self.layers:
+        for n, layer in enumerate(self.layers):
             # [b * s, heads, D] -> [b, heads, s, D]
             q, k, v = (
                 y.view(b, s, -1, d).transpose(1, 2).contiguous()
                 for y in self._project(layer, self._normed(x, layer.input_norm))
             )
             neuron = "none" if self.info.dmc is None else self.info.dmc.neuron
-            logits = self._decision_logits(q, k)
+            logits = self._decision_logits(n, x.view(b, s, -1), q, k)
             attended = policy.attend(Projections(q, k, v, self.inv_freq, neuron, self.rotary_factor, logits))
             slots.append(attended.slots.to(torch.int32))
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
