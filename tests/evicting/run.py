@@ -1,7 +1,7 @@
 """The engine with models that evict (DMS), in every source of decisions, window and group size: against the model over
 caches of Python lists, and against teacher-forced hard decisions.
 
-    python tests/evicting/run.py --cases 63
+    python tests/evicting/run.py --ranks
 
 Each case is a small random model and a prompt that is longer than its window. Log-probabilities of every position
 within 1e-4 and the same greedy tokens: with the prompt whole, in chunks of any size and token by token, as a hit of the
@@ -135,12 +135,15 @@ def on_two_ranks(model: Model, length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=len(SOURCES) * len(WINDOWS), help="how many models")
-    parser.add_argument("--first", type=int, default=0, help="number of the first one")
+    parser.add_argument("--first", type=int, default=0, help="number of the first model")
+    parser.add_argument("--stop", type=int, default=len(SOURCES) * len(WINDOWS), help="number after the last one")
+    parser.add_argument(
+        "--step", type=int, default=1, help="distance of two; 8 runs every source and every window once"
+    )
     parser.add_argument("--ranks", action="store_true", help="each on two tensor-parallel ranks too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for number in range(args.first, args.first + args.cases):
+    for number in range(args.first, args.stop, args.step):
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             model, length = make(Path(folder) / "model", number)

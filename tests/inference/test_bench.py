@@ -60,6 +60,21 @@ def test_random_weights_merge_as_often_as_they_are_told(ratio: int, bare: Path) 
     assert engine.info.compresses == (ratio > 1)
 
 
+@pytest.mark.parametrize("method", ["dms", None])
+def test_random_weights_evict_as_often_as_they_are_told(method: str | None, bare: Path, tmp_path: Path) -> None:
+    """By a method of one's choice, or by that of the directory: of tokens beyond the window, three of four."""
+    path, window, settings = bare, 256, EngineConfig(max_num_seqs=4)
+    if method is None:
+        dms, window = dict(source="query", scale=100.0), 64
+        path = Model(tmp_path / "model", settings=dict(bias=0.0, window=window, dms=dms, positions=512)).path
+    engine = Engine(dummy.open_directory(path, 4, method), settings)
+    vocabulary = engine.info.model.vocab_size
+    use = iterate(engine, Workload(bench.random_prompts([400] * 4, vocabulary, torch_generator()), [40] * 4)).uses
+    tokens = sum((u.tokens - window - 1) * u.heads for u in use)
+    assert tokens / sum(u.total_slots - (window + 1) * u.heads for u in use) == pytest.approx(4, rel=0.15)
+    assert engine.info.dmc.evicts and engine.info.expected_cr == 4
+
+
 def torch_generator():
     import numpy as np
 

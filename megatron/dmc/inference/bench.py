@@ -27,7 +27,7 @@ from megatron.dmc.inference.sampling_params import SamplingParams
 
 LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"})
 KERNELS = {
-    "append": ("cudaappend)",),
+    "append": ("cudaappend)", "cudaevict)"),
     "attention": ("::attend", "::plan("),
     "linear": ("gemm", "gemv", "cutlass", "nvjet", "cublas", "splitk", "xmma"),
     "communication": ("nccl",),
@@ -241,7 +241,7 @@ def _part(event: Any) -> Optional[str]:
     name = event.name
     if name in ("dmc.schedule", "dmc.sampling", "dmc.forward"):
         return name.removeprefix("dmc.")
-    if name == "dmc::append":
+    if name in ("dmc::append", "dmc::append_evicting"):
         return "append"
     if name in ("dmc::decode_attention", "dmc::prefill_attention"):
         return "attention"

@@ -42,6 +42,9 @@ class BenchConfig:
         default=None, metadata={"nargs": None, "type": numbers(float, 1), "metavar": "CR,..."}
     )
     """Compression ratios of random weights, with --load-format dummy: each model is measured at each (1: plain)."""
+    method: Optional[Literal["dmc", "dms"]] = None
+    """Compression method of random weights, with --compression-ratio: dmc, or dms with adapters and a window of 256.
+    Default: that of the model's config.json, or dmc."""
     tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
     """Directory of the tokenizer. Default: each model's own."""
     n: int = field(default=1, metadata={"type": number(int, 1)})
@@ -62,6 +65,8 @@ class BenchConfig:
     def subjects(self, engine: EngineConfig) -> list[Subject]:
         """Models to measure. Raises ``ValueError`` for a compression ratio of trained weights."""
         if self.compression_ratio is None:
+            if self.method is not None:
+                raise ValueError(f"--method is {self.method}; it goes with --compression-ratio, of random weights")
             return [Subject(model, None) for model in self.models]
         if engine.load_format != "dummy":
             raise ValueError(
@@ -200,7 +205,9 @@ class SideBySide:
             max_num_seqs=self.engine.max_num_seqs or max_num_seqs,
             seed=self.config.seed,
         )
-        path: Any = subject.path if subject.ratio is None else dummy.open_directory(subject.path, subject.ratio)
+        path: Any = subject.path
+        if subject.ratio is not None:
+            path = dummy.open_directory(subject.path, subject.ratio, self.config.method)
         needed = not self.config.disable_detokenize or getattr(self.config, "dataset_path", None)
         return Engine(path, config, load_tokenizer(self.config.tokenizer or subject.path) if needed else None)
 

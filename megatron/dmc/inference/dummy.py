@@ -1,12 +1,13 @@
 """Random weights for a ``config.json``, to measure the speed of a model's shape (``--load-format dummy``).
 
-The decision neuron of a random key is about N(0, 1), token by token, so the decision bias alone sets how often tokens
-merge: a directory that is plain can be measured as a model of any compression ratio.
+The decision of a random key, query or adapter is about N(0, 1), token by token, so the decision bias alone sets how
+often tokens are marked: a directory that is plain can be measured as a model of any compression ratio.
 """
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Optional
@@ -19,6 +20,8 @@ from megatron.dmc.checkpoint.formats import dms, hf
 from megatron.dmc.config import DMCConfig
 
 LOAD_FORMATS = ("auto", "dummy")
+METHODS = {"dmc": DMCConfig(), "dms": DMCConfig(method="dms", decision_source="adapter", window=256)}
+"""How models of random weights compress, by method, where their ``config.json`` says nothing of it."""
 
 
 class RandomTensor(hf.Lazy):
@@ -42,31 +45,36 @@ class RandomTensor(hf.Lazy):
 def bias_for(compression_ratio: float) -> float:
     """Decision bias above which a share of 1 - 1 / CR of N(0, 1) lies. Raises ``ValueError`` for a ratio up to 1."""
     if not compression_ratio > 1:
-        raise ValueError(f"compression_ratio is {compression_ratio!r}; above 1 tokens merge, and 1 is a plain model")
+        raise ValueError(
+            f"compression_ratio is {compression_ratio!r}; above 1 tokens are marked, and 1 is a plain model"
+        )
     return NormalDist().inv_cdf(1 / compression_ratio)
 
 
-def _compressed(config: dict, ratio: float) -> dict:
-    plain = mapping.base_config(config)
-    dmc = mapping.dmc_from_hf_config(config) or DMCConfig()
-    block = {
-        "format_version": mapping.DMC_FORMAT_VERSION,
-        "base_model_type": mapping.family_of(plain).model_type,
-        "decision_bias": bias_for(ratio),
-        "window": dmc.window,
-        "importance_epsilon": dmc.importance_epsilon,
-        "stage": mapping.COMPRESSED_STAGES[-1],
-        "target_cr": ratio,
-        "measured_cr": ratio,
-    }
-    return {**plain, "model_type": mapping.DMC_MODEL_TYPE, "architectures": [mapping.DMC_ARCHITECTURE], "dmc": block}
+def _compressed(config: dict, ratio: float, method: Optional[str]) -> dict:
+    plain, dmc = mapping.base_config(config), mapping.dmc_from_hf_config(config)
+    if dmc is None or method not in (None, dmc.method):
+        dmc = METHODS[method or "dmc"]
+    block = mapping.DMCBlock(
+        base_model_type=mapping.family_of(plain).model_type,
+        dmc=replace(dmc, decision_bias=dmc.decision_scale * bias_for(ratio)),
+        stage=mapping.COMPRESSED_STAGES[-1],
+        step=0,
+        target_cr=ratio,
+        measured_cr=ratio,
+    )
+    return mapping.with_block(plain, block)
 
 
-def open_directory(path: str | Path, compression_ratio: Optional[float] = None) -> hf.HFDirectory:
+def open_directory(
+    path: str | Path, compression_ratio: Optional[float] = None, method: Optional[str] = None
+) -> hf.HFDirectory:
     """Open a directory by its ``config.json`` alone, with random weights.
 
     Args:
-        compression_ratio: tokens per slot of the model to make; 1 makes a plain model, None takes what the file says.
+        compression_ratio: tokens per slot of the model to make, under dms of those beyond its window; 1 makes a plain
+            model, None takes what the file says.
+        method: one of :data:`METHODS`; None: the file's, or dmc.
 
     Raises:
         ValueError: no such file, a model that is not supported, or a ratio below 1.
@@ -76,7 +84,7 @@ def open_directory(path: str | Path, compression_ratio: Optional[float] = None) 
     if compression_ratio == 1:
         config = mapping.base_config(config)
     elif compression_ratio is not None:
-        config = _compressed(config, compression_ratio)
+        config = _compressed(config, compression_ratio, method)
     model, dtype = mapping.from_hf_config(config), getattr(torch, mapping.model_dtype(config) or "bfloat16")
     shapes = mapping.hf_shapes(mapping.family_of(config), model)
     tensors: dict[str, hf.Lazy] = {n: RandomTensor(n, shape, dtype, model.num_layers) for n, shape in shapes.items()}
