@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first model")
     parser.add_argument("--stop", type=int, default=len(SOURCES) * len(WINDOWS), help="number after the last one")
     parser.add_argument(
-        "--step", type=int, default=1, help="distance of two; 8 runs every source and every window once"
+        "--step", type=int, default=1, help="distance of two; 9 runs every source and every window once"
     )
     parser.add_argument("--ranks", action="store_true", help="each on two tensor-parallel ranks too")
     args = parser.parse_args()

@@ -11,7 +11,8 @@ from helpers.processes import run_command
 
 MODEL = "--layers 1 --hidden 64 --heads 2 --head-dim 16"
 COMMANDS = {
-    "engine": f"{MODEL} --cache-tokens 512 --contexts 64 --prompt 8 --new-tokens 4 --seconds 0.2",
+    "engine": f"{MODEL} --cache-tokens 512 --contexts 64 --prompt 8 --new-tokens 4 --seconds 0.2 --method dms "
+    "--window 16 --compression-ratios 4 8",
     "prefix_caching": f"{MODEL} --prefix 64 --question 40 --requests 2 --new-tokens 2 --step-tokens 64 --seconds 0.2",
     "serving": f"{MODEL} --mode latency --clients 2 --per-client 1 --prompt 8 --new-tokens 4 --rounds 1",
     "train_step": "--layers 1 --hidden 64 --seq-length 64 --batch 1 --seconds 0.2",
