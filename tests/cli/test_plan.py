@@ -20,6 +20,7 @@ from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
 from megatron.dmc.planning import estimates
 from megatron.dmc.planning.layouts import with_layout
+from megatron.dmc.training.distillation import Teacher
 from megatron.dmc.training.metrics import flops_per_token
 from megatron.dmc.training.model import transformer_config
 
@@ -35,6 +36,8 @@ PARAMETERS = {
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496,
 }
+ADAPTERS = {"llama3.1-8b-dms": (8_030_261_248, 32 * 9 * 4096), "qwen3-8b-dms": (8_190_735_360, 36 * 9 * 4096)}
+"""Parameters of the published model, and of the adapters on it."""
 SMALL = dict(
     num_layers=2,
     hidden_size=128,
@@ -54,16 +57,23 @@ def megatron():
 
 
 def small_run(
-    parallel: dict | None = None, batch: int = 2, window: int | None = 12, bf16: bool = True, seq: int = 128, **model
+    parallel: dict | None = None,
+    batch: int = 2,
+    window: int | None = 12,
+    bf16: bool = True,
+    seq: int = 128,
+    dmc: dict | None = None,
+    freeze_base: bool = False,
+    **model,
 ):
     return RunConfig.from_dict(
         {
             "model": {**SMALL, **model},
-            "dmc": {"window": window},
+            "dmc": {"window": window, **(dmc or {})},
             "parallel": parallel or {},
             "data": dict(seq_length=seq),
             "stage": dict(stage="retrofit", target_cr=4.0),
-            "training": dict(global_batch_size=batch, micro_batch_size=batch, bf16=bf16),
+            "training": dict(global_batch_size=batch, micro_batch_size=batch, bf16=bf16, freeze_base=freeze_base),
         }
     )
 
@@ -88,7 +98,22 @@ def test_shipped_configurations_fit_80_gb(name, capsys):
 
 
 def test_every_shipped_configuration_is_planned():
-    assert set(plan.shipped()) == {*GPUS, "quickstart"}
+    assert set(plan.shipped()) == {*GPUS, *ADAPTERS, "quickstart"}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_8b_fit_one_gpu_of_80_gb_and_with_recomputation_one_of_48(name, capsys):
+    run, (total, adapters) = plan.load_model(name), ADAPTERS[name]
+    assert (sum(estimates.parameters(run.model).values()), estimates.adapter_parameters(run)) == (total, adapters)
+    assert plan.main([name, "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "M in adapters; the rest is frozen" in out and "zero_out" not in out and "retrofit  1,000" in out
+    assert plan.main([name, "--gpus", "1", "--gpu-memory-gb", "48"]) == 2
+    assert "--recompute selective:" in capsys.readouterr().err
+    assert plan.main([name, "--gpus", "1", "--gpu-memory-gb", "48", "--recompute", "full"]) == 0
+    parts = memory(run, 1)
+    assert parts["weights"] == 2 * (total + adapters)
+    assert (parts["gradients"], parts["optimizer"]) == (4 * adapters, 12 * adapters)
 
 
 # Formulas against models that are built
@@ -112,6 +137,14 @@ def test_parameters_are_those_of_a_built_model(model):
     built = DMCGPTModel(transformer_config(run), run.model, run.dmc, carry=True, transformer_impl="local")
     count = sum(p.numel() for p in built.parameters())
     assert sum(estimates.parameters(run.model).values()) == count == estimates.parameters_per_gpu(run.model, 1, 1, 0)
+
+
+@pytest.mark.parametrize("per", ["head", "layer"])
+def test_adapter_parameters_are_those_of_a_built_model(per):
+    run = small_run(dmc=dict(method="dms", decision_source="adapter", decision_per=per), freeze_base=True)
+    built = DMCGPTModel(transformer_config(run), run.model, run.dmc, carry=True, transformer_impl="local")
+    built.freeze_base()
+    assert estimates.adapter_parameters(run) == sum(p.numel() for p in built.parameters() if p.requires_grad)
 
 
 def test_parameters_per_gpu_add_up():
@@ -150,6 +183,8 @@ def forward(run: RunConfig, compress: bool, monkeypatch):
     config = transformer_config(run)
     config.bias_activation_fusion = True
     model = DMCGPTModel(config, run.model, run.dmc, carry=compress, transformer_impl="local")
+    if run.training.freeze_base:
+        model.freeze_base()
     model = model.bfloat16() if run.training.bf16 else model
     batch, length = run.training.micro_batch_size, run.data.seq_length
     ids = torch.randint(run.model.vocab_size, (batch, length))
@@ -213,8 +248,31 @@ def test_a_layer_keeps_what_is_estimated(options, compress, monkeypatch):
     if p.recompute_granularity == "full":
         expected = layer.boundary + layer.row
     elif p.recompute_granularity == "selective":
-        expected += layer.core_input - layer.attention - layer.dmc - (layer.mlp if "mlp" in p.recompute_modules else 0)
+        expected += layer.core_input - layer.attention - layer.dmc
+        expected += (layer.mlp_input - layer.mlp) if "mlp" in p.recompute_modules else 0
     assert sizes[1] - sizes[0] == pytest.approx(expected, rel=0.03)
+
+
+EVICTING = dict(dmc=dict(method="dms", decision_source="adapter"), window=40, freeze_base=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(num_query_groups=8),
+        dict(qk_layernorm=True),
+        dict(bf16=False, seq=256),
+        dict(freeze_base=False),
+        dict(dmc=dict(method="dms"), freeze_base=False),
+        dict(parallel=SELECTIVE),
+        dict(parallel={**SELECTIVE, "recompute_modules": ["core_attn", "mlp"]}),
+        dict(parallel=dict(recompute_granularity="full")),
+    ],
+    ids=str,
+)
+def test_an_evicting_layer_keeps_what_is_estimated(options, monkeypatch):
+    test_a_layer_keeps_what_is_estimated({**EVICTING, **options}, True, monkeypatch)
 
 
 @pytest.mark.parametrize("compress", [True, False], ids=["compressing", "zero_out"])
@@ -238,6 +296,27 @@ def test_peak_memory_of_a_step_stays_below_the_estimate(options, compress, monke
         peak_bytes(step, torch.device("cpu")),
         parts["activations"] + parts["DMC's extra"] + parts["workspace"],
     )
+    assert peak <= estimate <= 1.6 * peak
+
+
+@pytest.mark.parametrize("options", [{}, dict(vocab_size=4096)], ids=str)
+def test_peak_memory_of_a_step_on_a_frozen_base_stays_below_the_estimate(options, monkeypatch):
+    """Teacher, student and divergence."""
+    run = small_run(**{**EVICTING, "window": 100, "seq": 512, "hidden_size": 256, "ffn_hidden_size": 688, **options})
+    model, _ = forward(run, True, monkeypatch)
+    teacher, length = Teacher(model, DMCStep(compress=False), 1.0, 1.0), run.data.seq_length
+    ids = torch.randint(run.model.vocab_size, (2, length))
+    batch = dict(tokens=ids, labels=ids, position_ids=torch.arange(length).expand(2, -1))
+
+    def step():
+        with torch.compiler.set_stance("force_eager"):
+            losses, kept = teacher.forward_beside(model, batch, DMCStep(sample_ids=torch.arange(2)))
+        (losses[0].mean() + 1e-6 * kept.sum().float()).backward()
+
+    step()
+    parts = memory(run, 1)
+    peak = peak_bytes(step, torch.device("cpu"))
+    estimate = parts["activations"] + parts["DMC's extra"] + parts["workspace"]
     assert peak <= estimate <= 1.6 * peak
 
 

@@ -166,8 +166,13 @@ def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
     _check_numbers(args)
     run = load_model(args.model)
     run = with_layout(run, **_given_layout(args, run))
+    adapter = run.dmc.decision_source == "adapter"
     run.stage = dataclasses.replace(
-        run.stage, stage="retrofit", target_cr=args.target_cr, train_iters=None, start_cr=None
+        run.stage,
+        stage="retrofit",
+        target_cr=args.target_cr,
+        train_iters=run.stage.train_iters if adapter else None,
+        start_cr=None,
     )
     run.data = dataclasses.replace(run.data, seq_length=args.sequence_length or run.data.seq_length)
     # Checkpoints are not planned, and an interval without a directory would be refused.
@@ -210,24 +215,29 @@ def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]
     ]
     times = dict(figures["stages"])
     times["all"] = {key: sum(f[key] for f in times.values()) for key in ("steps", "tokens", "days")}
+    digits = 1 if times["all"]["days"] >= 1 else 2
     stage_rows = [
-        [name, f"{f['steps']:,}", f"{f['tokens'] / 1e9:.1f}", f"{f['days']:.1f}"] for name, f in times.items()
+        [name, f"{f['steps']:,}", f"{f['tokens'] / 1e9:.{digits}f}", f"{f['days']:.{digits}f}"]
+        for name, f in times.items()
     ]
     counts, batch = figures["parameters"], run.training.global_batch_size
     parts = ", ".join(f"{name} {n / 1e9:.2f}B" for name, n in counts.items() if name != "total" and n > 5e6)
     tensor = f"TP {tp}{' with SP' if p.sequence_parallel else ''}"
     pipeline = f"PP {pp}{f' ({v} chunks each)' if v > 1 else ''}"
     sharing = "optimizer sharded over DP" if p.use_distributed_optimizer else "optimizer whole on every rank"
+    trained, zero_out = "", f" (zero_out: at most {memory['zero_out'] / GB:.1f})"
+    if adapters := figures["adapter_parameters"]:
+        frozen = "; the rest is frozen" if run.training.freeze_base else ""
+        trained, zero_out = f"; {adapters / 1e6:.2f}M in adapters{frozen}", ""
     return "\n".join(
         [
-            f"model       {counts['total'] / 1e9:.2f}B parameters: {parts}",
+            f"model       {counts['total'] / 1e9:.2f}B parameters: {parts}{trained}",
             f"layout      {gpus} GPUs = {tensor} x {pipeline} x DP {figures['dp']}; {sharing}; "
             f"recomputation {recomputation(run)}",
             f"batch       {batch} sequences x {run.data.seq_length} = {figures['tokens_per_step']:,} tokens/step"
             f"; {figures['micro_batches']} micro-batches of {run.training.micro_batch_size} per rank",
             f"bubble      {figures['bubble']:.3f} of the pipeline's ideal time",
-            "\nEstimated memory per GPU, GB, by pipeline stage, in retrofit and finetune "
-            f"(zero_out: at most {memory['zero_out'] / GB:.1f})",
+            f"\nEstimated memory per GPU, GB, by pipeline stage, in retrofit and finetune{zero_out}",
             table(["stage", *PARTS, "total"], rows),
             f"  the worst GPU needs {memory['needed'] / GB:.1f} of {fit.gpu_memory / GB:.1f} GB",
             f"\nTime at {figures['mfu']:.0%} MFU of {figures['peak_flops'] / 1e12:g} TFLOP/s per GPU "

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 from megatron.dmc import schedule
-from megatron.dmc.config import ModelConfig, RunConfig, StageConfig
+from megatron.dmc.config import ModelConfig, ParallelConfig, RunConfig, StageConfig
 
 GB = 1e9
 SERVING_CRS = (1, 2, 4, 8)
@@ -45,7 +45,9 @@ def powers_of_two(most: int) -> list[int]:
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters of the whole model by part, as ``DMCGPTModel`` builds it (vocabulary padded). DMC adds none."""
+    """Parameters of the whole model by part, as ``DMCGPTModel`` builds it (vocabulary padded). DMC adds none, DMS at
+    most :func:`adapter_parameters`.
+    """
     m, d = model, model.head_dim
     qkv = (m.num_attention_heads + 2 * m.kv_heads) * d
     per_layer = {
@@ -58,6 +60,14 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     parts["embedding"] = m.padded_vocab_size * m.hidden_size
     parts["output"] = parts["embedding"] if m.untie_embeddings_and_output_weights else 0
     return parts
+
+
+def adapter_parameters(run: RunConfig) -> int:
+    """Parameters of all layers' adapters, which lie whole on every tensor-parallel rank: a norm, a row per decision."""
+    if run.dmc.decision_source != "adapter":
+        return 0
+    outputs = 1 if run.dmc.decision_per == "layer" else run.model.kv_heads
+    return run.model.num_layers * run.model.hidden_size * (1 + outputs)
 
 
 def parameters_per_gpu(model: ModelConfig, tp: int, pp: int, rank: int) -> int:
@@ -91,8 +101,16 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> dict[str, float]:
 
 
 def recomputed_flops(run: RunConfig) -> float:
-    """FLOPs per token that recomputation adds: a forward pass (a third of all) of what it drops."""
+    """FLOPs per token that recomputation adds: a forward pass (a third of all) of what it drops.
+
+    With a frozen base, also the teacher's forward pass less the weights' gradients: of attention a third, of the rest
+    as much as is saved.
+    """
     p, flops = run.parallel, flops_per_token(run.model, run.data.seq_length)
+    return _recomputed_flops(run, p, flops) + (flops["attention"] / 3 if run.training.freeze_base else 0.0)
+
+
+def _recomputed_flops(run: RunConfig, p: ParallelConfig, flops: dict[str, float]) -> float:
     if p.recompute_granularity == "selective":
         names = {"core_attn": "attention", "mlp": "mlp"}
         return sum(flops[names[module]] for module in p.recompute_modules) / 3
@@ -112,7 +130,7 @@ class LayerBytes(NamedTuple):
     """Bytes of one layer and micro-batch on one GPU. All but ``work`` is what autograd keeps for the backward pass."""
 
     frame: float
-    """The residual stream twice, and the two norms' outputs, which the projections keep."""
+    """The residual stream twice, and the norms' outputs, which projections keep that are trained."""
     attention: float
     """Rotated q and k, v, the output (the kernel's and the projection's), its row statistics, the tables of angles."""
     mlp: float
@@ -125,6 +143,8 @@ class LayerBytes(NamedTuple):
     """Row of the layer's input that carries the slot count, in the compressing stages."""
     core_input: float
     """Raw q, k, v and the projection's input, kept instead of ``attention`` and ``dmc`` when these are recomputed."""
+    mlp_input: float
+    """Input of the MLP, kept instead of ``mlp`` when it is recomputed; 0 where it belongs to the ``frame``."""
     work: float
     """Largest short-lived memory, in the backward pass of the attention or of the MLP."""
 
@@ -157,11 +177,16 @@ def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
         core_input += q + kv + held - raw_q - scaled_k
     attention = held + 2 * q + q + kv + 4 * n * heads + 2 * e * s * d
     window = run.dmc.window
-    keeps_qkv = not compress or m.qk_layernorm or window == 1
+    keeps_qkv = not compress or m.qk_layernorm or window == 1 or run.dmc.evicts
     # v itself; what hangs on to a view of the QKV projection's output holds all of it.
     attention += qkv if keeps_qkv else kv
     dmc, work = 0.0, 5 * q + 4 * kv
-    if compress:
+    if compress and run.dmc.evicts:
+        dmc, band = _eviction_bytes(run, n, heads, groups)
+        work += band
+        if run.dmc.neuron != "all":
+            work += 8 * (5 * q + 4 * kv) // d  # the far part's heads, with the mask's channels
+    elif compress:
         # Diagonal weights of the attention; alpha, its logits' and mask's terms, importance: fp32 vectors.
         dmc = 2 * 4 * n * heads + 7 * 4 * n * groups
         if window is None:  # triangular blocks of 64 rows, numerators and denominators in fp32
@@ -172,10 +197,24 @@ def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
             dmc += 2 * kv + kv + (kv if keeps_qkv else 0) + 4 * window * n * groups
             band = max(32, 1 << (window - 1).bit_length()) + window - 1
             work += 6 * kv + n * groups * (2 * e * band + 24 * window)
-    mlp_work = e * n * (3 * ffn + 3 * h)
-    return LayerBytes(
-        frame, attention, 3 * e * n * ffn, dmc, hidden, e * b * h if compress else 0, core_input, max(work, mlp_work)
-    )
+    mlp, mlp_work = 3 * e * n * ffn, e * n * (3 * ffn + 3 * h)
+    if run.training.freeze_base:  # projections keep no input
+        frame, attention, core_input, mlp = frame - 2 * hidden, attention - q, core_input - q, mlp - e * n * ffn
+    if compress and run.dmc.decision_source == "adapter":
+        frame += hidden + 4 * b * rows  # its norm's output
+        core_input += e * n * groups
+    row, mlp_input = e * b * h if compress else 0, hidden if run.training.freeze_base else 0
+    return LayerBytes(frame, attention, mlp, dmc, hidden, row, core_input, mlp_input, max(work, mlp_work))
+
+
+def _eviction_bytes(run: RunConfig, n: int, heads: int, groups: int) -> tuple[float, float]:
+    """What eviction keeps in a layer, and its workspace: decisions and mask in fp32; scores of the band, their
+    probabilities and gradients.
+    """
+    window = run.dmc.window or 1
+    rows = max(64, 1 << (window - 1).bit_length())  # as ops/eviction.py blocks the band
+    e = 2 if run.training.bf16 else 4
+    return 5 * 4 * n * groups, n * heads * (window + rows) * (3 * 4 + 2 * e)
 
 
 def in_flight(run: RunConfig, gpus: int, rank: int) -> float:
@@ -224,12 +263,12 @@ def _kept_activations(run: RunConfig, layer: LayerBytes) -> KeptActivations:
         kept, extra = kept - layer.attention + layer.core_input, 0.0
         live, live_dmc = layer.attention, layer.dmc
     if p.recompute_granularity == "selective" and "mlp" in p.recompute_modules:
-        kept, live = kept - layer.mlp, live + layer.mlp
+        kept, live = kept - layer.mlp + layer.mlp_input, live + layer.mlp
     return KeptActivations(layers, kept, extra, 0, live, live_dmc)
 
 
 def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool = True) -> dict[str, float]:
-    """Bytes on each GPU of pipeline stage ``rank``, by :data:`PARTS`.
+    """Bytes on each GPU of pipeline stage ``rank``, by :data:`PARTS`. A frozen base has weights alone.
 
     Mixed precision as ``training/model.py`` sets it up: bf16 weights (2 bytes), gradients accumulated in fp32 (4), fp32
     main weights and two Adam moments (12), the latter over DP with the distributed optimizer; fp32 runs: 4, 4, 8.
@@ -237,8 +276,10 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
     m, p, t = run.model, run.parallel, run.training
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     e = 2 if t.bf16 else 4
-    count = parameters_per_gpu(m, tp, pp, rank)
-    state = (12 if t.bf16 else 8) * count / (gpus // (tp * pp) if p.use_distributed_optimizer else 1)
+    adapters = adapter_parameters(run) // pp
+    count = parameters_per_gpu(m, tp, pp, rank) + adapters
+    trained = adapters if t.freeze_base else count
+    state = (12 if t.bf16 else 8) * trained / (gpus // (tp * pp) if p.use_distributed_optimizer else 1)
 
     layer = layer_bytes(run, compress)
     kept, flying = _kept_activations(run, layer), in_flight(run, gpus, rank)
@@ -251,11 +292,19 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
         m.hidden_size * 2 * m.ffn_hidden_size, m.padded_vocab_size * m.hidden_size if rank in (0, pp - 1) else 0
     )
     if rank == pp - 1:
-        # The softmax in fp32 stays for the backward pass; the logits, then their gradient, in the model's format.
-        activations += tokens * m.padded_vocab_size / tp * 4 + layer.frame / 2
-        work = max(work, tokens * (m.padded_vocab_size / tp + m.hidden_size) * e)
-    work += e * largest / tp  # a weight's gradient before it is added to the fp32 buffer
-    return dict(zip(PARTS, (e * count, 4 * count, state, activations, dmc, work, fit.overhead)))
+        logits = tokens * m.padded_vocab_size / tp
+        if t.freeze_base:
+            # The divergence's gradient stays for the backward pass; beside it the logits of student and teacher, and
+            # fp32 copies of a part of them.
+            activations += logits * e + layer.boundary
+            work = max(work, 2 * (logits * e + layer.boundary) + 6 * 4 * min(logits, 1 << 24))
+        else:
+            # The softmax in fp32 stays for the backward pass; the logits, then their gradient, in the model's format.
+            activations += logits * 4 + layer.frame / 2
+            work = max(work, (logits + tokens * m.hidden_size) * e)
+    if not t.freeze_base:
+        work += e * largest / tp  # a weight's gradient before it is added to the fp32 buffer
+    return dict(zip(PARTS, (e * count, 4 * trained, state, activations, dmc, work, fit.overhead)))
 
 
 def micro_batches(run: RunConfig, gpus: int) -> int:
@@ -272,11 +321,15 @@ def bubble(run: RunConfig, gpus: int) -> float:
 
 
 def training_memory(run: RunConfig, gpus: int, fit: Fit) -> dict[str, Any]:
-    """Memory by pipeline stage while compressing, the worst stage, and the need of zero_out, which differs."""
+    """Memory by pipeline stage while compressing, the worst stage, and the need of zero_out, which differs (0 with
+    adapters, which go without it).
+    """
     pp = run.parallel.pipeline_model_parallel_size
     stages = [stage_memory(run, gpus, rank, fit) for rank in range(pp)]
     totals = [sum(parts.values()) for parts in stages]
-    zero_out = [sum(stage_memory(run, gpus, rank, fit, compress=False).values()) for rank in range(pp)]
+    zero_out = [0.0]
+    if run.dmc.decision_source != "adapter":
+        zero_out = [sum(stage_memory(run, gpus, rank, fit, compress=False).values()) for rank in range(pp)]
     worst = max(range(pp), key=lambda rank: totals[rank])
     return {
         "stages": stages,
@@ -297,15 +350,21 @@ def durations(
 ) -> dict[str, dict[str, float]]:
     """Steps, tokens and days of each stage: model FLOPs over ``gpus * peak * MFU``. The bubble is in the MFU.
 
+    With adapters there is one stage, of the run's own length.
+
     Args:
         peak_flops: of one GPU, FLOP/s. mfu: fraction of it that goes into the model's FLOPs, end to end.
     """
     per_step = run.training.global_batch_size * run.data.seq_length
     seconds = per_step * sum(flops_per_token(run.model, run.data.seq_length).values()) / (gpus * peak_flops * mfu)
     result = {}
-    for name in ("zero_out", "retrofit", "finetune"):
+    adapter = run.dmc.decision_source == "adapter"
+    for name in ("retrofit",) if adapter else ("zero_out", "retrofit", "finetune"):
         stage = StageConfig(
-            stage=name, target_cr=target_cr if name == "retrofit" else None, iters_per_cr=run.stage.iters_per_cr
+            stage=name,
+            train_iters=run.stage.train_iters if adapter else None,
+            target_cr=target_cr if name == "retrofit" else None,
+            iters_per_cr=run.stage.iters_per_cr,
         )
         steps = schedule.train_iters(stage)
         result[name] = {"steps": steps, "tokens": steps * per_step, "days": steps * seconds / 86400}
@@ -323,6 +382,7 @@ def plan(run: RunConfig, gpus: int, fit: Fit, target_cr: float, peak_flops: floa
         "dp": gpus // group,
         "config": run.to_dict(),
         "parameters": {**counts, "total": sum(counts.values())},
+        "adapter_parameters": adapter_parameters(run),
         "memory": training_memory(run, gpus, fit),
         "tokens_per_step": run.training.global_batch_size * run.data.seq_length,
         "micro_batches": micro_batches(run, gpus),
@@ -356,7 +416,8 @@ def serving(
     """Sequences of ``context`` tokens that fit on one group of ``tp`` GPUs beside bf16 weights, by CR and page size.
 
     Per (sequence, layer, KV head): the slots, half a page, a row of int32 page numbers as long as an uncompressed
-    head would need, and (CR > 1) the ring of W raw keys and values in bf16 with their fp32 weights.
+    head would need, and (CR > 1) the ring of W raw keys and values in bf16 with their fp32 weights. Under eviction
+    instead of the ring: the latest W + 1 tokens in pages of their own, half a page more, and a byte for each of them.
 
     Raises:
         ValueError: the weights leave no room, or tp does not divide the heads.
@@ -379,8 +440,11 @@ def serving(
     heads, slot, rows = m.num_layers * m.kv_heads // tp, 4 * m.head_dim, []
     for cr, page in itertools.product(SERVING_CRS, pages):
         table = 4 * math.ceil(context / page) * heads
-        ring = (run.dmc.window or 1) * (slot + 4) * heads if cr > 1 else 0
-        cache = (context / cr + page / 2) * slot * heads
+        ring, slots = (run.dmc.window or 1) * (slot + 4) * heads if cr > 1 else 0, context / cr + page / 2
+        if run.dmc.evicts and cr > 1:
+            recent = min(context, (run.dmc.window or 1) + 1)
+            ring, slots = (recent + 1) * heads, (context - recent) / cr + recent + page
+        cache = slots * slot * heads
         rows.append(
             {
                 "cr": cr,
