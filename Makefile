@@ -54,6 +54,7 @@ bench: $(STAMP) ## the benchmarks; figures go to build/bench/*.json
 	mkdir -p $(BENCH_OUT)
 	$(PY) benchmarks/train_attention.py --json $(BENCH_OUT)/train_attention.json
 	$(PY) benchmarks/train_step.py --json $(BENCH_OUT)/train_step.json
+	$(PY) benchmarks/frozen_base.py --json $(BENCH_OUT)/frozen_base.json
 	$(PY) benchmarks/convert.py --json $(BENCH_OUT)/convert.json
 	$(PY) benchmarks/checkpoint.py --json $(BENCH_OUT)/checkpoint.json
 	$(PY) benchmarks/decode_attention.py --json $(BENCH_OUT)/decode_attention.json

@@ -49,6 +49,13 @@ class RunConfig:
             "adapter, or train all weights",
         )
 
+        channels = self.model.head_dim
+        require(
+            not self.dmc.evicts or source == "key" or channels <= 248,
+            f"head dimension {channels} with decision_source {source}: attention kernels take 256 channels, eight of "
+            "which the mask of marked tokens needs; use decision_source key",
+        )
+
     def _check_layout(self) -> None:
         m, p = self.model, self.parallel
         tp, chunks = p.tensor_model_parallel_size, self._chunks()
