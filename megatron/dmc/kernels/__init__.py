@@ -15,10 +15,11 @@ slot, and no channel is taken out.
 The CUDA ops run on torch's current stream and never wait for the GPU, so they look at no tensor's values and cannot
 raise for them: rows that the cache does not have, and offsets that do not fit, are undefined behaviour. What the others
 refuse with RuntimeError, they refuse on the device: a head that finds no free page, or no room in its row of the page
-table, keeps its state (slots, ring, length), its tokens see only themselves, and ``counters[REFUSED]`` grows, for the
-host to read together with the lengths. Heads before it in the order (sequence, head), and heads that need no page, go
-on. A :func:`fork` that does not fit, or whose target is not empty, writes nothing and counts once. An engine that
-admits requests against the worst case never sees any of it.
+table, keeps its state (slots, ring, recent tokens, marks, length), and ``counters[REFUSED]`` grows, for the host to
+read together with the lengths. Its tokens see only themselves in :func:`prefill_attention`, and only that state in
+:func:`decode_attention`. Heads before it in the order (sequence, head), and heads that need no page, go on. A
+:func:`fork` that does not fit, or whose target is not empty, writes nothing and counts once. An engine that admits
+requests against the worst case never sees any of it.
 """
 
 from __future__ import annotations
