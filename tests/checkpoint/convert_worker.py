@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.in_process import leave_groups
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -57,7 +58,7 @@ def logits(checkpoint: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Te
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank() == 0
     )
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     return found[0].detach()[..., : run.model.vocab_size] if chosen else None
 
 

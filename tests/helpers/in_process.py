@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as mcore_random
+from torch import distributed
+from torch.distributed import distributed_c10d
 
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCGPTModel
@@ -37,6 +41,20 @@ def megatron_in_process(run: RunConfig) -> Iterator[None]:
             cpu._mode = None
             for (module, name), value in zip(places, saved):
                 setattr(module, name, value)
+
+
+def leave_groups() -> None:
+    """End all process groups but the world, so that the process can go on with another layout.
+
+    Megatron forgets its groups and ends none: each keeps threads of gloo, which wake up at every collective of the
+    layouts that follow.
+    """
+    parallel_state.destroy_model_parallel()
+    distributed.barrier()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not distributed.group.WORLD:
+            distributed.destroy_process_group(group)
+    gc.collect()  # a model's modules hold them too, in cycles
 
 
 def run_config(dmc: dict | None = None, **model) -> RunConfig:

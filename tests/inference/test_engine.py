@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import families
 from helpers.engines import GREEDY, Model, all_back, drain, full_logprobs, ids_of
+from helpers.examples import examples
 from helpers.exported import CASES, DMS_CASES, GROUPS, LAYERS, VOCABULARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -138,7 +139,9 @@ ACTIONS = st.lists(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     case=st.sampled_from(["half", "llama 3", "no merging", "adapter"]),

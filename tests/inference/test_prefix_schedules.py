@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.engines import all_back, ids_of, live_slots
+from helpers.examples import examples
 from helpers.exported import DMS_CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,9 @@ ACTIONS = st.lists(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     case=st.sampled_from(["half", "llama 3", "no merging", "plain", "key", "adapter, self"]),

@@ -8,6 +8,7 @@ from typing import Optional
 
 import pytest
 import torch
+from helpers.examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import (
@@ -40,7 +41,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(actions=ACTIONS, window=st.sampled_from([12, None, "plain"]), num_pages=st.sampled_from([12, 24, 80]))
 def test_any_history_of_copies(actions: list, window: Optional[int | str], num_pages: int) -> None:
     """Rows are filled, copied and freed at random: they hold what the oracle makes of their own tokens, both backends

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
+from helpers.in_process import leave_groups
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron.dmc.checkpoint.frozen_base import base_hash
@@ -50,7 +50,7 @@ BASE = {
     # In every step some of the sequences are beyond the target and some are not.
     "stage": dict(stage="retrofit", train_iters=STEPS, start_cr=1.0, target_cr=4.0),
     "optimizer": dict(lr=1e-3),
-    "training": dict(micro_batch_size=1, global_batch_size=8, seed=7, eval_iters=1, transformer_impl="local"),
+    "training": dict(micro_batch_size=1, global_batch_size=4, seed=7, eval_iters=1, transformer_impl="local"),
 }
 
 
@@ -95,7 +95,7 @@ CASES: dict[int, dict[str, dict]] = {
         "single": _layout(),
         "again": _layout(),
         "micro-batch 2": _layout(micro_batch_size=2),
-        "micro-batch 8": _layout(micro_batch_size=8),
+        "micro-batch 4": _layout(micro_batch_size=4),
         "recompute uniform 1": _layout(**_FULL),
         "recompute uniform 2": _layout(recompute="full", method="uniform", layers=2),
         "recompute block 3": _layout(recompute="full", method="block", layers=3),
@@ -221,7 +221,7 @@ def prepare(directory: Path) -> None:
         chunks = [unwrap(chunk) for chunk in build_model(config)]
         manifest = Manifest("zero_out" if name == "start" else "pretrain", 1, 1, 0, 0, 1.0)
         CheckpointWriter(directory / name, chunks, None, arguments.dump(config)).save(manifest)
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     base = resolve_checkpoint(directory / "start")
     manifest = Manifest("retrofit", 1, 1, 0, 0, 1.0, base=str(base), base_hash=base_hash(read_manifest(base)))
     config = configuration(directory, "adapted", _adapter())
@@ -231,7 +231,7 @@ def prepare(directory: Path) -> None:
         if is_adapter(name) and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
     CheckpointWriter(directory / "adapted", chunks, None, arguments.dump(config)).save(manifest)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def train(directory: Path, name: str, extra: dict) -> dict:
@@ -256,7 +256,7 @@ def train(directory: Path, name: str, extra: dict) -> dict:
     evaluation = trainer.evaluate()
     result["validation"] = [evaluation.lm_loss, evaluation.cr]
     trainer.close()
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     result["saved"] = str(path)
     return result
 
@@ -272,7 +272,7 @@ def evaluate_saved(directory: Path, names: list[str]) -> dict:
         trainer = Trainer(config, FakeTokenizer(), StartingPoint(path, read_manifest(path), resumes=False))
         evaluation = trainer.evaluate()
         results[name] = {"validation": [evaluation.lm_loss, evaluation.cr]}
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return results
 
 

@@ -15,12 +15,14 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Mode in which ``device="cuda"`` is the CPU, ``.cuda()`` the identity, and ``Tensor.type()`` ``torch.cuda.*``."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if "device" in kwargs:
-            device = kwargs["device"]
-            if isinstance(device, int) or (device is not None and torch.device(device).type == "cuda"):
-                kwargs["device"] = torch.device("cpu")
-        kwargs.pop("pin_memory", None)
+        # Every function of PyTorch comes through here, so the usual call, without keywords, must cost little.
+        kwargs = dict(kwargs) if kwargs else {}
+        if kwargs:
+            if "device" in kwargs:
+                device = kwargs["device"]
+                if isinstance(device, int) or (device is not None and torch.device(device).type == "cuda"):
+                    kwargs["device"] = torch.device("cpu")
+            kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
