@@ -1,6 +1,6 @@
 """Worker of test_convert.py: logits of checkpoints in one tensor- x pipeline-parallel layout after the other.
 
-    python -m torch.distributed.run --nproc-per-node 4 tests/checkpoint/convert_worker.py DIRECTORY NAME [NAME ...]
+    python -m torch.distributed.run --nproc-per-node 4 tests/checkpoint/convert_worker.py DIRECTORY NAME.TPxPP [...]
 
 DIRECTORY/NAME.mg is a checkpoint, DIRECTORY/NAME.tokens.pt int64 [b, s]; writes DIRECTORY/NAME.TPxPP.pt, logits [b, s,
 vocab].
@@ -22,8 +22,6 @@ from megatron.dmc.config import ParallelConfig
 from megatron.dmc.model import DMCStep
 from megatron.dmc.training import checkpointing, initialize
 from megatron.dmc.training.model import build_model, unwrap
-
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 
 
 def logits(checkpoint: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Tensor | None:
@@ -63,12 +61,13 @@ def logits(checkpoint: Path, tokens: torch.Tensor, tp: int, pp: int) -> torch.Te
 
 
 def main() -> None:
-    directory, *names = Path(sys.argv[1]), *sys.argv[2:]
-    for name in names:
-        for tp, pp in LAYOUTS:
-            found = logits(directory / f"{name}.mg", torch.load(directory / f"{name}.tokens.pt"), tp, pp)
-            if found is not None:
-                torch.save(found, directory / f"{name}.{tp}x{pp}.pt")
+    directory, *runs = Path(sys.argv[1]), *sys.argv[2:]
+    for run in runs:
+        name, _, layout = run.rpartition(".")
+        tp, pp = map(int, layout.split("x"))
+        found = logits(directory / f"{name}.mg", torch.load(directory / f"{name}.tokens.pt"), tp, pp)
+        if found is not None:
+            torch.save(found, directory / f"{run}.pt")
     initialize.shutdown()
 
 
