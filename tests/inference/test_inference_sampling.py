@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.dmc.inference import SamplingParams
+from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.inference.sampler import Sampler, SamplerState, constrain, logprobs, truncate
 
 SIZE = 12
@@ -223,3 +223,31 @@ def test_wrong_values_are_named(name: str, value: object, limits: str) -> None:
 def test_min_tokens_above_max_tokens() -> None:
     with pytest.raises(ValueError, match="min_tokens is 5, more than max_tokens 4"):
         SamplingParams(min_tokens=5, max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 10**5000),
+        ("temperature", -(10**400)),
+        ("top_p", 10**400),
+        ("max_tokens", "1" * 10**6),
+        ("min_tokens", 10**5000),
+        ("stop", [["x"] * 10**6]),
+        ("bad_words", [{"x": ["y"] * 10**6}]),
+        ("stop_token_ids", ["x" * 10**6]),
+        ("logit_bias", {"x" * 10**6: 1.0}),
+        ("logit_bias", {1: "x" * 10**6}),
+    ],
+    ids=range(10),
+)
+def test_a_wrong_value_is_shown_in_short(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        SamplingParams(**{name: value})
+    assert refused.value.param == name and name in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_a_token_that_no_model_has_is_shown_in_short() -> None:
+    with pytest.raises(InvalidRequest, match="the model has 10 tokens") as refused:
+        SamplingParams(stop_token_ids=[10**5000]).check_vocabulary(10)
+    assert len(str(refused.value)) < 300

@@ -16,6 +16,7 @@ import torch
 
 from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import adapter, hf
+from megatron.dmc.config.checks import shown
 from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache, make_cache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
@@ -181,7 +182,8 @@ class Engine:
         """Queue a request that was checked (see :class:`InputProcessor`). Raises :class:`InvalidRequest` for its id."""
         if request.request_id in self.output_processor.unfinished:
             raise InvalidRequest(
-                f"request {request.request_id!r} is still running; give every request an id of its own", "request_id"
+                f"request {shown(request.request_id)} is still running; give every request an id of its own",
+                "request_id",
             )
         sequences = self._make_sequences(request)
         self.output_processor.add(request.request_id, sequences)

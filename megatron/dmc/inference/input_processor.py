@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
+from megatron.dmc.config.checks import shown
 from megatron.dmc.inference.cache import PagedCache
 from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.grammar import Grammar, GrammarCompiler
@@ -129,7 +130,8 @@ class InputProcessor:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
         for at, token in enumerate(ids):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
-                message = f"token {at} of the prompt is {token!r}; the model has the tokens 0 to {self.vocab_size - 1}"
+                last = self.vocab_size - 1
+                message = f"token {at} of the prompt is {shown(token)}; the model has the tokens 0 to {last}"
                 raise InvalidRequest(message, "prompt")
         room = 0 if params.max_tokens == 0 else 1
         if len(ids) + room > self.max_model_len:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
+from megatron.dmc.config.checks import shown
 from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.structured_outputs import StructuredOutputsParams
 
@@ -22,17 +23,17 @@ def _require(condition: bool, param: str, message: str) -> None:
 def _number(
     param: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False, name: Optional[str] = None
 ) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
     inside = real and (low < value if open_low else low <= value) and value <= high
     limits = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    _require(inside, param, f"{name or param} is {value!r}; it must be a number {limits}")
+    _require(inside, param, f"{name or param} is {shown(value)}; it must be a number {limits}")
 
 
 def _integer(param: str, value: object, low: int, high: Optional[int] = None) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     limits = f"at least {low}" + (f" and at most {high}" if high is not None else "")
     inside = whole and low <= value and (high is None or value <= high)
-    _require(inside, param, f"{param} is {value!r}; it must be an integer, {limits}")
+    _require(inside, param, f"{param} is {shown(value)}; it must be an integer, {limits}")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,11 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 0)
         _integer("min_tokens", self.min_tokens, 0)
         enough = self.max_tokens is None or self.min_tokens <= self.max_tokens
-        _require(enough, "min_tokens", f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}")
+        _require(
+            enough,
+            "min_tokens",
+            f"min_tokens is {shown(self.min_tokens)}, more than max_tokens {shown(self.max_tokens)}",
+        )
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
@@ -129,17 +134,17 @@ class SamplingParams:
     def _check_tokens(self) -> None:
         for text in self.stop:
             nonempty = isinstance(text, str) and text != ""
-            _require(nonempty, "stop", f"stop holds {text!r}; it must hold strings that are not empty")
+            _require(nonempty, "stop", f"stop holds {shown(text)}; it must hold strings that are not empty")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         for token in self.allowed_token_ids or ():
             _integer("allowed_token_ids", token, 0)
         for word in self.bad_words:
             nonempty = isinstance(word, str) and word.strip() != ""
-            _require(nonempty, "bad_words", f"bad_words holds {word!r}; it must hold strings that are not empty")
+            _require(nonempty, "bad_words", f"bad_words holds {shown(word)}; it must hold strings that are not empty")
         for token, value in (self.logit_bias or {}).items():
             _integer("logit_bias", token, 0)
-            _number("logit_bias", value, -100, 100, name=f"logit_bias[{token}]")
+            _number("logit_bias", value, -100, 100, name=f"logit_bias[{shown(token)}]")
 
     @property
     def greedy(self) -> bool:
@@ -157,4 +162,4 @@ class SamplingParams:
             ("logit_bias", self.logit_bias or ()),
         ):
             for token in ids:
-                _require(token < size, name, f"{name} holds token {token}; the model has {size} tokens")
+                _require(token < size, name, f"{name} holds token {shown(token)}; the model has {size} tokens")

@@ -21,10 +21,10 @@ from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.serving import async_engine as engines
 from megatron.dmc.serving import openapi, responses, responses_api
 from megatron.dmc.serving import protocol as p
+from megatron.dmc.serving.bounded_route import BoundedRoute
 from megatron.dmc.serving.errors import APIError, engine_down, of_invalid_request, shutting_down
 from megatron.dmc.serving.event_stream import EventStream, Json, error_response, unless_gone
 from megatron.dmc.serving.http_config import HTTPConfig
-from megatron.dmc.serving.limits import BoundedRoute
 from megatron.dmc.serving.metrics import Metrics
 from megatron.dmc.serving.middleware import Gate, GateMiddleware
 from megatron.dmc.serving.prompts import Prompts

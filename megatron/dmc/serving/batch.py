@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from megatron.dmc.inference import Engine, RequestOutput, SamplingParams, StepOutput
+from megatron.dmc.serving import limits
 from megatron.dmc.serving.batch_files import DUPLICATE, MAX_LINE, Input, Output
 from megatron.dmc.serving.errors import APIError, invalid, not_answered, shown
 from megatron.dmc.serving.prompts import Prompts
@@ -108,7 +109,7 @@ def id_of(entry: dict[str, Any], number: int) -> str:
     return custom_id
 
 
-def body_of(entry: dict[str, Any], options: Options) -> GenerationRequest:
+def body_of(entry: dict[str, Any], options: Options, max_model_len: int) -> GenerationRequest:
     """The request body of a line. Raises :class:`APIError` for anything that the HTTP server would not take either."""
     if entry.keys() & {"body", "url", "method"}:
         if unknown := sorted(entry.keys() - LINE):
@@ -123,6 +124,7 @@ def body_of(entry: dict[str, Any], options: Options) -> GenerationRequest:
         kind = ChatCompletionRequest if "messages" in body else CompletionRequest
     if not isinstance(body, dict):
         raise invalid("body must be a JSON object", "body")
+    limits.check(body, max_model_len)
     request = parse(kind, {**_defaults(options.defaults, body), **body})
     if request.stream:
         raise invalid("stream is of no use in a batch; leave it out", "stream")
@@ -240,7 +242,7 @@ class BatchRunner:
         try:
             if isinstance(entry, APIError):
                 raise entry
-            self._submit(number, custom_id, body_of(entry, self.options))
+            self._submit(number, custom_id, body_of(entry, self.options, self.prompts.max_model_len))
         except APIError as error:
             self._fail(number, custom_id, error)
 

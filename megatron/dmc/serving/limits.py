@@ -1,18 +1,13 @@
-"""Number of elements that a request body may have, checked before its types are: a wrong element costs pydantic
-some 4 KB and 0.1 ms for its error, so a body of a megabyte could take seconds and gigabytes. A list of token ids costs
-0.2 us for each.
+"""Number of elements that a request may have, in a body of HTTP and in a line of a batch, checked before its types are:
+a wrong element costs pydantic some 4 KB and 0.1 ms for its error, so a body of a megabyte could take seconds and
+gigabytes. A list of token ids costs 0.2 us for each.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
-
-from megatron.dmc.serving.errors import APIError, invalid
+from megatron.dmc.serving.errors import invalid
 
 ELEMENTS = {
     "input": 4096,
@@ -92,29 +87,3 @@ def _bound(value: Any, most: int, name: str) -> None:
         name = name[:200]
         message = f"{name} has {len(value)} elements; at most {most} are allowed"
         raise invalid(message, None if name == "the body" else name, "too_many_elements")
-
-
-class BoundedRoute(APIRoute):
-    """Endpoint whose JSON body is checked by :func:`check` before FastAPI validates it."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-        if self.body_field is None:
-            return handler
-
-        async def bounded(request: Request) -> Response:
-            await request.body()
-            gc.disable()  # collecting again and again what is being made takes twice as long as making it
-            try:
-                # Kept in the request, so that FastAPI does not decode it again.
-                check(await request.json(), request.app.state.max_model_len)
-            except (ValueError, RecursionError):
-                pass  # not JSON: FastAPI answers it
-            except APIError:
-                request._json = None  # freed before the next collection looks at it
-                raise
-            finally:
-                gc.enable()
-            return await handler(request)
-
-        return bounded
