@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -21,6 +22,8 @@ import convert_checkpoint
 
 from megatron.dmc import __version__
 from megatron.dmc.checkpoint import convert
+from megatron.dmc.checkpoint import manifest as manifests
+from megatron.dmc.checkpoint.formats.torch_dist import DistReader
 from megatron.dmc.checkpoint.manifest import read_manifest, resolve_checkpoint
 from megatron.dmc.evaluation.load import load_checkpoint
 from megatron.dmc.evaluation.reference import ReferenceDecoder
@@ -59,6 +62,38 @@ def lineage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert.export(root / "retrofit", root / "out")
     convert.import_hf(root / "out", root / "again")
     return root
+
+
+def test_export_compares_what_it_reads(lineage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed byte of the model's tensors is found by the file's name; one of the optimizer's state is not looked at,
+    and changes nothing.
+    """
+    monkeypatch.setattr(manifests, "_SMALL", 0)  # these would be compared whenever the checkpoint is looked at
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(resolve_checkpoint(lineage / "retrofit"), checkpoint)
+    stored = DistReader(checkpoint).metadata.storage_data
+
+    def flip(kind: str) -> str:
+        info = next(info for index, info in sorted(stored.items(), key=str) if index.fqn.startswith(kind))
+        with open(checkpoint / info.relative_path, "r+b") as file:
+            file.seek(info.offset + info.length // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, io.SEEK_CUR)
+            file.write(bytes([byte ^ 8]))
+        return info.relative_path
+
+    flip("optimizer.")
+    convert.export(checkpoint, tmp_path / "out")
+    for path in (lineage / "out").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    name = flip("decoder.layers.mlp.linear_fc2.weight")
+    with pytest.raises(ValueError, match=f"checkpoint is damaged, its checksums differ: {name} "):
+        convert.export(checkpoint, tmp_path / "out", overwrite=True)
+    manifest = read_manifest(checkpoint)
+    manifest.crc32 = {}
+    manifest.write(checkpoint)
+    with pytest.raises(ValueError, match=f"checkpoint is damaged, tensors in {name} differ from their checksums"):
+        convert.export(checkpoint, tmp_path / "out", overwrite=True)
 
 
 def test_what_is_exported(lineage: Path) -> None:

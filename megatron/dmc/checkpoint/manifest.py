@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -163,10 +163,17 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     checksums.require_undamaged(directory, small, f"checkpoint {directory}", _ADVICE)
 
 
-def check_contents(directory: Path, manifest: Manifest) -> None:
-    """Compare all files with the manifest's checksums, which takes as long as reading them. ``ValueError`` names what
-    differs."""
-    checksums.require_undamaged(directory, manifest.crc32, f"checkpoint {directory}", _ADVICE)
+def check_contents(directory: Path, manifest: Manifest, names: Optional[Collection[str]] = None) -> None:
+    """Compare files with the manifest's checksums, which takes as long as reading them.
+
+    Args:
+        names: files to compare; None: all.
+
+    Raises:
+        ValueError: it names what differs.
+    """
+    expected = {name: crc32 for name, crc32 in manifest.crc32.items() if names is None or name in names}
+    checksums.require_undamaged(directory, expected, f"checkpoint {directory}", _ADVICE)
 
 
 def iteration_directory(save: Path, iteration: int) -> Path:

@@ -179,6 +179,18 @@ def _file_tensor(fake: Tensor, path: Path, offset: int, name: str) -> Lazy | Ten
     return FileTensor(path, offset + at + fake.storage_offset() * fake.itemsize, fake.shape, fake.dtype, name)
 
 
+def is_whole(path: Path, offset: int, length: int) -> bool:
+    """True where this part of the file is a ``torch.save`` file whose records have the CRC-32 that it gives them."""
+    try:
+        with (
+            open(path, "rb") as file,
+            zipfile.ZipFile(io.BufferedReader(_FilePart(file, offset, length), 1 << 20)) as archive,
+        ):
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, *_DAMAGED):
+        return False
+
+
 class TensorFinder:
     """Finds the data of files, or parts of files, that are each one ``torch.save(tensor)``, as in ``torch_dist``
     checkpoints.

@@ -65,9 +65,9 @@ def open_model(path: Path, given: Given = Given()) -> Source:
             f"{checkpoint} is in the middle of zero_out (iteration {manifest.iteration} of {manifest.train_iters}), "
             "where attention depends on the step; let it finish, or export the checkpoint before it"
         )
-    check_contents(checkpoint, manifest)
+    _check_contents(checkpoint, manifest)
     if (base := find_base(checkpoint, manifest)) != checkpoint:
-        check_contents(base, read_manifest(base))
+        _check_contents(base, read_manifest(base))
     stored, model = _stored(checkpoint, base), run.model
     config = _config(checkpoint, stored, model)
     if manifest.stage in ("zero_out", *mapping.COMPRESSED_STAGES):
@@ -94,6 +94,22 @@ def _stored(checkpoint: Path, base: Path) -> dict[str, DistReader]:
     """Name of a parameter -> reader of the checkpoint that has it: of adapters alone, or of the frozen base."""
     readers = [DistReader(path) for path in dict.fromkeys((base, checkpoint))]
     return {name: reader for reader in readers for name in reader.tensors()}
+
+
+def _check_contents(checkpoint: Path, manifest: Manifest) -> None:
+    """Compare what a conversion reads with its checksums: the model's tensors, and all files but those of tensors.
+
+    The optimizer's state, which is most of a training checkpoint, lies between the tensors and is left out.
+    """
+    check_contents(checkpoint, manifest, [name for name in manifest.files if not name.endswith(".distcp")])
+    reader = DistReader(checkpoint)
+    if odd := reader.damaged_files(reader.tensors()):
+        check_contents(checkpoint, manifest, odd)
+        if unknown := sorted(odd - manifest.crc32.keys()):
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged, tensors in {', '.join(unknown[:5])} differ from their checksums; "
+                "restore it from a copy, or name another checkpoint"
+            )
 
 
 def _config(checkpoint: Path, stored: Mapping[str, DistReader], model: ModelConfig) -> dict:

@@ -7,8 +7,10 @@ Chunks may be cut in any way.
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron.dmc.checkpoint.formats.torch_dist.metadata import read_metadata
-from megatron.dmc.checkpoint.pickled import TensorFinder
+from megatron.dmc.checkpoint.pickled import TensorFinder, is_whole
 from megatron.dmc.checkpoint.tensors import FileTensor, Grid, Lazy
 
 
@@ -87,6 +89,17 @@ class DistReader:
             for name, entry in self.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and name.startswith(tuple(prefixes))
         }
+
+    def damaged_files(self, names: Iterable[str]) -> set[str]:
+        """Files in which a chunk of one of these tensors is not what ``torch.save`` wrote, by the CRC-32 that its zip
+        format keeps for every record. Reads these chunks alone, which is a fraction of a checkpoint with its optimizer.
+        """
+        chunks = [info for name in names for _, info in self._chunks[name]]
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            whole = pool.map(
+                lambda info: is_whole(self.directory / info.relative_path, info.offset, info.length), chunks
+            )
+            return {info.relative_path for info, ok in zip(chunks, whole) if not ok}
 
     def place(self, name: str) -> tuple[Path, int, int]:
         """File, offset and length of an object that is no tensor."""
