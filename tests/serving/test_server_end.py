@@ -323,6 +323,22 @@ def test_a_shutdown_that_hangs_is_ended(model: Model, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+def test_sigterm_while_ranks_load(model: Model) -> None:
+    """Rank 0 ends at once, and the other rank soon after it."""
+    command = [sys.executable, "-m", "megatron.dmc.cli", "serve", model.path, "--port", "0"]
+    process = subprocess.Popen([*command, "--tensor-parallel-size", "2"], env=subprocess_env(), cwd=ROOT)
+    try:
+        until(lambda: psutil.Process(process.pid).children())
+        follower = follower_of(process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == -signal.SIGTERM
+        until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs(model: Model) -> None:
     """A rank that is stopped, and does not end: two signals end the server all the same, with status 1."""
     process, url = start(model, "--tensor-parallel-size", "2", "--shutdown-timeout", "1")

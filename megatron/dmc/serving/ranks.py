@@ -13,6 +13,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -96,7 +98,7 @@ class Followers:
         size = str(config.tensor_parallel_size)
         shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= shared | {"RANK": "0", "LOCAL_RANK": "0"}
-        told = json.dumps([path, dataclasses.asdict(config), tokenizer])
+        told = json.dumps([os.getpid(), path, dataclasses.asdict(config), tokenizer])
         for rank in range(1, config.tensor_parallel_size):
             env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # In a session of their own: a Ctrl+C at the terminal is for rank 0, which has requests to finish.
@@ -122,6 +124,14 @@ class Followers:
                 process.wait()
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent: a rank 0 that is killed while it loads can end nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    _path, _config, _tokenizer = json.loads(sys.argv[1])
+    _parent, _path, _config, _tokenizer = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=(_parent,), daemon=True).start()
     follow(_path, EngineConfig(**_config), _tokenizer)
