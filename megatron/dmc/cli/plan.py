@@ -113,9 +113,10 @@ def load_model(name: str) -> RunConfig:
     data = load_file(path)
     if path.suffix != ".json" or not isinstance(data, dict) or isinstance(data.get("model"), dict):
         return RunConfig.from_dict(data)
+    from megatron.dmc.checkpoint.formats import dms
     from megatron.dmc.checkpoint.mapping import from_hf_config
 
-    run = RunConfig(model=from_hf_config(data))
+    run = RunConfig(model=from_hf_config(dms.canonical_config(path.parent, data)[0]))
     run.parallel.use_distributed_optimizer = run.training.bf16 = True
     run.data.seq_length = min(run.data.seq_length, run.model.max_position_embeddings)
     return run

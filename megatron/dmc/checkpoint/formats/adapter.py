@@ -26,6 +26,8 @@ from megatron.dmc.config.checks import shown
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_key_value_heads")
 """Keys of ``config.json`` in which a model and its adapters agree."""
+_BLOCK = 8 << 20
+"""Bytes that a thread reads at a time."""
 _NEEDED = ("base_weights_sha256", *SIZES, "dmc")
 
 
@@ -56,7 +58,7 @@ def weights_sha256(tensors: Mapping[str, Lazy], threads: Optional[int] = None) -
 
     def line(name: str) -> str:
         tensor, digest = tensors[name], hashlib.sha256()
-        for _, block in tensor.blocks():
+        for _, block in tensor.blocks(_BLOCK):
             digest.update(memoryview(block.to(torch.float32).reshape(-1).numpy()).cast("B"))
         return f"{name} {'x'.join(map(str, tensor.shape))} {digest.hexdigest()}\n"
 

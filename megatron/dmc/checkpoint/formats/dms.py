@@ -13,6 +13,7 @@ model they talk nonsense, or hold a full cache in silence; so every directory is
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,10 +191,11 @@ def _training_log(file: Path) -> Optional[dict]:
     try:
         content = read_json(file)
     except ValueError as error:
-        with file.open("rb") as raw:
-            if b'"alpha_offset"' not in raw.read(1 << 16):
-                return None
-        raise ValueError(f"{error}: it seems to describe a DMS model, which cannot be read without it") from None
+        if os.access(file, os.R_OK):
+            with file.open("rb") as raw:
+                if b'"alpha_offset"' not in raw.read(1 << 16):
+                    return None
+        raise ValueError(f"{error}; it may describe a DMS model: restore it, or move the model elsewhere") from None
     config = content.get("config")
     known = isinstance(config, dict) and {"window_size", "alpha_scale", "alpha_offset"} <= config.keys()
     return content if known else None
