@@ -25,6 +25,7 @@ from megatron.dmc.checkpoint.megatron_export import export_megatron
 from megatron.dmc.checkpoint.verify import verify
 from megatron.dmc.cli.convert import main
 from megatron.dmc.config import DMCConfig
+from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.weights import read_info
 
@@ -210,6 +211,18 @@ def test_adapters_alone_make_the_same_model(alone: Path, name: str, tmp_path: Pa
     assert "identical" in verify(tmp_path / "merged", tmp_path / "mg", quiet())
     text = describe(adapters)
     assert "maker/base, weights SHA-256" in text and "adapter, per" in text
+
+
+def test_the_engine_puts_adapters_on_their_base(alone: Path) -> None:
+    """A base with its adapters generates what the whole checkpoint does, and evicts; another base is refused."""
+    found = []
+    for model, adapters in (("head", None), ("head-base", str(alone / "head-adapter"))):
+        llm = LLM(alone / model, adapter=adapters, dtype="float32", max_num_seqs=2, enable_prefix_caching=False)
+        output = llm.generate([list(range(40))], SamplingParams(max_tokens=8, temperature=0.0))[0].outputs[0]
+        found.append((output.token_ids, output.cache.slots))
+    assert found[0] == found[1] and 0 < sum(map(sum, found[0][1])) < 47 * 4
+    with pytest.raises(ValueError, match="is maker/base, with model_type qwen3, not llama"):
+        LLM(alone / "layer-base", adapter=str(alone / "head-adapter"))
 
 
 def test_the_hash_is_of_the_values(made: Path, tmp_path: Path) -> None:
