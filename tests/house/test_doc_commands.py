@@ -27,7 +27,7 @@ from megatron.dmc.training import arguments
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "dmc" / "README.md"]
 SLURM = ROOT / "examples" / "dmc" / "slurm"
 OUTPUTS = ("11980 lines completed, ", "iteration 20/140 | ", "127.0.0.1:40112 ")  # how blocks of printed lines begin
-FOREIGN = {"curl", "lm_eval", "cd", "export", "grep", "mv", "docker"}
+FOREIGN = {"curl", "lm_eval", "cd", "export", "grep", "mv", "docker", "vllm"}
 TOOLS = {"convert_checkpoint.py": ["convert"], "plan.py": ["plan"], "preprocess_data.py": ["data", "preprocess"]}
 MODULES = {
     "megatron.dmc.cli": [],

@@ -32,13 +32,17 @@ class Books:
     """What scheduler and worker of an engine say of the cache, and whether it agrees."""
 
     def __init__(self, engine) -> None:
-        from megatron.dmc.vllm.model import pool_of
+        from megatron.dmc.vllm.model import POOL
 
         self.scheduler = engine.engine_core.engine_core.scheduler
         (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        self.rows = pool_of(engine.vllm_config).rows
+        pool = engine.vllm_config.compilation_config.static_forward_context.get(POOL)
+        self.rows = pool.rows if pool else None
+        """None where the worker is a process of its own."""
 
     def check(self) -> None:
+        if self.rows is None:
+            return
         state, manager = self.rows.state, self.manager
         state.check_integrity()
         granted = sum(len(blocks) for blocks in manager.req_to_blocks.values())
@@ -53,7 +57,8 @@ class Books:
     def check_empty(self) -> None:
         self.check()
         assert not self.manager.lives and not any(self.manager.req_to_blocks.values())
-        assert self.rows.requests == 0 and self.rows.state.free_count() == self.rows.state.num_pages
+        if self.rows is not None:
+            assert self.rows.requests == 0 and self.rows.state.free_count() == self.rows.state.num_pages
         assert self.manager.block_pool.get_num_free_blocks() == self.manager.usable
 
 

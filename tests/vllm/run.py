@@ -10,7 +10,8 @@ case in vLLM, with many requests at a time and some aborted on the way:
 mixed:       as many requests as --requests, some of them with two completions
 small cache: a cache in which a few of them fit at once: preempted requests give the same tokens
 never merges: a model whose config.json claims CR 4 and that never merges: what cannot fit ends with an error
-qwen 2, qwen 3, yarn: other families and rotations
+own process: the same with a worker that is a process of its own, as in vLLM's server
+qwen 2, qwen 3, yarn, every head: other families, rotations and heads
 plain:       a plain model, with the plugin installed
 refusals:    what a compressed cache does not do is refused by name
 
@@ -31,11 +32,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from helpers.exported import CASES, VOCABULARY, Exported  # noqa: E402
+from helpers.exported import CASES, GROUPS, LAYERS, VOCABULARY, D, Exported  # noqa: E402
 
 from megatron.dmc.inference import LLM, SamplingParams  # noqa: E402
+from megatron.dmc.vllm.rows import layout  # noqa: E402
 
 VLLM = "0.32.0"
+BLOCK = 16  # slots of a page
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")  # of another build of torch, whose import fails
 
 
@@ -104,12 +107,22 @@ def make_cases(folder: Path, count: int, at_once: int) -> list[dict]:
     models = {name: Exported(folder / name.replace(" ", "-"), **CASES[name]).directory for name in EXPORTED}
     plain = make_plain(folder / "plain")
     few = max(8, count // 4)
-    roomy, small = {"kv_cache_memory_bytes": 4 << 20}, {"kv_cache_memory_bytes": 26 * 8192}
+    # Twelve blocks beside the rows: 192 tokens of one sequence that never merges, of at most 256.
+    shape = dict(num_layers=LAYERS, num_kv_heads=GROUPS, head_dim=D, max_slots=256, max_seqs=at_once)
+    division = layout(BLOCK, **shape)
+    roomy = {"kv_cache_memory_bytes": 4 << 20}
+    small = {"kv_cache_memory_bytes": max(division.needed(12), 13) * division.block_bytes}
 
-    def case(name: str, model: Path, requests: int, memory: dict, **more: object) -> dict:
-        engine = {"max_num_seqs": at_once, "max_num_batched_tokens": 32, **memory}
+    def case(name: str, model: Path, requests: int, memory: dict, engine: dict | None = None, **more: object) -> dict:
+        sizes = {"max_num_seqs": at_once, "max_num_batched_tokens": max(32, at_once), **memory}
         expected = expect(model, make_requests(requests, len(name)))
-        base = {"name": name, "model": str(model), "engine": engine, "requests": expected, "at_once": at_once}
+        base = {
+            "name": name,
+            "model": str(model),
+            "engine": sizes | (engine or {}),
+            "requests": expected,
+            "at_once": at_once,
+        }
         return base | {"compressed": True, **more}
 
     refused = {
@@ -126,6 +139,15 @@ def make_cases(folder: Path, count: int, at_once: int) -> list[dict]:
             models["no merging"],
             count,
             small,
+            never_merges=True,
+            at_least={"preempted": 5, "errors": 2},
+        ),
+        case(
+            "own process",
+            models["no merging"],
+            count,
+            small,
+            engine={"distributed_executor_backend": "mp"},
             never_merges=True,
             at_least={"preempted": 5, "errors": 2},
         ),

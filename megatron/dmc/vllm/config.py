@@ -11,6 +11,7 @@ from megatron.dmc.kernels.state import PAGE_SIZES
 
 logger = init_logger(f"vllm.{__name__}")
 
+OPERATOR = "vllm::dmc_attention"
 CONNECTOR, MODULE = "DMCConnector", "megatron.dmc.vllm.connector"
 
 
@@ -44,6 +45,8 @@ def refusals(config: VllmConfig) -> list[str]:
             page_size(config) not in PAGE_SIZES
         ),
         "--enable-sleep-mode": model.enable_sleep_mode,
+        "--enable-dbo": parallel.enable_dbo,
+        "--hf-overrides: attention is as config.json says": bool(model.hf_overrides),
     }
     return [text for text, asked in wrong.items() if asked]
 
@@ -70,3 +73,6 @@ class ConfigHook:
             )
         if vllm_config.device_config.device_type == "cuda":
             logger.warning("The compressed cache has not been run inside vLLM on a GPU yet.")
+            # Attention looks up what a step is in Python, so no CUDA graph may hold it.
+            compilation = vllm_config.compilation_config
+            compilation.splitting_ops = [*(compilation.splitting_ops or ()), OPERATOR]

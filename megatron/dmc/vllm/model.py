@@ -30,7 +30,7 @@ from megatron.dmc.inference.attention import CompressedAttention
 from megatron.dmc.inference.weights import ModelInfo, describe
 from megatron.dmc.kernels.state import DTYPES
 from megatron.dmc.vllm.cache import CompressedSpec
-from megatron.dmc.vllm.config import page_size
+from megatron.dmc.vllm.config import OPERATOR, page_size
 from megatron.dmc.vllm.grants import Grants
 from megatron.dmc.vllm.rows import Rows, steps_late
 
@@ -56,10 +56,13 @@ class Step:
 
     positions: Tensor
     cu_seqlens: Tensor
-    rows: Tensor
+    blocks: Tensor
+    """int64 [n], first block of each sequence."""
     decoding: int
     count: int
     """Tokens of the step; vLLM may pad its tensors beyond them."""
+    rows: Tensor | None = None
+    """Set by the first layer: vLLM may build a step before the connector has given rows to what begins with it."""
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -68,22 +71,23 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     reorder_batch_threshold = 1  # sequences with one token come first
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.rows = pool_of(vllm_config).rows
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # abstract in vLLM
 
-    def build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Step:
-        n, total = common.num_reqs, common.num_actual_tokens
-        on_host = common.query_start_loc_cpu[: n + 1]
-        more = (on_host.diff() != 1).nonzero()
-        cu_seqlens = common.query_start_loc[: n + 1].to(torch.int32)
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Step:
+        batch = common_attn_metadata
+        n, total = batch.num_reqs, batch.num_actual_tokens
+        more = (batch.query_start_loc_cpu[: n + 1].diff() != 1).nonzero()
+        cu_seqlens = batch.query_start_loc[: n + 1].to(torch.int32)
         counts = cu_seqlens.diff()
-        first = common.seq_lens[:n] - counts  # position of each sequence's first token in the step
+        first = batch.seq_lens[:n] - counts  # position of each sequence's first token in the step
         shift = torch.repeat_interleave(first - cu_seqlens[:-1], counts, output_size=total)
         positions = torch.arange(total, dtype=torch.int32, device=shift.device).add_(shift)
         return Step(
             positions=positions,
             cu_seqlens=cu_seqlens,
-            rows=self.rows.row_of_block[common.block_table_tensor[:n, 0].long()],
+            blocks=batch.block_table_tensor[:n, 0].long(),
             decoding=int(more[0]) if len(more) else n,
             count=total,
         )
@@ -176,6 +180,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
     if context.attn_metadata is None:
         return torch.zeros_like(q)
     step, pool = context.attn_metadata[POOL], context.no_compile_layers[POOL]
+    if step.rows is None:
+        step.rows = pool.rows.row_of_block[step.blocks]
     t = step.count
     out = pool.attention(pool.rows.state, layer, q[:t], k[:t], v[:t], step)
     return out if t == q.size(0) else torch.cat((out, q.new_zeros(q.size(0) - t, *q.shape[1:])))
@@ -185,7 +191,7 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-direct_register_custom_op("dmc_attention", attend, fake_impl=_attend_fake)
+direct_register_custom_op(OPERATOR.partition("::")[2], attend, fake_impl=_attend_fake)
 
 
 class Attention(nn.Module):
