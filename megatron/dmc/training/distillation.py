@@ -224,4 +224,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         (grad,) = ctx.saved_tensors
-        return grad * upstream[..., None].to(grad.dtype), None, None, None, None, None
+        # Written into a tensor of its own: a product's strides are free where b is 1, and with odd ones matmul repeats
+        # a frozen output layer's weight for every token.
+        out = torch.empty_like(grad)
+        return torch.mul(grad, upstream[..., None].to(grad.dtype), out=out), None, None, None, None, None
