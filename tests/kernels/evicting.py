@@ -1,16 +1,17 @@
-"""Eviction in the plainest way: Python lists, one token and one head at a time; and a runner of steps over a cache."""
+"""A runner of steps over a cache of a model that evicts, beside the oracle's cache of Python lists."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.dmc.kernels import CacheState, EvictParams, append_evicting, decode_attention, prefill_attention
-from megatron.dmc.kernels.params import NEURON_ALL, NEURON_QUERY
-from megatron.dmc.ops import rotary_frequencies
+from megatron.dmc.kernels.params import NEURON_ALL, NEURON_NONE, NEURON_QUERY
+from megatron.dmc.ops import EvictingOracleCache, rotary_frequencies
+
+NEURONS = {NEURON_NONE: "none", NEURON_ALL: "all", NEURON_QUERY: "query"}
 
 
 @dataclass
@@ -40,58 +41,6 @@ def sequence(n: int, g: int, kv: int, d: int, marked: float = 0.6, seed: int = 0
     return Sequence(*fused.split((g * kv, kv, kv), dim=1), logits)
 
 
-def _rotated(x: Tensor, position: int, inv_freq: Tensor, neuron_out: bool) -> Tensor:
-    x, half = x.double().clone(), x.numel() // 2
-    if neuron_out:
-        x[-1] = 0
-    angle = position * inv_freq.double()
-    turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
-    x = torch.cat((turned.real, turned.imag))
-    if neuron_out:
-        x[-1] = 0
-    return x
-
-
-@dataclass
-class _Token:
-    index: int
-    key: Tensor
-    value: Tensor
-    marked: bool = False
-
-
-class SlowHeads:
-    """All KV heads of a layer for one sequence."""
-
-    def __init__(self, heads: int, window: int, about_self: bool, neuron: int, inv_freq: Tensor) -> None:
-        self.heads: list[list[_Token]] = [[] for _ in range(heads)]
-        self.window, self.about_self, self.neuron, self.inv_freq = window, about_self, neuron, inv_freq
-        self.count = 0
-
-    def step(self, token: Sequence) -> Tensor:
-        """Attention of the next token: fp64 [Hq, D]. ``token`` is of one."""
-        g, d = token.q.size(1) // len(self.heads), token.q.size(2)
-        out = torch.empty(token.q.size(1), d, dtype=torch.float64)
-        for h, held in enumerate(self.heads):
-            key = _rotated(token.k[0, h], self.count, self.inv_freq, self.neuron == NEURON_ALL)
-            held.append(_Token(self.count, key, token.v[0, h].double()))
-            about = held[-1] if self.about_self else held[-2] if len(held) > 1 else None
-            if about is not None:
-                about.marked = bool(token.logits[0, h] > 0)
-            held[:] = [x for x in held if self.count - x.index <= self.window or not x.marked]
-            keys, values = (torch.stack([getattr(x, name) for x in held]) for name in ("key", "value"))
-            for i in range(g):
-                neuron_out = self.neuron == NEURON_ALL or (self.neuron == NEURON_QUERY and i == 0)
-                query = _rotated(token.q[0, h * g + i], self.count, self.inv_freq, neuron_out)
-                out[h * g + i] = torch.softmax(keys @ query / math.sqrt(d), dim=0) @ values
-        self.count += 1
-        return out
-
-    def kept(self) -> list[list[_Token]]:
-        """Those beyond the window, by head."""
-        return [[x for x in held if self.count - 1 - x.index > self.window] for held in self.heads]
-
-
 class Run:
     """Feeds sequences through one layer of a cache, in steps of any composition, and the oracle beside it."""
 
@@ -110,12 +59,13 @@ class Run:
         self.sequences, self.rows, self.state, self.layer, self.device = sequences, rows, state, layer, device
         self.rule, self.bound = {"about_self": about_self, "neuron": neuron}, bound
         self.inv_freq = rotary_frequencies(sequences[0].q.size(-1), 1e4)
+        settings = {"window": state.evict_window, "about_self": about_self, "neuron": NEURONS[neuron]}
         heads = sequences[0].k.size(1)
-        self.slow = [SlowHeads(heads, state.evict_window, about_self, neuron, self.inv_freq) for _ in sequences]
+        self.slow = [EvictingOracleCache(1, heads, self.inv_freq, **settings) for _ in sequences]
 
     def step(self, counts: list[int], decode: bool = False) -> None:
         """``counts[i]`` tokens of sequence i, sequences without tokens included; ``decode``: by decode_attention."""
-        at = [self.slow[i].count for i in range(len(counts))]
+        at = [self.slow[i].position for i in range(len(counts))]
         parts = [self.sequences[i][at[i] : at[i] + n] for i, n in enumerate(counts)]
         assert [len(part) for part in parts] == counts
 
@@ -138,23 +88,25 @@ class Run:
         else:
             out = prefill_attention(self.state, self.layer, done, cu, rows, scale)
         assert out.dtype == q.dtype and out.shape == q.shape
-        want = [slow.step(part[t : t + 1]) for slow, part in zip(self.slow, parts) for t in range(len(part))]
-        close(out, torch.stack(want), self.bound)
+        want = [
+            slow.step(*(getattr(part, name)[t : t + 1] for name in ("q", "k", "v", "logits")))
+            for slow, part in zip(self.slow, parts)
+            for t in range(len(part))
+        ]
+        close(out, torch.cat(want), self.bound)
         self.state.check_integrity()
 
     def check_cache(self) -> None:
         """Kept and recent tokens of every head are the oracle's."""
         for row, slow in zip(self.rows, self.slow):
-            kept = slow.kept()
-            for h, held in enumerate(slow.heads):
-                assert int(self.state.lengths[row, self.layer, h]) == len(kept[h])
-                assert int(self.state.segment[row, self.layer, h]) == slow.count
-                recent = held[len(kept[h]) :]
-                assert recent == [] or recent[-1].index == slow.count - 1
-                tokens = [*kept[h], *recent]
-                if tokens:
+            for h, held in enumerate(slow.held[0]):
+                kept = sum(slow.position - 1 - token.position > slow.window for token in held)
+                assert int(self.state.lengths[row, self.layer, h]) == kept
+                assert int(self.state.segment[row, self.layer, h]) == slow.position
+                if held:
+                    assert held[-1].position == slow.position - 1
                     for got, name in zip(held_tokens(self.state, row, self.layer, h), ("key", "value")):
-                        close(got, torch.stack([getattr(x, name) for x in tokens]), self.bound)
+                        close(got, torch.stack([getattr(x, name) for x in held]), self.bound)
 
 
 def held_tokens(state: CacheState, row: int, layer: int, head: int) -> tuple[Tensor, Tensor]:
@@ -167,5 +119,5 @@ def held_tokens(state: CacheState, row: int, layer: int, head: int) -> tuple[Ten
 
 
 def close(got: Tensor, want: Tensor, bound: float) -> None:
-    error = float((got.double().cpu() - want).abs().max() / want.abs().max())
+    error = float((got.float().cpu() - want.float()).abs().max() / want.float().abs().max())
     assert error <= bound, f"{error:.1e}"

@@ -1,5 +1,5 @@
-"""The compiled kernels of models that evict against the reference: shapes, windows and dtypes that the oracle is too slow
-for, and what must not depend on the composition of a step.
+"""The compiled kernels of models that evict against the reference: shapes, windows and dtypes that the oracle is too
+slow for, and what must not depend on the composition of a step.
 """
 
 from __future__ import annotations

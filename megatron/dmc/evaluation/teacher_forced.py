@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron.dmc.checkpoint.formats import adapter, hf
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
-from megatron.dmc.inference.model import Model, linear
+from megatron.dmc.inference.model import Layer, Model, linear
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.weights import ModelInfo, Reader, dtype_of, read_info
+from megatron.dmc.inference.weights import ModelInfo, dtype_of, read_info
 from megatron.dmc.ops import attention_factor, decision_logits, rotary_frequencies
 
 LOGITS = 1024  # tokens whose logits are in memory at once
@@ -92,11 +92,6 @@ class TeacherForced(Model):
         c = info.model
         self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
         self.rotary_factor = attention_factor(c.rope_scaling)
-        self.adapters: list[tuple[Tensor, Tensor]] = []  # of every layer: weights of its norm [h], and [H or 1, h]
-        if info.dmc is not None and info.dmc.decision_source == "adapter":
-            reader = Reader(directory, info, parallel, dtype, device)
-            names = [f"model.layers.{n}.self_attn.dms_proj_alpha" for n in range(c.num_layers)]
-            self.adapters = [(reader.whole(f"{name}_norm.weight"), reader.whole(f"{name}.weight")) for name in names]
 
     @classmethod
     def load(
@@ -160,19 +155,19 @@ class TeacherForced(Model):
         parts = zip(tokens.split(batch), labels.split(batch))
         return Scored.cat([self._score(part.to(self.device), after.to(self.device), policy) for part, after in parts])
 
-    def _decision_logits(self, n: int, x: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
-        """Decision logits in layer n: fp32 [b, ng, s]; None for a plain model.
+    def _decision_logits(self, layer: Layer, x: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        """Decision logits in a layer: fp32 [b, ng, s]; None for a plain model.
 
         Args:
-            x: hidden states before the layer's input norm, [b, s, h].
+            x: hidden states before the layer's input norm, [b * s, h].
             q, k: [b, np, s, D] and [b, ng, s, D], before the rotation.
         """
         dmc = self.info.dmc
         if dmc is None:
             return None
-        if self.adapters:
-            norm, weight = self.adapters[n]
-            y = F.linear(self._normed(x, norm), weight).transpose(1, 2).expand(-1, k.size(1), -1)
+        if layer.adapter is not None:
+            y = layer.adapter(x, self.info.model.norm_epsilon)
+            y = y.view(k.size(0), k.size(2), -1).transpose(1, 2).expand(-1, k.size(1), -1)
         else:
             y = (k if dmc.decision_source == "key" else q[:, :: q.size(1) // k.size(1)])[..., -1]
         return decision_logits(y, self.info.decision_bias, dmc.decision_scale)
@@ -180,14 +175,14 @@ class TeacherForced(Model):
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
         (b, s), d = tokens.shape, self.head_dim
         x, slots = self._embed(tokens.flatten()), []
-        for n, layer in enumerate(self.layers):
+        for layer in self.layers:
             # [b * s, heads, D] -> [b, heads, s, D]
             q, k, v = (
                 y.view(b, s, -1, d).transpose(1, 2).contiguous()
                 for y in self._project(layer, self._normed(x, layer.input_norm))
             )
             neuron = "none" if self.info.dmc is None else self.info.dmc.neuron
-            logits = self._decision_logits(n, x.view(b, s, -1), q, k)
+            logits = self._decision_logits(layer, x, q, k)
             attended = policy.attend(Projections(q, k, v, self.inv_freq, neuron, self.rotary_factor, logits))
             slots.append(attended.slots.to(torch.int32))
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
