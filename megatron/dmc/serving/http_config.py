@@ -71,7 +71,8 @@ class HTTPConfig:
             return
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+            # The empty password: OpenSSL would ask a terminal for that of an encrypted key.
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password="")
             if self.ssl_ca_certs:
                 context.load_verify_locations(self.ssl_ca_certs)
         except OSError as error:  # ssl.SSLError is one

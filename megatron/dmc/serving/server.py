@@ -73,9 +73,11 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start uvicorn and log the addresses."""
         await super().startup(sockets)
+        scheme = "https" if self.config.is_ssl else "http"
         for sock in sockets or ():
             host, port = sock.getsockname()[:2]
-            log.info("serving %s on http://%s:%d", self.service.model_name, f"[{host}]" if ":" in host else host, port)
+            host = f"[{host}]" if ":" in host else host
+            log.info("serving %s on %s://%s:%d", self.service.model_name, scheme, host, port)
 
     def stop(self) -> None:
         """Begin the shutdown, or end it when it has begun."""
