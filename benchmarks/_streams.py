@@ -6,6 +6,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,21 +48,29 @@ class Times:
 
 
 def offline(engine: Engine, asked: Sequence[Sequence[int]], clients: int, new_tokens: int) -> Times:
-    """Run requests on the engine itself, ``clients`` at a time, each followed at once by the next one."""
+    """Run requests on the engine itself, ``clients`` at a time, each followed at once by the next one.
+
+    They come to the engine as to a server's: of several that are sent at once the first finds it idle and is started
+    alone, and the others join it in the next step, whose prefill is a gap between the first one's tokens.
+    """
     params = SamplingParams(max_tokens=new_tokens, **OPTIONS)
     found, left = Times(), iter(range(len(asked)))
     sent: dict[str, float] = {}
     arrivals: dict[str, list[float]] = {}
+    waiting: deque[int] = deque()
 
     def send() -> None:
         if (n := next(left, None)) is not None:
             sent[str(n)], arrivals[str(n)] = time.perf_counter(), []
-            engine.add_request(str(n), asked[n], params)
+            waiting.append(n)
 
     began = time.perf_counter()
     for _ in range(clients):
         send()
-    while engine.has_unfinished():
+    while waiting or engine.has_unfinished():
+        for _ in range(len(waiting) if engine.has_unfinished() else 1):
+            n = waiting.popleft()
+            engine.add_request(str(n), asked[n], params)
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:

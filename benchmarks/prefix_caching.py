@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
-from engine import prompts, write_models
+from engine import prompts, write_model
 
 from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.kernels import active_backend
@@ -96,7 +96,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     parser.add_argument("--seconds", type=float, default=15, help="of each comparison")
     args = parser.parse_args()
-    args.contexts = [args.prefix]
+    args.contexts, args.method = [args.prefix], "dmc"
     began, figures, missed, rows = time.perf_counter(), {}, [], []
     device, dtype = resolve_device(args)
     print(
@@ -104,7 +104,8 @@ def main() -> None:
         f"{active_backend(device.type)}; prefix {args.prefix}, question {args.question}\n"
     )
     with tempfile.TemporaryDirectory() as name:
-        for label, path in zip(("CR 4", "CR 1"), write_models(Path(name), args, dtype)):
+        for cr in (4, 1):
+            label, path = f"CR {cr}", write_model(Path(name), args, dtype, cr)
             first, many = first_token(path, args, device), together(path, args, device)
             gains = {
                 "hit": ratio(first["miss"], first["hit"]),

@@ -49,7 +49,7 @@ import torch
 from _common import ROOT, arguments, finish, ratio, spread, table
 from _http import load, post, tokens_of
 from _streams import http, offline
-from engine import prompts, write_models
+from engine import prompts, write_model
 
 from megatron.dmc.inference import LLM, SamplingParams
 
@@ -303,14 +303,14 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
     args = parser.parse_args()
-    args.contexts = [0]  # of write_models: 4,096 positions
+    args.contexts, args.method = [0], "dmc"  # of write_model: 4,096 positions
     began = time.perf_counter()
     torch.set_num_threads(args.threads)
     figures, missed = {}, []
     with tempfile.TemporaryDirectory() as name:
         if args.mode != "load":
             (large := Path(name, "large")).mkdir()
-            path, _ = write_models(large, args, torch.float32)
+            path = write_model(large, args, torch.float32, 4)
             add_tokenizer(path)
             print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, CR 4, float32\n")
             for mode, measure in (("overhead", overhead), ("latency", latency)):
@@ -320,7 +320,7 @@ def main() -> None:
         if args.mode in ("load", "all"):
             args.layers, args.hidden, args.heads, args.head_dim = 2, 128, 4, 32
             (small := Path(name, "small")).mkdir()
-            path, _ = write_models(small, args, torch.float32)
+            path = write_model(small, args, torch.float32, 4)
             add_tokenizer(path)
             print("\n2 layers of 128, 4 heads of 32, CR 4, float32, under a bad load\n")
             figures["load"], found = bad_load(args, path)
