@@ -17,8 +17,8 @@ template <class T> struct Slots {
   const T *k, *v;
   int page_size, d, columns;
   int kept;   // slots
-  int token;  // of the first recent place, were it there
-  int first;  // token that is
+  int first;  // the oldest recent token
+  int token;  // the one that the first place of its tile would hold: `first`, or up to kTile - 1 before
 
   DMC_INLINE Slots(const Cache& c, int row, int64_t layer, int head, int slots = INT32_MAX, int tokens = 0)
       : k((const T*)c.k_pages), v((const T*)c.v_pages), page_size(c.page_size), d(c.head_dim), columns((int)c.recent), kept(slots) {
@@ -35,7 +35,7 @@ template <class T> struct Slots {
 
   // Elements before the slot, which lies in the page `id`.
   DMC_INLINE int64_t offset(int id, int slot) const { return ((int64_t)id * page_size + (slot & (page_size - 1))) * d; }
-  // Keys and values of a place; false if there is nothing.
+  // Where the key and the value of a place begin; false if it holds nothing.
   DMC_INLINE bool find(int place, const T*& key, const T*& value) const {
     int at = place;
     if (place >= kept && (at = place - align(kept) + token) < first) return false;

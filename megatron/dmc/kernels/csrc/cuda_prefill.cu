@@ -18,8 +18,8 @@ struct Tile {
   int sequence, row, begin, head, first, rows;
 };
 
-// Tokens that the rows of a tile see whatever was decided about them, by their count in the sequence: each row the latest `span` up to its
-// own. None unless the model evicts.
+// Tokens that the rows of a tile see whatever was decided about them, by their index in the sequence: each row the latest `span` up to
+// its own. None unless the model evicts.
 struct Window {
   const int32_t* table;  // recent pages before the chunk
   int before, shift;     // tokens that were there before the chunk; from a token of the chunk to its place among all T
