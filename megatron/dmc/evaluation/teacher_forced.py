@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint.formats import adapter, hf
+from megatron.dmc.checkpoint.formats import adapter
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
 from megatron.dmc.inference.model import Layer, Model, linear
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.weights import ModelInfo, dtype_of, read_info
-from megatron.dmc.ops import attention_factor, decision_logits, rotary_frequencies
+from megatron.dmc.inference.weights import dtype_of, read_info
+from megatron.dmc.ops import attention_factor, decision_logits
 
 LOGITS = 1024  # tokens whose logits are in memory at once
 
@@ -79,19 +79,6 @@ class Scored:
 
 class TeacherForced(Model):
     """A Llama-family model, plain or exported with a ``dmc`` block, whose attention is a policy's."""
-
-    def __init__(
-        self,
-        directory: hf.HFDirectory,
-        info: ModelInfo,
-        parallel: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(directory, info, parallel, dtype, device)
-        c = info.model
-        self.inv_freq = rotary_frequencies(c.head_dim, c.rotary_base, c.rope_scaling, device=device)
-        self.rotary_factor = attention_factor(c.rope_scaling)
 
     @classmethod
     def load(
@@ -162,19 +149,19 @@ class TeacherForced(Model):
             x: hidden states before the layer's input norm, [b * s, h].
             q, k: [b, np, s, D] and [b, ng, s, D], before the rotation.
         """
-        dmc = self.info.dmc
+        dmc, (b, ng, s, _) = self.info.dmc, k.shape
         if dmc is None:
             return None
         if layer.adapter is not None:
-            y = layer.adapter(x, self.info.model.norm_epsilon)
-            y = y.view(k.size(0), k.size(2), -1).transpose(1, 2).expand(-1, k.size(1), -1)
+            y = layer.adapter(x, self.info.model.norm_epsilon).view(b, s, -1).transpose(1, 2).expand(-1, ng, -1)
         else:
-            y = (k if dmc.decision_source == "key" else q[:, :: q.size(1) // k.size(1)])[..., -1]
+            y = (k if dmc.decision_source == "key" else q[:, :: q.size(1) // ng])[..., -1]
         return decision_logits(y, self.info.decision_bias, dmc.decision_scale)
 
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
         (b, s), d = tokens.shape, self.head_dim
         x, slots = self._embed(tokens.flatten()), []
+        factor = attention_factor(self.info.model.rope_scaling)
         for layer in self.layers:
             # [b * s, heads, D] -> [b, heads, s, D]
             q, k, v = (
@@ -183,7 +170,7 @@ class TeacherForced(Model):
             )
             neuron = "none" if self.info.dmc is None else self.info.dmc.neuron
             logits = self._decision_logits(layer, x, q, k)
-            attended = policy.attend(Projections(q, k, v, self.inv_freq, neuron, self.rotary_factor, logits))
+            attended = policy.attend(Projections(q, k, v, self.attention.inv_freq, neuron, factor, logits))
             slots.append(attended.slots.to(torch.int32))
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
             gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
