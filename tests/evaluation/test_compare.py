@@ -94,6 +94,30 @@ def test_every_method_gets_as_many_steps_as_the_control(tmp_path) -> None:
     assert all("seed2" not in run for row in graph.rows if row.seed == 1 for run in graph.lineage(row.run))
 
 
+def test_dms_from_every_source(tmp_path) -> None:
+    """As many steps each; queries free a channel of their own, adapters are trained alone, from an imported base."""
+    methods = ["DMS", "DMS query", "DMS query + distillation", "DMS adapter"]
+    graph = build_graph(load(tmp_path, ratios=[2, 4], methods=methods))
+    rows = [row for row in graph.rows if row.method in methods]
+    assert len(rows) == 8 and all(graph.steps(row.run) == {2: 6, 4: 10}[row.ratio] for row in rows)
+
+    def flags(name: str) -> str:
+        return " ".join(graph.jobs[name].commands[-1])
+
+    query = "--method dms --window 8 --decision-source query --decision-scale 100"
+    assert all(
+        set(query.split()) <= set(flags(f"seed1/{name}").split())
+        for name in ("zero_out-query", "dms-query/2x-retrofit")
+    )
+    assert "--method" not in flags("seed1/dms-query/4x-retrofit") and "query" not in flags("seed1/zero_out")
+    for name in ("2x-retrofit", "2x", "4x-retrofit", "4x"):
+        assert "--freeze-base" in flags(f"seed1/dms-adapter/{name}") and "--distill" not in flags(
+            f"seed1/dms-adapter/{name}"
+        )
+    lineage = graph.lineage("seed1/dms-adapter/4x")
+    assert "seed1/original-base" in lineage and not any("zero_out" in name for name in lineage)
+
+
 def test_jobs_wait_for_what_they_read(tmp_path) -> None:
     """Every path under the output that a command names, but its own results, was made by a job before it."""
     config = everything(tmp_path)

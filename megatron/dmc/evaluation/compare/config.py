@@ -12,8 +12,17 @@ from megatron.dmc.config.checks import positive, require
 
 EVICTION = ("H2O", "TOVA", "StreamingLLM")
 """Eviction policies, which need no training: they are measured on the control."""
-TRAINED = ("DMC", "DMC + distillation", "DMS", "DMS + distillation", "GQA")
+SOURCES = {"DMS": "key", "DMS query": "query", "DMS adapter": "adapter"}
+"""DMS by the source of its decisions (``DMCConfig.decision_source``). Adapters are trained alone, with the original as
+their frozen base and teacher."""
+_DISTILLED = " + distillation"
+TRAINED = ("DMC", "DMC + distillation", *SOURCES, "DMS + distillation", "DMS query + distillation", "GQA")
 """Methods that train the original on."""
+
+
+def decision_source(method: str) -> Optional[str]:
+    """Source of the decisions of a method of :data:`TRAINED`; None if it is not DMS."""
+    return SOURCES.get(method.removesuffix(_DISTILLED))
 
 
 @dataclass
@@ -91,9 +100,11 @@ class RecipeConfig:
     """Weight of the compression loss in ``finetune``."""
     dms_window: int = 16
     """Tokens from the mark of a token to its eviction by DMS."""
+    dms_scale: float = 100.0
+    """Factor on the decisions of DMS query and DMS adapter (``DMCConfig.decision_scale``)."""
 
     def check(self) -> None:
-        positive(self, "zero_out_iters", "iters_per_cr", "finetune_iters", "lr", "dms_window")
+        positive(self, "zero_out_iters", "iters_per_cr", "finetune_iters", "lr", "dms_window", "dms_scale")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron.dmc.evaluation.compare.config import EVICTION, CompareConfig
+from megatron.dmc.evaluation.compare.config import EVICTION, CompareConfig, decision_source
 from megatron.dmc.evaluation.compare.jobs import ROOT, Job, JobGraph, Row
 
 CONVERT = "tools/convert_checkpoint.py"
@@ -57,16 +57,18 @@ def _command(program: str, *words: object, **flags: object) -> Command:
 
 
 def _stem(method: str) -> str:
-    return method.lower().replace(" + ", "-")
+    return method.lower().replace(" + ", "-").replace(" ", "-")
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Retrofits of one method to ascending ratios, each from the one before, the first from a ``zero_out`` run."""
+    """Retrofits of one method to ascending ratios, each from the one before, the first from a ``zero_out`` run or,
+    where adapters decide, from their base.
+    """
 
     method: str
-    zeroed: str
-    """Name of the ``zero_out`` job."""
+    start: str
+    """Name of the ``zero_out`` job, or of the base's."""
     stem: str
     """Beginning of the names of its jobs."""
     teacher: Optional[str] = None
@@ -128,7 +130,7 @@ class SeedBuilder:
                 for ratio, control in self.controls.items():
                     self._row(method, ratio, self._gqa(int(ratio)), control, heads_ratio=int(ratio))
             else:
-                chain = Chain(method, self.zeroed, f"seed{self.seed}/{_stem(method)}", self._teacher(method))
+                chain = self._chain(method, f"seed{self.seed}/{_stem(method)}")
                 for ratio, run in self._retrofit(chain, self.config.ratios):
                     self._row(method, ratio, run, self.controls[ratio])
 
@@ -151,7 +153,7 @@ class SeedBuilder:
         for method in economy.methods:
             for share in economy.shares:
                 stem = f"seed{self.seed}/economy/{_stem(method)}-{share:g}"
-                chain = Chain(method, self.zeroed, stem, self._teacher(method), share)
+                chain = self._chain(method, stem, share)
                 for ratio, run in self._retrofit(chain, [economy.ratio]):
                     self._row(method, ratio, run, self.controls[ratio], table="economy")
 
@@ -190,9 +192,22 @@ class SeedBuilder:
             self.controls[ratio] = self._decayed(f"{stem}/{ratio:g}x", "pretrain", recipe.finetune_iters, last)
             self._row("control", ratio, self.controls[ratio], None)
 
-    def _zero_out(self, name: str, init: str) -> str:
+    def _zero_out(self, name: str, init: str, **flags: Any) -> str:
         iters = self.config.recipe.zero_out_iters
-        return self._train(name, "zero_out", iters, init, self._constant, seed=100 * self.seed)
+        return self._train(name, "zero_out", iters, init, self._constant, seed=100 * self.seed, **flags)
+
+    def _chain(self, method: str, stem: str, share: float = 1.0) -> Chain:
+        source, start = decision_source(method), self.zeroed
+        if source == "adapter":
+            start = f"{self.original}-base"  # a converted checkpoint has the checksums that frozen weights are known by
+            if start not in self.graph.jobs:
+                export = self._export(self.original)
+                self._import(start, self.output / export, after=export, init=self.original)
+        elif source == "query":  # another channel is freed
+            start = f"{self.zeroed}-query"
+            if start not in self.graph.jobs:
+                self._zero_out(start, self.original, **self._method_flags(method))
+        return Chain(method, start, stem, self._teacher(method), share)
 
     def _gqa(self, ratio: int) -> str:
         """Mean-pooled heads, then as many tokens as DMC takes to the same ratio (Ainslie et al. 2023)."""
@@ -207,9 +222,13 @@ class SeedBuilder:
 
     def _retrofit(self, chain: Chain, ratios: Sequence[float]) -> Iterator[tuple[float, str]]:
         """Each ratio with its job: a retrofit from the ratio before, and a finetune there, which is the result."""
-        recipe, init, before = self.config.recipe, chain.zeroed, 1.0
+        recipe, init, before = self.config.recipe, chain.start, 1.0
+        adapter = decision_source(chain.method) == "adapter"
+        more: dict[str, Any] = dict(teacher=chain.teacher, freeze_base=adapter or None)
         for ratio in ratios:
             iters = max(1, round(chain.share * (self._ramp(ratio) - self._ramp(before))))
+            if adapter and before == 1:  # in place of zero_out
+                iters += recipe.zero_out_iters
             init = self._train(
                 f"{chain.stem}/{ratio:g}x-retrofit",
                 "retrofit",
@@ -217,19 +236,16 @@ class SeedBuilder:
                 init,
                 self._constant,
                 seed=100 * self.seed + int(10 * before),
-                teacher=chain.teacher,
                 target_cr=float(ratio),
                 loss_weight=float(recipe.loss_weight),
                 # Later runs take the method from their checkpoints.
-                **(self._method_flags(chain.method) if init == chain.zeroed else {}),
+                **(self._method_flags(chain.method) if init == chain.start else {}),
+                **more,
             )
             before = ratio
             iters = max(1, round(chain.share * recipe.finetune_iters))
             weight = float(recipe.finetune_loss_weight)
-            end = self._decayed(
-                f"{chain.stem}/{ratio:g}x", "finetune", iters, init, teacher=chain.teacher, loss_weight=weight
-            )
-            yield ratio, end
+            yield ratio, self._decayed(f"{chain.stem}/{ratio:g}x", "finetune", iters, init, loss_weight=weight, **more)
 
     # Parts of trainings
 
@@ -251,14 +267,13 @@ class SeedBuilder:
         return self.original if "distillation" in method else None
 
     def _method_flags(self, method: str) -> dict[str, Any]:
-        dmc, evicts = self.config.run.dmc, method.startswith("DMS")
-        window = self.config.recipe.dms_window if evicts else "none" if dmc.window is None else dmc.window
-        return dict(
-            method="dms" if evicts else "dmc",
-            window=window,
-            decision_bias=float(dmc.decision_bias),
-            temperature=float(dmc.temperature),
-        )
+        dmc, recipe, source = self.config.run.dmc, self.config.recipe, decision_source(method)
+        flags = dict(decision_bias=float(dmc.decision_bias), temperature=float(dmc.temperature))
+        if source is None:
+            return dict(method="dmc", window="none" if dmc.window is None else dmc.window, **flags)
+        if source != "key":
+            flags |= dict(decision_source=source, decision_scale=float(recipe.dms_scale))
+        return dict(method="dms", window=recipe.dms_window, **flags)
 
     # Jobs
 
