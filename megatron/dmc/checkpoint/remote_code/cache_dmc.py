@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
-from .cache_dms import DMSCacheLayer
-
 POOL_ROWS = 128  # tokens that are averaged by one matrix product
 SLOT_STEP = 16  # a cache grows by a multiple of so many slots per head
 
@@ -141,13 +139,10 @@ class DMCCache(Cache):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, config):
+    def __init__(self, layers):
+        """layers: a cache for each layer, DMCCacheLayer or DMSCacheLayer."""
         # Cache.__init__ makes layers of its own, of other arguments from version to version.
-        dmc, count = config.dmc, range(config.num_hidden_layers)
-        if config.evicts:
-            self.layers = [DMSCacheLayer(dmc["window"], dmc.get("decision_about", "previous")) for _ in count]
-        else:
-            self.layers = [DMCCacheLayer(dmc["window"]) for _ in count]
+        self.layers = layers
         self.layer_class_to_replicate, self.offloading = None, False
         self.reset()
 

@@ -40,7 +40,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .cache_dmc import DMCCache, rotate
+from .cache_dmc import DMCCache, DMCCacheLayer, rotate
+from .cache_dms import DMSCacheLayer  # here, not there: transformers 4.50 copies what this file imports itself
 from .configuration_dmc import DMCConfig
 
 TESTED = "4.50 to 5.24"  # versions of transformers
@@ -247,6 +248,14 @@ class DMCDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def new_cache(config):
+    """An empty cache for a model of this configuration."""
+    dmc, layers = config.dmc, range(config.num_hidden_layers)
+    if config.evicts:
+        return DMCCache([DMSCacheLayer(dmc["window"], dmc.get("decision_about", "previous")) for _ in layers])
+    return DMCCache([DMCCacheLayer(dmc["window"]) for _ in layers])
+
+
 class DMCPreTrainedModel(PreTrainedModel):
     config_class = DMCConfig
     base_model_prefix = "model"
@@ -291,7 +300,7 @@ class DMCModel(DMCPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = DMCCache(self.config) if cache is None else cache
+        cache = new_cache(self.config) if cache is None else cache
         valid = self._valid(attention_mask, cache.columns, x)
         expected = cache.take(valid)
         if position_ids is None:
@@ -469,7 +478,7 @@ class DMCForCausalLM(DMCPreTrainedModel, GenerationMixin):
             )
         given = self.model._checked_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
         if given is None and generation_config.use_cache is not False:
-            given = DMCCache(self.config)
+            given = new_cache(self.config)
         if given is not None:
             model_kwargs[CACHE_NAME] = given
 
