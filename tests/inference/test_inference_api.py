@@ -31,8 +31,11 @@ EOS = 60
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A compressing model with a byte-level tokenizer of 61 tokens: some ASCII, two bytes, BOS 59 and EOS 60."""
-    made = Model(tmp_path_factory.mktemp("model") / "m", "half")
+    return with_tokenizer(Model(tmp_path_factory.mktemp("model") / "m", "half"))
+
+
+def with_tokenizer(made: Model) -> Model:
+    """The model with a byte-level tokenizer of 61 tokens: some ASCII, two bytes, BOS 59 and EOS 60."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -382,6 +385,17 @@ def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed
     """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules, also over
     what the prefix cache keeps.
     """
+    two_ranks(model, pages, run_distributed)
+
+
+@pytest.mark.slow
+def test_two_ranks_evict_the_same(tmp_path: Path, run_distributed: Callable) -> None:
+    """Each rank has the rows of the adapters for its KV head. (tests/evicting has the other sources of decisions.)"""
+    two_ranks(with_tokenizer(Model(tmp_path / "model", "adapter")), 12, run_distributed)
+
+
+def two_ranks(model: Model, pages: int | None, run_distributed: Callable) -> None:
+    """Two ranks, and one that has all heads: the same tokens, slots and log-probabilities."""
     prompts = [list(model.prompt(n, seed)) for seed, n in enumerate((14, 40, 3, 17))]
     settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
     settings |= {"num_pages": pages} if pages else {}
