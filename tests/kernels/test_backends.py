@@ -162,13 +162,15 @@ def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_every_instruction_set(tmp_path) -> None:
-    """The portable library holds a path for any CPU: those this CPU runs pass the tests of test_kernels.py."""
+    """The portable library holds a path for any CPU: those this CPU runs pass tests of both methods."""
     usable = build.usable_instruction_sets()
     run_command([sys.executable, "-m", "megatron.dmc.kernels.build"], timeout=600)
-    chosen = "cpp and (equal_the_oracle and not reference or head_dims or precision or plain or unequal)"
-    tests = str(ROOT / "tests" / "kernels" / "test_kernels.py")
+    chosen = "shapes_equal or equal_the_oracle and not reference or head_dims or precision or plain or unequal"
+    chosen = f"cpp and ({chosen})"
+    names = ("test_kernels.py", "test_evicting.py", "test_evicting_shapes.py")
+    tests = [str(ROOT / "tests" / "kernels" / name) for name in names]
     for name in usable[1:]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", chosen]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]
         done = run_command(command, env={"MEGATRON_DMC_ISA": name}, timeout=600)
         assert " passed" in done.stdout
         code = "from megatron.dmc.kernels import cpp; print(cpp.instruction_set())"

@@ -236,6 +236,7 @@ INLINE void score_tile(const Slots& s, int64_t begin, int n, const float* q, int
 #endif
   constexpr int most = VW == 16 ? 4 : 2, some = Q < most ? Q : most;  // queries whose sums fit into registers
   for (int r = 0; r < n; r += VW) {
+    if (begin + r >= s.gap && begin + r + VW <= s.resume) continue;
     const T* k = s.key<T>(begin + r);
     Ahead ahead = Ahead::of<T>(s, s.k, begin + r);
     vf sums[Q][kLanes];
