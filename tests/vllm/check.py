@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
@@ -50,8 +52,8 @@ class Books:
         assert granted + free == manager.usable, (granted, free, manager.usable)
         taken = state.num_pages - state.free_count()
         # Rows that ended hold their pages until the next step begins.
-        ended = [row for name, row in self.rows._rows.items() if name not in manager.lives]
-        waiting = sum(int((-(-state.lengths[row.index] // state.page_size)).sum()) for row in ended)
+        ended = [row.index for name, row in self.rows._rows.items() if name not in manager.lives]
+        waiting = int(state.held_pages(torch.tensor(ended, dtype=torch.long)).used.sum())
         assert taken - waiting <= granted * self.rows.heads, (taken, waiting, granted)
 
     def check_empty(self) -> None:

@@ -12,6 +12,7 @@ small cache: a cache in which a few of them fit at once: preempted requests give
 never merges: a model whose config.json claims CR 4 and that never merges: what cannot fit ends with an error
 own process: the same with a worker that is a process of its own, as in vLLM's server
 qwen 2, qwen 3, yarn, every head: other families, rotations and heads
+key, "query, self", "adapter, self", "adapter, layer": method dms, in a small cache
 plain:       a plain model, with the plugin installed
 refusals:    what a compressed cache does not do is refused by name
 
@@ -32,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from helpers.exported import CASES, GROUPS, LAYERS, VOCABULARY, D, Exported  # noqa: E402
+from helpers.exported import CASES, DMS_CASES, GROUPS, LAYERS, VOCABULARY, D, Exported  # noqa: E402
 
 from megatron.dmc.inference import LLM, SamplingParams  # noqa: E402
 from megatron.dmc.vllm.rows import layout  # noqa: E402
@@ -105,13 +106,15 @@ def make_plain(directory: Path) -> Path:
 
 def make_cases(folder: Path, count: int, at_once: int) -> list[dict]:
     models = {name: Exported(folder / name.replace(" ", "-"), **CASES[name]).directory for name in EXPORTED}
+    for name in EVICTING:
+        models[name] = Exported(folder / name.replace(", ", "-"), **DMS_CASES[name]).directory
     plain = make_plain(folder / "plain")
     few = max(8, count // 4)
-    # Twelve blocks beside the rows: 192 tokens of one sequence that never merges, of at most 256.
+    # Twelve blocks beside the rows: 192 tokens of one sequence that never merges, of at most 256; and twenty.
     shape = dict(num_layers=LAYERS, num_kv_heads=GROUPS, head_dim=D, max_slots=256, max_seqs=at_once)
     division = layout(BLOCK, **shape)
     roomy = {"kv_cache_memory_bytes": 4 << 20}
-    small = {"kv_cache_memory_bytes": max(division.needed(12), 13) * division.block_bytes}
+    small, medium = ({"kv_cache_memory_bytes": max(division.needed(n), n + 1) * division.block_bytes} for n in (12, 20))
 
     def case(name: str, model: Path, requests: int, memory: dict, engine: dict | None = None, **more: object) -> dict:
         sizes = {"max_num_seqs": at_once, "max_num_batched_tokens": max(32, at_once), **memory}
@@ -152,6 +155,7 @@ def make_cases(folder: Path, count: int, at_once: int) -> list[dict]:
             at_least={"preempted": 5, "errors": 2},
         ),
         *(case(name, models[name], few, roomy) for name in EXPORTED[3:]),
+        *(case(name, models[name], few, medium) for name in EVICTING),
         case("plain", plain, few, {"kv_cache_memory_bytes": 8 << 20, "max_model_len": 256}, compressed=False),
         *(
             {"name": what, "model": str(models["window"]), "engine": engine, "requests": [], "refused": text}
@@ -162,6 +166,7 @@ def make_cases(folder: Path, count: int, at_once: int) -> list[dict]:
 
 
 EXPORTED = ("window", "half", "no merging", "qwen 2", "qwen 3", "yarn", "every head")
+EVICTING = ("key", "query, self", "adapter, self", "adapter, layer")
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.dmc import kernels
+from megatron.dmc.inference.recent_pages import Window
 from megatron.dmc.kernels.params import AppendParams
 from megatron.dmc.ops import rotary_frequencies
 from megatron.dmc.vllm.grants import Grants, Layout, Lengths
@@ -35,12 +36,12 @@ def test_the_worst_case_is_the_worst_and_is_reached(seed: int) -> None:
 
 
 def test_blocks_of_worst_and_expected_case() -> None:
-    grants = Grants(heads=6, page_size=PAGE, expected_cr=4.0, step_tokens=32)
+    grants = Grants(heads=6, window=Window(0, PAGE), expected_cr=4.0, step_tokens=32)
     assert [grants.worst(n) for n in (0, 1, 16, 17, 320)] == [1, 1, 1, 2, 20]
     assert grants.worst(90, Lengths.of(80, np.full(6, 20), PAGE)) == 2  # 30 slots each
     assert grants.expected(32) == 2  # one step: none of it is known to merge
     assert grants.expected(32 + 160) == 2 + 160 // 4 // PAGE + 1 + 1  # 72 slots, and half a page
-    assert Grants(6, PAGE, 1.0, 32).expected(320) == 20
+    assert Grants(6, Window(0, PAGE), 1.0, 32).expected(320) == 20
 
 
 def test_what_needs_memory_fits_the_memory() -> None:
@@ -113,3 +114,24 @@ def test_a_seam_that_is_gone_is_named() -> None:
         found[0] == "json:JSON.loads" and found[1] == "shutil:which takes no text" and "json.gone:loads (" in found[2]
     )
     assert len({seam.name for seam in SEAMS}) == len(SEAMS)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_worst_case_of_a_model_that_evicts(seed: int) -> None:
+    """Steps of any length, whose lengths are told up to two steps late, never hold more pages than were granted."""
+    random = np.random.default_rng(seed)
+    window = Window(int(random.integers(1, 60)), PAGE)
+    grants, kept = Grants(6, window, 4.0, 64), np.zeros(6, dtype=int)
+    known: list[Lengths | None] = [None]
+    tokens = 0
+    while tokens < 400:
+        more = int(random.choice((1, 1, 1, random.integers(2, 100))))
+        granted = grants.worst(tokens + more, known[-min(len(known), int(random.integers(1, 4)))])
+        slots = int(window.beyond(tokens + more) - window.beyond(tokens))
+        after = kept + random.integers(0, slots + 1, 6)
+        held = pages(after) + 6 * int(window.held(tokens) + window.taken(tokens, more))
+        assert held <= 6 * granted
+        kept, tokens = after, tokens + more
+        known.append(Lengths.of(tokens, kept, PAGE))
+        assert grants.worst(tokens, known[-1]) * 6 >= pages(kept) + 6 * int(window.held(tokens))
+    assert grants.worst(tokens, known[-1]) < grants.worst(tokens)

@@ -124,12 +124,12 @@ class CompressedManager(CircularBufferManager):
 
     def _refuse(self, request_id: str, life: _Life) -> None:
         life.refused = True
-        tokens, slots = (life.known.tokens, max(life.known.slots)) if life.known else (0, 0)
+        tokens, slots = (life.known.tokens, self.grants.slots(life.known)) if life.known else (0, 0)
         logger.error(
-            "Request %s ends with an error: its first %d tokens take %d KV slots over all layers and heads of a rank, "
-            "and with %d tokens it may take more than the %d that the cache has. Raise --kv-cache-memory-bytes or "
+            "Request %s ends with an error: its first %d tokens take %d KV slots over all layers and heads, "
+            "and with %d tokens it may take more than the %d blocks of the cache. Raise --kv-cache-memory-bytes or "
             "--gpu-memory-utilization, or lower --max-model-len or --max-num-batched-tokens.",
-            *(request_id, tokens, slots, life.tokens, self.usable * self.grants.heads * self.grants.page_size),
+            *(request_id, tokens, slots, life.tokens, self.usable),
         )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -169,4 +169,4 @@ class CompressedManager(CircularBufferManager):
     def totals(self) -> tuple[int, int]:
         """(tokens x heads, slots) of all requests over all ranks after the last step that is known."""
         known = [life.known for life in self.lives.values() if life.known is not None]
-        return sum(x.tokens * self.grants.heads * len(x.slots) for x in known), sum(sum(x.slots) for x in known)
+        return sum(x.tokens * self.grants.heads * len(x.slots) for x in known), sum(map(self.grants.slots, known))

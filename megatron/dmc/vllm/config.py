@@ -35,8 +35,8 @@ def refusals(config: VllmConfig) -> list[str]:
         ),
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
-        "--speculative-config: a merged token cannot be taken back": config.speculative_config is not None,
-        f"the KV connector {getattr(transfer, 'kv_connector', None)}: merged slots are not vLLM's blocks": (
+        "--speculative-config: what is merged or evicted cannot be taken back": config.speculative_config is not None,
+        f"the KV connector {getattr(transfer, 'kv_connector', None)}: slots are not vLLM's blocks": (
             transfer is not None and transfer.kv_connector != CONNECTOR
         ),
         "--kv-offloading-size": cache.kv_offloading_size is not None,

@@ -5,6 +5,9 @@ pages themselves are handed out on the device, where heads merge differently. A 
 worst case: every token that a step computes is a slot of its own in every head, until the lengths after that step are
 known. Then its grant shrinks to what these lengths, and the tokens scheduled meanwhile, can need. So whatever the
 scheduler does, the device never runs out.
+
+Slots and pages without more words are those of ``CacheState.page_table``. The recent pages of a model that evicts (DMS)
+follow from the number of tokens alone, alike in all heads: each is a block.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron.dmc.inference.recent_pages import Window
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,13 @@ class Lengths:
         """The same request's lengths on more ranks."""
         return Lengths(self.tokens, self.slots + other.slots, self.pages + other.pages, self.ends + other.ends)
 
-    def pages_after(self, tokens: int) -> int:
-        """Most pages that any rank holds when ``tokens`` more are computed and none of them merges."""
+    def pages_after(self, slots: int) -> int:
+        """Most pages that any rank holds when every head gets so many slots more."""
         ends = np.asarray(self.ends)  # [ranks, page_size]
         page_size = ends.shape[1]
         last = np.arange(page_size)
         last[0] = page_size
-        more = -(-(last + tokens) // page_size) - 1
+        more = -(-(last + slots) // page_size) - 1
         return int((np.asarray(self.pages) + ends @ more).max())
 
 
@@ -53,25 +58,45 @@ class Grants:
 
     heads: int
     """Pages of a block: layers x KV heads of one rank."""
-    page_size: int
+    window: Window
+    """Slots of a page, and the window of a model that evicts."""
     expected_cr: float
-    """Tokens per slot that the model is expected to reach."""
+    """Tokens per slot that the model is expected to reach, of those beyond an eviction window."""
     step_tokens: int
     """Most tokens of one request whose lengths are not known yet: those of a step, or of two that overlap."""
 
+    @property
+    def page_size(self) -> int:
+        return self.window.page_size
+
     def worst(self, tokens: int, known: Lengths | None = None) -> int:
-        """Blocks of a request of so many tokens when none merges that was not computed at ``known``."""
-        if known is None:
-            return max(1, -(-tokens // self.page_size))
-        return max(1, -(-known.pages_after(max(0, tokens - known.tokens)) // self.heads))
+        """Blocks of a request of so many tokens when none is merged or evicted that was not computed at ``known``."""
+        before = known.tokens if known else 0
+        after = max(tokens, before)
+        slots = int(self.window.beyond(after) - self.window.beyond(before))
+        pages = known.pages_after(slots) if known else self.heads * int(self.window.end(slots))
+        return max(1, -(-pages // self.heads) + self._recent(before, after))
+
+    def _recent(self, before: int, after: int) -> int:
+        """Most recent pages of a head on the way from ``before`` to ``after`` tokens, in steps of any length."""
+        if not self.window.size:
+            return 0
+        # Those between two steps and those that a step takes: either lie in a window.
+        most = 2 * (int(self.window.end(self.window.size + 1)) + 1)
+        return min(int(self.window.end(after) - self.window.begin(before)), most)
 
     def expected(self, tokens: int) -> int:
-        """Blocks in which a request of so many tokens can be computed step by step, if it merges as expected."""
-        unknown = min(tokens, self.step_tokens)
-        slots = unknown + (tokens - unknown) / self.expected_cr
-        # The last pages of the heads, which merge differently, are half empty.
-        spare = 1 if tokens > unknown and self.expected_cr > 1 else 0
-        return min(self.worst(tokens), int(-(-slots // self.page_size)) + spare)
+        """Blocks in which a request of so many tokens can be computed step by step, if it compresses as expected."""
+        older = int(self.window.beyond(tokens))
+        unknown = min(older, self.step_tokens)
+        slots = unknown + (older - unknown) / self.expected_cr
+        # The last pages of the heads, which compress differently, are half empty.
+        spare = 1 if older > unknown and self.expected_cr > 1 else 0
+        return min(self.worst(tokens), int(-(-slots // self.page_size)) + spare + self._recent(0, tokens))
+
+    def slots(self, known: Lengths) -> int:
+        """Slots of a request in pages of both kinds, over all heads and ranks."""
+        return sum(known.slots) + int(self.window.inside(known.tokens)) * self.heads * len(known.slots)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
@@ -27,6 +32,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from megatron.dmc.inference.attention import CompressedAttention
+from megatron.dmc.inference.recent_pages import Window
 from megatron.dmc.inference.weights import ModelInfo, describe
 from megatron.dmc.kernels.state import DTYPES
 from megatron.dmc.vllm.cache import CompressedSpec
@@ -43,10 +49,7 @@ def model_info(vllm_config: VllmConfig) -> ModelInfo:
     served = vllm_config.model_config
     config = get_hf_file_to_dict("config.json", served.model, served.revision)
     info = describe(Path(served.model), config, served.dtype)
-    if info.dmc is not None and info.dmc.method != "dmc":
-        raise ValueError(
-            f"{served.model} was trained with method {info.dmc.method}, which is not served inside vLLM; use dmc serve"
-        )
+    info.check_served()
     return info
 
 
@@ -133,9 +136,8 @@ class Pool(AttentionLayerBase):
             num_kv_heads=self.heads,
             head_dim=c.head_dim,
             max_slots=vllm_config.model_config.max_model_len,
-            window=self.info.window,
-            compress=self.info.compresses,
             dtype=self.dtype,
+            **self.attention.method.state_options(),
         )
         vllm_config.compilation_config.static_forward_context[POOL] = self
 
@@ -145,7 +147,7 @@ class Pool(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> CompressedSpec:
         overlapping = vllm_config.max_concurrent_batches + steps_late(self.device)
         heads, slots = self.rows.heads, page_size(vllm_config)
-        cr = max(1.0, self.info.expected_cr)
+        cr, window = max(1.0, self.info.expected_cr), Window(self.rows.shape.get("evict_window", 0), slots)
         return CompressedSpec(
             block_size=slots * math.floor(cr),
             tokens_per_state=math.floor(cr),
@@ -153,7 +155,7 @@ class Pool(AttentionLayerBase):
             head_size=self.info.model.head_dim,
             dtype=self.dtype,
             dcp_sharded=False,
-            grants=Grants(heads, slots, cr, vllm_config.scheduler_config.max_num_batched_tokens * overlapping),
+            grants=Grants(heads, window, cr, vllm_config.scheduler_config.max_num_batched_tokens * overlapping),
             layout=self.rows.layout,
         )
 
@@ -172,8 +174,8 @@ def pool_of(vllm_config: VllmConfig) -> Pool:
     return vllm_config.compilation_config.static_forward_context[POOL]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-    """Compressed attention of one layer: q [T, Hq, D], k and v [T, H, D], before the rotation -> [T, Hq, D]. Tokens
+def attend(q: Tensor, k: Tensor, v: Tensor, decisions: Tensor | None, layer: int) -> Tensor:
+    """Compressed attention of one layer, see :class:`megatron.dmc.inference.attention.CompressedAttention`. Tokens
     beyond those of the step are padding. In a run without a step, which vLLM has for profiling, the result is 0.
     """
     context = get_forward_context()
@@ -183,11 +185,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
     if step.rows is None:
         step.rows = pool.rows.row_of_block[step.blocks]
     t = step.count
-    out = pool.attention(pool.rows.state, layer, q[:t], k[:t], v[:t], step)
+    decided = None if decisions is None else decisions[:t]
+    out = pool.attention(pool.rows.state, layer, q[:t], k[:t], v[:t], step, decided)
     return out if t == q.size(0) else torch.cat((out, q.new_zeros(q.size(0) - t, *q.shape[1:])))
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, decisions: Tensor | None, layer: int) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -195,13 +198,16 @@ direct_register_custom_op(OPERATOR.partition("::")[2], attend, fake_impl=_attend
 
 
 class Attention(nn.Module):
-    """Projections around compressed attention, with Qwen 2's biases and Qwen 3's norms where the model has them."""
+    """Projections around compressed attention, with Qwen 2's biases, Qwen 3's norms and DMS's adapter where the model
+    has them.
+    """
 
     def __init__(
         self, config: Any, hidden_size: int, num_heads: int, num_kv_heads: int, prefix: str, **kwargs: Any
     ) -> None:
         super().__init__()
-        c, quantization = pool_of(get_current_vllm_config()).info.model, kwargs.get("quant_config")
+        info, quantization = pool_of(get_current_vllm_config()).info, kwargs.get("quant_config")
+        c = info.model
         ranks = get_tensor_model_parallel_world_size()
         self.layer, self.head_dim = extract_layer_index(prefix), c.head_dim
         self.heads, self.kv_heads = num_heads // ranks, num_kv_heads // ranks
@@ -220,14 +226,26 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if c.qk_layernorm:
             self.q_norm, self.k_norm = (RMSNorm(c.head_dim, eps=c.norm_epsilon) for _ in range(2))
+        self.dms_proj_alpha = self.dms_proj_alpha_norm = None
+        if info.dmc is not None and info.dmc.decision_source == "adapter":
+            name = f"{prefix}.dms_proj_alpha"
+            self.dms_proj_alpha_norm = RMSNorm(hidden_size, eps=c.norm_epsilon)
+            if info.dmc.decision_per == "layer":
+                self.dms_proj_alpha = ReplicatedLinear(hidden_size, 1, bias=False, prefix=name)
+            else:
+                self.dms_proj_alpha = ColumnParallelLinear(hidden_size, num_kv_heads, bias=False, prefix=name)
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        """``residual``: the hidden states before the layer's input norm, which an adapter decides by."""
         qkv, _ = self.qkv_proj(hidden_states)
         qkv = qkv.view(qkv.size(0), -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:  # the neuron is read after the norm
             q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
-        mixed = torch.ops.vllm.dmc_attention(q, k, v, self.layer)
+        decisions = None
+        if self.dms_proj_alpha is not None and self.dms_proj_alpha_norm is not None:
+            decisions, _ = self.dms_proj_alpha(self.dms_proj_alpha_norm(residual))
+        mixed = torch.ops.vllm.dmc_attention(q, k, v, decisions, self.layer)
         out, _ = self.o_proj(mixed.flatten(1))
         return out
 
@@ -238,9 +256,19 @@ class DecoderLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config, prefix=prefix, config=config, attn_layer_type=Attention)
 
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As Llama's, but that attention is given the residual stream too."""
+        if residual is None:
+            residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states, residual)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
 
 class DMCForCausalLM(LlamaForCausalLM):
-    """A model that ``dmc export`` wrote."""
+    """A model that ``dmc convert export`` wrote."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         Pool(vllm_config)

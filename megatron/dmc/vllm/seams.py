@@ -54,6 +54,7 @@ SEAMS = (
         "vllm.model_executor.models.llama:LlamaDecoderLayer.__init__",
         ("vllm_config", "prefix", "config", "attn_layer_type"),
     ),
+    Seam("vllm.model_executor.models.llama:LlamaDecoderLayer.forward", ("positions", "hidden_states", "residual")),
     Seam("vllm.model_executor.models.utils:extract_layer_index"),
     Seam("vllm.utils.torch_utils:direct_register_custom_op", ("op_name", "op_func", "fake_impl")),
     Seam("vllm.forward_context:get_forward_context"),
