@@ -13,7 +13,7 @@ import openai
 import pytest
 from helpers.engines import Model
 from helpers.processes import ROOT, subprocess_env
-from helpers.serving import CHAT, COMPLETIONS, GREEDY, IGNORE, Running, client, samples
+from helpers.serving import CHAT, COMPLETIONS, GREEDY, IGNORE, Running, client, make_model, samples
 
 from megatron.dmc import __version__
 from megatron.dmc.cli import build_parser
@@ -93,6 +93,23 @@ def test_openai_chat(server: Running, model: Model) -> None:
     assert pieces[0].choices[0].delta.role == "assistant" and pieces[-1].choices[0].finish_reason == "length"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == wanted
     assert sum(len(chunk.choices[0].logprobs.content) for chunk in pieces if chunk.choices[0].logprobs) == 12
+
+
+def test_turns_of_a_model_that_evicts(tmp_path: Path) -> None:
+    """Later turns continue from the cache of earlier ones, and say what a single long prompt does."""
+    model = make_model(tmp_path / "m", "adapter")
+    with Running(model.path, prefix_cache_min_tokens=8) as running:
+        api, messages, rendered = client(running), [], "<s>"
+        for turn, text in enumerate(("tell me of pages and of windows", "why is that so?")):
+            messages.append({"role": "user", "content": text})
+            rendered += f"u:{text};"
+            answer = api.chat.completions.create(model="m", messages=messages, **GREEDY, extra_body=IGNORE)
+            content = answer.choices[0].message.content
+            assert content == text_of(model, rendered + "a:", special=False)
+            assert (answer.usage.prompt_tokens_details.cached_tokens > 0) == (turn > 0)
+            messages.append({"role": "assistant", "content": content})
+            rendered += f"a:{content};"
+        running.settle()
 
 
 def test_openai_models_and_errors(server: Running) -> None:
