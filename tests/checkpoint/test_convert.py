@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import families
+from helpers.forked import run_ranks
 from helpers.processes import ROOT, run_command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -73,12 +74,12 @@ def test_transformers_loads_what_was_exported(made: Path, case: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_layout_computes_what_transformers_computes(made: Path, run_distributed) -> None:
+def test_every_layout_computes_what_transformers_computes(made: Path) -> None:
     """Every family cut both ways; one with its own output layer and one without it, with biases, in all layouts."""
     layouts = {case: ["2x2"] for case in families.CASES}
     layouts |= {case: ["1x1", "2x1", "1x2", "2x2"] for case in ("llama2", "qwen2.5-tied")}
     runs = [f"{case}.{layout}" for case, found in layouts.items() for layout in found]
-    run_distributed("tests/checkpoint/convert_worker.py", 4, [made, *runs], timeout=300)
+    run_ranks(Path(__file__).with_name("convert_worker.py"), 4, [made, *runs], made, timeout=300)
     for case, found in layouts.items():
         model = AutoModelForCausalLM.from_pretrained(made / f"{case}.hf", dtype=torch.float32)
         expected = model(torch.load(made / f"{case}.tokens.pt")).logits

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.forked import Forked
 from helpers.processes import ROOT
 
 from megatron.dmc.cli import compare as command
@@ -313,7 +314,7 @@ def test_a_report_can_be_had_at_any_time(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, transformers_state) -> None:
+def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, transformers_state, capsys) -> None:
     """Training, conversion, measurement and report by the command, twice: the second time nothing is left to do."""
     monkeypatch.syspath_prepend(ROOT / "examples/dmc")
     import build_corpus
@@ -325,9 +326,12 @@ def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, tra
     corpus = {name: str(tmp_path / name) for name in ("train.jsonl", "valid.jsonl", "tokenizer.model")}
     corpus = {name.partition(".")[0]: path for name, path in corpus.items()}
     load(tmp_path, methods=["DMS + distillation", "H2O"], corpus={**TINY["corpus"], **corpus})
-    run = [sys.executable, "-m", "megatron.dmc.evaluation.compare", str(tmp_path / "compare.yaml")]
-    first = subprocess.run(run, capture_output=True, text=True, check=False, timeout=600)
-    assert first.returncode == 0, first.stderr
+
+    def launch(self: JobRunner, words: tuple[str, ...], log: Path) -> Forked:
+        return Forked(words, log, self._environment)
+
+    monkeypatch.setattr(JobRunner, "_launch", launch)
+    assert command.main([str(tmp_path / "compare.yaml")]) == 0, capsys.readouterr().err
     out = tmp_path / "out"
     report = json.loads((out / "report/report.json").read_text())
     rows = {(row["method"], row["ratio"]): row for row in report["rows"]}
@@ -340,6 +344,7 @@ def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, tra
         assert (out / f"report/{name}.png").stat().st_size > 5000
         assert f"]({name}.png)" in (out / "report/report.md").read_text()
     stamps = {path: path.stat().st_mtime_ns for path in (out / "jobs").rglob("*.json")}
+    run = [sys.executable, "-m", "megatron.dmc.evaluation.compare", str(tmp_path / "compare.yaml")]
     again = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
     assert "jobs done" not in again.stdout and stamps == {path: path.stat().st_mtime_ns for path in stamps}
     # What the engine and transformers make of it.
@@ -349,7 +354,7 @@ def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, tra
 
     hf = out / "seed1/dms-distillation/2x/hf"
     (result,) = LLM(hf, dtype="float32").generate([[*range(3, 43)]], SamplingParams(max_tokens=1, prompt_logprobs=0))
-    ours = sum(entry.logprob for entry in result.prompt_logprobs[1:]) / 39
+    ours = sum(entry.logprob for entry in result.prompt_logprobs) / 39
     ids = torch.arange(3, 43)[None]
     loss = AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)(ids, labels=ids).loss
     assert float(loss) == pytest.approx(-float(TeacherForced.load(hf).score(ids).log_prob.mean()), rel=1e-4)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,9 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
-from unittest import mock
 
 import torch
+from helpers import forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 for folder in ("tools", "examples/dmc", "tests"):
@@ -117,8 +116,6 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         for path in (self.log, self.spy, self.marker):
             path.unlink(missing_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["helpers.tiny_preload"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -127,12 +124,7 @@ class Run:
         for rank in range(world):
             ranked = {**(env or {}), **({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {})}
             args = (list(map(str, argv)), ranked, str(self.log), str(self.spy), hang, str(self.marker))
-            self.ranks.append(context.Process(target=_child, args=args))
-        # The server keeps these; it looks for what to preload before it is told sys.path.
-        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path):
-            for process in self.ranks:
-                process.start()
+            self.ranks.append(forked.start(_child, *args))
 
     def kill(self) -> None:
         """SIGKILL every rank and whatever it has forked."""

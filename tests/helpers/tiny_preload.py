@@ -1,5 +1,5 @@
-"""What the server of tests/helpers/tiny.py imports once for all runs that are forked from it. Imports only: no thread,
-no group.
+"""What the server of tests/helpers/forked.py imports once for all runs that are forked from it. Imports only: no
+thread, no group.
 """
 
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401

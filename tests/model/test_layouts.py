@@ -10,6 +10,7 @@ from pathlib import Path
 
 import layout_worker
 import pytest
+from helpers.forked import run_ranks
 
 TOLERANCE = 1e-5
 FIELDS = ("lm loss", "dmc loss", "CR", "grad norm")
@@ -29,13 +30,13 @@ def launched():
 
 
 @pytest.fixture
-def results(directory, launched, run_distributed):
+def results(directory, launched):
     """results(n): what all cases on n processes gave. The single process comes first: it makes data and checkpoint."""
 
     def get(processes: int) -> dict:
         for n in dict.fromkeys((1, processes)):
             if n not in launched:
-                run_distributed(WORKER, n, [directory, f"on {n}"], timeout=600)
+                run_ranks(WORKER, n, [directory, f"on {n}"], directory, timeout=600)
                 launched[n] = json.loads((directory / f"on {n}.json").read_text())
         return launched[processes]
 
@@ -135,11 +136,11 @@ def test_bf16_layout(results, processes, case):
     assert largest_difference(single, results(1)["single"], ["lm loss", "CR"]) <= 1e-2
 
 
-def test_checkpoints_hold_the_last_step(results, directory, run_distributed):
+def test_checkpoints_hold_the_last_step(results, directory):
     """A layout evaluates the weights that it saves after its last step: no update is still on its way."""
     others = ("bf16", "recompute", "micro-batch")  # these are saved as the rest is
     before = {case: results(n)[case] for n, case in CASES if not any(word in case for word in others)}
-    run_distributed(WORKER, 1, [directory, "reload", *before], timeout=300)
+    run_ranks(WORKER, 1, [directory, "reload", *before], directory, timeout=300)
     after = json.loads((directory / "reload.json").read_text())
     for case, result in before.items():
         assert largest_difference(after[case], result, ["validation"]) <= TOLERANCE, case
