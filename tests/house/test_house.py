@@ -364,3 +364,10 @@ def test_constraints_pin_one_version_of_each(python: str) -> None:
         assert pinned[name] in requirement.specifier, (
             f"{name} {pinned[name]} is not {requirement.specifier} of setup.py"
         )
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """pytest imports test modules, and what lies beside them, by their bare names: of two, one would stay unseen."""
+    skipped = {"__init__", "run", "check"}  # programs outside the default run, which nobody imports
+    names = Counter(path.stem for path in (ROOT / "tests").rglob("*.py"))
+    assert not [name for name, count in names.items() if count > 1 and name not in skipped]
