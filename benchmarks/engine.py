@@ -45,7 +45,6 @@ DECODE_TARGETS = {("dmc", 4): (8192, 3.0), ("dms", 4): (16384, 3.7), ("dms", 8):
 """Method and compression ratio -> (shortest context, times the tokens per second of CR 1)."""
 SIGNALS = 64  # channels of the embedding that decide
 STEPS, ROUNDS = 4, 7  # decoding steps per measurement, measurements
-ROOM = 96  # tokens that a sequence decodes at most: (ROUNDS + 2 to warm up) * STEPS, and some while others are read
 PAGE, FILL = 16, 8192  # slots of a page; tokens of a step while contexts are filled in
 
 
@@ -140,21 +139,28 @@ class StandIn:
         return torch.zeros(batch.logits_at.numel(), info.model.vocab_size, device=self.k.device)
 
 
-def filled(path: Path, context: int, rows: int, memory: int, device: torch.device) -> LLM:
-    """An engine with as many decoding sequences as its cache takes. The rest of the requests is gone."""
+def room(context: int, rows: int) -> int:
+    """Tokens that a sequence decodes at most: in the measurements and two to warm up, and while all others are read."""
+    return (ROUNDS + 2) * STEPS + math.ceil(1.1 * rows * context / FILL) + PAGE
+
+
+def filled(path: Path, context: int, rows: int, new: int, memory: int, device: torch.device) -> LLM:
+    """An engine with as many decoding sequences as its cache takes, each of which may decode ``new`` tokens. The rest
+    of the requests is gone.
+    """
     llm = LLM(
         path,
         device=device.type,
         kv_cache_memory_bytes=memory,
         max_num_seqs=rows,
-        max_model_len=context + ROOM,
+        max_model_len=context + new,
         max_num_batched_tokens=FILL,
         enable_prefix_caching=False,
     )
     engine = llm.engine
     engine.model.forward = StandIn(llm)
     for i, prompt in enumerate(prompts(rows, context)):
-        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=ROOM, ignore_eos=True))
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
     while True:
         before = list(engine.scheduler.running)
         all_decode = bool(before) and all(sequence.num_uncomputed_tokens == 1 for sequence in before)
@@ -172,9 +178,9 @@ def filled(path: Path, context: int, rows: int, memory: int, device: torch.devic
     return llm
 
 
-def budget(context: int, sequences: int, args: argparse.Namespace, dtype: torch.dtype) -> int:
-    """Bytes of the cache for so many sequences of a plain model, and for what they decode here."""
-    heads, longest = args.layers * args.heads, context + ROOM
+def budget(longest: int, sequences: int, args: argparse.Namespace, dtype: torch.dtype) -> int:
+    """Bytes of the cache for so many sequences of a plain model, of ``longest`` tokens each."""
+    heads = args.layers * args.heads
     pages = sequences * heads * -(-longest // PAGE)
     rows = sequences * row_bytes(heads, longest, PAGE)
     return pages * (page_bytes(PAGE, args.head_dim, dtype) + 8) + rows
@@ -185,11 +191,10 @@ def decode(
 ) -> dict:
     """Engines of all models, filled and decoding in turn. models: by compression ratio."""
     count = max(1, args.cache_tokens // context)
-    memory = budget(context, count, args, dtype)
-    engines = {
-        cr: filled(path, context, math.ceil(cr * count) + (cr > 1), memory, device).engine
-        for cr, path in models.items()
-    }
+    rows = {cr: math.ceil(cr * count) + (cr > 1) for cr in models}
+    new = room(context, max(rows.values()))
+    memory = budget(context + new, count, args, dtype)
+    engines = {cr: filled(path, context, rows[cr], new, memory, device).engine for cr, path in models.items()}
     before = {cr: engine.stats() for cr, engine in engines.items()}
 
     def run(engine):
