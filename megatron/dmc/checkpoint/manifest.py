@@ -69,7 +69,7 @@ class Manifest:
     """Checkpoint with the frozen weights of a run that trained adapters only, an absolute path; this one holds the
     adapters. None: this one holds all weights."""
     base_hash: Optional[str] = None
-    """What ``frozen_base.base_hash`` gave for ``base``."""
+    """Hash of the frozen weights at ``base``, by which a changed base is refused (``frozen_base.base_hash``)."""
 
     def check(self) -> None:
         """Raise ``ValueError`` for a value that no training writes."""

@@ -18,7 +18,7 @@ from megatron.dmc.ops import attention_factor, rotary_frequencies
 
 
 class Step(Protocol):
-    """Which tokens of which sequences a step computes: T tokens of n sequences, those with one token first."""
+    """Tokens of a step and the sequences that they belong to: T tokens of n sequences, those with one token first."""
 
     positions: Tensor
     """int32 [T], of each token in its sequence."""

@@ -59,7 +59,7 @@ class DMSCacheLayer:
         return number
 
     def visible(self, number, here):
-        """Which columns the queries ``here`` of the latest chunk see: bool [b, ng, rows, columns].
+        """Mask of the columns that the queries ``here`` of the latest chunk see: bool [b, ng, rows, columns].
 
         number: of the chunk's tokens, int32 [b, s]; here: a slice of them.
         """
