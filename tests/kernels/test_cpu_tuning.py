@@ -5,13 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.dmc.kernels.cpu_tuning import FEW_ROWS, linear
+from megatron.dmc.inference.linear import PackedLinear
+from megatron.dmc.kernels import cpu_tuning
+from megatron.dmc.kernels.cpu_tuning import FEW_ROWS, linear, onednn_multiplies
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.005}
 
 
 @pytest.mark.parametrize("inputs", [48, 2080])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_takes_any_number_of_rows(dtype, inputs) -> None:
+@pytest.mark.parametrize("form", ["plain", "widened", "packed"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_linear_takes_any_number_of_rows(monkeypatch, dtype, form, inputs) -> None:
     """Every way of multiplying gives x W^T + b, contiguous, and leaves x as it was."""
+    if form == "packed" and not onednn_multiplies(dtype):
+        pytest.skip(f"oneDNN has no product of {dtype} for this CPU")
+    if form != "packed":
+        monkeypatch.setattr(cpu_tuning, "onednn_multiplies", lambda _: form == "plain")
+        monkeypatch.setattr(cpu_tuning, "WIDENED", 7 * inputs)  # blocks of seven rows of the weight, the last of five
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(shape, generator=generator) for shape in ((40, inputs), (40,)))
     weight, bias = (weight / inputs**0.5).to(dtype), bias.to(dtype)
@@ -19,8 +29,8 @@ def test_linear_takes_any_number_of_rows(dtype, inputs) -> None:
         x = torch.randn(rows, inputs, generator=generator).to(dtype)
         before, want = x.clone(), x.double() @ weight.double().T
         for b in (None, bias):
-            got = linear(x, weight, b)
+            got = PackedLinear(weight, b)(x) if form == "packed" else linear(x, weight, b)
             exact = want if b is None else want + b.double()
             assert got.shape == exact.shape and got.dtype == dtype and got.is_contiguous()
-            assert torch.allclose(got.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+            assert torch.allclose(got.double(), exact, rtol=0, atol=TOLERANCE[dtype])
         assert torch.equal(x, before)

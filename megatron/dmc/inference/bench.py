@@ -25,7 +25,7 @@ from megatron.dmc.inference.engine import Engine
 from megatron.dmc.inference.request import StepOutput
 from megatron.dmc.inference.sampling_params import SamplingParams
 
-LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul"})
+LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "mkldnn::_linear_pointwise"})
 KERNELS = {
     "append": ("cudaappend)", "cudaevict)"),
     "attention": ("::attend", "::plan("),

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference.attention import CompressedAttention
+from megatron.dmc.inference.linear import Linear, PlainLinear, make_linear
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import ModelInfo, Reader
 from megatron.dmc.kernels.cpu_tuning import linear
@@ -59,37 +60,45 @@ class Layer:
     """Weights of one layer: this tensor-parallel rank's part."""
 
     input_norm: Tensor
-    qkv: Tensor
-    """[(Hq + 2 H) D, h]: queries, keys, values."""
-    qkv_bias: Tensor | None
+    qkv: Linear
+    """[h] -> [(Hq + 2 H) D]: queries, keys, values."""
     q_norm: Tensor | None
     k_norm: Tensor | None
     """[D]"""
     adapter: Adapter | None
     """What decides, where that is no neuron of keys or queries."""
-    out: Tensor
-    """[h, Hq D]"""
+    out: Linear
+    """[Hq D] -> [h]"""
     mlp_norm: Tensor
-    gate_up: Tensor
-    """[2 F, h]: gates, then ups."""
-    down: Tensor
-    """[h, F]"""
+    gate_up: Linear
+    """[h] -> [2 F]: gates, then ups."""
+    down: Linear
+    """[F] -> [h]"""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+    @property
+    def nbytes(self) -> int:
+        norms = (self.input_norm, self.q_norm, self.k_norm, self.mlp_norm, *(self.adapter or ()))
+        return sum(x.nbytes for x in (*self.linears, *norms) if x is not None)
 
 
 def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool) -> Layer:
     name = f"model.layers.{n}."
     attention, mlp = name + "self_attn.", name + "mlp."
+    qkv_bias = reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None
     return Layer(
         input_norm=reader.whole(name + "input_layernorm.weight"),
-        qkv=reader.rows([f"{attention}{x}_proj.weight" for x in "qkv"]),
-        qkv_bias=reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None,
+        qkv=make_linear(reader.rows([f"{attention}{x}_proj.weight" for x in "qkv"]), qkv_bias),
         q_norm=reader.whole(attention + "q_norm.weight") if qk_norm else None,
         k_norm=reader.whole(attention + "k_norm.weight") if qk_norm else None,
         adapter=_read_adapter(reader, attention + "dms_proj_alpha"),
-        out=reader.columns(attention + "o_proj.weight"),
+        out=make_linear(reader.columns(attention + "o_proj.weight")),
         mlp_norm=reader.whole(name + "post_attention_layernorm.weight"),
-        gate_up=reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")]),
-        down=reader.columns(mlp + "down_proj.weight"),
+        gate_up=make_linear(reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")])),
+        down=make_linear(reader.columns(mlp + "down_proj.weight")),
     )
 
 
@@ -128,20 +137,20 @@ class Model:
         self.first_token = parallel.part(c.vocab_size)[0]
         self.layers = [_read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm) for n in range(c.num_layers)]
         self.norm = reader.whole("model.norm.weight")
-        self.head = reader.rows(["lm_head.weight"]) if c.untie_embeddings_and_output_weights else self.embedding
+        self.tied = not c.untie_embeddings_and_output_weights
+        # A tied output layer stays plain: tokens are looked up in the same matrix.
+        self.head = PlainLinear(self.embedding) if self.tied else make_linear(reader.rows(["lm_head.weight"]))
         self.attention = CompressedAttention(info, device)
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
-        tensors = [
-            self.embedding,
-            self.norm,
-            *(x for layer in self.layers for x in vars(layer).values() if isinstance(x, Tensor)),
-            *(x for layer in self.layers for x in layer.adapter or ()),
-        ]
-        if self.head is not self.embedding:
-            tensors.append(self.head)
-        return sum(x.numel() * x.element_size() for x in tensors)
+        layers = sum(layer.nbytes for layer in self.layers)
+        return layers + self.embedding.nbytes + self.norm.nbytes + (0 if self.tied else self.head.nbytes)
+
+    def forms(self) -> str:
+        """Form of the weights of the linear layers, for people."""
+        layers = ", ".join(dict.fromkeys(linear.form for layer in self.layers for linear in layer.linears))
+        return layers if self.head.form in layers else f"{layers}, output layer {self.head.form}"
 
     @torch.inference_mode()
     def forward(self, batch: InputBatch, state: CacheState) -> Tensor:
@@ -155,7 +164,7 @@ class Model:
                 x, y = kernels.add_rms_norm(x, delta, layer.input_norm, epsilon)
             delta = self.parallel.sum(self._attend(n, layer, x, y, batch, state))
             x, y = kernels.add_rms_norm(x, delta, layer.mlp_norm, epsilon)
-            delta = self.parallel.sum(linear(kernels.silu_and_mul(linear(y, layer.gate_up)), layer.down))
+            delta = self.parallel.sum(layer.down(kernels.silu_and_mul(layer.gate_up(y))))
         at = batch.logits_at
         return self._logits(kernels.add_rms_norm(x[at], delta[at], self.norm, epsilon)[1])
 
@@ -176,11 +185,11 @@ class Model:
         decisions = layer.adapter and layer.adapter(hidden, self.info.model.norm_epsilon)
         mixed = self.attention(state, n, *self._project(layer, x), batch, decisions)
         # [T, Hq, D] -> [T, Hq D]
-        return linear(mixed.flatten(1), layer.out)
+        return layer.out(mixed.flatten(1))
 
     def _project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
-        qkv = linear(x, layer.qkv, layer.qkv_bias).view(x.size(0), -1, self.head_dim)
+        qkv = layer.qkv(x).view(x.size(0), -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:  # the neuron is read after the norm
             q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
@@ -188,7 +197,7 @@ class Model:
 
     def _logits(self, x: Tensor) -> Tensor:
         """Logits of hidden states: [m, h] -> fp32 [m, vocabulary]."""
-        local, total = linear(x, self.head).float(), self.info.model.vocab_size
+        local, total = self.head(x).float(), self.info.model.vocab_size
         if self.parallel.size == 1:
             return local
         each = -(-total // self.parallel.size)

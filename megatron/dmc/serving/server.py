@@ -231,6 +231,7 @@ async def serve(
     )
     server = make_server(service, settings.shutdown_timeout, http, lambda: _end_by_force(followers))
     log.info("%d keys, %s", len(keys), _pool(engine))
+    log.info("%s weights, %s", str(engine.model.dtype).removeprefix("torch."), engine.model.forms())
     if getattr(engine.tokenizer, "chat_template", None):
         threading.Thread(target=template_process.shared().start, daemon=True).start()
     watching = asyncio.create_task(_watch(followers, service.runner)) if followers is not None else None
