@@ -42,7 +42,7 @@ class EngineConfig:
     """Largest number of sequences that run at a time. Default: 256 on a GPU, 32 on a CPU, fewer where memory is
     short."""
     max_num_batched_tokens: Optional[int] = None
-    """Largest number of tokens in one step. Default: 2048 on a GPU, 512 on a CPU."""
+    """Largest number of tokens in one step. Default: 2048; fewer let sequences that decode wait less for prompts."""
     block_size: int = 16
     """Slots per page of the KV cache: 16, 32 or 64."""
     num_pages: Optional[int] = None
@@ -169,7 +169,7 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
     longest = config.max_model_len or model.max_position_embeddings
     if longest > model.max_position_embeddings:
         raise ValueError(f"max_model_len is {longest}; the model has {model.max_position_embeddings} positions")
-    tokens = config.max_num_batched_tokens or (2048 if device.type == "cuda" else 512)
+    tokens = config.max_num_batched_tokens or 2048
     heads = model.num_layers * model.kv_heads // config.tensor_parallel_size
     method = method_of(info)
     own = method.head_bytes(model.head_dim, config.block_size, dtype)
