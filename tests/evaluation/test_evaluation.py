@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -176,14 +175,6 @@ def test_top_p_keeps_the_most_likely_tokens(trained: Path) -> None:
         assert list(ReferenceDecoder(loaded).generate([5, 6], 5, temperature=1.0, top_p=1e-9, seed=seed)) == greedy
     with pytest.raises(ValueError, match="empty"):
         next(ReferenceDecoder(loaded).generate([], 1))
-
-
-def test_kv_bytes_of_llama_2_7b() -> None:
-    """512 KiB per token in bf16."""
-    from megatron.dmc.config import ModelConfig
-
-    assert quality.kv_bytes_per_token(ModelConfig(), 1.0) == 512 * 1024
-    assert math.isclose(quality.kv_bytes_per_token(ModelConfig(), 4.0), 128 * 1024)
 
 
 @pytest.mark.slow

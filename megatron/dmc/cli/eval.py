@@ -1,4 +1,4 @@
-"""``dmc eval``: perplexity and compression of checkpoints, and data and models for the recall tasks."""
+"""``dmc eval``: quality and compression of models and checkpoints, and data and models for the recall tasks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Optional
 
 from megatron.dmc import flags
+from megatron.dmc.evaluation import fidelity_report
 from megatron.dmc.evaluation.generate import GenerateConfig, generate
 from megatron.dmc.evaluation.report import ReportConfig, report
 
 EXAMPLES = """
     dmc eval report --tokenizer t.model --data data/valid --output report --row original=base --row "4x=dmc-4x:original"
+    dmc eval fidelity Qwen3-8B --adapter Qwen3-8B-DMS-adapter --data valid.jsonl --lengths 512,4096 --heat-map a.png
+    dmc eval fidelity Llama-2-7b-DMC-4x --base Llama-2-7b-hf --data valid.jsonl book.txt --json fidelity.json
     dmc eval generate --load dmc-4x --tokenizer tokenizer.model --prompt "def main("
     dmc eval recall-data --tokenizer tokenizer.model --corpus train.jsonl --tokens 2000000 --output-prefix data/recall
     dmc eval induction --config model.yaml --save induction-hf
@@ -21,13 +24,16 @@ EXAMPLES = """
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="dmc eval",
-        description="Measure perplexity and compression of training checkpoints, and make data for the recall tasks.",
+        description="Measure quality and compression of models and checkpoints, and make data for the recall tasks.",
         examples=EXAMPLES,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     rows = flags.subcommand(commands, "report", "Compare checkpoints in a table and two plots", EXAMPLES)
     flags.add_fields(rows, ReportConfig)
     rows.set_defaults(run=lambda args: report(flags.read(ReportConfig, args)))
+    beside = flags.subcommand(commands, "fidelity", "Compare a compressed model with its original on text", EXAMPLES)
+    flags.add_fields(beside, fidelity_report.FidelityConfig)
+    beside.set_defaults(run=lambda args: fidelity_report.run(flags.read(fidelity_report.FidelityConfig, args)))
     text = flags.subcommand(
         commands, "generate", "Generate text from a training checkpoint and show what the cache did", EXAMPLES
     )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron.dmc.config import ModelConfig
 from megatron.dmc.evaluation.load import Loaded
 from megatron.dmc.training import initialize
 from megatron.dmc.training.data import batch_iterator, build_datasets, check_datasets
@@ -32,11 +31,6 @@ class Quality:
     @property
     def perplexity(self) -> float:
         return math.exp(self.lm_loss)
-
-
-def kv_bytes_per_token(model: ModelConfig, cr: float, element_bytes: int = 2) -> float:
-    """Bytes of keys and values per token of context, all layers together, at a compression ratio (bf16 by default)."""
-    return 2 * model.num_layers * model.kv_heads * model.head_dim * element_bytes / cr
 
 
 def _batches(loaded: Loaded, tokenizer: Tokenizer, prefix: str, sequences: int, batch: int) -> Iterator[dict]:

@@ -11,14 +11,14 @@ their samples: names, values, haystack and places are random.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.dmc.evaluation.recall import SUITE, Ids, Material, TextMaterial
+from megatron.dmc.training.jsonl import read_texts
 
 
 def document(material: Material, length: int, rng: random.Random) -> Ids:
@@ -63,20 +63,6 @@ def repeats(ids: Sequence[int], length: int, rng: random.Random) -> Ids:
     return out[:length]
 
 
-def _texts(corpus: str | Path) -> Iterator[str]:
-    """Texts of a JSONL file. Raises ``ValueError`` with the file and line of what is none."""
-    from megatron.dmc.training.jsonl import read_lines
-
-    for number, line, _ in read_lines(corpus):
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise ValueError(f'{corpus}:{number} is no JSON of the form {{"text": "..."}}')
-        yield text
-
-
 def write(
     prefix: str | Path,
     tokenizer_path: str,
@@ -105,7 +91,7 @@ def write(
         raise ValueError(f"documents of at most {longest} tokens are too short; use 128, or 16 with repeated 1")
     tokenizer, rng = load_tokenizer(tokenizer_path), random.Random(seed)
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    material = TextMaterial(tokenizer, [tokenizer.encode(text) for text in _texts(corpus)])
+    material = TextMaterial(tokenizer, [tokenizer.encode(text) for text in read_texts(corpus)])
     # The special tokens and bytes at the beginning of a sentencepiece vocabulary are left out.
     ids = range(min(300, tokenizer.vocab_size // 2), tokenizer.vocab_size)
     parent = Path(prefix).absolute().parent

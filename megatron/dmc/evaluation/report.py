@@ -46,7 +46,8 @@ def _parse_rows(rows: list[str]) -> list[tuple[str, str, Optional[str]]]:
 def evaluate_rows(config: ReportConfig) -> list[dict]:
     """Measure every row. Returns one dict per row, JSON-ready."""
     from megatron.dmc.evaluation.load import load_checkpoint
-    from megatron.dmc.evaluation.quality import kv_bytes_per_token, measure
+    from megatron.dmc.evaluation.quality import measure
+    from megatron.dmc.planning.estimates import kv_bytes_per_token
     from megatron.dmc.training.tokenizer import load_tokenizer
 
     tokenizer, results = load_tokenizer(config.tokenizer), []

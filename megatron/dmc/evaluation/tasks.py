@@ -7,10 +7,11 @@ Everything is teacher-forced; "correct" means that greedy decoding would have gi
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -53,21 +54,22 @@ class Result:
     compression: Compression
 
 
-def windows(documents: Sequence[Sequence[int]], length: int, most: Optional[int] = None) -> Tensor:
+def windows(documents: Iterable[Sequence[int]], length: int, most: Optional[int] = None) -> Tensor:
     """Cut documents into sequences of ``length`` tokens: int64 [n, length].
 
     A sequence never spans two documents; the rest of each document is dropped.
 
     Args:
-        most: greatest number of sequences; None: all.
+        most: greatest number of sequences, after which no further document is read; None: all.
 
     Raises:
         ValueError: no document is as long.
     """
-    found = [ids[at : at + length] for ids in documents for at in range(0, len(ids) - length + 1, length)]
+    cut = (ids[at : at + length] for ids in documents for at in range(0, len(ids) - length + 1, length))
+    found = list(itertools.islice(cut, most))
     if not found:
         raise ValueError(f"no document has {length} tokens; use shorter sequences")
-    return torch.tensor(found[:most], dtype=torch.long)
+    return torch.tensor(found, dtype=torch.long)
 
 
 def perplexity_by_position(

@@ -132,15 +132,37 @@ class TeacherForced(Model):
         Raises:
             ValueError: see :meth:`score`.
         """
+        self._check(tokens, labels)
+        policy = policy or self.own_policy()
+        parts = zip(tokens.split(batch), labels.split(batch))
+        return Scored.cat([self._score(part.to(self.device), after.to(self.device), policy) for part, after in parts])
+
+    @torch.inference_mode()
+    def hidden_states(self, tokens: Tensor, policy: CachePolicy | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states after the final norm, [n, s, h], and the slots held after each token, int32 [layers, n, ng, s].
+
+        Args:
+            tokens: int64 [n, s], no padding.
+            policy: see :meth:`score`.
+
+        Raises:
+            ValueError: see :meth:`score`.
+        """
+        self._check(tokens, tokens)
+        return self._forward(tokens.to(self.device), policy or self.own_policy())
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token: fp32 [m, vocabulary] of :meth:`hidden_states` [m, h]."""
+        return self._logits(hidden)
+
+    def _check(self, tokens: Tensor, labels: Tensor) -> None:
         vocabulary, longest = self.info.model.vocab_size, self.info.model.max_position_embeddings
         if tokens.size(1) > longest:
             raise ValueError(f"sequences of {tokens.size(1)} tokens exceed max_position_embeddings {longest}")
         low, high = (int(f(f(tokens), f(labels))) for f in (torch.min, torch.max))
         if low < 0 or high >= vocabulary:
             raise ValueError(f"token ids run from {low} to {high}; the vocabulary has {vocabulary}")
-        policy = policy or self.own_policy()
-        parts = zip(tokens.split(batch), labels.split(batch))
-        return Scored.cat([self._score(part.to(self.device), after.to(self.device), policy) for part, after in parts])
 
     def _decision_logits(self, layer: Layer, x: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
         """Decision logits in a layer: fp32 [b, ng, s]; None for a plain model.
@@ -158,7 +180,7 @@ class TeacherForced(Model):
             y = (k if dmc.decision_source == "key" else q[:, :: q.size(1) // ng])[..., -1]
         return decision_logits(y, self.info.decision_bias, dmc.decision_scale)
 
-    def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
+    def _forward(self, tokens: Tensor, policy: CachePolicy) -> tuple[Tensor, Tensor]:
         (b, s), d = tokens.shape, self.head_dim
         x, slots = self._embed(tokens.flatten()), []
         factor = attention_factor(self.info.model.rope_scaling)
@@ -175,10 +197,14 @@ class TeacherForced(Model):
             x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
             gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, layer.down)
-        x = self._normed(x, self.norm).view(b, s, -1)[:, : labels.size(1)].flatten(0, 1)
+        return self._normed(x, self.norm).view(b, s, -1), torch.stack(slots)
+
+    def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
+        x, slots = self._forward(tokens, policy)
+        x = x[:, : labels.size(1)].flatten(0, 1)
         log_prob, correct = [], []
         for rows, after in zip(x.split(LOGITS), labels.flatten().split(LOGITS)):
             logits = self._logits(rows)
             log_prob.append(-F.cross_entropy(logits, after, reduction="none"))
             correct.append(logits.argmax(dim=-1) == after)
-        return Scored(torch.cat(log_prob).view_as(labels), torch.cat(correct).view_as(labels), torch.stack(slots))
+        return Scored(torch.cat(log_prob).view_as(labels), torch.cat(correct).view_as(labels), slots)

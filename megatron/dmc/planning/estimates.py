@@ -401,7 +401,7 @@ def plan(run: RunConfig, gpus: int, fit: Fit, target_cr: float, peak_flops: floa
 
 
 def kv_bytes_per_token(model: ModelConfig, cr: float = 1.0) -> float:
-    """Keys and values of all layers in bf16, over all GPUs."""
+    """Bytes of keys and values per token of context at a compression ratio, in bf16: all layers, over all GPUs."""
     return 2 * 2 * model.num_layers * model.kv_heads * model.head_dim / cr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,22 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
             if head.startswith(magic):
                 raise ValueError(f"{path} is {name}")
         yield from _read(path, raw, gzip.open(raw, "rb") if head.startswith(_GZIP) else raw)  # type: ignore[arg-type]
+
+
+def read_texts(path: str | Path) -> Iterator[str]:
+    """Read the texts of a file of ``{"text": ...}`` lines.
+
+    Raises:
+        ValueError: see :func:`read_lines`, and a line of another form, with its number.
+    """
+    for number, line, _ in read_lines(path):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f'{path}:{number} is no JSON of the form {{"text": "..."}}')
+        yield text
 
 
 def _read(path: str | Path, raw: BinaryIO, stream: BinaryIO) -> Iterator[tuple[int, bytes, int]]:

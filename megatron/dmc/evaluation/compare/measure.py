@@ -22,7 +22,7 @@ from megatron.dmc.evaluation.policies import Budget, CachePolicy
 from megatron.dmc.evaluation.recall import SUITE, TextMaterial, recall
 from megatron.dmc.evaluation.tasks import identifiers, perplexity_by_position, windows
 from megatron.dmc.evaluation.teacher_forced import TeacherForced
-from megatron.dmc.training.jsonl import read_lines
+from megatron.dmc.training.jsonl import read_texts
 from megatron.dmc.training.tokenizer import load_tokenizer
 
 
@@ -52,7 +52,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     model = TeacherForced.load(spec["model"], device=device)
     policy = policy_of(spec["policy"], spec["ratio"])
     tokenizer, tasks = load_tokenizer(spec["tokenizer"]), spec["tasks"]
-    documents = [tokenizer.encode(json.loads(line)["text"]) for _, line, _ in read_lines(spec["valid"])]
+    documents = [tokenizer.encode(text) for text in read_texts(spec["valid"])]
     tokens = windows(documents, spec["length"], tasks["windows"])
     material, batch = TextMaterial(tokenizer, documents), tasks["batch"]
     samples = {name: tasks[f"recall_{name}"] for name in ("lengths", "depths", "samples")}
