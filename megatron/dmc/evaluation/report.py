@@ -114,7 +114,11 @@ def read_curves(directories: list[str]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot_heads(results: list[dict], path: Path) -> None:
-    """Plot a heat map of CR by layer and KV head for each compressed row."""
+    """Plot a heat map of CR by layer (across) and KV head (down) for each compressed row, one below the other.
+
+    Args:
+        results: dicts with name, cr, target_cr and cr_by_head [layers][KV heads].
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,24 +128,24 @@ def plot_heads(results: list[dict], path: Path) -> None:
     shown = [r for r in results if r["target_cr"] > 1]
     if not shown:
         return
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(1.2 + 3.6 * len(shown), 4.2), squeeze=False, layout="constrained"
-    )
-    for axis, r in zip(axes[0], shown, strict=True):
-        values = r["cr_by_head"]
+    layers, heads = (max(f(r["cr_by_head"]) for r in shown) for f in (len, lambda rows: len(rows[0])))
+    size = max(4.5, min(14, 1.6 + 0.34 * layers)), len(shown) * max(2.2, min(8, 1.2 + 0.34 * heads))
+    figure, axes = plt.subplots(len(shown), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, r in zip(axes[:, 0], shown, strict=True):
+        values = list(zip(*r["cr_by_head"]))  # [KV heads][layers]
         # Rates span orders of magnitude: some heads keep everything, others a handful of slots.
-        top = max(2.0, max(max(row) for row in values))
+        top = max(2.0, *(max(row) for row in values))
         image = axis.imshow(values, cmap="viridis", norm=LogNorm(vmin=1.0, vmax=top), aspect="auto")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                if len(values) * len(row) <= 256:
+                if len(row) <= 36 and len(values) <= 16:
                     color = "black" if value > top**0.6 else "white"
-                    axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color)
+                    axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=7)
         axis.set_title(f"{r['name']}: CR {r['cr']:.2f}")
-        axis.set_xlabel("KV head")
-        axis.set_ylabel("layer")
-        axis.set_xticks(range(len(values[0])))
-        axis.set_yticks(range(len(values)), [str(i + 1) for i in range(len(values))])
+        axis.set_xlabel("layer")
+        axis.set_ylabel("KV head")
+        axis.set_xticks(range(len(values[0])), [str(j + 1) for j in range(len(values[0]))], fontsize=7)
+        axis.set_yticks(range(len(values)))
         figure.colorbar(image, ax=axis, label="tokens / slots")
     figure.savefig(path, dpi=130)
     plt.close(figure)
