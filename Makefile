@@ -12,7 +12,7 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast lint bench clean missing
+.PHONY: help venv quickstart retrofit test test-fast lint bench clean missing
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target what; do \
@@ -37,8 +37,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(shell [ -x $(PY) ] || echo m
 	$(PY) -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: $(STAMP) ## retrofit a small Llama on real text, start to end (at most 15 minutes on two cores)
+quickstart: $(STAMP) ## chat with a model whose cache is compressed: numbers, heat map, text (3 minutes on two cores)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/dmc/quickstart.sh
+
+retrofit: $(STAMP) ## teach a small Llama to compress its cache, start to end (at most 15 minutes on two cores)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/dmc/retrofit.sh
 
 test: $(STAMP) ## all tests, two files at a time; WORKERS=1 for one
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

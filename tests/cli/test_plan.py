@@ -98,7 +98,7 @@ def test_shipped_configurations_fit_80_gb(name, capsys):
 
 
 def test_every_shipped_configuration_is_planned():
-    assert set(plan.shipped()) == {*GPUS, *ADAPTERS, "quickstart"}
+    assert set(plan.shipped()) == {*GPUS, *ADAPTERS, "retrofit"}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -1,4 +1,4 @@
-"""The quickstart's chain at a size of seconds: train, report, plots, generation; and what those refuse."""
+"""The chain of `make retrofit` at a size of seconds: train, report, plots, generation; and what those refuse."""
 
 from __future__ import annotations
 
