@@ -181,18 +181,19 @@ class Exported:
     def load(self, **named):
         return transformers.AutoModelForCausalLM.from_pretrained(self.directory, trust_remote_code=True, **named)
 
-    def oracle(self) -> Oracle:
-        return Oracle(self)
+    def oracle(self, **cache: object) -> Oracle:
+        return Oracle(self, **cache)
 
 
 class Oracle:
     """One sequence, token by token: Llama in plain PyTorch with one oracle's cache per layer."""
 
-    def __init__(self, model: Exported) -> None:
+    def __init__(self, model: Exported, **cache: object) -> None:
+        """``cache``: more arguments of :class:`OracleCache` or :class:`EvictingOracleCache`."""
         self.model, c = model, model.decision
         # Above any logit: a model of zero_out keeps every token, with the neuron out of attention.
         self.bias = model.bias if model.stage != "zero_out" else 1e9
-        settings = dict(window=model.window, factor=model.rotary_factor)
+        settings = dict(window=model.window, factor=model.rotary_factor, **cache)
         if c.evicts:
             settings |= dict(about_self=c.decision_about == "self", neuron=c.neuron)
             self.caches = [EvictingOracleCache(1, GROUPS, model.inv_freq, **settings) for _ in range(LAYERS)]

@@ -140,7 +140,8 @@ def _cache_table(completion: Completion) -> str:
         lines.append(f"{layer:5d} " + "".join(f"{f'{n} ({use.tokens / n:.2f}x)':>16}" for n in row))
     lines.append(
         f"all   {use.tokens * use.heads} token states in {use.total_slots} slots: CR {use.compression_ratio:.2f}; "
-        f"{use.pages} pages of {use.page_size}, {use.waste:.1%} of them empty"
+        f"{use.pages} pages of {use.page_size}, {use.waste:.1%} of them empty; "
+        f"{use.bytes_per_token:.0f} bytes per token"
     )
     return "\n".join(lines)
 

@@ -36,6 +36,8 @@ class CacheUse:
     """Pages over all ranks."""
     page_size: int
     """Slots per page."""
+    slot_bytes: int
+    """Bytes of a slot: key, value, and their scales where the cache is quantized."""
 
     @property
     def heads(self) -> int:
@@ -49,6 +51,11 @@ class CacheUse:
     def compression_ratio(self) -> float:
         """Tokens per slot over all layers and heads."""
         return self.tokens * self.heads / max(1, self.total_slots)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of all layers' slots per token."""
+        return self.total_slots * self.slot_bytes / max(1, self.tokens)
 
     @property
     def waste(self) -> float:
@@ -80,6 +87,7 @@ class PagedCache:
         self.rows, layers, heads = state.lengths.shape
         self.page_size, self.num_pages = state.page_size, state.num_pages
         self.shape = (layers, heads)
+        self.slot_bytes = state.slot_bytes
         self.window = Window(state.evict_window, self.page_size)
         self._recent = RecentPages(self.rows, self.window)
         self._shift = self.page_size.bit_length() - 1  # pages have a power of two of slots
@@ -290,7 +298,9 @@ class PagedCache:
         # [ranks, L H] -> [L, ranks H]: rank r holds the heads r H ... (r + 1) H - 1
         slots = self.slots([row])[0].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
         pages = int(self.held_pages(row).sum())
-        return CacheUse(int(self.tokens[row]), tuple(map(tuple, slots.tolist())), pages, self.page_size)
+        return CacheUse(
+            int(self.tokens[row]), tuple(map(tuple, slots.tolist())), pages, self.page_size, self.slot_bytes
+        )
 
     def slots(self, rows: list[int] | np.ndarray) -> np.ndarray:
         """Slots of each head in pages of both kinds: int [n, ranks, layers * heads]."""
@@ -339,9 +349,10 @@ def make_cache(*, parallel: TensorParallel, **shape: object) -> PagedCache:
     return PagedCache(make_state(**shape), parallel)  # type: ignore[arg-type]
 
 
-def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Size in bytes of one page, keys and values."""
-    return 2 * page_size * head_dim * dtype.itemsize
+def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype, kv_dtype: Optional[torch.dtype] = None) -> int:
+    """Size in bytes of one page, keys and values, with their scales where ``kv_dtype`` says that it is quantized."""
+    slot = head_dim * dtype.itemsize if kv_dtype is None else head_dim * kv_dtype.itemsize + torch.bfloat16.itemsize
+    return 2 * page_size * slot
 
 
 def row_bytes(heads: int, max_slots: int, page_size: int, own: int = 0) -> int:

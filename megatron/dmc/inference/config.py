@@ -17,13 +17,16 @@ from megatron.dmc.inference.cache import page_bytes, row_bytes
 from megatron.dmc.inference.methods import method_of
 from megatron.dmc.inference.weights import ModelInfo
 
+KV_CACHE_DTYPES: dict[str, Optional[torch.dtype]] = {"auto": None, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
+"""Data type of the pages by the name of ``kv_cache_dtype``; None: the model's."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an engine. ``None`` is chosen from the model and the machine."""
 
     dtype: str | torch.dtype = "auto"
-    """Data type of weights, activations and cache: auto (that of the files), float32, bfloat16 or float16."""
+    """Data type of weights and activations: auto (that of the files), float32, bfloat16 or float16."""
     load_format: str = "auto"
     """Source of the weights. auto: the model's directory; dummy: random weights, for which config.json is enough."""
     adapter: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
@@ -32,6 +35,9 @@ class EngineConfig:
     decision_about: Optional[Literal["previous", "self"]] = None
     """Token that the decisions of another program's DMS model are about. Default: the one before for NVIDIA's models,
     the token itself for FastDMS's."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8_e4m3"] = "auto"
+    """Data type of the KV cache: auto (that of the model), or 8 bits with a scale for each key and value of every head:
+    int8 or fp8_e4m3."""
     device: str = "auto"
     """Device to run on: auto (a GPU where there is one), cpu or cuda."""
     tensor_parallel_size: int = 1
@@ -77,6 +83,8 @@ class EngineConfig:
         self._check_integer("max_logprobs", -1)
         if self.load_format not in dummy.LOAD_FORMATS:
             raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(dummy.LOAD_FORMATS)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)}")
         if self.load_format == "dummy" and self.adapter is not None:
             raise ValueError(f"adapter is {self.adapter!r} with load_format dummy; adapters need their base's weights")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -88,6 +96,10 @@ class EngineConfig:
         value = getattr(self, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
             raise ValueError(f"{name} is {value!r}; it must be an integer, at least {low}")
+
+    def kv_dtype(self) -> Optional[torch.dtype]:
+        """Data type of a quantized cache's pages; None for the model's."""
+        return KV_CACHE_DTYPES[self.kv_cache_dtype]
 
     def open_directory(self, path: str | Path) -> hf.HFDirectory:
         """Open the model to run: with its adapters, or with random weights.
@@ -176,7 +188,7 @@ def resolve(config: EngineConfig, info: ModelInfo, dtype: torch.dtype, device: t
     per_row = row_bytes(heads, longest, config.block_size, own)
     if config.enable_prefix_caching:
         per_row += 4 * model.vocab_size  # the logits of a snapshot
-    per_page = page_bytes(config.block_size, model.head_dim, dtype)
+    per_page = page_bytes(config.block_size, model.head_dim, dtype, config.kv_dtype())
     available = _available_bytes(config, device)
     rows = _rows(config, device, per_row, available, tokens)
     if tokens < rows:

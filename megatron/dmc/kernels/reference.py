@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.dmc.kernels.params import Appended, AppendParams
 from megatron.dmc.kernels.reference_evict import append_evicting, recent_slots, window_of_queries
-from megatron.dmc.kernels.reference_pages import Layout, check_room, give_back, kept_slots, rotate, take
+from megatron.dmc.kernels.reference_pages import Layout, Slots, check_room, give_back, kept_slots, rotate, take
 from megatron.dmc.kernels.state import CacheState
 from megatron.dmc.ops.decisions import decision_logits, importance
 from megatron.dmc.ops.pooling import pool
@@ -131,9 +131,7 @@ def _slot_of_each_token(layout: Layout, merge: Tensor, before: Tensor) -> Tensor
     return (before - appends_of_earlier)[layout.sequence] + appends - 1
 
 
-def _write_slots(
-    state: CacheState, layer: int, layout: Layout, merge: Tensor, slot: Tensor, k_part: Tensor, v_part: Tensor
-) -> None:
+def _write_slots(state: CacheState, layer: int, layout: Layout, merge: Tensor, slot: Tensor, parts: Slots) -> None:
     """Write the final state of every slot: that after its newest token, which is its sequence's last or is followed by
     an append.
     """
@@ -143,8 +141,8 @@ def _write_slots(
     t, h = newest.nonzero(as_tuple=True)
     column, place = slot[t, h] // state.page_size, slot[t, h] % state.page_size
     page = state.page_table[layout.rows[layout.sequence[t]], layer, h, column].long()
-    state.k_pages[page, place] = k_part[t, h].to(state.k_pages.dtype)
-    state.v_pages[page, place] = v_part[t, h].to(state.v_pages.dtype)
+    for pages, new in zip(Slots.pool(state), parts.at(t, h)):
+        pages[page, place] = new
 
 
 def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
@@ -163,8 +161,8 @@ def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
         omega = importance(q[layout.token, :, -1][..., None], k.size(1), params.bias, params.epsilon)[..., 0]
         k_part, v_part = _pool_chunks(state, layer, layout, _Raw(k_part, v_part, omega), merge, params.window)
     where, neuron_out = params.positions[layout.token], slice(None if compress else 0)
-    k_part, v_part = rotate(k_part, where, inv_freq, neuron_out).to(k.dtype), v_part.to(v.dtype)
-    _write_slots(state, layer, layout, merge, slot, k_part, v_part)
+    parts = Slots.of(state, rotate(k_part, where, inv_freq, neuron_out), v_part)
+    _write_slots(state, layer, layout, merge, slot, parts)
 
     q_rot = torch.zeros_like(q, memory_format=torch.contiguous_format)
     q_rot[layout.token] = rotate(q[layout.token], where, inv_freq, neuron_out).to(q.dtype)
@@ -172,6 +170,7 @@ def append(state: CacheState, layer: int, params: AppendParams) -> Appended:
         return Appended(q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0), state.lengths.new_empty(0))
     k_all, v_all = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     index = state.lengths.new_zeros(k.shape[:2])
+    k_part, v_part = (x.to(k.dtype) for x in parts.values(state))
     k_all[layout.token], v_all[layout.token], index[layout.token] = k_part, v_part, slot.to(index.dtype)
     return Appended(q_rot, k_all, v_all, index, state.lengths.new_empty(0))
 
@@ -249,7 +248,7 @@ def fork(state: CacheState, source: Tensor, target: Tensor) -> None:
     state.refcounts.index_add_(0, every, torch.ones_like(every, dtype=torch.int32))
     ids = held.ids.clone()
     ids.view(-1)[owner] = pages.long()
-    for x in (state.k_pages, state.v_pages):
+    for x in Slots.pool(state):
         x[pages.long()] = x[held.ids.view(-1)[owner]]
     # Where the source holds none the target's tables stay what they were.
     tables = torch.cat((state.page_table[target], state.recent_table[target]), dim=3).long()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.kernels.params import NEURON_ALL, NEURON_NONE, NEURON_QUERY, Appended, EvictParams
-from megatron.dmc.kernels.reference_pages import Layout, check_room, give_back, rotate, take
+from megatron.dmc.kernels.reference_pages import Layout, Slots, check_room, give_back, rotate, take
 from megatron.dmc.kernels.state import CacheState
 
 
@@ -111,8 +111,8 @@ class _Step:
         ):
             table[self.rows[n[mine]], self.layer, h[mine], column[mine]] = pages[mine]
 
-    def write(self, k: Tensor, v: Tensor) -> None:
-        """Write what leaves and is kept, and the recent ones of the step's tokens: k, v [T', H, D], rotated."""
+    def write(self, tokens: Slots) -> None:
+        """Write what leaves and is kept, and the recent ones of the step's tokens: [T', H]."""
         state, size = self.state, self.state.page_size
         # From pages that the sequence held before the step, or from the step itself.
         table = self.table[self.layout.index][self.leaving_of]
@@ -121,13 +121,13 @@ class _Step:
         f, h = self.keep.nonzero(as_tuple=True)
         slot = self.keep_slot[f, h]
         target = state.page_table[self.rows[self.leaving_of[f]], self.layer, h, slot // size].long()
-        for pages, new in ((state.k_pages, k), (state.v_pages, v)):
+        for pages, new in zip(Slots.pool(state), tokens):
             old, own = pages[page[..., 0], place[..., 0]], new[self.leaving_at.clamp_min(0)]
             pages[target, slot % size] = torch.where(self.leaving_new[:, None, None], own, old)[f, h]
         stays = self.index >= (self.after - state.evict_window - 1)[self.sequence]
         table = state.recent_table[self.rows[self.sequence[stays]], self.layer]
         page, place = _of_tokens(state, table, self.index[stays, None])
-        for pages, new in ((state.k_pages, k), (state.v_pages, v)):
+        for pages, new in zip(Slots.pool(state), tokens):
             pages[page[..., 0], place[..., 0]] = new[stays]
 
     def write_counts(self) -> None:
@@ -161,9 +161,9 @@ def append_evicting(state: CacheState, layer: int, params: EvictParams) -> Appen
     g = q.size(1) // k.size(1)
     of_queries = {NEURON_NONE: slice(0), NEURON_ALL: slice(None), NEURON_QUERY: slice(None, None, g)}[params.neuron]
     of_keys = slice(None if params.neuron == NEURON_ALL else 0)
-    k_part, v_part = rotate(k[token], where, params.inv_freq, of_keys).to(k.dtype), v[token]
+    parts = Slots.of(state, rotate(k[token], where, params.inv_freq, of_keys), v[token].float())
     step.take_pages()
-    step.write(k_part, v_part)
+    step.write(parts)
     step.write_counts()
     step.give_back_pages()
 
@@ -173,6 +173,7 @@ def append_evicting(state: CacheState, layer: int, params: EvictParams) -> Appen
         return Appended(q_rot, k.new_empty(0), v.new_empty(0), state.lengths.new_empty(0), state.lengths.new_empty(0))
     k_all, v_all = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     slots = state.lengths.new_zeros(k.shape[:2])
+    k_part, v_part = (x.to(k.dtype) for x in parts.values(state))
     k_all[token], v_all[token], slots[token] = k_part, v_part, step.slot_index.to(slots.dtype)
     return Appended(q_rot, k_all, v_all, slots, step.table)
 
@@ -182,7 +183,8 @@ def _recent(state: CacheState, table: Tensor, token: Tensor) -> tuple[Tensor, Te
     page, place = _of_tokens(state, table, token.clamp_min(0))
     outside = (token < 0)[:, None]
     page = page.masked_fill(outside, 0)  # garbage
-    return tuple(x[page, place].float().masked_fill(outside[..., None], 0.0) for x in (state.k_pages, state.v_pages))
+    slots = Slots.pool(state).at(page, place).values(state)
+    return tuple(x.masked_fill(outside[..., None], 0.0) for x in slots)
 
 
 def recent_slots(state: CacheState, layer: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.dmc.kernels.state import RETURNED, TAKEN, CacheState
+from megatron.dmc.kernels.state import LARGEST_CODES, RETURNED, TAKEN, CacheState
 
 
 class Layout(NamedTuple):
@@ -64,6 +64,53 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, neuron_out: slice) ->
     return turned
 
 
+class Slots(NamedTuple):
+    """Slots as pages hold them: of a cache's pool [num_pages, page_size, ...], or new ones [...]."""
+
+    k: Tensor
+    v: Tensor
+    """[..., D], in the model's dtype; where quantized, the bits of the codes as int8."""
+    k_scales: Tensor
+    v_scales: Tensor
+    """bf16 [..., 1]; [..., 0] unless quantized."""
+
+    @classmethod
+    def pool(cls, state: CacheState) -> Slots:
+        """The pages of a cache: writing to them writes to it."""
+        slots = state.k_pages, state.v_pages, state.k_scales, state.v_scales
+        return cls(*(x.view(torch.int8) if x.dtype in LARGEST_CODES else x for x in slots))
+
+    @classmethod
+    def of(cls, state: CacheState, k: Tensor, v: Tensor) -> Slots:
+        """fp32 keys and values [..., D] as pages of ``state`` would hold them. A quantized slot has the scale with
+        which its largest channel is the largest code, rounded to bf16; all its codes are 0 where that is below fp32's
+        smallest normal number.
+        """
+        if not state.quantized:
+            none = k.new_empty((*k.shape[:-1], 0), dtype=torch.bfloat16)
+            return cls(k.to(state.k_pages.dtype), v.to(state.v_pages.dtype), none, none)
+        dtype, codes, scales = state.k_pages.dtype, [], []
+        most = LARGEST_CODES[dtype]
+        for x in (k, v):
+            scale = (x.abs().amax(-1, keepdim=True) * (1 / most)).to(torch.bfloat16)
+            inverse = torch.where(scale.float() < torch.finfo(torch.float32).tiny, 0.0, 1 / scale.float())
+            code = (x * inverse).clamp(-most, most)
+            codes.append((code if dtype.is_floating_point else code.round()).to(dtype).view(torch.int8))
+            scales.append(scale)
+        return cls(*codes, *scales)
+
+    def values(self, state: CacheState) -> tuple[Tensor, Tensor]:
+        """Keys and values that slots of ``state`` stand for: fp32 [..., D]."""
+        if not state.quantized:
+            return self.k.float(), self.v.float()
+        dtype = state.k_pages.dtype
+        return self.k.view(dtype).float() * self.k_scales, self.v.view(dtype).float() * self.v_scales
+
+    def at(self, *where: Tensor) -> Slots:
+        """Slots by an index of the leading axes."""
+        return Slots(*(x[where] for x in self))
+
+
 def take(state: CacheState, demand: Tensor, what: str = "the step needs") -> tuple[Tensor, Tensor, Tensor]:
     """Take pages for owners in order: an owner's number, which of its pages, and the page's id, each [pages].
 
@@ -116,9 +163,8 @@ def read_slots(state: CacheState, ids: Tensor, used: Tensor) -> tuple[Tensor, Te
     # Ids and slots that are not in use are garbage, and 0 * NaN is NaN.
     ids = ids.masked_fill(~used.unflatten(-1, (-1, state.page_size)).any(-1), 0)
     # [..., pages, page_size, D] -> [..., pages * page_size, D]
-    return tuple(
-        x[ids].flatten(-3, -2).float().masked_fill(~used[..., None], 0.0) for x in (state.k_pages, state.v_pages)
-    )
+    slots = Slots.pool(state).at(ids).values(state)
+    return tuple(x.flatten(-3, -2).masked_fill(~used[..., None], 0.0) for x in slots)
 
 
 def kept_slots(state: CacheState, layer: int, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:

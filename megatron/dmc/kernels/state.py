@@ -22,6 +22,8 @@ from torch import Tensor
 from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Largest magnitude of the codes of a quantized cache, by the dtype of its pages."""
 PAGE_SIZES = (16, 32, 64)
 MAX_EVICT_WINDOW = 1024
 
@@ -49,7 +51,12 @@ class CacheState:
 
     k_pages: Tensor
     v_pages: Tensor
-    """[num_pages, page_size, D], model dtype; keys rotated at the position of their slot's newest token."""
+    """[num_pages, page_size, D], keys rotated at the position of their slot's newest token. In the model's dtype; of a
+    quantized cache codes, int8 or float8_e4m3fn, that stand for code * scale.
+    """
+    k_scales: Tensor
+    v_scales: Tensor
+    """bf16 [num_pages, page_size, 1], one of every slot of a quantized cache; [..., 0] of any other."""
     page_table: Tensor
     """int32 [rows, L, H, max_pages], page ids; what lies beyond the length is garbage."""
     lengths: Tensor
@@ -113,6 +120,16 @@ class CacheState:
     def max_slots(self) -> int:
         """Largest number of slots of a head, by the width of the page table."""
         return self.page_table.size(3) * self.page_size
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: key, value, and their scales where the cache is quantized."""
+        return sum(x[0, 0].nbytes for x in (self.k_pages, self.v_pages, self.k_scales, self.v_scales))
+
+    @property
+    def quantized(self) -> bool:
+        """True if pages hold codes of 8 bits and their scales."""
+        return self.k_scales.size(2) > 0
 
     @property
     def compresses(self) -> bool:
@@ -231,6 +248,7 @@ def make_state(
     compress: bool = True,
     evict_window: Optional[int] = None,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: Optional[torch.dtype] = None,
     device: torch.device | str = "cpu",
 ) -> CacheState:
     """Make an empty cache.
@@ -244,13 +262,18 @@ def make_state(
         compress: False for a plain model, which needs no ring.
         evict_window: w of a model that evicts, 1 to 1,024 tokens, which has no ring either; ``window`` and ``compress``
             are ignored then.
-        dtype: of keys and values: fp32, bf16 or fp16.
+        dtype: of the model's keys and values: fp32, bf16 or fp16.
+        kv_dtype: of the pages: int8 or float8_e4m3fn for a quantized cache; None for ``dtype``.
 
     Raises:
         ValueError: a shape, dtype or page size that the kernels do not take.
     """
     if dtype not in DTYPES:
         raise ValueError(f"a cache of {dtype} is not possible; use one of {', '.join(map(str, DTYPES))}")
+    if kv_dtype is not None and kv_dtype not in LARGEST_CODES:
+        raise ValueError(
+            f"pages of {kv_dtype} are not possible; use one of {', '.join(map(str, LARGEST_CODES))}, or None"
+        )
     if page_size not in PAGE_SIZES:
         raise ValueError(f"page_size {page_size} is not possible; use one of {PAGE_SIZES}")
     if head_dim % 8 or not 8 <= head_dim <= 256:
@@ -274,9 +297,16 @@ def make_state(
     def zeros(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=of, device=device)
 
+    def pages() -> Tensor:
+        shape, stored = (num_pages, page_size, head_dim), kv_dtype or dtype
+        return empty_in_huge_pages(shape, torch.uint8 if kv_dtype else dtype, device).zero_().view(stored)
+
+    scales = (num_pages, page_size, 0 if kv_dtype is None else 1)
     return CacheState(
-        k_pages=empty_in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
-        v_pages=empty_in_huge_pages((num_pages, page_size, head_dim), dtype, device).zero_(),
+        k_pages=pages(),
+        v_pages=pages(),
+        k_scales=zeros(*scales, of=torch.bfloat16),
+        v_scales=zeros(*scales, of=torch.bfloat16),
         page_table=zeros(*heads, -(-max_slots // page_size)),
         lengths=zeros(*heads),
         ring_k=zeros(*heads, ring, head_dim, of=ring_dtype),

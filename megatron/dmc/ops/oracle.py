@@ -8,6 +8,7 @@ one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -29,6 +30,10 @@ def _rotate(x: Tensor, position: int, inv_freq: Tensor, factor: float, neuron_ou
     if neuron_out:
         out[-1] = 0
     return out
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _Head:
@@ -53,13 +58,20 @@ class OracleCache:
         epsilon: float,
         window: Optional[int],
         factor: float = 1.0,
+        stored: Callable[[Tensor], Tensor] = _as_it_is,
     ) -> None:
-        """Empty cache. groups: ng, KV heads; inv_freq: fp32 [D / 2]; window: W, or None for the whole segment; factor:
-        YaRN's, on rotated queries and keys.
+        """Empty cache.
+
+        Args:
+            groups: ng, KV heads.
+            inv_freq: fp32 [D / 2].
+            window: W, or None for the whole segment.
+            factor: YaRN's, on rotated queries and keys.
+            stored: what the cache keeps of a slot's key or value, fp32 [D]: rounding, where it is quantized.
         """
         self.heads = [[_Head() for _ in range(groups)] for _ in range(batch)]
         self.inv_freq, self.bias, self.epsilon, self.window = inv_freq, decision_bias, epsilon, window
-        self.factor = factor
+        self.factor, self.stored = factor, stored
         self.position = 0
 
     def lengths(self) -> Tensor:
@@ -88,8 +100,8 @@ class OracleCache:
                 head.segment.append((omega, k[i, j].float(), v[i, j].float()))
                 recent = head.segment if self.window is None else head.segment[-self.window :]
                 total = sum(w for w, _, _ in recent)
-                head.keys[-1] = self._rotate(sum(w * key for w, key, _ in recent) / total)
-                head.values[-1] = sum(w * value for w, _, value in recent) / total
+                head.keys[-1] = self.stored(self._rotate(sum(w * key for w, key, _ in recent) / total))
+                head.values[-1] = self.stored(sum(w * value for w, _, value in recent) / total)
                 keys, values = torch.stack(head.keys), torch.stack(head.values)
                 for n, query in enumerate(group):
                     p = torch.softmax(keys @ self._rotate(query) / math.sqrt(d), dim=0)
@@ -125,6 +137,7 @@ class EvictingOracleCache:
         about_self: bool = False,
         neuron: Literal["none", "all", "query"] = "all",
         factor: float = 1.0,
+        stored: Callable[[Tensor], Tensor] = _as_it_is,
     ) -> None:
         """Empty cache.
 
@@ -136,10 +149,11 @@ class EvictingOracleCache:
             neuron: heads whose channel D-1 takes no part in attention (``DMCConfig.neuron``): none, all query and key
                 heads, or the first query head of every group.
             factor: YaRN's, on rotated queries and keys.
+            stored: what the cache keeps of a key or value, fp32 [D]: rounding, where it is quantized.
         """
         self.held: list[list[list[_Token]]] = [[[] for _ in range(groups)] for _ in range(batch)]
         self.inv_freq, self.window, self.about_self, self.neuron = inv_freq, window, about_self, neuron
-        self.factor = factor
+        self.factor, self.stored = factor, stored
         self.position = 0
 
     def lengths(self) -> Tensor:
@@ -170,7 +184,7 @@ class EvictingOracleCache:
             for j in range(ng):
                 head = self.held[i][j]
                 key = self._rotate(k[i, j], self.neuron == "all")
-                head.append(_Token(self.position, key, v[i, j].float()))
+                head.append(_Token(self.position, self.stored(key), self.stored(v[i, j].float())))
                 decided = head[-1:] if self.about_self else head[-2:-1]  # nobody, for a sequence's first token
                 for token in decided:
                     token.marked = bool(logits[i, j] > 0)

@@ -56,6 +56,7 @@ HELP = {
     "num_pages_cached": "Number of KV cache pages held by the prefix cache alone.",
     "page_waste_perc": "Fraction of the KV slots in allocated pages that are empty, from 0 to 1.",
     "cache_slots_used": "Number of KV slots held by running sequences; shared slots count once.",
+    "cache_slot_bytes": "Number of bytes of a KV slot: key, value and, in a cache of 8 bits, their scales.",
     "cache_tokens": "Number of tokens, prompt and generated, that running sequences have in the KV cache.",
     "compression_ratio": "Compression ratio of running sequences, token states per KV slot, by layer; absent if idle.",
     "engine_up": "State of the engine: 1 while it runs, 0 after it has failed.",
@@ -247,6 +248,7 @@ class _EngineState:
             "num_pages_cached": stats.pages_cached,
             "page_waste_perc": stats.waste,
             "cache_slots_used": stats.slots_used,
+            "cache_slot_bytes": self.engine.engine.cache.slot_bytes,
             "cache_tokens": stats.tokens_held,
             "engine_up": int(self.engine.failure is None),
         }
@@ -274,6 +276,7 @@ class _EngineState:
         sizes, config = self.engine.engine.sizes, self.engine.engine.config
         info = {
             "block_size": config.block_size,
+            "cache_dtype": config.kv_cache_dtype,
             "num_gpu_blocks": sizes.num_pages,
             "max_model_len": sizes.max_model_len,
             "max_num_seqs": sizes.max_num_seqs,

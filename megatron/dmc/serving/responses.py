@@ -38,12 +38,17 @@ class UsageCount:
     states: int = 0
     """Token states over all layers and heads: the slots that an uncompressed cache would take."""
     slots: int = 0
+    cache_tokens: int = 0
+    """Tokens whose keys and values these slots hold."""
+    cache_bytes: int = 0
 
     def finished(self, usage: Optional[CacheUse]) -> None:
         """Add the cache usage of a completion that has ended."""
         if usage is not None:
             self.states += usage.tokens * usage.heads
             self.slots += usage.total_slots
+            self.cache_tokens += usage.tokens
+            self.cache_bytes += usage.total_slots * usage.slot_bytes
 
     def tokens(self) -> dict[str, Any]:
         """The ``usage`` object of a stream that goes on: what is known before its completions have ended."""
@@ -59,7 +64,11 @@ class UsageCount:
         return {
             **self.tokens(),
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "dmc": {"slots": self.slots, "compression_ratio": ratio},
+            "dmc": {
+                "slots": self.slots,
+                "compression_ratio": ratio,
+                "bytes_per_token": self.cache_bytes / max(1, self.cache_tokens),
+            },
         }
 
 

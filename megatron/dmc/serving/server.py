@@ -278,10 +278,13 @@ async def _watch(followers: Followers, runner: AsyncEngine) -> None:
 
 
 def _pool(engine: Engine) -> str:
-    sizes = engine.sizes
+    sizes, cache = engine.sizes, engine.cache
+    stored = str(cache.state.k_pages.dtype).removeprefix("torch.")
+    token = cache.slot_bytes * cache.heads * engine.parallel.size
     return (
         f"{sizes.max_num_seqs} sequences at a time, context length {sizes.max_model_len}, {sizes.num_pages} pages of "
-        f"{sizes.page_bytes} bytes, expected compression ratio {engine.info.expected_cr:g}"
+        f"{sizes.page_bytes} bytes ({stored}, {token} bytes per uncompressed token), expected compression ratio "
+        f"{engine.info.expected_cr:g}"
     )
 
 

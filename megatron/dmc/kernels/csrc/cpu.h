@@ -12,6 +12,8 @@ static inline int page_shift(const Cache& c) { return __builtin_ctz(c.page_size)
 
 static inline int64_t pages_of(const Cache& c, int64_t slots) { return (slots + c.page_size - 1) >> page_shift(c); }
 
+static inline int element_size(Dtype d) { return d == kF32 ? 4 : d == kBF16 || d == kF16 ? 2 : 1; }
+
 // Places of a head's marks.
 static inline int64_t marked_places(const Cache& c) { return c.evict_window ? c.evict_window + 2 : 0; }
 

@@ -67,18 +67,20 @@ template <class T> INLINE void add_row(float* sum, const T* x, int d, float weig
   if (c < d) store(sum + c, load(sum + c) + load_some(x + c, d - c) * splat(weight));
 }
 
+// Token t, whose slot is k and v after it, before the rotation: fp32 [D], zeros up to align_up(D, VW).
 template <class T> void finish(const AppendParams& p, const Item& x, int64_t t, float* k, float* v) {
   const Cache& c = p.cache;
   int d = c.head_dim;
   int64_t at = t * c.heads + x.h;
   rotate(k, p.cos_sin + t * d, d, p.compress);
+  bool newest = t + 1 == x.begin + x.count || !p.merge[at + c.heads];
+  Slots s = slots_of(c, x.row, p.layer, x.h);
+  if (c.quantized) write_codes(c, newest ? &s : nullptr, p.slot_index[at], k, v);
   if (p.k_part.data) {
     write_row(head_of<T>(p.k_part, t, x.h), k, d, 1.0f);
     write_row(head_of<T>(p.v_part, t, x.h), v, d, 1.0f);
   }
-  if (t + 1 < x.begin + x.count && p.merge[at + c.heads]) return;
-  // The newest token of its slot.
-  Slots s = slots_of(c, x.row, p.layer, x.h);
+  if (!newest || c.quantized) return;
   write_row((T*)s.key<T>(p.slot_index[at]), k, d, 1.0f);
   write_row((T*)s.value<T>(p.slot_index[at]), v, d, 1.0f);
 }
@@ -123,7 +125,7 @@ constexpr int kListed = 64;
 
 // True where a window can be pooled in registers.
 INLINE bool pooled_in_halves(const AppendParams& p) {
-  return in_halves(p.cache.head_dim) && (!p.compress || (p.window && p.window <= kListed));
+  return !p.cache.quantized && in_halves(p.cache.head_dim) && (!p.compress || (p.window && p.window <= kListed));
 }
 
 // pool_window for one token, in registers instead of a buffer.

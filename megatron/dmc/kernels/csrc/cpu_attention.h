@@ -12,6 +12,7 @@ constexpr int kMostGroups = 64;  // query heads of a KV head, by the launcher
 struct Slots {
   const int32_t* table;
   const char *k, *v;
+  const bf16 *k_scales, *v_scales;  // of a quantized cache
   int page_size, shift;  // page_size = 2^shift
   int64_t page_bytes, row_bytes;
   int64_t length;
@@ -21,12 +22,12 @@ struct Slots {
   template <class T> const T* at(const char* pages, int64_t slot) const {
     return (const T*)(pages + (int64_t)table[slot >> shift] * page_bytes + (slot & (page_size - 1)) * row_bytes);
   }
+  // Index of a slot among all of the pool.
+  int64_t place(int64_t slot) const { return ((int64_t)table[slot >> shift] << shift) + (slot & (page_size - 1)); }
 };
 
 // Head of a token.
 template <class T> INLINE T* head_of(const Heads& x, int64_t t, int64_t h) { return (T*)x.data + t * x.token + h * x.head; }
-
-INLINE int element_size(Dtype d) { return d == kF32 ? 4 : 2; }
 
 INLINE int64_t head_index(const Cache& c, int64_t row, int64_t layer, int64_t head) {
   return (row * c.layers + layer) * c.heads + head;
@@ -34,9 +35,9 @@ INLINE int64_t head_index(const Cache& c, int64_t row, int64_t layer, int64_t he
 
 // `length` slots in the pages of `table`.
 INLINE Slots slots_in(const Cache& c, const int32_t* table, int64_t length) {
-  int64_t bytes = element_size(c.dtype) * c.head_dim;
-  return {table, (const char*)c.k_pages, (const char*)c.v_pages, c.page_size, page_shift(c), bytes * c.page_size,
-          bytes, length, INT64_MAX, INT64_MAX};
+  int64_t bytes = element_size(c.page_dtype) * c.head_dim;
+  return {table, (const char*)c.k_pages, (const char*)c.v_pages, (const bf16*)c.k_scales, (const bf16*)c.v_scales, c.page_size, page_shift(c),
+          bytes * c.page_size, bytes, length, INT64_MAX, INT64_MAX};
 }
 
 // Slots of a head; of a model that evicts, the kept ones.
@@ -172,7 +173,7 @@ INLINE void score_rows(const T* k, const Ahead& ahead, int first, int d, const f
     vf x[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-      if (Ask && j * bytes % 64 == 0) ahead.ask((first * d + c * 4) * sizeof(T) + j * bytes);
+      if (Ask && j * bytes % 64 == 0 && (4 * bytes % 64 == 0 || c * 4 * sizeof(T) % 64 == 0)) ahead.ask((first * d + c * 4) * sizeof(T) + j * bytes);
       x[j] = R::row(k + (int64_t)j * d + c);
     }
 #pragma GCC unroll 4
@@ -289,7 +290,7 @@ INLINE void add_channels(const Slots& s, int64_t begin, int n, const float* weig
 #pragma GCC unroll 2
         for (int j = 0; j < R::kTogether; j++) {
           int64_t at = (int64_t)(r + j) * d + e * R::kChannels;
-          if (e * bytes % 64 == 0) ahead.ask(share + ((r + j) * V + e) * bytes);
+          if (e * bytes % 64 == 0 && (V * bytes % 64 == 0 || (share + (r + j) * V * bytes) % 64 == 0)) ahead.ask(share + ((r + j) * V + e) * bytes);
           // NaN may lie behind the last slot, and in the gap.
           if (R::kTogether == 1 || (r + j >= least && r + j < m)) row[j] = Tail ? R::row(v + at, d - c) : R::row(v + at);
         }
@@ -318,11 +319,27 @@ INLINE void add_values(const Slots& s, int64_t begin, int n, const float* weight
   if (c < d) add_channels<T, Q, 1, true>(s, begin, n, weights, c, d, dp, acc);
 }
 
+template <class T> constexpr bool kCodes = false;
+template <> constexpr bool kCodes<i8> = true;
+template <> constexpr bool kCodes<f8> = true;
+
+// x[Q][kTile] of slots [begin, begin + n), times the scales of their codes.
+template <class T, int Q> INLINE void scale_tile(const Slots& s, const bf16* scales, int64_t begin, int n, float* x) {
+  for (int r = 0; r < n; r += VW) {
+    int64_t next = begin + r + kTile;
+    __builtin_prefetch(scales + s.place(next < s.length ? next : begin + r));
+    vf factor = load(scales + s.place(begin + r)) * splat(kUnit<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; i++) store(x + i * kTile + r, load(x + i * kTile + r) * factor);
+  }
+}
+
 template <class T, int Q>
 void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, int dp, float scale, float* acc, float* top,
                  float* total) {
   alignas(64) float scores[Q * kTile];
   score_tile<T, Q>(s, begin, n, q, d, dp, scores);
+  if constexpr (kCodes<T>) scale_tile<T, Q>(s, s.k_scales, begin, n, scores);
   if (begin < s.resume && begin + n > s.gap)
     for (int64_t r = s.gap > begin ? s.gap - begin : 0; r < n && begin + r < s.resume; r++)
       for (int i = 0; i < Q; i++) scores[i * kTile + r] = -INFINITY;
@@ -332,6 +349,7 @@ void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, in
     if (factor != 1.0f)
       for (int c = 0; c < dp; c += VW) store(acc + i * dp + c, load(acc + i * dp + c) * splat(factor));
   }
+  if constexpr (kCodes<T>) scale_tile<T, Q>(s, s.v_scales, begin, n, scores);
   add_values<T, Q>(s, begin, n, scores, d, dp, acc);
 }
 
@@ -339,16 +357,16 @@ void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, in
 template <class T> INLINE int padded(int d) { return (int)align_up(d, Rows<T>::kChannels); }
 
 // The first `slots` of a head: for each query un-normalised sums [g][dp], the power of 2 that they are relative to, and the total
-// weight. q [g, D] with rows `stride` apart; `packed`: memory for [g][dp].
-template <class T>
+// weight. q [g, D] with rows `stride` apart; `packed`: memory for [g][dp]. S: of pages, T: of queries.
+template <class S, class T>
 void attend_range(const Slots& s, int64_t slots, const T* q, int64_t stride, int g, int d, float scale, float* packed,
                   float* acc, float* top, float* total) {
-  int dp = padded<T>(d);
+  int dp = padded<S>(d);
   float totals[kMostGroups * VW];
   for (int i = 0; i < g; i++) {
     float line[256 + 2 * VW] = {};
     read_row(line, q + i * stride, d, 1.0f);
-    Rows<T>::pack_query(packed + i * dp, line, dp);
+    Rows<S>::pack_query(packed + i * dp, line, dp);
     top[i] = -INFINITY;
   }
   memset(totals, 0, sizeof(float) * g * VW);
@@ -357,7 +375,7 @@ void attend_range(const Slots& s, int64_t slots, const T* q, int64_t stride, int
   for (int64_t at = 0; at < slots; at += kTile) {
     int n = slots - at < kTile ? (int)(slots - at) : kTile, i = 0;
 #define DMC_QUERIES(Q) \
-  for (; i + Q <= g; i += Q) attend_tile<T, Q>(s, at, n, packed + i * dp, d, dp, scale, acc + i * dp, top + i, totals + i * VW);
+  for (; i + Q <= g; i += Q) attend_tile<S, Q>(s, at, n, packed + i * dp, d, dp, scale, acc + i * dp, top + i, totals + i * VW);
 #if defined(__AVX512F__)  // registers for eight
     DMC_QUERIES(8)
 #endif
@@ -368,7 +386,7 @@ void attend_range(const Slots& s, int64_t slots, const T* q, int64_t stride, int
   }
   for (int i = 0; i < g; i++) {
     total[i] = vsum(load(totals + i * VW));
-    for (int c = 0; c < dp; c += Rows<T>::kChannels) Rows<T>::restore(acc + i * dp + c);
+    for (int c = 0; c < dp; c += Rows<S>::kChannels) Rows<S>::restore(acc + i * dp + c);
   }
 }
 

@@ -15,9 +15,10 @@ struct Task {
   float* partial;  // of the head's first split when it has several, null else
 };
 
-template <class T> int decode(const DecodeParams& p) {
+// S: of pages, T: of queries.
+template <class S, class T> int decode(const DecodeParams& p) {
   const Cache& c = p.cache;
-  int d = c.head_dim, g = (int)p.groups, dp = padded<T>(d);
+  int d = c.head_dim, g = (int)p.groups, dp = padded<S>(d);
   int64_t tasks = 0, partials = 0, slots = 0;
   auto view = [&](int64_t i, int64_t h) { return p.rows[i] < 0 ? View{} : view_of(c, head_index(c, p.rows[i], p.layer, h)); };
   for (int64_t i = 0; i < p.n; i++)
@@ -45,7 +46,7 @@ template <class T> int decode(const DecodeParams& p) {
     }
   int failed = 0;
   // Starting the other threads costs more than reading some 64 KiB.
-  bool alone = tasks == 1 || slots * 2 * d * (int64_t)sizeof(T) < 65536;
+  bool alone = tasks == 1 || slots * 2 * d * (int64_t)sizeof(S) < 65536;
 #pragma omp parallel num_threads(alone ? 1 : p.threads) reduction(| : failed)
   {
     // Not scratch(): this thread may hold the partial sums in it.
@@ -66,7 +67,7 @@ template <class T> int decode(const DecodeParams& p) {
       float *top = acc + g * dp, *total = top + g;
       int32_t table[(kSplit + kTile) / 16];
       Slots s = slots_of(c, view(task.sequence, task.head), task.begin, task.end, table);
-      attend_range<T>(s, task.end - task.begin, from, q.head, g, d, p.scale, own, acc, top, total);
+      attend_range<S>(s, task.end - task.begin, from, q.head, g, d, p.scale, own, acc, top, total);
       if (!task.partial)
         for (int j = 0; j < g; j++) write_row(to + j * out.head, acc + j * dp, d, 1.0f / total[j]);
     }
@@ -96,11 +97,19 @@ template <class T> int decode(const DecodeParams& p) {
   return failed;
 }
 
+template <class T> int decode_for(const DecodeParams& p) {
+  switch (p.cache.page_dtype) {
+    case kI8: return decode<i8, T>(p);
+    case kF8: return decode<f8, T>(p);
+    default: return decode<T, T>(p);
+  }
+}
+
 int decode_any(const DecodeParams& p) {
   switch (p.cache.dtype) {
-    case kF32: return decode<float>(p);
-    case kBF16: return decode<bf16>(p);
-    default: return decode<f16>(p);
+    case kF32: return decode_for<float>(p);
+    case kBF16: return decode_for<bf16>(p);
+    default: return decode_for<f16>(p);
   }
 }
 

@@ -58,16 +58,21 @@ template <class T> INLINE void write_token(const EvictParams& p, const Item& x, 
   const Cache& c = p.cache;
   int d = c.head_dim;
   int64_t leaves = t + c.evict_window + 1, bytes = d * (int64_t)sizeof(T);
-  T *k = nullptr, *v = nullptr;
-  if (leaves >= x.begin + x.count) {
-    Slots s = recent_slots(c, c.recent_table + x.index * c.recent);
-    int64_t token = x.before + t - x.begin;
-    k = (T*)s.key<T>(recent_place(c, token)), v = (T*)s.value<T>(recent_place(c, token));
-  } else if (int64_t slot = kept_slot(p, x, leaves); slot >= 0) {
-    Slots s = slots_of(c, x.index);
-    k = (T*)s.key<T>(slot), v = (T*)s.value<T>(slot);
-  }
+  bool stays = leaves >= x.begin + x.count;
+  Slots s = stays ? recent_slots(c, c.recent_table + x.index * c.recent) : slots_of(c, x.index);
+  int64_t slot = stays ? recent_place(c, x.before + t - x.begin) : kept_slot(p, x, leaves);
   T *k_part = p.k_part.data ? head_of<T>(p.k_part, t, x.h) : nullptr, *v_part = k_part ? head_of<T>(p.v_part, t, x.h) : nullptr;
+  if (c.quantized) {
+    float key[256 + VW], value[256 + VW];
+    if (slot < 0 && !k_part) return;
+    read_row(key, head_of<T>(p.k, t, x.h), d, 1.0f);
+    read_row(value, head_of<T>(p.v, t, x.h), d, 1.0f);
+    rotate(key, table, d, p.neuron == kNeuronAll);
+    write_codes(c, slot < 0 ? nullptr : &s, slot, key, value);
+    if (k_part) write_row(k_part, key, d, 1.0f), write_row(v_part, value, d, 1.0f);
+    return;
+  }
+  T *k = slot < 0 ? nullptr : (T*)s.key<T>(slot), *v = slot < 0 ? nullptr : (T*)s.value<T>(slot);
   const T* value = head_of<T>(p.v, t, x.h);
   if (v_part) memcpy(v_part, value, bytes);
   if (v) memcpy(v, value, bytes);
@@ -76,15 +81,18 @@ template <class T> INLINE void write_token(const EvictParams& p, const Item& x, 
 }
 
 // The token of an earlier step that leaves the window at token t, from the recent to the kept pages.
-template <class T> INLINE void keep_token(const EvictParams& p, const Item& x, int64_t t) {
+INLINE void keep_token(const EvictParams& p, const Item& x, int64_t t) {
   const Cache& c = p.cache;
   int64_t token = x.before + t - x.begin - c.evict_window - 1;
   if (token < 0 || token >= x.before) return;
-  int64_t slot = kept_slot(p, x, t), bytes = c.head_dim * (int64_t)sizeof(T);
+  int64_t slot = kept_slot(p, x, t), from = recent_place(c, token), bytes = c.head_dim * element_size(c.page_dtype);
   if (slot < 0) return;
   Slots recent = recent_slots(c, recent_table_before(p, x.i, x.h, x.index)), kept = slots_of(c, x.index);
-  memcpy((T*)kept.key<T>(slot), recent.key<T>(recent_place(c, token)), bytes);
-  memcpy((T*)kept.value<T>(slot), recent.value<T>(recent_place(c, token)), bytes);
+  memcpy((char*)kept.key<char>(slot), recent.key<char>(from), bytes);
+  memcpy((char*)kept.value<char>(slot), recent.value<char>(from), bytes);
+  if (!c.quantized) return;
+  ((bf16*)kept.k_scales)[kept.place(slot)] = recent.k_scales[recent.place(from)];
+  ((bf16*)kept.v_scales)[kept.place(slot)] = recent.v_scales[recent.place(from)];
 }
 
 // Marks and number of tokens after the step.
@@ -118,7 +126,7 @@ template <class T> void write(const EvictParams& p) {
       for (int64_t h = 0; h < c.heads; h++) {
         Item x = item_of(p, i, h);
         write_token<T>(p, x, t, table);
-        keep_token<T>(p, x, t);
+        keep_token(p, x, t);
       }
     }
     // Behind the loop's barrier: the numbers of tokens were read above.

@@ -145,8 +145,8 @@ void copy_head(const Cache& c, int64_t a, int64_t b) {
   auto copy = [](void* base, int64_t from, int64_t to, int64_t bytes) {
     memcpy((char*)base + to * bytes, (char*)base + from * bytes, bytes);
   };
-  int64_t page_bytes = c.page_size * c.head_dim * (c.dtype == kF32 ? 4 : 2);
-  int64_t ring_bytes = c.ring * c.head_dim * (c.ring_dtype == kF32 ? 4 : 2);
+  int64_t page_bytes = c.page_size * c.head_dim * element_size(c.page_dtype), scale_bytes = c.quantized ? c.page_size * 2 : 0;
+  int64_t ring_bytes = c.ring * c.head_dim * element_size(c.ring_dtype);
   for_each_page(c, a, [&](int32_t* table, int64_t at, bool final) {
     int64_t width = table == c.page_table ? c.max_pages : c.recent;
     int32_t page = table[at], *to = table + at + (b - a) * width;
@@ -157,6 +157,8 @@ void copy_head(const Cache& c, int64_t a, int64_t b) {
     *to = take_page(c);
     copy(c.k_pages, page, *to, page_bytes);
     copy(c.v_pages, page, *to, page_bytes);
+    copy(c.k_scales, page, *to, scale_bytes);
+    copy(c.v_scales, page, *to, scale_bytes);
   });
   c.lengths[b] = c.lengths[a], c.segment[b] = c.segment[a];
   copy(c.ring_k, a, b, ring_bytes);

@@ -6,7 +6,7 @@
 // sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes. Four numbers of the cache
 // by four vectors of queries (two without AVX-512) are summed in registers: eight loads for sixteen products. Where the CPU
 // multiplies pairs of bf16, what is broadcast and what lies in a lane are pairs, of channels for the scores, of slots for the sums.
-#include "cpu_attention.h"
+#include "cpu_codes.h"
 
 namespace {
 
@@ -37,6 +37,10 @@ template <> struct Panel<bf16> {
   }
 };
 #endif
+
+// What is multiplied of a cache with queries of T: codes as the fp32 numbers that they stand for.
+template <class T, bool Quantized> struct Numbers { typedef T type; };
+template <class T> struct Numbers<T, true> { typedef float type; };
 
 template <class T> constexpr bool kInPlace = sizeof(T) == 4 || Panel<T>::kTogether == 2;  // keys are multiplied as they lie
 
@@ -262,6 +266,31 @@ template <class T> INLINE Tile read_window(Block& b, const PrefillParams& p, con
   return tile;
 }
 
+// Tile of n slots that `read(r, key, value)` writes, as fp32.
+template <class Read> INLINE Tile read_numbers(Block& b, int n, int d, Read read) {
+  Tile tile;
+  int64_t wide = tile.k_row = tile.v_row = align_up(d, VW);
+  for (int r = 0; r < n; r++) read(r, b.k + r * wide, b.v + r * wide);
+  for (int r = 0; r < n; r += kPiece) tile.k[r / kPiece] = b.k + r * wide, tile.v[r / kPiece] = b.v + r * wide;
+  return tile;
+}
+
+// read_tile and read_window of a quantized cache.
+INLINE Tile read_code_tile(Block& b, const Cache& c, const Slots& s, int64_t begin, int n) {
+  return read_numbers(b, n, c.head_dim, [&](int r, float* k, float* v) { read_codes(c, s, begin + r, k, v); });
+}
+
+template <class T>
+INLINE Tile read_code_window(Block& b, const PrefillParams& p, const Window& w, int64_t head, int64_t from, int n) {
+  int d = p.cache.head_dim;
+  return read_numbers(b, n, d, [&](int r, float* k, float* v) {
+    if (from + r < w.chunk) return read_codes(p.cache, w.recent, recent_place(p.cache, from + r), k, v);
+    int64_t t = w.begin + from + r - w.chunk;
+    read_row(k, head_of<T>(p.k_part, t, head), d, 1.0f);
+    read_row(v, head_of<T>(p.v_part, t, head), d, 1.0f);
+  });
+}
+
 // A tile whose rows are [at, at + n) of what the queries' limits count.
 template <class T, int V>
 INLINE void attend_rows(Block& b, const Tile& tile, int64_t at, int n, int d, int columns, float scale, bool masked) {
@@ -273,9 +302,10 @@ INLINE void attend_rows(Block& b, const Tile& tile, int64_t at, int n, int d, in
 
 // Tokens [first, first + count) of a sequence, of one KV head. V: vectors of queries that are multiplied at a time. `window` null: the
 // model does not evict.
-template <class T, int V>
+template <class T, bool Quantized, int V>
 void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t first, int count, const Window* window, Block& b) {
-  using P = Panel<T>;
+  using N = typename Numbers<T, Quantized>::type;
+  using P = Panel<N>;
   static const T nothing[256] = {};
   const Cache& c = p.cache;
   int d = c.head_dim, g = (int)p.groups, rows = count * g, columns = (int)align_up(rows, V * VW);
@@ -303,7 +333,10 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
   else to_columns(b.q, q, columns, d);
   for (int64_t at = 0; at < most; at += kTile) {
     int n = most - at < kTile ? (int)(most - at) : kTile;
-    attend_rows<T, V>(b, read_tile<T>(b, s, at, n, d), at, n, d, columns, scale, at + n > least);
+    Tile tile;
+    if constexpr (Quantized) tile = read_code_tile(b, c, s, at, n);
+    else tile = read_tile<T>(b, s, at, n, d);
+    attend_rows<N, V>(b, tile, at, n, d, columns, scale, at + n > least);
   }
   if (window) {
     int64_t token = window->chunk + first - window->begin, last = token + count - 1;
@@ -311,7 +344,10 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
     for (int64_t at = token > c.evict_window ? token - c.evict_window : 0; at < last; at += kTile) {
       int n = last - at < kTile ? (int)(last - at) : kTile;
       bool masked = at + n > token || at + c.evict_window < last;
-      attend_rows<T, V>(b, read_window<T>(b, p, *window, head, at, n), at, n, d, columns, scale, masked);
+      Tile tile;
+      if constexpr (Quantized) tile = read_code_window<T>(b, p, *window, head, at, n);
+      else tile = read_window<T>(b, p, *window, head, at, n);
+      attend_rows<N, V>(b, tile, at, n, d, columns, scale, masked);
     }
   }
   for (int i = 0; i < columns; i += VW) {
@@ -331,12 +367,12 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
 }
 
 // The last token of a sequence: its own slot is final and holds its partial state, and the window ends with it, so this is decoding.
-template <class T> void attend_token(const PrefillParams& p, int64_t row, int64_t head, int64_t t, float* memory) {
-  int d = p.cache.head_dim, g = (int)p.groups, dp = padded<T>(d);
+template <class S, class T> void attend_token(const PrefillParams& p, int64_t row, int64_t head, int64_t t, float* memory) {
+  int d = p.cache.head_dim, g = (int)p.groups, dp = padded<S>(d);
   float *packed = memory, *acc = packed + g * dp, *top = acc + g * dp, *total = top + g;
   View view = view_of(p.cache, head_index(p.cache, row, p.layer, head));
   Slots s = slots_of(p.cache, view, 0, view.end, (int32_t*)(total + g));
-  attend_range<T>(s, view.end, head_of<T>(p.q, t, head * g), p.q.head, g, d, p.scale, packed, acc, top, total);
+  attend_range<S>(s, view.end, head_of<T>(p.q, t, head * g), p.q.head, g, d, p.scale, packed, acc, top, total);
   T* to = head_of<T>(p.out, t, head * g);
   for (int j = 0; j < g; j++) write_row(to + j * p.out.head, acc + j * dp, d, 1.0f / total[j]);
 }
@@ -381,15 +417,20 @@ template <class T> int prefill(const PrefillParams& p) {
       if (failed) continue;
       int64_t row = p.rows[t.sequence];
       if (t.lone) {
-        attend_token<T>(p, row, t.head, t.first, memory);
+        if (c.page_dtype == kI8) attend_token<i8, T>(p, row, t.head, t.first, memory);
+        else if (c.page_dtype == kF8) attend_token<f8, T>(p, row, t.head, t.first, memory);
+        else attend_token<T, T>(p, row, t.head, t.first, memory);
         continue;
       }
       Window window;
       if (c.recent) window = window_of(p, t.sequence, t.head);
       const Window* own = c.recent ? &window : nullptr;
       Block block(memory, d);
-      if (VW == 16 && t.count * g > 2 * VW) attend_block<T, kRows / VW>(p, row, t.head, t.first, t.count, own, block);
-      else attend_block<T, 2>(p, row, t.head, t.first, t.count, own, block);
+      bool wide = VW == 16 && t.count * g > 2 * VW;
+      if (c.quantized && wide) attend_block<T, true, kRows / VW>(p, row, t.head, t.first, t.count, own, block);
+      else if (c.quantized) attend_block<T, true, 2>(p, row, t.head, t.first, t.count, own, block);
+      else if (wide) attend_block<T, false, kRows / VW>(p, row, t.head, t.first, t.count, own, block);
+      else attend_block<T, false, 2>(p, row, t.head, t.first, t.count, own, block);
     }
   }
   free(list);

@@ -1,7 +1,7 @@
 // Tokens of a step, for the kernels that write to the cache: rotation (RoPE, half-split: channel i turns with i + D/2), and the
 // outputs of padding. P: the parameters of such a kernel.
 #pragma once
-#include "cpu_attention.h"
+#include "cpu_codes.h"
 
 namespace {
 

@@ -27,12 +27,20 @@ typedef float vfu __attribute__((vector_size(VW * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VW * 4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(VW * 4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(VW * 2), may_alias));
+typedef int8_t vb __attribute__((vector_size(VW), may_alias));
+typedef int8_t vbu __attribute__((vector_size(VW), aligned(1), may_alias));
 typedef uint16_t vhu __attribute__((vector_size(VW * 2), aligned(2), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct i8 { int8_t bits; };
+struct f8 { int8_t bits; };  // float8_e4m3fn
+
+// What codes are loaded as, times this, is what they stand for but for their scale.
+template <class S> constexpr float kUnit = 1;
+template <> constexpr float kUnit<f8> = 256;
 
 INLINE vf splat(float x) { return x - vf{}; }
 
@@ -61,6 +69,27 @@ INLINE vf widen(vh h, f16) {
 INLINE vf load(const float* p) { return (vf)*(const vfu*)p; }
 INLINE vf load(const bf16* p) { return widen((vh)*(const vhu*)p, bf16{}); }
 INLINE vf load(const f16* p) { return widen((vh)*(const vhu*)p, f16{}); }
+INLINE vf load(const i8* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector((vb)*(const vbu*)p, vi), vf);
+#endif
+}
+// By way of fp16, whose exponent has a bias that is greater by 8 and a bit more: denormals are exact too.
+INLINE vf load(const f8* p) {
+#if defined(__AVX512F__)
+  __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  return widen((vh)_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbfff)), f16{});
+#elif defined(__AVX2__)
+  __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  return widen((vh)_mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16((short)0xbfff)), f16{});
+#else
+  return widen((__builtin_convertvector((vb)*(const vbu*)p, vh) << 7) & 0xbfff, f16{});
+#endif
+}
 
 // The first n (< VW) elements, then zeros: what lies behind a row belongs to somebody else.
 template <class T> INLINE vf load_some(const T* p, int n) {
@@ -104,6 +133,18 @@ INLINE void store(f16* p, vf x) {
     p[i].bits = (uint16_t)(sign | h);
   }
 #endif
+}
+// To nearest, ties to even; |x| up to 127 and 448.
+INLINE void store(i8* p, vf x) {
+  vi code = (vi)(x + splat(12582912.0f)) - 0x4b400000;  // 1.5 * 2^23: the low bits are the nearest integer
+  *(vbu*)p = (vbu)__builtin_convertvector(code, vb);
+}
+INLINE void store(f8* p, vf x) {
+  vf a = (vf)((vi)x & 0x7fffffff);
+  vi bits = (vi)a, normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+  vi small = (vi)(a + splat(0x1p14f)) - 0x46800000;  // denormals: multiples of 2^-9, the low bits of 2^14 + a
+  vi below = a < splat(0x1p-6f), code = (below & small) | (~below & normal) | (((vi)x >> 24) & 0x80);
+  *(vbu*)p = (vbu)__builtin_convertvector(code, vb);
 }
 template <class T> INLINE void store_some(T* p, vf x, int n) {
   T buffer[VW];

@@ -102,10 +102,22 @@ int64_t query_groups(const Cache& c, const TensorView& q) {
 
 // --------------------------------------------------------------------------------------------------------------- cache
 
+Dtype page_dtype_of(const TensorView& x) {
+  if (is(x, kDLInt, 8)) return kI8;
+  if (is(x, kDLFloat8_e4m3fn, 8)) return kF8;
+  return dtype_of(x);
+}
+
+uint16_t* scales_of(const Cache& c, const TensorView& x, const char* name) {
+  bool ok = here(x) && is(x, kDLBfloat, 16) && x.ndim() == 3 && contiguous(x);
+  check(ok && x.numel() == (c.quantized ? c.num_pages * c.page_size : 0), name, x, "bf16 [num_pages, page_size, 1], or 0 unless quantized");
+  return static_cast<uint16_t*>(x.data_ptr());
+}
+
 // Checks the tensors of a state, in the order of CacheState.tensors(), and returns the Cache that the functions below take: once per
 // state, so that a call converts and checks only what is new in it.
-Bytes bind(TensorView k_pages, TensorView v_pages, TensorView page_table, TensorView lengths, TensorView ring_k, TensorView ring_v,
-           TensorView ring_w, TensorView segment, TensorView recent_table, TensorView marks, TensorView free_pages, TensorView refcounts,
+Bytes bind(TensorView k_pages, TensorView v_pages, TensorView k_scales, TensorView v_scales, TensorView page_table, TensorView lengths,
+           TensorView ring_k, TensorView ring_v, TensorView ring_w, TensorView segment, TensorView recent_table, TensorView marks, TensorView free_pages, TensorView refcounts,
            TensorView counters) {
   Cache c;
   check(k_pages.ndim() == 3 && contiguous(k_pages), "k_pages", k_pages, "[num_pages, page_size, D], contiguous");
@@ -117,9 +129,12 @@ Bytes bind(TensorView k_pages, TensorView v_pages, TensorView page_table, Tensor
   check(here(k_pages), "k_pages", k_pages, "on the device of these kernels");
   c.num_pages = k_pages.size(0), c.page_size = (int)k_pages.size(1), c.head_dim = (int)k_pages.size(2);
   c.rows = page_table.size(0), c.layers = page_table.size(1), c.heads = page_table.size(2), c.max_pages = page_table.size(3);
-  c.ring = ring_w.size(3), c.dtype = dtype_of(k_pages), c.ring_dtype = dtype_of(ring_k), c.device = k_pages.device().device_id;
+  c.ring = ring_w.size(3), c.page_dtype = page_dtype_of(k_pages), c.ring_dtype = dtype_of(ring_k), c.device = k_pages.device().device_id;
   check(c.head_dim % 8 == 0 && c.head_dim <= 256, "k_pages", k_pages, "of a head dimension that is a multiple of 8 up to 256");
   check(c.page_size == 16 || c.page_size == 32 || c.page_size == 64, "k_pages", k_pages, "of 16, 32 or 64 slots per page");
+  c.quantized = c.page_dtype == kI8 || c.page_dtype == kF8, c.dtype = c.page_dtype;
+  check(page_dtype_of(v_pages) == c.page_dtype, "v_pages", v_pages, "like k_pages");
+  c.k_scales = scales_of(c, k_scales, "k_scales"), c.v_scales = scales_of(c, v_scales, "v_scales");
   int64_t all = c.rows * c.layers * c.heads;
   c.k_pages = k_pages.data_ptr(), c.v_pages = v_pages.data_ptr();
   c.page_table = ints<int32_t>(page_table, -1, "page_table", "int32 [rows, L, H, max_pages]");
@@ -149,6 +164,13 @@ Cache cache_of(const Bytes& bound) {
   return c;
 }
 
+// For a step with the queries q: of a quantized cache, only they tell the model's dtype.
+Cache cache_for(const Bytes& bound, const TensorView& q) {
+  Cache c = cache_of(bound);
+  if (c.quantized) c.dtype = dtype_of(q);
+  return c;
+}
+
 int64_t layer_of(const Cache& c, int64_t layer) {
   if (layer < 0 || layer >= c.layers) TVM_FFI_THROW(ValueError) << "layer " << layer << " is none of " << c.layers;
   return layer;
@@ -162,7 +184,7 @@ template <class P>
 void step(P& p, const Bytes& cache, int64_t layer, TensorView q, TensorView k, TensorView v, TensorView cu_seqlens, TensorView rows,
           TensorView positions, TensorView inv_freq, bool partial, TensorView q_rot, TensorView k_part, TensorView v_part,
           TensorView slot_index, int64_t threads) {
-  const Cache& c = p.cache = cache_of(cache);
+  const Cache& c = p.cache = cache_for(cache, q);
   p.layer = layer_of(c, layer), p.n = rows.numel(), p.tokens = q.size(0), p.groups = query_groups(c, q), p.threads = (int)threads;
   p.q = heads(q, c, -1, -1, "q", "[T, Hq, D] of the cache's dtype, the last axis contiguous");
   p.k = heads(k, c, p.tokens, c.heads, "k", "[T, H, D] of the cache's dtype, the last axis contiguous");
@@ -213,7 +235,7 @@ void append_evicting(const Bytes& cache, int64_t layer, TensorView q, TensorView
 void decode_attention(const Bytes& cache, int64_t layer, TensorView q_rot, TensorView rows, double scale, TensorView out,
                       Optional<TensorView> scratch, int64_t threads) {
   DecodeParams p = {};
-  const Cache& c = p.cache = cache_of(cache);
+  const Cache& c = p.cache = cache_for(cache, q_rot);
   p.layer = layer_of(c, layer), p.n = rows.numel(), p.groups = query_groups(c, q_rot), p.scale = (float)scale, p.threads = (int)threads;
   p.q = heads(q_rot, c, p.n, -1, "q_rot", "[N, Hq, D] of the cache's dtype, the last axis contiguous");
   p.out = heads(out, c, p.n, q_rot.size(1), "out", "like q_rot");
@@ -224,7 +246,7 @@ void decode_attention(const Bytes& cache, int64_t layer, TensorView q_rot, Tenso
 void prefill_attention(const Bytes& cache, int64_t layer, TensorView q_rot, TensorView k_part, TensorView v_part, TensorView slot_index,
                        TensorView recent_before, TensorView cu_seqlens, TensorView rows, double scale, TensorView out, int64_t threads) {
   PrefillParams p = {};
-  const Cache& c = p.cache = cache_of(cache);
+  const Cache& c = p.cache = cache_for(cache, q_rot);
   p.layer = layer_of(c, layer), p.n = rows.numel(), p.tokens = q_rot.size(0), p.groups = query_groups(c, q_rot);
   p.scale = (float)scale, p.threads = (int)threads;
   p.q = heads(q_rot, c, -1, -1, "q_rot", "[T, Hq, D] of the cache's dtype, the last axis contiguous");

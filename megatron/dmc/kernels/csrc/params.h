@@ -5,7 +5,7 @@
 
 namespace dmc {
 
-enum Dtype { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum Dtype { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kF8 = 4 };  // kF8: float8_e4m3fn
 
 enum Counter { kTaken = 0, kReturned = 1, kRefused = 2, kArrived = 3 };  // of Cache::counters
 
@@ -13,8 +13,10 @@ enum Neuron { kNeuronNone = 0, kNeuronAll = 1, kNeuronQuery = 2 };  // see param
 
 // A CacheState. S rows, L layers, H KV heads, R places in a ring, C columns of recent pages.
 struct Cache {
-  void* k_pages;          // [num_pages, page_size, D] of `dtype`
+  void* k_pages;          // [num_pages, page_size, D] of `page_dtype`
   void* v_pages;
+  uint16_t* k_scales;     // bf16 [num_pages, page_size], where `quantized`
+  uint16_t* v_scales;
   int32_t* page_table;    // [S, L, H, max_pages]
   int32_t* lengths;       // [S, L, H]
   void* ring_k;           // [S, L, H, R, D] of `ring_dtype`
@@ -30,7 +32,9 @@ struct Cache {
   int64_t recent;         // C, 0 unless the model evicts
   int64_t evict_window;   // w, 0 unless the model evicts
   int page_size, head_dim;
-  Dtype dtype, ring_dtype;
+  Dtype dtype, ring_dtype;  // dtype: of the model's queries, keys and values
+  Dtype page_dtype;         // `dtype`, or kI8 or kF8, where pages are `quantized`
+  bool quantized;
   int device;
 };
 

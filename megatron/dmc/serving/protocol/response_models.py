@@ -27,6 +27,7 @@ class CacheUsage(BaseModel):
 
     slots: int = Field(description="Number of KV slots, over all layers and KV heads.")
     compression_ratio: float = Field(description="Slots of an uncompressed cache divided by slots.")
+    bytes_per_token: float = Field(description="Bytes of the KV slots per token in the cache, over all layers.")
 
 
 class Usage(BaseModel):
