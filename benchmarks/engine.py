@@ -34,9 +34,12 @@ from _common import add_device, arguments, finish, interleave, ratio, resolve_de
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.config import DMCConfig
 from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.inference.attention import CompressedAttention, Step
 from megatron.dmc.inference.cache import page_bytes, row_bytes
 from megatron.dmc.inference.methods import StepTokens
+from megatron.dmc.inference.weights import ModelInfo
 from megatron.dmc.kernels import active_backend
+from megatron.dmc.kernels.state import CacheState
 
 TRANSFORMERS_TARGET = 1.5
 SEQUENCES_TARGETS = {("dmc", 4): (4096, 3.6)}
@@ -116,32 +119,40 @@ def prompts(count: int, length: int, seed: int = 1) -> list[list[int]]:
 
 
 class StandIn:
-    """Takes the place of the model's forward pass: random tokens into the cache, logits of no meaning."""
+    """Takes the place of a model: appends random tokens to its cache, as many of them marked as it says of itself."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.model = model = llm.engine.model
+    def __init__(
+        self,
+        attention: CompressedAttention,
+        info: ModelInfo,
+        heads: int,
+        tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """heads: KV heads of the rank. tokens: most of a step."""
+        self.attention, self.info = attention, info
         generator = torch.Generator().manual_seed(2)
-        shape = (llm.engine.sizes.max_num_batched_tokens, model.kv_heads, model.head_dim)
-        self.q, self.k, self.v = (
-            torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(3)
-        )
+        shape = (tokens, heads, info.model.head_dim)
+        self.q, self.k, self.v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
 
-    def __call__(self, batch, state) -> torch.Tensor:
-        info, count = self.model.info, batch.tokens.numel()
-        for layer in range(len(self.model.layers)):
+    def append(self, state: CacheState, step: Step, count: int) -> None:
+        """Append ``count`` tokens of a step to all layers."""
+        for layer in range(self.info.model.num_layers):
             # Above the bias: marked.
-            kept = torch.rand(self.k.shape[:2], device=self.k.device) < 1 / info.expected_cr
-            self.k[..., -1] = 1 - 2 * kept.to(self.k.dtype)
-            attention, where = self.model.attention, (batch.cu_seqlens, batch.rows, batch.positions)
+            kept = torch.rand(count, self.k.size(1), device=self.k.device) < 1 / self.info.expected_cr
+            self.k[:count, :, -1] = 1 - 2 * kept.to(self.k.dtype)
+            where = (step.cu_seqlens, step.rows, step.positions)
             raw = (self.q[:count], self.k[:count], self.v[:count])
-            tokens = StepTokens(*raw, *where, attention.inv_freq, decisions=None, partial=False)
-            attention.method.append(state, layer, tokens)
-        return torch.zeros(batch.logits_at.numel(), info.model.vocab_size, device=self.k.device)
+            tokens = StepTokens(*raw, *where, self.attention.inv_freq, decisions=None, partial=False)
+            self.attention.method.append(state, layer, tokens)
 
 
-def room(context: int, rows: int) -> int:
-    """Tokens that a sequence decodes at most: in the measurements and two to warm up, and while all others are read."""
-    return (ROUNDS + 2) * STEPS + math.ceil(1.1 * rows * context / FILL) + PAGE
+def room(context: int, rows: int, step: int = FILL) -> int:
+    """Tokens that a sequence decodes at most: in the measurements and two to warm up, and while all others are read in
+    steps of ``step`` tokens.
+    """
+    return (ROUNDS + 2) * STEPS + math.ceil(1.1 * rows * context / step) + PAGE
 
 
 def filled(path: Path, context: int, rows: int, new: int, memory: int, device: torch.device) -> LLM:
@@ -157,8 +168,15 @@ def filled(path: Path, context: int, rows: int, new: int, memory: int, device: t
         max_num_batched_tokens=FILL,
         enable_prefix_caching=False,
     )
-    engine = llm.engine
-    engine.model.forward = StandIn(llm)
+    engine, model = llm.engine, llm.engine.model
+    tokens = engine.sizes.max_num_batched_tokens
+    stand_in = StandIn(model.attention, model.info, model.kv_heads, tokens, model.device, model.dtype)
+
+    def forward(batch, state) -> torch.Tensor:
+        stand_in.append(state, batch, batch.tokens.numel())
+        return torch.zeros(batch.logits_at.numel(), model.info.model.vocab_size, device=model.device)
+
+    model.forward = forward
     for i, prompt in enumerate(prompts(rows, context)):
         engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
     while True:
@@ -174,7 +192,7 @@ def filled(path: Path, context: int, rows: int, new: int, memory: int, device: t
     kinds = 2 if engine.cache.window.size else 1
     while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * kinds * engine.cache.heads:
         engine.abort(engine.scheduler.running[-1].request.request_id)
-    del engine.model.forward
+    del model.forward
     return llm
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import over_http
 import torch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -67,6 +68,7 @@ class Books:
 def run(engine, case: dict, books: Books | None) -> dict:
     """All requests of a case, some of which are aborted on the way."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     waiting = [dict(request, id=str(i)) for i, request in enumerate(case["requests"])]
     by_id, results, tokens = {r["id"]: r for r in waiting}, {}, {r["id"]: {} for r in waiting}
@@ -78,7 +80,9 @@ def run(engine, case: dict, books: Books | None) -> dict:
             # vLLM takes temperature 0 for one completion only; of one candidate any temperature takes the same.
             greedy = {"temperature": 0} if request["n"] == 1 else {"temperature": 1, "top_k": 1, "n": request["n"]}
             params = SamplingParams(**greedy, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False)
-            engine.add_request(request["id"], {"prompt_token_ids": request["prompt"]}, params)
+            lora = LoRARequest("adapter", 1, request["lora"]) if "lora" in request else None
+            prompt = {"prompt_token_ids": request["prompt"]}
+            engine.add_request(request["id"], prompt, params, lora_request=lora)
             running.add(request["id"])
         for output in engine.step():
             for one in output.outputs:
@@ -141,7 +145,7 @@ def main() -> int:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         try:
-            outcome = check(case)
+            outcome = over_http.check(case) if case.get("http") else check(case)
         except Exception as error:  # the other cases run all the same
             import traceback
 
