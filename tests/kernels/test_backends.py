@@ -161,13 +161,19 @@ def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_librarys_name_tells_of_every_source() -> None:
+    """A file that it does not count would be changed, and the old library loaded."""
+    counted = {name for device in ("cpu", "cuda") for name in build.source_files(device)}
+    assert counted == {path.name for path in build.SOURCES.iterdir() if path.is_file()}
+
+
 def test_every_instruction_set(tmp_path) -> None:
     """The portable library holds a path for any CPU: those this CPU runs pass tests of both methods."""
     usable = build.usable_instruction_sets()
     run_command([sys.executable, "-m", "megatron.dmc.kernels.build"], timeout=600)
-    chosen = "shapes_equal or equal_the_oracle and not reference or head_dims or precision or plain or unequal"
+    chosen = "shapes_equal or equal_the_oracle and not reference or head_dims or precision or plain or unequal or extreme"
     chosen = f"cpp and ({chosen})"
-    names = ("test_kernels.py", "test_evicting.py", "test_evicting_shapes.py")
+    names = ("test_kernels.py", "test_evicting.py", "test_evicting_shapes.py", "test_quantized.py")
     tests = [str(ROOT / "tests" / "kernels" / name) for name in names]
     for name in usable[1:]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]

@@ -34,6 +34,7 @@ CPU_HEADERS = (
     "params.h",
     "cpu.h",
     "cpu_attention.h",
+    "cpu_codes.h",
     "cpu_tokens.h",
     "cpu_pages.h",
     "cpu_rows.h",
