@@ -140,7 +140,7 @@ def throughput(
     done, steps = run(e, args.input_len, output_len, batch)
     slots, seconds = sum(use.total_slots for use in done.uses), sum(steps.seconds)
     # A step reads one row of the embedding per token, or all of it where it is the output layer too.
-    weights = e.model.nbytes() - (0 if e.model.tied else e.model.embedding.nbytes)
+    weights = e.model.nbytes() - (0 if e.model.shares_embedding else e.model.embedding.nbytes)
     slot = 2 * e.model.head_dim * e.model.dtype.itemsize
     floors = [1e-9 * (weights + used * slot) / copy for _, used in steps.decoding]
     return {

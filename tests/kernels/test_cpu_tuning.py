@@ -21,7 +21,7 @@ def test_linear_takes_any_number_of_rows(monkeypatch, dtype, form, inputs) -> No
         pytest.skip(f"oneDNN has no product of {dtype} for this CPU")
     if form != "packed":
         monkeypatch.setattr(cpu_tuning, "onednn_multiplies", lambda _: form == "plain")
-        monkeypatch.setattr(cpu_tuning, "WIDENED", 7 * inputs)  # blocks of seven rows of the weight, the last of five
+        monkeypatch.setattr(cpu_tuning, "CONVERTED", 7 * inputs)  # blocks of seven rows of the weight, the last of five
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(shape, generator=generator) for shape in ((40, inputs), (40,)))
     weight, bias = (weight / inputs**0.5).to(dtype), bias.to(dtype)

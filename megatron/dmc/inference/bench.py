@@ -25,7 +25,12 @@ from megatron.dmc.inference.engine import Engine
 from megatron.dmc.inference.request import StepOutput
 from megatron.dmc.inference.sampling_params import SamplingParams
 
-LINEAR_OPS = frozenset({"aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "mkldnn::_linear_pointwise"})
+LINEAR_OPS = frozenset(
+    {
+        *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "mkldnn::_linear_pointwise"),
+        *("aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu"),
+    }
+)
 KERNELS = {
     "append": ("cudaappend)", "cudaevict)"),
     "attention": ("::attend", "::plan("),

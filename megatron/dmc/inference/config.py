@@ -15,6 +15,7 @@ from megatron.dmc.config import ModelConfig
 from megatron.dmc.inference import dummy
 from megatron.dmc.inference.cache import page_bytes, row_bytes
 from megatron.dmc.inference.methods import method_of
+from megatron.dmc.inference.quantization import Method, Quantization
 from megatron.dmc.inference.weights import ModelInfo
 
 KV_CACHE_DTYPES: dict[str, Optional[torch.dtype]] = {"auto": None, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
@@ -27,6 +28,11 @@ class EngineConfig:
 
     dtype: str | torch.dtype = "auto"
     """Data type of weights and activations: auto (that of the files), float32, bfloat16 or float16."""
+    quantization: Optional[Method] = None
+    """Type that the weights of the linear layers are rounded to at load, on a CPU: int8, or int4 with the output layer
+    in int8. dtype must be bfloat16, or auto, which is bfloat16 then. Default: none."""
+    quantization_group_size: int = 32
+    """Inputs that share a scale under quantization int4: 32, 64 or 128. More take less memory and lose more."""
     load_format: str = "auto"
     """Source of the weights. auto: the model's directory; dummy: random weights, for which config.json is enough."""
     adapter: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
@@ -81,6 +87,7 @@ class EngineConfig:
         self._check_integer("max_prefix_snapshots", 0)
         self._check_integer("prefix_cache_min_tokens", 1)
         self._check_integer("max_logprobs", -1)
+        self.weight_quantization()
         if self.load_format not in dummy.LOAD_FORMATS:
             raise ValueError(f"load_format is {self.load_format!r}; use {' or '.join(dummy.LOAD_FORMATS)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -100,6 +107,12 @@ class EngineConfig:
     def kv_dtype(self) -> Optional[torch.dtype]:
         """Data type of a quantized cache's pages; None for the model's."""
         return KV_CACHE_DTYPES[self.kv_cache_dtype]
+
+    def weight_quantization(self) -> Optional[Quantization]:
+        """How the weights are quantized; None for not at all. Raises ``ValueError`` for an unknown way."""
+        if self.quantization is None:
+            return None
+        return Quantization(self.quantization, self.quantization_group_size)
 
     def open_directory(self, path: str | Path) -> hf.HFDirectory:
         """Open the model to run: with its adapters, or with random weights.

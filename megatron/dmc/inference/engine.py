@@ -97,11 +97,12 @@ class Engine:
             path = config.open_directory(path)
         self.info = info = read_info(path)
         info.check_served()
-        dtype = dtype_of(config.dtype, info, device)
+        quantization = config.weight_quantization()
+        dtype = dtype_of("bfloat16" if quantization and config.dtype == "auto" else config.dtype, info, device)
         self.parallel = tp.initialize(config.tensor_parallel_size, device)
         checked = config.load_format != "dummy" and self.parallel.rank == 0
         with adapter.checking(path) if checked else nullcontext():
-            self.model = Model(path, info, self.parallel, dtype, device)
+            self.model = Model(path, info, self.parallel, dtype, device, quantization)
         self.sizes: Sizes = resolve(config, info, dtype, device)
         self.cache = self._make_cache(dtype)
         sizes, vocab_size = self.sizes, info.model.vocab_size

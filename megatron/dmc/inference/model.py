@@ -19,6 +19,7 @@ from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference.attention import CompressedAttention
 from megatron.dmc.inference.linear import Linear, PlainLinear, make_linear
 from megatron.dmc.inference.parallel import TensorParallel
+from megatron.dmc.inference.quantization import Int8Linear, Quantization
 from megatron.dmc.inference.weights import ModelInfo, Reader
 from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
@@ -85,20 +86,24 @@ class Layer:
         return sum(x.nbytes for x in (*self.linears, *norms) if x is not None)
 
 
-def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool) -> Layer:
+def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool, quantization: Quantization | None) -> Layer:
     name = f"model.layers.{n}."
     attention, mlp = name + "self_attn.", name + "mlp."
+
+    def make(names: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return make_linear(weight, bias) if quantization is None else quantization.layer(names, weight, bias)
+
     qkv_bias = reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None
     return Layer(
         input_norm=reader.whole(name + "input_layernorm.weight"),
-        qkv=make_linear(reader.rows([f"{attention}{x}_proj.weight" for x in "qkv"]), qkv_bias),
+        qkv=make(f"{attention}qkv_proj", reader.rows([f"{attention}{x}_proj.weight" for x in "qkv"]), qkv_bias),
         q_norm=reader.whole(attention + "q_norm.weight") if qk_norm else None,
         k_norm=reader.whole(attention + "k_norm.weight") if qk_norm else None,
         adapter=_read_adapter(reader, attention + "dms_proj_alpha"),
-        out=make_linear(reader.columns(attention + "o_proj.weight")),
+        out=make(f"{attention}o_proj", reader.columns(attention + "o_proj.weight")),
         mlp_norm=reader.whole(name + "post_attention_layernorm.weight"),
-        gate_up=make_linear(reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")])),
-        down=make_linear(reader.columns(mlp + "down_proj.weight")),
+        gate_up=make(f"{mlp}gate_up_proj", reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")])),
+        down=make(f"{mlp}down_proj", reader.columns(mlp + "down_proj.weight")),
     )
 
 
@@ -122,9 +127,12 @@ class Model:
         parallel: TensorParallel,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization | None = None,
     ) -> None:
         """Load this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
         parallel.check(info.model)
+        if quantization is not None:
+            quantization.check(device, dtype)
         self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
         c = info.model
         self.heads, self.kv_heads, self.head_dim = (
@@ -135,17 +143,24 @@ class Model:
         reader = Reader(directory, info, parallel, dtype, device)
         self.embedding = reader.rows(["model.embed_tokens.weight"])
         self.first_token = parallel.part(c.vocab_size)[0]
-        self.layers = [_read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm) for n in range(c.num_layers)]
+        self.layers = [
+            _read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm, quantization) for n in range(c.num_layers)
+        ]
         self.norm = reader.whole("model.norm.weight")
-        self.tied = not c.untie_embeddings_and_output_weights
-        # A tied output layer stays plain: tokens are looked up in the same matrix.
-        self.head = PlainLinear(self.embedding) if self.tied else make_linear(reader.rows(["lm_head.weight"]))
+        tied = not c.untie_embeddings_and_output_weights
+        output = self.embedding if tied else reader.rows(["lm_head.weight"])
+        self.shares_embedding = tied and quantization is None
+        """The output layer multiplies by the matrix in which tokens are looked up, which so stays plain."""
+        if quantization is not None:  # in 4 bits neither: every logit depends on it alone
+            self.head: Linear = Int8Linear(output)
+        else:
+            self.head = PlainLinear(output) if tied else make_linear(output)
         self.attention = CompressedAttention(info, device)
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
         layers = sum(layer.nbytes for layer in self.layers)
-        return layers + self.embedding.nbytes + self.norm.nbytes + (0 if self.tied else self.head.nbytes)
+        return layers + self.embedding.nbytes + self.norm.nbytes + (0 if self.shares_embedding else self.head.nbytes)
 
     def forms(self) -> str:
         """Form of the weights of the linear layers, for people."""

@@ -69,6 +69,8 @@ class Service:
     """Further names of the model that requests may give."""
     compression: Optional[p.Compression] = None
     """How the model compresses its cache; None for one that does not."""
+    quantization: Optional[str] = None
+    """Type that the weights are quantized to; None for none."""
     created: int = field(default_factory=lambda: int(time.time()))
     # A thread of its own, so that streams go on while a long text is tokenized.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))
@@ -233,6 +235,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             root=service.root,
             max_model_len=service.prompts.max_model_len,
             compression=service.compression,
+            quantization=service.quantization,
         )
 
     refused = {status: REQUEST_ERRORS[status] for status in (401, 404, 413)}

@@ -51,6 +51,7 @@ HELP = {
     "kv_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1.",
     "gpu_cache_usage_perc": "Fraction of KV cache pages held by running sequences, from 0 to 1 (older name).",
     "cache_config_info": "State of the KV cache's settings, in labels; the value is 1.",
+    "model_config_info": "State of the model's weights, in labels: data type and quantization; the value is 1.",
     "num_pages": "Number of pages of the KV cache; a page has slots of one KV head.",
     "num_pages_free": "Number of KV cache pages that sequences can take; num_pages_cached counts among them.",
     "num_pages_cached": "Number of KV cache pages held by the prefix cache alone.",
@@ -262,6 +263,7 @@ class _EngineState:
             ratios.add_metric((*self.labels, str(layer)), ratio)
         yield ratios
         yield self._cache_config()
+        yield self._model_config()
         counters = {
             "num_preemptions": stats.preemptions,
             "engine_steps": stats.steps,
@@ -282,8 +284,16 @@ class _EngineState:
             "max_num_seqs": sizes.max_num_seqs,
             "enable_prefix_caching": config.enable_prefix_caching,
         }
-        name = self.prefix + "cache_config_info"
-        family = GaugeMetricFamily(name, HELP["cache_config_info"], labels=(*LABELS, *info))
+        return self._info("cache_config_info", info)
+
+    def _model_config(self) -> Metric:
+        """Settings of the weights as labels of a sample of 1."""
+        engine = self.engine.engine
+        dtype = str(engine.model.dtype).removeprefix("torch.")
+        return self._info("model_config_info", {"dtype": dtype, "quantization": engine.config.quantization})
+
+    def _info(self, name: str, info: dict[str, Any]) -> Metric:
+        family = GaugeMetricFamily(self.prefix + name, HELP[name], labels=(*LABELS, *info))
         family.add_metric((*self.labels, *map(str, info.values())), 1)
         return family
 

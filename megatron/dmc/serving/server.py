@@ -159,7 +159,8 @@ def make_service(
     gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
     gate.open_paths = TOKENIZER_PATHS if open_tokenizer else frozenset()
     root, compression = str(engine.info.path), compression_of(engine.info)
-    return Service(runner, prompts, model_name, root, gate, metrics, tuple(aliases), compression)
+    quantization = engine.config.quantization
+    return Service(runner, prompts, model_name, root, gate, metrics, tuple(aliases), compression, quantization)
 
 
 def compression_of(info: ModelInfo) -> Optional[Compression]:
