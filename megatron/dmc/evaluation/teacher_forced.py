@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.dmc.checkpoint.formats import adapter
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
-from megatron.dmc.inference.model import Layer, Model, linear
+from megatron.dmc.inference.model import Layer, Model
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import dtype_of, read_info
 from megatron.dmc.ops import attention_factor, decision_logits
@@ -194,9 +194,9 @@ class TeacherForced(Model):
             logits = self._decision_logits(layer, x, q, k)
             attended = policy.attend(Projections(q, k, v, self.attention.inv_freq, neuron, factor, logits))
             slots.append(attended.slots.to(torch.int32))
-            x = x + linear(attended.out.transpose(1, 2).reshape(b * s, -1), layer.out)
-            gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + linear(F.silu(gate) * up, layer.down)
+            x = x + layer.out(attended.out.transpose(1, 2).reshape(b * s, -1))
+            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
         return self._normed(x, self.norm).view(b, s, -1), torch.stack(slots)
 
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
