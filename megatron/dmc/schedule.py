@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from megatron.dmc.config import OptimizerConfig, StageConfig
+from megatron.dmc.config import COMPRESSING, OptimizerConfig, StageConfig
 
 
 def train_iters(stage: StageConfig) -> int:
@@ -18,12 +18,12 @@ def train_iters(stage: StageConfig) -> int:
     if stage.stage == "retrofit":
         assert stage.target_cr is not None
         return max(1, round(abs(stage.target_cr - (stage.start_cr or 1.0)) * stage.iters_per_cr))
-    return {"zero_out": 250, "finetune": 2000}[stage.stage]
+    return {"zero_out": 250, "calibrate": 64, "finetune": 2000}[stage.stage]
 
 
 def compresses(stage: StageConfig) -> bool:
-    """True for the stages in which tokens are merged."""
-    return stage.stage in ("retrofit", "finetune")
+    """True for the stages whose models compress."""
+    return stage.stage in COMPRESSING
 
 
 def target_cr(stage: StageConfig, step: int) -> float:
@@ -34,7 +34,7 @@ def target_cr(stage: StageConfig, step: int) -> float:
     if not compresses(stage):
         return 1.0
     assert stage.target_cr is not None
-    if stage.stage == "finetune":
+    if stage.stage != "retrofit":
         return stage.target_cr
     start = stage.start_cr or 1.0
     return start + (stage.target_cr - start) * min(1.0, (step + 1) / train_iters(stage))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -90,6 +91,11 @@ def _adapter(per: str = "head", **values) -> dict:
     return {**_layout(freeze_base=True, **values), "dmc": dmc}
 
 
+def _calibrate(per: str = "head", **values) -> dict:
+    """Adapters fitted, not trained. Three batches to fit to, one for the threshold."""
+    return {**_adapter(per, **values), "stage": dict(stage="calibrate", train_iters=4, start_cr=None, target_cr=3.0)}
+
+
 CASES: dict[int, dict[str, dict]] = {
     1: {
         "single": _layout(),
@@ -114,6 +120,11 @@ CASES: dict[int, dict[str, dict]] = {
         ),
         "adapter": _adapter(),
         "adapter, micro-batch 2, recompute": _adapter(micro_batch_size=2, **_FULL),
+        "calibrate": _calibrate(),
+        "calibrate, micro-batch 2, recompute core_attn": _calibrate(
+            micro_batch_size=2, recompute="selective", modules=["core_attn"]
+        ),
+        "calibrate layers": _calibrate("layer"),
     },
     2: {
         "TP2": _layout(tp=2),
@@ -147,6 +158,9 @@ CASES: dict[int, dict[str, dict]] = {
         "adapter TP2 SP": _adapter(tp=2, sp=True),
         "adapter PP2 VPP2, recompute": _adapter(pp=2, vpp=2, **_FULL),
         "adapter DP2, distributed optimizer, overlap both": _adapter(do=True, og=True, op=True),
+        "calibrate TP2 SP": _calibrate(tp=2, sp=True),
+        "calibrate layers TP2": _calibrate("layer", tp=2),
+        "calibrate DP2, distributed optimizer, overlap both": _calibrate(do=True, og=True, op=True),
     },
     4: {
         "TP2 PP2": _layout(tp=2, pp=2),
@@ -164,6 +178,7 @@ CASES: dict[int, dict[str, dict]] = {
         "adapter TP2 PP2 VPP2 SP, recompute core_attn": _adapter(
             tp=2, pp=2, vpp=2, sp=True, recompute="selective", modules=["core_attn"]
         ),
+        "calibrate TP2 PP2 VPP2 SP, recompute": _calibrate(tp=2, pp=2, vpp=2, sp=True, **_FULL),
     },
 }
 
@@ -238,8 +253,11 @@ def train(directory: Path, name: str, extra: dict) -> dict:
     """Three steps and an evaluation, then a checkpoint."""
     config = configuration(directory, name, extra)
     initialize.initialize(config)
-    start = resolve_checkpoint(directory / ("adapted" if config.training.freeze_base else "start"))
+    calibrates = config.stage.stage == "calibrate"
+    start = resolve_checkpoint(directory / ("adapted" if config.training.freeze_base and not calibrates else "start"))
     trainer = Trainer(config, FakeTokenizer(), StartingPoint(start, read_manifest(start), resumes=False))
+    if calibrates:
+        return calibrated(trainer)
     iterators = trainer.iterators(trainer.train_data, 0)
     result: dict = {"lm loss": [], "dmc loss": [], "CR": [], "grad norm": [], "distill loss": [], "kept": []}
     for _ in range(STEPS):
@@ -259,6 +277,27 @@ def train(directory: Path, name: str, extra: dict) -> dict:
     leave_groups()
     result["saved"] = str(path)
     return result
+
+
+def calibrated(trainer: Trainer) -> dict:
+    """The whole stage, and the weights that it gave, by layer."""
+    assert trainer.calibrate(SimpleNamespace(reason=lambda device: None), SimpleNamespace(clear=lambda: None))
+    model, evaluation = trainer.config.model, trainer.evaluate()
+    weights = torch.zeros(model.num_layers, trainer.config.model.kv_heads * model.hidden_size)
+    for layer in (layer for chunk in trainer.models for layer in chunk.attention_layers()):
+        weight = layer.dms_proj_alpha.weight.detach().flatten()
+        weights[layer.layer_number - 1, : weight.numel()] = weight  # as many on every rank of a stage
+    torch.distributed.all_reduce(weights)
+    p = trainer.config.parallel
+    weights /= initialize.world_size() // p.pipeline_model_parallel_size
+    trainer.close()
+    leave_groups()
+    return {
+        "CR": trainer.measured_cr,
+        "validation": [evaluation.lm_loss, evaluation.cr],
+        "weights": weights.tolist(),
+        "saved": None,
+    }
 
 
 def evaluate_saved(directory: Path, names: list[str]) -> dict:

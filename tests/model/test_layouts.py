@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import layout_worker
+import numpy as np
 import pytest
 from helpers.forked import run_ranks
 
@@ -68,7 +69,7 @@ def words(case: str) -> list[str]:
 
 
 CASES = [(processes, case) for processes, cases in layout_worker.CASES.items() for case in cases]
-OTHERS = {"bf16", "distill", "dms", "adapter"}
+OTHERS = {"bf16", "distill", "dms", "adapter", "calibrate"}
 """Their own tests have them."""
 
 
@@ -104,6 +105,21 @@ def test_layout_with_adapters_on_a_frozen_base(results, processes, case):
     assert largest_difference(result, single, (*FIELDS, "distill loss")) <= TOLERANCE
     assert result["kept"] == single["kept"] and all(1.05 < cr < 3 for cr in single["CR"])
     assert largest_difference(result, single, ["validation"]) <= TOLERANCE
+
+
+def calibrations(per: str) -> list[tuple[int, str]]:
+    found = [c for c in CASES if words(c[1])[0] == "calibrate" and ("layers" in words(c[1])) == (per == "layer")]
+    return [c for c in found if c[1] not in ("calibrate", "calibrate layers")]
+
+
+@pytest.mark.parametrize("processes, case", calibrations("head") + calibrations("layer"))
+def test_layout_of_a_calibration(results, processes, case):
+    """The same fit and threshold wherever layers, heads, rows of the hidden state and sequences are."""
+    single, result = results(1)["calibrate layers" if "layers" in case else "calibrate"], results(processes)[case]
+    for a, b in zip(result["weights"], single["weights"], strict=True):
+        assert np.allclose(a, b, atol=2e-3 * np.abs(b).max())
+    assert result["CR"] == pytest.approx(single["CR"], rel=1e-3) and 2.9 < single["CR"] < 3.1
+    assert largest_difference(result, single, ["validation"]) <= 5e-3 and 2 < single["validation"][1] < 4
 
 
 def test_a_teacher_makes_a_difference(results):

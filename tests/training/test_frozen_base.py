@@ -1,5 +1,6 @@
 """Adapters on a frozen base: what a checkpoint holds, where it finds the rest, and runs that are killed on the way."""
 
+import json
 import shutil
 
 import pytest
@@ -99,3 +100,44 @@ def test_the_adapters_of_a_run_go_on_the_model_that_was_imported(data, tmp_path)
     assert whole.config["dmc"] == served.config["dmc"] and whole.config["dmc"]["decision_source"] == "adapter"
     assert whole.tensors.keys() == served.tensors.keys()
     assert all(hf.equal(tensor, served.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def test_calibrated_adapters_are_exported_and_trained_on(data, base, tmp_path):
+    """In bf16. Started again, a finished calibration has nothing to do."""
+    argv = tiny.command(
+        data, "calibrate", train_iters=3, target_cr=2, init_from=base, save=tmp_path / "calibrated", **ADAPTER
+    )
+    tiny.run(argv, tmp_path / "run")
+    checkpoint = tmp_path / "calibrated" / "iter_0000003"
+    manifest = read_manifest(checkpoint)
+    assert (manifest.stage, manifest.base, manifest.has_optimizer) == ("calibrate", str(base), False)
+    assert manifest.measured_cr == pytest.approx(2, rel=0.1) and manifest.target_cr == 2
+    tensors = tiny.checkpoint_tensors(checkpoint)
+    (weights,) = [x for name, x in tensors.items() if name.endswith("dms_proj_alpha.weight")]  # of all layers
+    assert all(layer.abs().max() > 0 for layer in weights)
+    assert "stage calibrate is finished; nothing to do" in tiny.run(argv, tmp_path / "run").output()
+
+    export_adapter(checkpoint, tmp_path / "alone", decision_bias=7.5)
+    config = json.loads((tmp_path / "alone" / "config.json").read_text())["dmc"]
+    assert (config["decision_bias"], config["stage"]) == (7.5, "calibrate") and "measured_cr" not in config
+    more = dict(init_from=checkpoint, save=tmp_path / "trained", freeze_base=True, bf16=True)
+    config, _ = retrofit.prepare(tiny.command(data, "finetune", train_iters=2, **more))
+    assert config.stage.target_cr == 2 and config.dmc.window == ADAPTER["window"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(target_cr=None), "stage calibrate needs target_cr"),
+        (dict(train_iters=1), "a batch to fit to and one to count"),
+        (dict(window=8), "is too short to calibrate a window of 8 tokens"),
+        (dict(freeze_base=False), "fits the adapters of a frozen model"),
+        (dict(decision_source="query"), "fits the adapters of a frozen model"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(data, base, tmp_path, changes, words):
+    values = dict(train_iters=3, target_cr=2, init_from=base, save=tmp_path / "save", **ADAPTER) | changes
+    if "decision_source" in changes:
+        values["freeze_base"] = False
+    with pytest.raises(ValueError, match=words):
+        retrofit.prepare(tiny.command(data, "calibrate", **values))

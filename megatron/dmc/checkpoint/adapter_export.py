@@ -19,6 +19,7 @@ def export_adapter(
     save: str | Path,
     *,
     base_model: Optional[str] = None,
+    decision_bias: Optional[float] = None,
     overwrite: bool = False,
     progress: Optional[Progress] = None,
 ) -> Path:
@@ -27,6 +28,8 @@ def export_adapter(
     Args:
         base_model: name of the base for people, such as ``Qwen/Qwen3-8B``; or its directory, which then must hold the
             checkpoint's weights. None: the name that the checkpoint has for it.
+        decision_bias: logit from which on a token is marked, in place of the one that was trained with: a higher one
+            evicts less. The ratio that was measured in training is left out then. None: the trained one.
 
     Raises:
         ValueError: the checkpoint has no adapters; ``base_model`` is a directory with other weights; or ``save``
@@ -50,6 +53,10 @@ def export_adapter(
         _check_same(Path(base_model), digest, source.path)
         base_model = Path(base_model).name
     config = _config(source, base_model or _name(source), digest)
+    if decision_bias is not None:
+        # A copy without the measured ratio, which was another threshold's.
+        block = {key: value for key, value in config["dmc"].items() if key != "measured_cr"}
+        config["dmc"] = block | {"decision_bias": decision_bias}
     announce(f"export the adapters of {source.path} -> {save}", tensors, save, progress)
     with writing(save), staged(save, overwrite) as directory:
         crc32 = {hf.SINGLE: hf.write_safetensors(directory / hf.SINGLE, tensors, progress.block)}

@@ -93,6 +93,12 @@ def build_parser() -> flags.Parser:
         help="Name of the base that --adapter-only writes, or its directory, whose weights are then compared.",
     )
     save.add_argument(
+        "--decision-bias",
+        type=float,
+        metavar="B",
+        help="Decision bias, in logits, that --adapter-only writes, not the trained one; a higher one evicts less.",
+    )
+    save.add_argument(
         "--tokenizer", metavar="PATH", help="Tokenizer to export with a model that did not come from Hugging Face."
     )
     save.add_argument(
@@ -212,6 +218,8 @@ def _export(args: argparse.Namespace) -> int:
         raise ValueError("--keep-decisions goes with --megatron; a Hugging Face directory always keeps them")
     if args.base_model and not args.adapter_only:
         raise ValueError("--base-model goes with --adapter-only")
+    if args.decision_bias is not None and not args.adapter_only:
+        raise ValueError("--decision-bias goes with --adapter-only")
     if args.adapter_only:
         from megatron.dmc.checkpoint.adapter_export import export_adapter
 
@@ -219,7 +227,7 @@ def _export(args: argparse.Namespace) -> int:
             raise ValueError(
                 "--adapter-only writes adapters for Hugging Face's names; leave --megatron and --tokenizer out"
             )
-        settings = {"base_model": args.base_model, "overwrite": args.overwrite}
+        settings = {"base_model": args.base_model, "decision_bias": args.decision_bias, "overwrite": args.overwrite}
         return _wrote(_with_progress(export_adapter, args.load, args.save, **settings))
     if args.megatron:
         from megatron.dmc.checkpoint.megatron_export import export_megatron

@@ -9,10 +9,11 @@ the help of its command-line flag.
 from megatron.dmc.config.files import build, load_file
 from megatron.dmc.config.model import DMCConfig, ModelConfig
 from megatron.dmc.config.run import RunConfig
-from megatron.dmc.config.stage import STAGES, OptimizerConfig, StageConfig, predecessors
+from megatron.dmc.config.stage import COMPRESSING, STAGES, OptimizerConfig, StageConfig, predecessors
 from megatron.dmc.config.training import DataConfig, ParallelConfig, TrainingConfig
 
 __all__ = [
+    "COMPRESSING",
     "STAGES",
     "DMCConfig",
     "DataConfig",

@@ -10,7 +10,7 @@ from typing import Optional
 from megatron.dmc.config.checks import require
 from megatron.dmc.config.files import build
 from megatron.dmc.config.model import DMCConfig, ModelConfig
-from megatron.dmc.config.stage import OptimizerConfig, StageConfig
+from megatron.dmc.config.stage import COMPRESSING, OptimizerConfig, StageConfig
 from megatron.dmc.config.training import DataConfig, ParallelConfig, TrainingConfig
 
 
@@ -39,10 +39,11 @@ class RunConfig:
     def _check_adapter(self) -> None:
         source, stage = self.dmc.decision_source, self.stage.stage
         require(
-            source != "adapter" or stage in ("retrofit", "finetune"),
+            source != "adapter" or stage in COMPRESSING,
             f"stage {stage} has nothing to do with decision_source adapter, which takes no channel from attention: "
-            "start retrofit from the imported model",
+            "start calibrate or retrofit from the imported model",
         )
+        self._check_calibrate()
         require(
             source == "adapter" or not self.training.freeze_base,
             f"freeze_base trains adapters only, and decision_source is {source}; set method dms and decision_source "
@@ -54,6 +55,21 @@ class RunConfig:
             not self.dmc.evicts or source == "key" or channels <= 248,
             f"head dimension {channels} with decision_source {source}: attention kernels take 256 channels, eight of "
             "which the mask of marked tokens needs; use decision_source key",
+        )
+
+    def _check_calibrate(self) -> None:
+        if self.stage.stage != "calibrate":
+            return
+        require(
+            self.dmc.decision_source == "adapter" and self.training.freeze_base,
+            "stage calibrate fits the adapters of a frozen model; set method dms, decision_source adapter and "
+            "freeze_base",
+        )
+        length, window = self.data.seq_length, self.dmc.window or 0
+        require(
+            length >= 4 * (window + 1),
+            f"seq_length {length} is too short to calibrate a window of {window} tokens: what a token is worth is "
+            f"measured beyond its window; use at least {4 * (window + 1)} tokens",
         )
 
     def _check_layout(self) -> None:

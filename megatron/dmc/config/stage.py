@@ -7,12 +7,16 @@ from typing import Literal, Optional
 
 from megatron.dmc.config.checks import not_negative, one_of, positive, require
 
-STAGES = ("pretrain", "zero_out", "retrofit", "finetune")
-"""``pretrain`` is plain language modelling (also the control run); the other three are DMC's, in their order."""
+STAGES = ("pretrain", "zero_out", "calibrate", "retrofit", "finetune")
+"""``pretrain`` is plain language modelling (also the control run); the others make a model that compresses, in their
+order. Of zero_out and calibrate, a model needs the one that its source of decisions has."""
+COMPRESSING = ("calibrate", "retrofit", "finetune")
+"""Stages whose models compress."""
 
 _PREDECESSORS: dict[str, tuple[str, ...]] = {
     "pretrain": ("none", "import", "pretrain"),
     "zero_out": ("import", "pretrain"),
+    "calibrate": ("import", "pretrain"),
     "retrofit": ("zero_out", "retrofit"),
     "finetune": ("retrofit",),
 }
@@ -23,22 +27,25 @@ def predecessors(stage: str, adapter: bool) -> tuple[str, ...]:
 
     adapter: decisions come from an adapter, which takes no channel from attention, so that there is nothing to zero.
     """
-    return ("import", "pretrain", "retrofit") if adapter and stage == "retrofit" else _PREDECESSORS[stage]
+    if adapter and stage in ("retrofit", "finetune"):
+        return ("import", "pretrain", "calibrate", "retrofit") if stage == "retrofit" else ("calibrate", "retrofit")
+    return _PREDECESSORS[stage]
 
 
 @dataclass
 class StageConfig:
     """One stage of the retrofit, or pre-training. Defaults are the authors' for ``retrofit`` to 2x on Llama 2 7B."""
 
-    stage: Literal["pretrain", "zero_out", "retrofit", "finetune"] = "retrofit"
+    stage: Literal["pretrain", "zero_out", "calibrate", "retrofit", "finetune"] = "retrofit"
     """Stage to run. pretrain: plain language modelling; then, in this order: zero_out frees the decision neuron,
-    retrofit raises the compression ratio, finetune holds it."""
+    retrofit raises the compression ratio, finetune holds it. calibrate fits the adapters of a frozen model to its
+    target_cr in closed form, in place of zero_out and before, or instead of, the others."""
     train_iters: Optional[int] = None
-    """Number of optimizer steps. Default: 250 in zero_out, |target_cr - start_cr| * iters_per_cr in retrofit, 2000 in
-    finetune; pretrain needs a number."""
+    """Number of optimizer steps; in calibrate, of global batches that are read. Default: 250 in zero_out, 64 in
+    calibrate, |target_cr - start_cr| * iters_per_cr in retrofit, 2000 in finetune; pretrain needs a number."""
     target_cr: Optional[float] = None
-    """Compression ratio (tokens / slots) at the end of the stage. Required by retrofit. Default in finetune: the
-    checkpoint's."""
+    """Compression ratio (tokens / slots) at the end of the stage. Required by calibrate and retrofit. Default in
+    finetune: the checkpoint's."""
     start_cr: Optional[float] = None
     """Compression ratio (tokens / slots) at the start of retrofit. Default: the ratio that the checkpoint was trained
     to (1 after zero_out)."""
@@ -62,6 +69,10 @@ class StageConfig:
                 f"target_cr {self.target_cr} is what the model has already been trained to; "
                 "give another, or train_iters",
             )
+        elif self.stage == "calibrate":
+            require(self.target_cr is not None and self.target_cr > 1, "stage calibrate needs target_cr, e.g. 4")
+            enough = self.train_iters is None or self.train_iters >= 2
+            require(enough, f"train_iters is {self.train_iters}; calibrate reads a batch to fit to and one to count: 2")
         elif self.stage != "finetune":
             compresses = self.target_cr is not None
             require(not compresses, f"stage {self.stage} does not compress; remove target_cr {self.target_cr}")

@@ -44,6 +44,10 @@ class DecisionProjection(torch.nn.Linear):
         )
         return exchange(super().forward(x), group=self.group)
 
+    def gather(self, x: Tensor) -> Tensor:
+        """All s rows of the input of :meth:`forward`, on every rank. No gradient."""
+        return gather_from_sequence_parallel_region(x, group=self.group) if self.sequence_parallel else x
+
 
 def is_adapter(name: str) -> bool:
     """True for the name of an adapter's parameter, local or in a checkpoint."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 from megatron.core import tensor_parallel
@@ -20,6 +20,14 @@ from megatron.dmc.model.adapter import DecisionProjection
 from megatron.dmc.model.norm import RMSNorm
 from megatron.dmc.model.supported import check_supported
 from megatron.dmc.ops.attention import mask_channel, mask_unit
+
+
+class MaskWatcher(Protocol):
+    """What takes note of masks and their gradients while adapters are calibrated."""
+
+    def watch(self, layer: int, x: Tensor, mask: Tensor) -> None:
+        """Take note of one layer's part of a micro-batch: what its adapter's linear layer reads, [s, b, h], and the
+        column mask of its attention, fp32 [b, KV heads of this rank, s], which the gradient may be asked of."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class DMCStep:
     seed: int = 0
     step: int = 0
     """Optimizer step, a key of the noise."""
+    calibration: Optional[MaskWatcher] = None
+    """Evict nothing, and show this the masks with which tokens would be evicted."""
     layer_input: Optional[Tensor] = None
     """Hidden state before the layer's input norm, [s, b, h] (s / tp under sequence parallelism), which adapters read.
     The layer puts it here for its attention."""
@@ -189,7 +199,10 @@ class DMCSelfAttention(SelfAttention):
         # [s, b, heads, D] -> [b, heads, s, D]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         cos, sin = angles.cos() * self.rotary_factor, angles.sin() * self.rotary_factor
-        if step.compress:
+        if step.calibration is not None:
+            kept = torch.full((q.size(0),), float(k.size(1) * k.size(2)), dtype=torch.float64, device=q.device)
+            out = self._watched_attention(step, adapted, q, k, v, cos, sin)
+        elif step.compress:
             decisions = self._decide(step, q, k, adapted)
             slots = ops.kept_slots(decisions)
             step.kept[self.layer_number] = slots.detach().long()
@@ -251,6 +264,19 @@ class DMCSelfAttention(SelfAttention):
         q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
         q, _ = self._scale_neuron(q, k, 0.0, heads=1)
         return ops.evicting_attention(q, k, v, window, mask)
+
+    def _watched_attention(
+        self, step: DMCStep, adapted: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Attend to everything, through a mask of zeros that ``step.calibration`` watches: [b, heads, s, D] each."""
+        assert adapted is not None and step.calibration is not None and step.layer_input is not None
+        with torch.no_grad():
+            x = self.dms_proj_alpha.gather(self.dms_proj_alpha_norm(step.layer_input))
+        # The adapter is part of the graph, with no weight: Megatron's wrappers wait for a gradient of each parameter.
+        mask = ops.decision_logits(adapted.permute(1, 2, 0), 0.0, 0.0).expand(-1, k.size(1), -1)
+        step.calibration.watch(self.layer_number, x, mask)
+        q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+        return ops.evicting_attention(q, k, v, self.dmc.window, mask)
 
     def _scale_neuron(self, q: Tensor, k: Tensor, scale: float, heads: int = -2) -> tuple[Tensor, Tensor]:
         """Scale channel D-1 of the heads that ``DMCConfig.neuron`` names. heads: the axis of heads in q and k."""

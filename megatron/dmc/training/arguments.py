@@ -15,7 +15,7 @@ from typing import Optional
 import yaml
 
 from megatron.dmc import flags
-from megatron.dmc.config import RunConfig, load_file
+from megatron.dmc.config import COMPRESSING, RunConfig, load_file
 
 _MODEL_SECTIONS = ("model", "dmc")
 _SECTIONS = typing.get_type_hints(RunConfig)
@@ -90,7 +90,7 @@ def resolve(argv: Optional[list[str]], saved_config: typing.Callable[[dict], Opt
     saved = saved_config(asked)
     base = {section: saved[section] for section in _MODEL_SECTIONS} if saved else {}
     for section, values in base.items():
-        if section == "dmc" and saved and saved["stage"]["stage"] not in ("retrofit", "finetune"):
+        if section == "dmc" and saved and saved["stage"]["stage"] not in COMPRESSING:
             continue  # nothing of it is in the weights yet
         for key in asked.get(section, {}):
             value = plain[section][key]

@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_checkpoint
-from megatron.dmc.config import ModelConfig, RunConfig
+from megatron.dmc.config import COMPRESSING, ModelConfig, RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
 from megatron.dmc.training import arguments, checkpointing
 from megatron.dmc.training.model import build_chunk, transformer_config, unwrap
@@ -40,7 +40,7 @@ def find_teacher(config: RunConfig) -> tuple[Path, Manifest]:
     path = resolve_checkpoint(asked)
     manifest = read_manifest(path)
     saved = RunConfig.from_dict(arguments.read_saved_config(path))
-    if manifest.stage in ("retrofit", "finetune") or schedule.compresses(saved.stage):
+    if manifest.stage in COMPRESSING or schedule.compresses(saved.stage):
         raise ValueError(
             f"distill_from {path} is of stage {manifest.stage}, which compresses; the teacher is the original model"
         )
@@ -63,12 +63,14 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teacher]:
-    """Teachers for ``students``, a chunk for each; none where the run has no teacher. Collective.
+    """Teachers for ``students``, a chunk for each; none where the run has no teacher, as in calibrate. Collective.
 
     A frozen model teaches itself. Else the checkpoint ``distill_from`` is loaded in the run's layout and precision; it
     has weights and nothing else: no gradients, no optimizer state, no saved activations. Raises ``ValueError`` when the
     checkpoint cannot teach this run.
     """
+    if config.stage.stage == "calibrate":
+        return []
     if config.training.freeze_base:
         t, step = config.training, DMCStep(compress=False)
         return [Teacher(student, step, t.distill_weight, t.distill_temperature) for student in students]

@@ -21,6 +21,7 @@ from megatron.dmc.config import RunConfig
 from megatron.dmc.environment import versions
 from megatron.dmc.model import DMCStep, compression_loss
 from megatron.dmc.training import arguments, checkpointing, initialize
+from megatron.dmc.training.calibration import COUNTING, Calibration
 from megatron.dmc.training.data import batch_iterator, build_datasets
 from megatron.dmc.training.distillation import load_teachers
 from megatron.dmc.training.metrics import Logger, StepMetrics, StepSums
@@ -44,6 +45,7 @@ class Trainer:
         self.device = initialize.device()
         self.total_iters = schedule.train_iters(config.stage)
         self.compresses = schedule.compresses(config.stage)
+        self.calibrates = config.stage.stage == "calibrate"  # nothing is optimized
         self.chunks = build_model(config)
         self.models = [unwrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(config, self.chunks)
@@ -67,7 +69,7 @@ class Trainer:
         manifest, verify = start.manifest, self.config.training.verify_checkpoints
         self.family, self.hf_files = manifest.family, read_hf_files(start.path)
         if start.resumes:
-            checkpointing.load(start.path, self.models, self.optimizer, verify=verify)
+            checkpointing.load(start.path, self.models, None if self.calibrates else self.optimizer, verify=verify)
             self.iteration, self.measured_cr = manifest.iteration, manifest.measured_cr
             self.source, self.lineage = manifest.source, manifest.lineage
         else:
@@ -83,7 +85,7 @@ class Trainer:
         return checkpointing.CheckpointWriter(
             Path(t.save),
             self.models,
-            self.optimizer,
+            None if self.calibrates else self.optimizer,
             arguments.dump(self.config),
             hf_files=self.hf_files,
             keep=t.keep_checkpoints,
@@ -134,7 +136,9 @@ class Trainer:
         self.iteration += 1
         return sums, float(grad_norm)
 
-    def _forward_backward(self, iterators: list[Iterator[dict]], training: bool) -> StepSums:
+    def _forward_backward(
+        self, iterators: list[Iterator[dict]], training: bool, calibration: Optional[Calibration] = None
+    ) -> StepSums:
         """Run one global batch forward and, in training, backward. Returns this rank's sums."""
         t, p, seq_length = self.config.training, self.config.parallel, self.config.data.seq_length
         sums = StepSums.zeros(self.config, self.device)
@@ -145,7 +149,7 @@ class Trainer:
         if training and self.teachers:  # of which a frozen model has as many rows as the student, which it is
             rows += rows if t.freeze_base else seq_length
         get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, sums, training),
+            forward_step_func=partial(self._forward_step, sums, training, calibration),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=t.global_batch_size
@@ -156,8 +160,15 @@ class Trainer:
         )
         return sums
 
-    def _forward_step(self, sums: StepSums, training: bool, iterator: Iterator[dict], chunk: torch.nn.Module):
-        """Run one micro-batch through one chunk: Megatron's ``forward_step_func``, once the first two are bound."""
+    def _forward_step(
+        self,
+        sums: StepSums,
+        training: bool,
+        calibration: Optional[Calibration],
+        iterator: Iterator[dict],
+        chunk: torch.nn.Module,
+    ):
+        """Run one micro-batch through one chunk: Megatron's ``forward_step_func``, once the first three are bound."""
         stage, batch = self.config.stage, next(iterator)
         step = DMCStep(
             compress=self.compresses,
@@ -165,11 +176,17 @@ class Trainer:
             sample_ids=batch["sample_ids"] if training else None,
             seed=self.config.training.seed,
             step=self.iteration,
+            calibration=calibration,
         )
         if training and self.teachers:
             output = self.teachers[chunk].forward_beside(chunk, batch, step)
         else:
-            output = chunk(batch.get("tokens"), batch.get("position_ids"), labels=batch.get("labels"), step=step)
+            more = {}
+            if calibration is not None:
+                more["loss_function"] = partial(calibration.loss, unwrap(chunk), batch["sample_ids"])
+            output = chunk(
+                batch.get("tokens"), batch.get("position_ids"), labels=batch.get("labels"), step=step, **more
+            )
         sums.add_kept(step.kept)
         target_cr = schedule.target_cr(stage, self.iteration if training else self.total_iters)
         return output, partial(self._loss, sums, batch.get("loss_mask"), target_cr)
@@ -307,6 +324,46 @@ class Trainer:
         )
         self.logger.scalars(self.iteration, {"validation lm loss": result.lm_loss, "validation CR": result.cr})
         self.logger.restart_clock()
+
+    # Calibration
+
+    def calibrate(self, stop: StopSignal, restarts: RestartGuard) -> bool:
+        """Run the stage ``calibrate``: read batches, fit the adapters, save. Returns whether it got to its end.
+
+        A run that ``stop`` ends has saved nothing and starts anew: it takes minutes.
+        """
+        calibration, total = Calibration(self.config, self.device), self.total_iters
+        fitting = total - max(1, total // COUNTING)
+        iterators = self.iterators(self.train_data, 0)
+        for i in range(total):
+            if i == fitting:
+                calibration.solve()
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            sums = self._forward_backward(iterators, training=not calibration.fitted, calibration=calibration)
+            restarts.clear()
+            if reason := stop.reason(self.device):
+                self.logger.print(f"leaving at batch {i + 1} of {total}: {reason}; nothing saved")
+                return False
+            if (i + 1) % self.config.training.log_interval == 0 or i + 1 == total:
+                what, loss = "threshold" if calibration.fitted else "fit", sums.reduce(self.config).lm_loss
+                self.logger.print(f" calibration batch {i + 1:8d}/{total:8d} | {what} | lm loss: {loss:.6E} |")
+        self._take_calibration(calibration)
+        if self.config.training.save:
+            self.save()
+            self.finish_saving(wait=True)
+        if self.valid_data is not None:
+            self.log_evaluation(self.evaluate(stop))
+        return True
+
+    def _take_calibration(self, calibration: Calibration) -> None:
+        """Write the adapters' weights."""
+        threshold, ratio = calibration.threshold()
+        self.logger.print(f" tokens whose log cost is above {threshold:.2f} are kept | CR: {ratio:.3f} |")
+        with torch.no_grad():
+            for layer in (layer for model in self.models for layer in model.attention_layers()):
+                layer.dms_proj_alpha.weight.copy_(calibration.weights(layer.layer_number, threshold))
+        self.iteration, self.measured_cr = self.total_iters, ratio
 
     # Checkpoints
 

@@ -121,7 +121,7 @@ def prepare(argv: Optional[list[str]] = None) -> tuple[RunConfig, Optional[Start
     config = arguments.resolve(argv, saved_config)
     resumes = start is not None and start.resumes
     if resumes:
-        if not start.manifest.has_optimizer:
+        if not start.manifest.has_optimizer and start.manifest.stage != "calibrate":
             raise ValueError(f"{start.path} holds weights only; name it with --init-from, and another --save directory")
         # What was derived from the first --init-from need not be said again.
         for key in ("start_cr", "target_cr"):
@@ -197,7 +197,10 @@ def _train(
         restarts.clear()
     else:
         trainer.logger.print(f"{stop}\n{monitored}")
-        trainer.train(stop, restarts)
+        if config.stage.stage == "calibrate":
+            trainer.calibrate(stop, restarts)
+        else:
+            trainer.train(stop, restarts)
     trainer.close()
     return 0
 

@@ -13,7 +13,7 @@ from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.config_keys import INERT, NEUTRAL, check_neutral, is_one_of, named
 from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family, with_adapters
 from megatron.dmc.checkpoint.mapping.rope import yarn_context_length, yarn_scaling
-from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
+from megatron.dmc.config import COMPRESSING, DMCConfig, ModelConfig, RunConfig
 from megatron.dmc.config.checks import shown
 
 DMC_FORMAT_VERSION = 1
@@ -25,7 +25,7 @@ ADAPTER_MODEL_TYPE = "dmc_adapter"
 """``model_type`` of a directory with the adapters of a DMS model alone; no other loader knows it."""
 DMC_ARCHITECTURE = "DMCForCausalLM"
 DMC_AUTO_MAP = {"AutoConfig": "configuration_dmc.DMCConfig", "AutoModelForCausalLM": "modeling_dmc.DMCForCausalLM"}
-COMPRESSED_STAGES = ("retrofit", "finetune")
+COMPRESSED_STAGES = COMPRESSING
 """Stages whose models merge tokens; what is exported from others reads like a plain model's cache."""
 DTYPES = ("float32", "float16", "bfloat16")
 """Types of weights, as config.json names them."""

@@ -29,7 +29,7 @@ needs nothing of it.
 from transformers import PretrainedConfig
 
 FORMAT_VERSION = 1
-STAGES = {"zero_out": False, "retrofit": True, "finetune": True}  # does the stage compress?
+STAGES = {"zero_out": False, "calibrate": True, "retrofit": True, "finetune": True}  # does the stage compress?
 DECISIONS = {  # values of the method dms, the first one where the block has none
     "decision_source": ("key", "query", "adapter"),
     "decision_about": ("previous", "self"),
