@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Chat with a model for three turns about a short story, and show what the KV cache holds after each.
+"""Chat with a model for three turns, to about a thousand tokens, and show what the KV cache holds after each.
 
     python examples/dmc/smollm2/chat.py SmolLM2-135M-Instruct --adapter adapter-4x
 
-Greedy decoding. The engine finds the turns before in its prefix cache; a server does the same for its clients.
+Greedy decoding with a repetition penalty of 1.1: without one a model of 135M parameters repeats itself, compressed or
+not. The engine finds the turns before in its prefix cache; a server does the same for its clients.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from pathlib import Path
 
 from megatron.dmc.inference import LLM, RequestOutput, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
 
-STORY = Path(__file__).with_name("story.txt")
 QUESTIONS = (
-    "Summarize this story in three sentences.\n\n{story}",
-    "What did Marta burn to save the ship?",
-    "Write a short letter from the captain of the ship to Marta.",
+    "I would like to learn to cook at home. How should I begin?",
+    "Which tools do I need in my kitchen?",
+    "Suggest a simple dinner and tell me how to cook it.",
 )
 
 
 def wrapped(name: str, text: str) -> str:
-    """Text with the name of who says it, in lines of 100 characters."""
+    """Text with the name of who says it, in lines of up to 100 characters."""
     lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, 90) or [""]]
     return "\n".join(f"{name if n == 0 else '':10s}{line}" for n, line in enumerate(lines))
 
@@ -47,11 +46,11 @@ def chat(model: str, adapter: str | None, max_tokens: int) -> None:
     """Hold the conversation. Raises ``ValueError`` for a wrong directory."""
     tokenizer = load_tokenizer(model)
     llm = LLM(model, tokenizer=tokenizer, adapter=adapter, dtype="float32", max_num_seqs=1, max_model_len=4096)
-    sampling_params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    sampling_params = SamplingParams(temperature=0, repetition_penalty=1.1, max_tokens=max_tokens)
     messages: list[dict] = []
     for question in QUESTIONS:
-        print("\n" + wrapped("user", question.format(story=f"({STORY.name})")))
-        messages.append({"role": "user", "content": question.format(story=STORY.read_text(encoding="utf-8"))})
+        print("\n" + wrapped("user", question))
+        messages.append({"role": "user", "content": question})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         result = llm.generate([prompt], sampling_params)[0]
         if result.error:
@@ -64,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory of a chat model")
     parser.add_argument("--adapter", metavar="DIR", help="DMS adapters to put on it")
-    parser.add_argument("--max-tokens", type=int, default=120, metavar="N", help="most tokens of an answer")
+    parser.add_argument("--max-tokens", type=int, default=400, metavar="N", help="most tokens of an answer")
     args = parser.parse_args()
     try:
         chat(args.model, args.adapter, args.max_tokens)
