@@ -43,9 +43,12 @@ def nvidia(directory: Path, case: str = "qwen3-untied", **keys: Any) -> Path:
     return directory
 
 
-def model_optimizer(directory: Path, case: str = "qwen3-untied", per: str = "head", shard: str = "1GB") -> Path:
-    """An adapter checkpoint in one file: a row per KV head whatever ``per`` says, and no ``architectures``."""
-    model = families.make(case, directory, shard=shard)
+def model_optimizer(directory: Path, case: str = "qwen3-untied", per: str = "head", **sizes: Any) -> Path:
+    """An adapter checkpoint in one file: a row per KV head whatever ``per`` says, and no ``architectures``.
+
+    ``sizes``: keys of config.json other than the family's.
+    """
+    model = families.make(case, directory, shard="1GB", **sizes)
     config, generator = model.config, torch.Generator().manual_seed(3)
     tensors, dtype = load_file(directory / "model.safetensors"), next(model.parameters()).dtype
     for layer in range(config.num_hidden_layers):

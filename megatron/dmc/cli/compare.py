@@ -1,4 +1,6 @@
-"""``dmc compare``: DMC against other ways to shrink the KV cache, on models that it trains."""
+"""``dmc compare``: compressed KV caches against other ways to the same memory, on models that it trains or on a given
+one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from megatron.dmc import flags
 
@@ -15,17 +17,23 @@ from megatron.dmc import flags
 def build_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="dmc compare",
-        description="Train what is missing, evaluate everything, and write one report: OUTPUT/report/report.md.\n\n"
+        description="Train what is missing, evaluate everything, and write one report: OUTPUT/report/report.md. "
+        "A configuration that names a model trains nothing: it compares adapters of DMS with methods that need no "
+        "training.\n\n"
         "Stopped at any time, the same command goes on.",
         examples="""
             dmc compare examples/dmc/evidence/small.yaml --jobs 2
             dmc compare examples/dmc/evidence/small.yaml --dry-run
             dmc compare examples/dmc/evidence/small.yaml --report
+            dmc compare examples/dmc/evidence/smollm2.yaml
             """,
     )
     parser.set_defaults(run=_run)
     parser.add_argument(
-        "config", metavar="CONFIG", help="YAML or JSON file, see megatron/dmc/evaluation/compare/config.py."
+        "config",
+        metavar="CONFIG",
+        help="YAML or JSON file; its keys are explained in megatron/dmc/evaluation/compare/config.py, and those of a "
+        "file with the key model in megatron/dmc/evaluation/released/config.py.",
     )
     parser.add_argument("--output", metavar="DIR", help="Directory to write. Default: the configuration's output.")
     parser.add_argument(
@@ -46,11 +54,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron.dmc.evaluation.compare import run
-    from megatron.dmc.evaluation.compare.config import CompareConfig
+    from megatron.dmc.config import load_file
 
-    config = CompareConfig.load(args.config)
+    config: Any
+    if "model" in load_file(args.config):
+        from megatron.dmc.evaluation.released import run as released
+        from megatron.dmc.evaluation.released.config import ReleasedConfig
+
+        config, compare = ReleasedConfig.load(args.config), released.compare
+    else:
+        from megatron.dmc.evaluation.compare import run as trained
+        from megatron.dmc.evaluation.compare.config import CompareConfig
+
+        config, compare = CompareConfig.load(args.config), trained.compare
     config.output = str(Path(args.output or config.output).absolute())
     if args.jobs is not None:
         config.jobs = args.jobs
-    return run.compare(config, dry_run=args.dry_run, report_only=args.report)
+    return compare(config, dry_run=args.dry_run, report_only=args.report)

@@ -83,6 +83,14 @@ def fidelity(base: TeacherForced, candidates: Sequence[Candidate], tokens: Tenso
     return [Fidelity.cat(found) for found in zip(*parts)]
 
 
+def divergence(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) in nats, and whether both find the same token most likely, of log-probabilities [m, vocabulary]: fp32
+    and bool [m].
+    """
+    kld = F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
+    return kld, q.argmax(dim=-1) == p.argmax(dim=-1)
+
+
 def _compare(base: TeacherForced, candidates: Sequence[Candidate], tokens: Tensor) -> list[Fidelity]:
     """:func:`fidelity` of one sequence, tokens [1, s]."""
     (first, _), ran = base.hidden_states(tokens, FullCache()), [m.hidden_states(tokens, p) for m, p in candidates]
@@ -93,8 +101,6 @@ def _compare(base: TeacherForced, candidates: Sequence[Candidate], tokens: Tenso
         p, after = base.logits(first[0, rows]).log_softmax(dim=-1), labels[rows, None]
         for found, (model, _), (x, _) in zip(parts, candidates, ran):
             q = model.logits(x[0, rows]).log_softmax(dim=-1)
-            kld = F.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
-            agrees = q.argmax(dim=-1) == p.argmax(dim=-1)
-            found.append((q.gather(1, after)[:, 0], p.gather(1, after)[:, 0], kld, agrees))
+            found.append((q.gather(1, after)[:, 0], p.gather(1, after)[:, 0], *divergence(q, p)))
     joined = ([torch.cat(column).cpu()[None] for column in zip(*found)] for found in parts)
     return [Fidelity(*columns, slots.cpu()) for columns, (_, slots) in zip(joined, ran)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Optional
 
@@ -104,6 +105,35 @@ class Budget:
         """Budget after 0, 1, ... ``length`` tokens of a sequence. It grows by at most one slot per token."""
         counts = range(length + 1) if self.kind == "growing" else [length] * (length + 1)
         return [max(self.minimum, math.ceil(count / self.ratio)) for count in counts]
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """Slots that a head may hold after each token, given one by one: those that another method was seen to hold."""
+
+    after: tuple[int, ...]
+    """Budget after 1, 2, ... tokens; it grows by at most one slot per token."""
+    minimum: int = 8
+    """Least budget in slots, as in :class:`Budget`."""
+
+    def slots(self, length: int) -> list[int]:
+        """Budget after 0, 1, ... ``length`` tokens. Raises ``ValueError`` for more tokens than the table has."""
+        if length > len(self.after):
+            raise ValueError(f"the table of budgets ends after {len(self.after)} tokens; the sequence has {length}")
+        return [self.minimum, *(max(self.minimum, count) for count in self.after[:length])]
+
+    @classmethod
+    def following(cls, by_position: Sequence[float]) -> SlotTable:
+        """The mean number of slots of a cache whose compression ratio after each token was ``by_position``
+        (``Compression.by_position``), rounded up: the same ratio at every position.
+        """
+        return cls(tuple(math.ceil(n / ratio - 1e-6) for n, ratio in enumerate(by_position, start=1)))
+
+    @classmethod
+    def after_context(cls, context: int, ratio: float, more: int) -> SlotTable:
+        """``context`` tokens in ``context / ratio`` slots, and a slot for each of ``more`` tokens after them."""
+        kept = math.ceil(context / ratio)
+        return cls((*[kept] * context, *range(kept + 1, kept + more + 1)))
 
 
 class CachePolicy(ABC):
@@ -209,7 +239,7 @@ class StreamingLLM(_Masked):
 
     name = "StreamingLLM"
 
-    def __init__(self, budget: Budget, sinks: int = 4) -> None:
+    def __init__(self, budget: Budget | SlotTable, sinks: int = 4) -> None:
         if budget.minimum <= sinks:
             raise ValueError(
                 f"a budget of {budget.minimum} slots leaves no window beside {sinks} sinks; raise the minimum"
@@ -285,7 +315,7 @@ class DMS(_Masked):
 class _Scored(CachePolicy):
     """A policy that drops the held token with the lowest score whenever the budget is exceeded."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget | SlotTable) -> None:
         self.budget = budget
 
     @abstractmethod

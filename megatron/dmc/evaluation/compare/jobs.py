@@ -28,6 +28,8 @@ class Job:
     """Optimizer steps of a training; 0 for other jobs."""
     init: Optional[str] = None
     """Name of the job whose weights it starts from."""
+    inputs: tuple[str, ...] = ()
+    """What its results depend on beside its commands: settings in files that it reads, hashes of such files."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class JobGraph:
         return sum(self.jobs[run].iters for run in self.after_original(name))
 
     def digest(self, name: str) -> str:
-        """Hash of a job's commands and of the digests of all that it waits for: its results depend on nothing else."""
+        """Hash of a job's commands and inputs, and of the digests of all that it waits for: its results depend on
+        nothing else.
+        """
         job = self.jobs[name]
-        content = json.dumps([job.commands, [self.digest(other) for other in job.after]])
+        content = json.dumps([job.commands, [self.digest(other) for other in job.after], *job.inputs])
         return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -6,7 +6,6 @@ same. The report is written to report/ under the output: report.md, report.json 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import yaml
@@ -15,7 +14,7 @@ from megatron.dmc.environment import machine
 from megatron.dmc.evaluation.compare.config import CompareConfig
 from megatron.dmc.evaluation.compare.jobs import ROOT, JobGraph
 from megatron.dmc.evaluation.compare.methods import build_graph
-from megatron.dmc.evaluation.compare.runner import JobRunner
+from megatron.dmc.evaluation.compare.runner import JobRunner, print_jobs, run_jobs
 
 
 def write_run_configs(config: CompareConfig) -> None:
@@ -97,20 +96,12 @@ def compare(config: CompareConfig, *, dry_run: bool = False, report_only: bool =
     graph = build_graph(config)
     runner = JobRunner(graph, Path(config.output), config.jobs)
     if dry_run:
-        for name, job in graph.jobs.items():
-            state = "done" if runner.is_done(name) else "    "
-            print(f"{state} {name}" + (f", {job.iters} steps" if job.iters else ""))
+        print_jobs(runner)
         return 0
     if not report_only:
         runner.check()
         write_run_configs(config)
-        try:
-            runner.run()
-        except RuntimeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
-            return 130
+        if status := run_jobs(runner):
+            return status
     print(f"written to {report(config, graph)}")
     return 0

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -166,9 +167,35 @@ class JobRunner:
         print(f"[{time.strftime('%H:%M:%S')}] {done} | {', '.join(running)}", flush=True)
 
 
+def print_jobs(runner: JobRunner) -> None:
+    """Print the jobs and whether they are done."""
+    for name, job in runner.graph.jobs.items():
+        state = "done" if runner.is_done(name) else "    "
+        print(f"{state} {name}" + (f", {job.iters} steps" if job.iters else ""))
+
+
+def run_jobs(runner: JobRunner) -> int:
+    """Run every job that is not done, and say what went wrong. Returns the exit status: 1 when a job failed, 130 when
+    interrupted.
+    """
+    try:
+        runner.run()
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _environment(at_once: int) -> dict[str, str]:
-    """Environment of the jobs: this process' own, the repository on PYTHONPATH, a share of the cores for each job."""
+    """Environment of the jobs: this process' own, the repository on PYTHONPATH, this interpreter's programs on PATH,
+    and a share of the cores for each job.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // at_once))
-    return {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    own = {"PYTHONWARNINGS": "ignore", "PYTHONPATH": path, "PATH": programs}
+    return {"OMP_NUM_THREADS": threads, **os.environ, **own}
