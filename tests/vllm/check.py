@@ -49,13 +49,17 @@ class Books:
         state, manager = self.rows.state, self.manager
         state.check_integrity()
         granted = sum(len(blocks) for blocks in manager.req_to_blocks.values())
+        kept = manager.prefixes.num_blocks if manager.prefixes else 0
+        assert kept <= manager.usable - granted, (kept, granted, manager.usable)
         free = manager.block_pool.get_num_free_blocks()
         assert granted + free == manager.usable, (granted, free, manager.usable)
         taken = state.num_pages - state.free_count()
         # Rows that ended hold their pages until the next step begins.
+        dropped = set(self.rows._snapshots) - set(manager.prefixes._snapshots if manager.prefixes else ())
         ended = [row.index for name, row in self.rows._rows.items() if name not in manager.lives]
+        ended += [self.rows._snapshots[snapshot] for snapshot in dropped]
         waiting = int(state.held_pages(torch.tensor(ended, dtype=torch.long)).used.sum())
-        assert taken - waiting <= granted * self.rows.heads, (taken, waiting, granted)
+        assert taken - waiting <= (granted + kept) * self.rows.heads, (taken, waiting, granted, kept)
 
     def check_empty(self) -> None:
         self.check()
@@ -63,6 +67,7 @@ class Books:
         if self.rows is not None:
             assert self.rows.requests == 0 and self.rows.state.free_count() == self.rows.state.num_pages
         assert self.manager.block_pool.get_num_free_blocks() == self.manager.usable
+        assert not self.manager.prefixes and (self.rows is None or self.rows.snapshots == 0)
 
 
 def run(engine, case: dict, books: Books | None) -> dict:
@@ -72,7 +77,7 @@ def run(engine, case: dict, books: Books | None) -> dict:
 
     waiting = [dict(request, id=str(i)) for i, request in enumerate(case["requests"])]
     by_id, results, tokens = {r["id"]: r for r in waiting}, {}, {r["id"]: {} for r in waiting}
-    chance, steps, running = random.Random(7), 0, set()
+    chance, steps, cached, running = random.Random(7), 0, 0, set()
     limit = 40 * sum(len(r["prompt"]) + r["max_tokens"] for r in waiting)
     while waiting or running:
         while waiting and len(running) < case["at_once"]:
@@ -89,6 +94,7 @@ def run(engine, case: dict, books: Books | None) -> dict:
                 tokens[output.request_id][one.index] = list(one.token_ids)
             if output.finished:
                 running.discard(output.request_id)
+                cached += output.num_cached_tokens or 0
                 results[output.request_id] = {one.finish_reason for one in output.outputs}
         steps += 1
         assert steps < limit, f"no end after {steps} steps; {len(running)} requests run"
@@ -98,6 +104,8 @@ def run(engine, case: dict, books: Books | None) -> dict:
             results[name] = {"abort"}
         if books:
             books.check()
+    if books and books.manager.prefixes is not None:
+        books.manager.forget()
     engine.step()  # tells the worker what ended
     wrong, lost = [], []
     for name, request in by_id.items():
@@ -114,7 +122,8 @@ def run(engine, case: dict, books: Books | None) -> dict:
                 wrong.append(name)
         if reasons == {"length"} and len(tokens[name]) != request["n"]:
             lost.append((name, "completions", len(tokens[name])))
-    return {"steps": steps, "wrong": wrong, "lost": lost, "errors": sum("error" in r for r in results.values())}
+    errors = sum("error" in reasons for reasons in results.values())
+    return {"steps": steps, "wrong": wrong, "lost": lost, "errors": errors, "cached": cached}
 
 
 def check(case: dict) -> dict:

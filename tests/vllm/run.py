@@ -12,6 +12,7 @@ mixed:       as many requests as --requests, some of them with two completions
 small cache: a cache in which a few of them fit at once: preempted requests give the same tokens
 never merges: a model whose config.json claims CR 4 and that never merges: what cannot fit ends with an error
 own process: the same with a worker that is a process of its own, as in vLLM's server
+prefixes; prefixes, small cache; prefixes, dms: prompts that begin alike, and second turns: some begin with kept states
 two ranks; two ranks, dms: tensor parallelism over two workers, of methods dmc and dms
 qwen 2, qwen 3, yarn, every head: other families, rotations and heads
 key, "query, self", "adapter, self", "adapter, layer": method dms, in a small cache
@@ -82,6 +83,28 @@ def make_requests(count: int, seed: int) -> list[dict]:
         more = chance.choice((1, 2, 30, chance.randint(3, 40)))
         requests.append({"prompt": prompt, "max_tokens": more, "n": 1 + (i % 5 == 4), "abort": i % 6 == 5})
     return requests
+
+
+def make_turns(model: Path, count: int, seed: int) -> list[dict]:
+    """Requests whose prompts begin alike, some that repeat one, and second turns behind the answers of the first."""
+    chance = random.Random(seed)
+
+    def draw(length: int) -> list[int]:
+        return [chance.randint(1, VOCABULARY - 1) for _ in range(length)]
+
+    def request(prompt: list[int], i: int) -> dict:
+        more = chance.choice((1, 2, chance.randint(3, 30)))
+        return {"prompt": prompt, "max_tokens": more, "n": 1 + (i % 7 == 6), "abort": i % 9 == 8}
+
+    systems = [draw(length) for length in (33, 70, 90)]
+    firsts = [request(chance.choice(systems) + draw(chance.randint(1, 40)), i) for i in range(count // 2)]
+    firsts += [dict(chance.choice(firsts), abort=False) for _ in range(count // 8)]
+    expect(model, firsts)
+    seconds = [
+        request(first["prompt"] + first["expected"] + draw(chance.randint(1, 20)), i)
+        for i, first in enumerate(chance.choices(firsts, k=count - len(firsts)))
+    ]
+    return firsts + expect(model, seconds)
 
 
 def expect(model: Path, requests: list[dict]) -> list[dict]:
@@ -186,7 +209,7 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
     plain = make_plain(folder / "plain")
     few = max(8, count // 4)
     # Twelve blocks beside the rows: 192 tokens of one sequence that never merges, of at most 256; and twenty.
-    shape = dict(num_layers=LAYERS, num_kv_heads=GROUPS, head_dim=D, max_slots=256, max_seqs=at_once)
+    shape = dict(num_layers=LAYERS, num_kv_heads=GROUPS, head_dim=D, max_slots=256, max_seqs=2 * at_once)
     division = layout(BLOCK, **shape)
     roomy = {"kv_cache_memory_bytes": 4 << 20}
     small, medium = ({"kv_cache_memory_bytes": max(division.needed(n), n + 1) * division.block_bytes} for n in (12, 20))
@@ -194,7 +217,8 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
     def case(name: str, model: Path, requests: int, memory: dict, engine: dict | None = None, **more: object) -> dict:
         sizes = {"max_num_seqs": at_once, "max_num_batched_tokens": max(32, at_once), **memory}
         wanted = not args.cases or name in args.cases
-        expected = expect(model, make_requests(requests, len(name))) if wanted else []
+        made = make_turns(model, requests, len(name)) if name.startswith("prefixes") and wanted else None
+        expected = (made or expect(model, make_requests(requests, len(name)))) if wanted else []
         base = {
             "name": name,
             "model": str(model),
@@ -220,6 +244,7 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
             models["no merging"],
             count,
             small,
+            engine={"enable_prefix_caching": False},
             never_merges=True,
             at_least={"preempted": 5, "errors": 2},
         ),
@@ -228,11 +253,14 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
             models["no merging"],
             count,
             small,
-            engine={"distributed_executor_backend": "mp"},
+            engine={"distributed_executor_backend": "mp", "enable_prefix_caching": False},
             never_merges=True,
             at_least={"preempted": 5, "errors": 2},
         ),
         *(case(f"two ranks{name}", models[model], few, medium, engine=ranks) for name, model in kinds.items()),
+        case("prefixes", models["half"], count, roomy, at_least={"cached": 20 * count}),
+        case("prefixes, small cache", models["half"], count, small, at_least={"cached": count, "preempted": 1}),
+        case("prefixes, dms", models["adapter, self"], count, medium, at_least={"cached": 5 * count}),
         *(case(name, models[name], few, roomy) for name in EXPORTED[3:]),
         *(case(name, models[name], few, medium) for name in EVICTING),
         case("plain", plain, few, {"kv_cache_memory_bytes": 8 << 20, "max_model_len": 256}, compressed=False),

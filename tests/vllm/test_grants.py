@@ -11,6 +11,7 @@ from megatron.dmc.inference.recent_pages import Window
 from megatron.dmc.kernels.params import AppendParams
 from megatron.dmc.ops import rotary_frequencies
 from megatron.dmc.vllm.grants import Grants, Layout, Lengths
+from megatron.dmc.vllm.prefixes import Prefixes
 from megatron.dmc.vllm.rows import Plan, Rows
 from megatron.dmc.vllm.seams import SEAMS, Seam, missing
 
@@ -135,3 +136,57 @@ def test_the_worst_case_of_a_model_that_evicts(seed: int) -> None:
         known.append(Lengths.of(tokens, kept, PAGE))
         assert grants.worst(tokens, known[-1]) * 6 >= pages(kept) + 6 * int(window.held(tokens))
     assert grants.worst(tokens, known[-1]) < grants.worst(tokens)
+
+
+def test_kept_states_go_on_where_they_were() -> None:
+    """A copy of a running request, the row of one that ended, and the last who continues from a dropped snapshot."""
+    rows = make_rows(max_seqs=6)
+    state = rows.state
+    rows.begin(Plan(begun=[("a", 1, 5)], tokens={"a": 40}))
+    run(rows, "a", 5, 40, 0)
+    at_40 = rows.take_lengths()["a"][1]
+    rows.begin(Plan(copied=[(1, "a")], tokens={"a": 1}))
+    run(rows, "a", 5, 1, 40)
+    at_41 = rows.take_lengths()["a"][1]
+    state.check_integrity()
+    begun = [("b", 2, 7), ("c", 3, 8), ("d", 4, 9)]
+    resumed = {"b": (1, 40), "c": (2, 41), "d": (1, 40)}
+    held = state.num_pages - state.free_count()
+    rows.begin(Plan(kept=[(2, "a")], ended=["a"], begun=begun, resumed=resumed, dropped=[1], tokens={"b": 1, "c": 1}))
+    assert rows.snapshots == 1 and rows.requests == 3
+    assert 0 < state.num_pages - state.free_count() - held <= 2 * rows.heads  # "d" has the snapshot's own row
+    run(rows, "b", 7, 1, 40)
+    run(rows, "c", 8, 1, 41)
+    found = rows.take_lengths()
+    assert found["b"] == (2, at_41) and found["c"][1].tokens == 42  # b's token is the one that a had there
+    at = rows.row_of_block[9]
+    assert Lengths.of(40, state.lengths[at].flatten().numpy(), PAGE) == at_40
+    state.check_integrity()
+    rows.begin(Plan(ended=["b", "c", "d"], dropped=[2]))
+    assert rows.snapshots == rows.requests == 0 and state.free_count() == state.num_pages
+    state.check_integrity()
+
+
+def test_prefixes_are_kept_where_prompts_part_and_end() -> None:
+    prefixes = Prefixes(limit=4)
+    system = list(range(100, 150))
+    prefixes.begin("a", "", [*system, *range(40)])
+    assert prefixes.chunk("a", 0, 200) == 90 and prefixes.chunk("a", 0, 16) == 16
+    prefixes.begin("b", "", [*system, 77, *range(40)])
+    prefixes.begin("other", "salt", [*system, *range(40)])
+    assert prefixes.chunk("a", 0, 200) == 50 and prefixes.chunk("a", 50, 200) == 40
+    assert prefixes.chunk("other", 0, 200) == 90
+    assert prefixes.wanted("a", 49) is None
+    node = prefixes.wanted("a", 50)
+    snapshot = prefixes.add(node, None, ["block"])
+    assert prefixes.match("b", 90) is snapshot and snapshot.tokens == 50 and prefixes.num_blocks == 1
+    assert prefixes.match("b", 49) is None and prefixes.match("other", 90) is None
+    assert prefixes.vacant("", system) is None  # it is there
+    longer = prefixes.add(prefixes.vacant("", [*system, 77, *range(30)]), None, [])
+    assert prefixes.match("b", 90) is longer and prefixes.oldest() is snapshot
+    assert prefixes.oldest(spare=snapshot) is longer
+    assert prefixes.remove(snapshot) == ["block"] and snapshot not in prefixes
+    assert prefixes.take_dropped() == [snapshot.number] and prefixes.take_dropped() == []
+    for request in ("a", "b", "other", "never there"):
+        prefixes.end(request)
+    assert prefixes.match("b", 90) is None and len(prefixes) == 1

@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from megatron.dmc.vllm.grants import Grants, Layout, Lengths
+from megatron.dmc.vllm.prefixes import MIN_TOKENS, Prefixes, Snapshot
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,6 +26,8 @@ class CompressedSpec(AttentionSpec):
 
     grants: Grants
     layout: Layout
+    snapshots: int
+    """Rows for states that are kept for prefix caching; 0 without."""
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Memory in which one request of the longest context is expected to fit, with the rows of all."""
@@ -61,6 +64,8 @@ class _Life:
     """Tokens that it was granted blocks for."""
     known: Lengths | None = None
     refused: bool = False
+    source: Snapshot | None = None
+    """What it continues from, until its first step."""
 
 
 class CompressedManager(CircularBufferManager):
@@ -82,6 +87,12 @@ class CompressedManager(CircularBufferManager):
         self.block_pool.num_gpu_blocks -= reserved
         self.lives: dict[str, _Life] = {}
         self._numbers = 0
+        self.prefixes = Prefixes(kv_cache_spec.snapshots) if kv_cache_spec.snapshots else None
+        self._matches: dict[str, Snapshot] = {}
+        self._reported: dict[int, Snapshot] = {}
+        # Blocks of snapshots are anybody's who needs them: vLLM counts them as free, as its own cached ones.
+        self._unused = self.block_pool.get_num_free_blocks
+        self.block_pool.get_num_free_blocks = self.free_count
 
     # ------------------------------------------------------------------------------------------ what the scheduler asks
 
@@ -102,20 +113,60 @@ class CompressedManager(CircularBufferManager):
         held = len(self.req_to_blocks.get(request_id, ()))
         if apply_admission_cap:
             return max(0, min(self.grants.expected(num_tokens), self.usable) - held)
-        return max(0, self._needed(self.lives.get(request_id) or _Life(), num_tokens) - held)
+        life = self.lives.get(request_id) or self._new_life(request_id, total_computed_tokens)
+        return max(0, self._needed(life, num_tokens) - held)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Grant blocks. Returns the first of a life alone: the others are memory, and no place for the worker."""
         blocks, life = self.req_to_blocks[request_id], self.lives.setdefault(request_id, _Life())
         begins = not blocks
-        more = self._needed(life, num_tokens) - len(blocks)
+        needed = self._needed(life, num_tokens)
         life.tokens = max(life.tokens, num_tokens)
         if not life.refused and self.grants.worst(life.tokens, life.known) > self.usable:
             self._refuse(request_id, life)
-        if more > 0:
-            blocks.extend(self.block_pool.get_new_blocks(more))
+            life.source = None  # its one block is none for a copy
+        if life.source is not None and needed + len(life.source.blocks) > self.free_count():
+            blocks.extend(self.prefixes.remove(life.source))
+        self._resize(blocks, max(needed, len(blocks)), life.source)
         self.num_cached_block[request_id] = 0
         return blocks[:1] if begins else []
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        *args: Any,
+        **named: Any,
+    ) -> None:
+        """Let a request begin with the snapshot that it was matched with; blocks come with its first tokens."""
+        life = self._new_life(request_id, num_local_computed_tokens + num_external_computed_tokens)
+        assert life.source is not None and self.prefixes is not None
+        self.prefixes.touch(life.source)
+        self.lives[request_id] = life
+
+    def _new_life(self, request_id: str, computed: int) -> _Life:
+        match = self._matches.get(request_id)
+        if match is None or match.tokens != computed or match not in self.prefixes:
+            return _Life()
+        return _Life(known=match.known, source=match)
+
+    def free_count(self) -> int:
+        """Blocks that no request holds."""
+        return self._unused() + (self.prefixes.num_blocks if self.prefixes else 0)
+
+    def _resize(self, blocks: list[KVCacheBlock], needed: int, spare: Snapshot | None = None) -> None:
+        """Get blocks, those of snapshots other than ``spare`` where no others are left; or give some back."""
+        while self._unused() < needed - len(blocks):
+            self._drop(self.prefixes.oldest(spare))
+        if needed > len(blocks):
+            blocks.extend(self.block_pool.get_new_blocks(needed - len(blocks)))
+        elif needed < len(blocks):
+            self.block_pool.free_blocks(reversed(blocks[needed:]))
+            del blocks[needed:]
+
+    def _drop(self, snapshot: Snapshot) -> None:
+        self.block_pool.free_blocks(reversed(self.prefixes.remove(snapshot)))
 
     def _needed(self, life: _Life, tokens: int) -> int:
         """Blocks that a request holds at worst; 1 for one that would not fit alone, which is refused."""
@@ -134,10 +185,8 @@ class CompressedManager(CircularBufferManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.lives.pop(request_id, None)
+        self._matches.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
-
-    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("a compressed cache takes no tokens that were computed elsewhere")
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         return 0
@@ -156,15 +205,79 @@ class CompressedManager(CircularBufferManager):
 
     def report(self, request_id: str, number: int, known: Lengths) -> None:
         """Take the lengths after a step, and take back blocks that the request does not need any more."""
-        life = self.lives.get(request_id)
+        snapshot, life = self._reported.pop(number, None), self.lives.get(request_id)
+        if snapshot is not None and snapshot in self.prefixes:  # the request ended with this step
+            snapshot.known = known
+            self._shrink(snapshot.blocks, snapshot.tokens, known)
         if life is None or life.number != number or life.refused:
             return
         life.known = known
-        blocks = self.req_to_blocks[request_id]
-        needed = self.grants.worst(life.tokens, known)
-        if needed < len(blocks):
-            self.block_pool.free_blocks(reversed(blocks[needed:]))
-            del blocks[needed:]
+        self._shrink(self.req_to_blocks[request_id], life.tokens, known)
+
+    def _shrink(self, blocks: list[KVCacheBlock], tokens: int, known: Lengths) -> None:
+        self._resize(blocks, min(len(blocks), self.grants.worst(tokens, known)))
+
+    # -------------------------------------------------------------------------------------------------- prefix caching
+
+    def match(self, request_id: str, most: int) -> int:
+        """Tokens of the longest snapshot with which a request can begin, at most ``most``; 0 without."""
+        found = self.prefixes.match(request_id, most) if self.prefixes is not None else None
+        self._matches.pop(request_id, None)
+        if found is None:
+            return 0
+        self._matches[request_id] = found
+        return found.tokens
+
+    def keep(self, request_id: str, salt: str, token_ids: Sequence[int]) -> int | None:
+        """Turn a request that has ended into a snapshot. Returns its number; None when there is nothing to keep.
+
+        Args:
+            token_ids: of prompt and completion. The last one was sampled, and is not in the cache.
+        """
+        life = self.lives.get(request_id)
+        if life is None or life.refused or life.tokens != len(token_ids) - 1 or life.tokens < MIN_TOKENS:
+            return None
+        tokens = list(token_ids[: life.tokens])
+        if self.prefixes.vacant(salt, tokens) is None:
+            return None
+        self._make_place()
+        node = self.prefixes.vacant(salt, tokens)  # what was dropped may have taken the first one with it
+        assert node is not None
+        snapshot = self.prefixes.add(node, life.known, self.req_to_blocks.pop(request_id))
+        self._reported[life.number] = snapshot
+        return snapshot.number
+
+    def copy(self, request_id: str, computed: int) -> int | None:
+        """Keep the state of a request after ``computed`` tokens, if it is of use. Returns the snapshot's number."""
+        life = self.lives[request_id]
+        if life.refused or self.prefixes.wanted(request_id, computed) is None:
+            return None
+        needed = self.grants.worst(computed, life.known)
+        if needed > self.free_count():
+            return None
+        blocks: list[KVCacheBlock] = []
+        self._make_place()
+        self._resize(blocks, needed)
+        node = self.prefixes.wanted(request_id, computed)  # what was dropped may have changed where prompts part
+        if node is None:
+            self.block_pool.free_blocks(reversed(blocks))
+            return None
+        return self.prefixes.add(node, life.known, blocks).number
+
+    def _make_place(self) -> None:
+        while len(self.prefixes) >= self.prefixes.limit:
+            self._drop(self.prefixes.oldest())
+
+    def source(self, request_id: str) -> tuple[int, int] | None:
+        """(number, tokens) of the snapshot that a request begins with."""
+        life = self.lives[request_id]
+        source, life.source = life.source, None
+        return (source.number, source.tokens) if source else None
+
+    def forget(self) -> None:
+        """Drop all snapshots."""
+        while self.prefixes:
+            self._drop(self.prefixes.oldest())
 
     def totals(self) -> tuple[int, int]:
         """(tokens x heads, slots) of all requests over all ranks after the last step that is known."""

@@ -12,6 +12,7 @@ from megatron.dmc.kernels.state import PAGE_SIZES
 logger = init_logger(f"vllm.{__name__}")
 
 OPERATOR = "vllm::dmc_attention"
+SCHEDULER = "megatron.dmc.vllm.scheduler.SnapshotScheduler"
 CONNECTOR, MODULE = "DMCConnector", "megatron.dmc.vllm.connector"
 
 
@@ -19,6 +20,13 @@ def page_size(config: VllmConfig) -> int:
     """Slots of a page: what --block-size says, else the smallest."""
     cache = config.cache_config
     return cache.block_size if cache.user_specified_block_size else PAGE_SIZES[0]
+
+
+def snapshot_rows(config: VllmConfig) -> int:
+    """Rows of the cache for states that are kept for prefix caching: as many as for sequences, or none."""
+    transfer = config.kv_transfer_config
+    caching = transfer is not None and transfer.kv_connector_extra_config.get("prefix_caching", False)
+    return config.scheduler_config.max_num_seqs if caching else 0
 
 
 def refusals(config: VllmConfig) -> list[str]:
@@ -60,18 +68,25 @@ class ConfigHook:
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ``ValueError`` for what cannot be had; switch prefix caching off, and the connector on."""
+        """Raise ``ValueError`` for what cannot be had; switch the connector on, and prefix caching to its snapshots."""
         if wrong := refusals(vllm_config):
             raise ValueError("a compressed KV cache cannot be had with " + "; nor with ".join(wrong))
-        cache = vllm_config.cache_config
-        if cache.enable_prefix_caching:
-            logger.info("Prefix caching is off: a compressed cache cannot be cut back to a prefix of its tokens.")
-            cache.enable_prefix_caching = False
+        cache, scheduling = vllm_config.cache_config, vllm_config.scheduler_config
+        on_gpu = vllm_config.device_config.device_type == "cuda"
+        caching, cache.enable_prefix_caching = cache.enable_prefix_caching, False  # vLLM's own, by blocks
+        if caching and (on_gpu or scheduling.scheduler_cls is not None):
+            logger.info("Prefix caching is off: of a compressed cache it works on CPUs, with vLLM's own scheduler.")
+            caching = False
         if vllm_config.kv_transfer_config is None:
             vllm_config.kv_transfer_config = KVTransferConfig(
-                kv_connector=CONNECTOR, kv_connector_module_path=MODULE, kv_role="kv_both"
+                kv_connector=CONNECTOR,
+                kv_connector_module_path=MODULE,
+                kv_role="kv_both",
+                kv_connector_extra_config={"prefix_caching": caching},
             )
-        if vllm_config.device_config.device_type == "cuda":
+            if caching:
+                scheduling.scheduler_cls = SCHEDULER
+        if on_gpu:
             logger.warning("The compressed cache has not been run inside vLLM on a GPU yet.")
             # Attention looks up what a step is in Python, so no CUDA graph may hold it.
             compilation = vllm_config.compilation_config

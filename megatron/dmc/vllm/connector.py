@@ -4,6 +4,7 @@ and end on the way there, the true lengths of the cache on the way back.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -15,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.request import RequestStatus
 
 from megatron.dmc.vllm.cache import CompressedManager
 from megatron.dmc.vllm.grants import Lengths
@@ -44,6 +46,7 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._rows = pool_of(vllm_config).rows if role == KVConnectorRole.WORKER else None
+        self._kept: list[tuple[int, str]] = []
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -67,23 +70,47 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
                 f"has {usable}; lower --max-model-len or --max-num-batched-tokens, or give the cache more memory"
             )
 
+    def on_new_request(self, request: Any) -> None:
+        if self.manager.prefixes is not None and request.prompt_token_ids is not None:
+            self.manager.prefixes.begin(request.request_id, _salt(request), request.prompt_token_ids)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        return 0, False
+        """Tokens of the snapshot with which a request can begin. The last token is always computed."""
+        return self.manager.match(request.request_id, request.num_tokens - 1), False
+
+    def chunk(self, request_id: str, start: int, count: int) -> int:
+        """How many of ``count`` tokens from ``start`` on a step computes, see :meth:`Prefixes.chunk`."""
+        prefixes = self.manager.prefixes
+        return count if prefixes is None else prefixes.chunk(request_id, start, count)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         return
 
     def build_connector_meta(self, scheduler_output: Any) -> Metadata:
         manager, cached = self.manager, scheduler_output.scheduled_cached_reqs
+        copied = self._copy(cached) if manager.prefixes is not None else []
         named = [(new.req_id, new.block_ids) for new in scheduler_output.scheduled_new_reqs]
         resumed = cached.resumed_req_ids
         named += [pair for pair in zip(cached.req_ids, cached.new_block_ids, strict=True) if pair[0] in resumed]
+        kept, self._kept = self._kept, []
+        dropped = manager.prefixes.take_dropped() if manager.prefixes is not None else []
+        made = {snapshot for snapshot, _ in copied}
         return Metadata(
+            kept=kept,
+            copied=[pair for pair in copied if pair[0] not in dropped],
+            resumed={request: source for request, _ in named if (source := manager.source(request)) is not None},
+            dropped=[snapshot for snapshot in dropped if snapshot not in made],
             begun=[(request, manager.begin(request), blocks[0][0]) for request, blocks in named],
             ended=list(scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())),
             refused=manager.refused(scheduler_output.num_scheduled_tokens),
             tokens=dict(scheduler_output.num_scheduled_tokens),
         )
+
+    def _copy(self, cached: Any) -> list[tuple[int, str]]:
+        """Snapshots of requests that go on with this step: (number, request)."""
+        pairs = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        going = ((request, computed) for request, computed in pairs if request not in cached.resumed_req_ids)
+        return [(n, request) for request, computed in going if (n := self.manager.copy(request, computed)) is not None]
 
     def update_connector_output(self, connector_output: Any) -> None:
         if connector_output.kv_connector_worker_meta is not None:
@@ -91,7 +118,18 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
                 self.manager.report(request, life, known)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+        manager, name = self.manager, request.request_id
+        if manager.prefixes is not None:
+            ended = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+            if ended and (snapshot := manager.keep(name, _salt(request), request.all_token_ids)) is not None:
+                self._kept.append((snapshot, name))
+            manager.prefixes.end(name)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """Forget all snapshots."""
+        self.manager.forget()
+        return True
 
     def get_kv_connector_stats(self) -> CompressionStats | None:
         if self._rows is not None:
@@ -133,6 +171,12 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> CompressionMetrics:
         return CompressionMetrics(*args)
+
+
+def _salt(request: Any) -> str:
+    """What two requests must have in common to share a prefix, beside its tokens."""
+    adapter = request.lora_request
+    return json.dumps([request.cache_salt, adapter.lora_name if adapter else None])
 
 
 class CompressionStats(KVConnectorStats):

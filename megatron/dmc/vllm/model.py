@@ -36,7 +36,7 @@ from megatron.dmc.inference.recent_pages import Window
 from megatron.dmc.inference.weights import ModelInfo, describe
 from megatron.dmc.kernels.state import DTYPES
 from megatron.dmc.vllm.cache import CompressedSpec
-from megatron.dmc.vllm.config import OPERATOR, page_size
+from megatron.dmc.vllm.config import OPERATOR, page_size, snapshot_rows
 from megatron.dmc.vllm.grants import Grants
 from megatron.dmc.vllm.rows import Rows, steps_late
 
@@ -130,7 +130,7 @@ class Pool(AttentionLayerBase):
         self.heads = c.kv_heads // parallel.tensor_parallel_size
         self.attention = CompressedAttention(self.info, self.device)
         self.rows = Rows(
-            scheduling.max_num_seqs,
+            scheduling.max_num_seqs + snapshot_rows(vllm_config),
             page_size(vllm_config),
             num_layers=c.num_layers,
             num_kv_heads=self.heads,
@@ -157,6 +157,7 @@ class Pool(AttentionLayerBase):
             dcp_sharded=False,
             grants=Grants(heads, window, cr, vllm_config.scheduler_config.max_num_batched_tokens * overlapping),
             layout=self.rows.layout,
+            snapshots=snapshot_rows(vllm_config),
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:

@@ -27,6 +27,14 @@ class Plan:
     """Requests that gave their blocks back since the last step, finished or preempted."""
     refused: list[str] = field(default_factory=list)
     """Requests of this step that the cache cannot hold, even alone. They end with an error."""
+    kept: list[tuple[int, str]] = field(default_factory=list)
+    """(snapshot, request) of requests that ended and whose state is kept."""
+    copied: list[tuple[int, str]] = field(default_factory=list)
+    """(snapshot, request) of requests whose state before this step is kept, while they go on."""
+    resumed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(snapshot, its tokens) of requests of ``begun`` that continue from one."""
+    dropped: list[int] = field(default_factory=list)
+    """Snapshots that are given up, some of which ``resumed`` names for the last time."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of each request of this step."""
 
@@ -86,6 +94,7 @@ class Rows:
         self.state = state_in(buffer, self.layout.usable(blocks) * self.heads, **self.shape)
         self._free = list(range(self.shape["max_seqs"] - 1, -1, -1))
         self._rows: dict[str, _Row] = {}
+        self._snapshots: dict[int, int] = {}
         self._step: list[str] = []
         self._failed: set[int] = set()
         self._copies: deque[tuple[list[tuple[str, int, int]], Tensor, torch.cuda.Event | None]] = deque()
@@ -97,16 +106,37 @@ class Rows:
         """Number of requests that hold a row."""
         return len(self._rows)
 
+    @property
+    def snapshots(self) -> int:
+        """Number of kept states, which hold a row each."""
+        return len(self._snapshots)
+
     def begin(self, plan: Plan) -> None:
-        """Begin a step: free what ended, and give rows to what begins."""
+        """Begin a step: free what ended, keep what is to be kept, and give rows to what begins."""
+        for snapshot, request in plan.kept:
+            row = self._rows.pop(request)
+            self.row_of_block[row.block] = -1
+            self._snapshots[snapshot] = row.index
+        # Whoever is the last to continue from a snapshot takes its row: there may be no pages for a copy.
+        last = {snapshot: request for request, (snapshot, _) in plan.resumed.items() if snapshot in plan.dropped}
         ended = [row for request in plan.ended if (row := self._rows.pop(request, None)) is not None]
-        if ended:
-            index = [row.index for row in ended]
-            kernels.free(self.state, torch.tensor(index, dtype=torch.int32, device=self.row_of_block.device))
+        index = [row.index for row in ended]
+        index += [self._snapshots.pop(snapshot) for snapshot in plan.dropped if snapshot not in last]
+        if index:
+            kernels.free(self.state, self._on_device(index))
             self.row_of_block[[row.block for row in ended]] = -1
             self._free += index
+        for snapshot, request in plan.copied:
+            self._snapshots[snapshot] = self._fork(self._rows[request].index)
         for request, life, block in plan.begun:
-            self._rows[request] = row = _Row(self._free.pop(), life, block)
+            snapshot, tokens = plan.resumed.get(request, (None, 0))
+            if snapshot is None:
+                at = self._free.pop()
+            elif last.get(snapshot) == request:
+                at = self._snapshots.pop(snapshot)
+            else:
+                at = self._fork(self._snapshots[snapshot])
+            self._rows[request] = row = _Row(at, life, block, tokens)
             self.row_of_block[block] = row.index
         for request in plan.refused:
             row = self._rows[request]
@@ -117,6 +147,15 @@ class Rows:
         for request, tokens in plan.tokens.items():
             self._rows[request].tokens += tokens
         self._step = list(plan.tokens)
+
+    def _on_device(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32, device=self.row_of_block.device)
+
+    def _fork(self, source: int) -> int:
+        """Copy a row, whose final pages both have then. Returns the copy's."""
+        target = self._free.pop()
+        kernels.fork(self.state, self._on_device([source]), self._on_device([target]))
+        return target
 
     def take_failed(self) -> set[int]:
         """First blocks of refused requests, once each."""

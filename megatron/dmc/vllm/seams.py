@@ -46,7 +46,10 @@ SEAMS = (
     Seam("vllm.model_executor.models:ModelRegistry.register_model", ("model_arch", "model_cls")),
     Seam("vllm.model_executor.models.config:MODELS_CONFIG_MAP"),
     Seam("vllm.config:VllmConfig.max_concurrent_batches"),
-    Seam("vllm.config:KVTransferConfig", ("kv_connector", "kv_connector_module_path", "kv_role")),
+    Seam(
+        "vllm.config:KVTransferConfig",
+        ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config"),
+    ),
     Seam("vllm.transformers_utils.repo_utils:get_hf_file_to_dict", ("file_name", "model", "revision")),
     # Its attention is replaced.
     Seam("vllm.model_executor.models.llama:LlamaForCausalLM.__init__", ("vllm_config", "prefix", "layer_type")),
@@ -88,9 +91,23 @@ SEAMS = (
     ),
     Seam(f"{_V1}.core.single_type_kv_cache_manager:CircularBufferManager.pop_blocks_for_free", ("request_id",)),
     Seam(f"{_V1}.core.block_pool:BlockPool.get_new_blocks"),
+    Seam(f"{_V1}.core.block_pool:BlockPool.get_num_free_blocks"),
     Seam(f"{_V1}.core.block_pool:BlockPool.free_blocks"),
+    # Prompts are read up to where a state is kept, and begin with one.
+    Seam("vllm.config:SchedulerConfig.get_scheduler_cls"),
+    Seam(
+        f"{_V1}.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
+        ("request", "num_new_tokens", "num_new_local_computed_tokens", "num_external_computed_tokens"),
+    ),
+    Seam(
+        f"{_V1}.core.single_type_kv_cache_manager:CircularBufferManager.allocate_external_computed_blocks",
+        ("request_id", "num_local_computed_tokens", "num_external_computed_tokens"),
+    ),
+    Seam(f"{_CONNECTOR}.base:KVConnectorBase_V1.get_num_new_matched_tokens", ("request", "num_computed_tokens")),
+    Seam(f"{_CONNECTOR}.base:KVConnectorBase_V1.on_new_request", ("request",)),
+    Seam(f"{_CONNECTOR}.base:SupportsHMA.request_finished_all_groups", ("request", "block_ids")),
+    Seam(f"{_CONNECTOR}.base:KVConnectorBase_V1.reset_cache"),
     # Scheduler and workers talk.
-    Seam(f"{_CONNECTOR}.base:SupportsHMA"),
     Seam(f"{_CONNECTOR}.base:KVConnectorBase_V1.bind_kv_cache_manager", ("kv_cache_manager",)),
     Seam(f"{_CONNECTOR}.base:KVConnectorBase_V1.build_connector_meta", ("scheduler_output",)),
     Seam(f"{_CONNECTOR}.base:KVConnectorBase_V1.handle_preemptions", ("kv_connector_metadata",)),
