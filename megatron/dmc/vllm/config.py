@@ -11,6 +11,7 @@ from megatron.dmc.kernels.state import PAGE_SIZES
 
 logger = init_logger(f"vllm.{__name__}")
 
+MAX_SNAPSHOTS = 64  # each has a ring and a page table, in memory that pages would have otherwise
 OPERATOR = "vllm::dmc_attention"
 SCHEDULER = "megatron.dmc.vllm.scheduler.SnapshotScheduler"
 CONNECTOR, MODULE = "DMCConnector", "megatron.dmc.vllm.connector"
@@ -23,10 +24,12 @@ def page_size(config: VllmConfig) -> int:
 
 
 def snapshot_rows(config: VllmConfig) -> int:
-    """Rows of the cache for states that are kept for prefix caching: as many as for sequences, or none."""
+    """Rows of the cache for states that are kept for prefix caching: as many as for sequences, up to a limit, or
+    none.
+    """
     transfer = config.kv_transfer_config
     caching = transfer is not None and transfer.kv_connector_extra_config.get("prefix_caching", False)
-    return config.scheduler_config.max_num_seqs if caching else 0
+    return min(config.scheduler_config.max_num_seqs, MAX_SNAPSHOTS) if caching else 0
 
 
 def refusals(config: VllmConfig) -> list[str]:
