@@ -97,8 +97,9 @@ class InVLLM:
             if all_decode and list(self.scheduler.running) == before:
                 break
         self.engine.abort_request([request.request_id for request in self.scheduler.waiting], internal=True)
-        # A block of each kind for every sequence, or else the youngest would be preempted while we measure.
-        kinds = 1 + (self.job["method"] == "dms")
+        # A block of each kind for every sequence, or else the youngest would be preempted while we measure. The memory
+        # is what the plain model's sequences take at their ends.
+        kinds = {"plain": 0, "dmc": 1, "dms": 2}[self.job["method"]]
         while self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() < kinds * len(self.scheduler.running):
             self.engine.abort_request([self.scheduler.running[-1].request_id], internal=True)
             self.engine.step()
@@ -217,7 +218,7 @@ def make_jobs(args: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dic
     )
     jobs = {}
     args.method = "dmc"
-    plain = dict(common, server="vllm", method="plain", model=write_model(folder, args, dtype, 1.0), rows=count + 1)
+    plain = dict(common, server="vllm", method="plain", model=write_model(folder, args, dtype, 1.0), rows=count)
     jobs[PLAIN], jobs[WITHOUT] = plain, dict(plain, plugin=False)
     for method in args.methods:
         args.method, place = method, folder / method
