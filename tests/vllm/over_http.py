@@ -33,6 +33,7 @@ TOOL = {
     "function": {
         "name": "get_weather",
         "description": "Weather of a city",
+        "strict": True,  # else vLLM lets the arguments be anything
         "parameters": {
             "type": "object",
             "properties": {
@@ -135,7 +136,7 @@ def ask_chats(client, case: dict) -> dict:
         if chat["expected"] is not None and answer != chat["expected"]:
             wrong.append({"chat": answer, "expected": chat["expected"]})
     messages = case["chats"][0]["messages"]
-    asked = dict(model="model", messages=messages, temperature=0, max_tokens=300)
+    asked = dict(model="model", messages=messages, temperature=0, max_tokens=120)
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
     answer = client.chat.completions.create(**asked, response_format=form).choices[0]
     structured = {"structured": answer.message.content}

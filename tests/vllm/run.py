@@ -123,7 +123,10 @@ def make_chat_case(folder: Path, args: argparse.Namespace) -> dict:
     texts = ("What is the capital of France?", "Write one sentence about rivers.")
     chats = [{"messages": [{"role": "user", "content": text}], "max_tokens": 24, "expected": None} for text in texts]
     sizes = {"max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 256 << 20}
-    engine = sizes | {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    # A small model at temperature 0 may write blanks for ever, where a grammar lets it.
+    structured_outputs = {"backend": "xgrammar", "disable_any_whitespace": True}
+    engine = sizes | {"structured_outputs_config": structured_outputs}
+    engine |= {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     case = {"name": "chat", "http": True, "requests": [], "chats": chats, "compressed": True, "at_once": 1}
     if args.chat_model is None:
         # Ids of a random model mean nothing to it: what the grammar lets end is short, blanks left out.
@@ -209,10 +212,15 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
     plain = make_plain(folder / "plain")
     few = max(8, count // 4)
     # Twelve blocks beside the rows: 192 tokens of one sequence that never merges, of at most 256; and twenty.
-    shape = dict(num_layers=LAYERS, num_kv_heads=GROUPS, head_dim=D, max_slots=256, max_seqs=2 * at_once)
-    division = layout(BLOCK, **shape)
+    shape = dict(num_layers=LAYERS, num_kv_heads=GROUPS, head_dim=D, max_slots=256)
+
+    def memory(blocks: int, rows: int) -> dict:
+        division = layout(BLOCK, max_seqs=rows, **shape)
+        return {"kv_cache_memory_bytes": max(division.needed(blocks), blocks + 1) * division.block_bytes}
+
     roomy = {"kv_cache_memory_bytes": 4 << 20}
-    small, medium = ({"kv_cache_memory_bytes": max(division.needed(n), n + 1) * division.block_bytes} for n in (12, 20))
+    # With prefix caching there are as many rows again for kept states.
+    small, medium, small_without = memory(12, 2 * at_once), memory(20, 2 * at_once), memory(12, at_once)
 
     def case(name: str, model: Path, requests: int, memory: dict, engine: dict | None = None, **more: object) -> dict:
         sizes = {"max_num_seqs": at_once, "max_num_batched_tokens": max(32, at_once), **memory}
@@ -243,7 +251,7 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
             "never merges",
             models["no merging"],
             count,
-            small,
+            small_without,
             engine={"enable_prefix_caching": False},
             never_merges=True,
             at_least={"preempted": 5, "errors": 2},
@@ -252,7 +260,7 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
             "own process",
             models["no merging"],
             count,
-            small,
+            small_without,
             engine={"distributed_executor_backend": "mp", "enable_prefix_caching": False},
             never_merges=True,
             at_least={"preempted": 5, "errors": 2},
