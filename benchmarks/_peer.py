@@ -1,0 +1,139 @@
+"""One engine of benchmarks/peers.py, in a process and an environment of its own.
+
+    python _peer.py ENGINE SETTINGS
+
+SETTINGS is JSON (see :class:`Settings`). Every line of stdin is a job, {"prompts": [[token id, ...], ...], "tokens":
+n}; the answer is a line {"seconds": s} on stdout once every prompt has n more tokens, greedily past any end of text.
+The first line says {"version": v}, when the model is loaded. Nothing of this package is imported but by its own engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Optional
+
+Generate = Callable[[list[list[int]], int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine runs."""
+
+    model: str
+    """Hugging Face directory."""
+    gguf: Optional[str]
+    """The same model as a GGUF file."""
+    dtype: str
+    """float32 or bfloat16."""
+    quantization: Optional[str]
+    """Quantization of this package's engine."""
+    threads: int
+    length: int
+    """Tokens of the longest sequence."""
+    batch: int
+    """Sequences of the largest batch."""
+
+
+def ours(settings: Settings) -> Generate:
+    import torch
+
+    from megatron.dmc.inference import Engine, EngineConfig, SamplingParams
+
+    torch.set_num_threads(settings.threads)
+    config = EngineConfig(
+        dtype=settings.dtype,
+        device="cpu",
+        quantization=settings.quantization,
+        max_num_seqs=settings.batch,
+        max_model_len=settings.length,
+        enable_prefix_caching=False,
+    )
+    engine = Engine(settings.model, config)
+
+    def generate(prompts: list[list[int]], tokens: int) -> None:
+        wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        for n, prompt in enumerate(prompts):
+            engine.add_request(str(n), prompt, wanted)
+        while engine.has_unfinished():
+            for output in engine.step():
+                assert output.error is None, output.error
+
+    return generate
+
+
+def transformers(settings: Settings) -> Generate:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(settings.threads)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
+    model.generation_config.eos_token_id = None
+
+    def generate(prompts: list[list[int]], tokens: int) -> None:
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
+        assert out.size(1) == ids.size(1) + tokens
+
+    return generate
+
+
+def llama_cpp(settings: Settings) -> Generate:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = settings.gguf
+    params.n_parallel, params.n_ctx = settings.batch, settings.batch * settings.length
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads
+    params.cache_ram_mib = 0
+    server = xllamacpp.Server(params)
+    pool = ThreadPoolExecutor(settings.batch)
+
+    def one(prompt: list[int], tokens: int) -> None:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        answer = server.handle_completions(body)
+        assert answer["usage"]["completion_tokens"] == tokens, answer
+
+    def generate(prompts: list[list[int]], tokens: int) -> None:
+        list(pool.map(one, prompts, [tokens] * len(prompts)))
+
+    return generate
+
+
+ENGINES: dict[str, tuple[str, Callable[[Settings], Generate]]] = {
+    "ours": ("megatron-dmc", ours),
+    "transformers": ("transformers", transformers),
+    "llama.cpp": ("xllamacpp", llama_cpp),
+}
+"""Engine -> the distribution that has it, and what loads a model."""
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries write where they like
+    name, settings = sys.argv[1], Settings(**json.loads(sys.argv[2]))
+    distribution, load = ENGINES[name]
+
+    def answer(what: dict[str, Any]) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    generate = load(settings)
+    answer({"version": version(distribution)})
+    for line in sys.stdin:
+        job = json.loads(line)
+        start = time.perf_counter()
+        generate(job["prompts"], job["tokens"])
+        answer({"seconds": time.perf_counter() - start})
+
+
+if __name__ == "__main__":
+    main()
