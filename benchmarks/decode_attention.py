@@ -9,6 +9,7 @@ Measured, in turn within one process, on caches of random slots whose pages lie 
   evicting   the same op, and append_evicting, for a model that evicts (DMS) whose heads hold as many slots, the latest
              257 tokens among them; one token in four is kept when it leaves the window (on a GPU where all heads are
              equally long, and without a target)
+  int8, fp8_e4m3  on a CPU, the same op on caches of as many slots whose pages hold 8 bits, without a target
   flashinfer on a GPU, with --flashinfer: its paged decode attention on the same cache, every head a sequence of its
              own; the faster of its two kernels (ordinary and tensor cores), planned beforehand, in graphs too
 One row per query heads / KV heads, dtype and slots per head. On a CPU "ragged" heads hold between a half and one and a
@@ -39,6 +40,7 @@ import torch
 from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
 
 from megatron.dmc import kernels
+from megatron.dmc.inference.config import KV_CACHE_DTYPES
 from megatron.dmc.kernels.params import NEURON_ALL
 from megatron.dmc.kernels.state import REFUSED
 from megatron.dmc.ops import rotary_frequencies
@@ -58,10 +60,19 @@ GROWTH = REPEATS * (ROUNDS[1] + 3)  # slots that a head gains at most while appe
 
 
 def cache(
-    rows: int, heads: int, d: int, slots: int, uneven: bool, page_size: int, dtype, device, evict_window: int = 0
+    rows: int,
+    heads: int,
+    d: int,
+    slots: int,
+    uneven: bool,
+    page_size: int,
+    dtype,
+    device,
+    evict_window: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> kernels.CacheState:
     """Cache of random slots, as many in every head or as many in the mean, whose pages lie in random order. With an
-    ``evict_window`` those of a model that evicts, its recent tokens among them.
+    ``evict_window`` those of a model that evicts, its recent tokens among them; with a ``kv_dtype`` in 8 bits.
     """
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(rows, 1, heads, generator=generator)
@@ -83,10 +94,15 @@ def cache(
         page_size=page_size,
         evict_window=evict_window or None,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
     )
-    for x in (state.k_pages, state.v_pages, state.ring_k, state.ring_v):
+    for x in (state.ring_k, state.ring_v, *(() if kv_dtype else (state.k_pages, state.v_pages))):
         x.normal_()
+    for codes, scales in ((state.k_pages, state.k_scales), (state.v_pages, state.v_scales)):
+        if kv_dtype:
+            codes.view(torch.int8).random_(-100, 100)
+            scales.fill_(0.01)
     state.ring_w.fill_(1.0)
     state.lengths.copy_(kept)
     # A model that merges has seen 12 tokens of the open slot, one that evicts four times what it kept.
@@ -157,6 +173,8 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     # Where a GPU's heads are skewed the shortest hold fewer slots than a window.
     has_window = device.type == "cpu" or not uneven
     evicting = cache(*shape, min(EVICT_WINDOW, slots // 4)) if has_window else None
+    kv_dtypes = KV_CACHE_DTYPES if device.type == "cpu" else {}
+    quantized = {name: cache(*shape, kv_dtype=of) for name, of in kv_dtypes.items() if of is not None}
     q = torch.randn(batch, query_heads, d, dtype=dtype, device=device)
     rows = torch.arange(batch, dtype=torch.int32, device=device)
     bytes_read = int(state.lengths.sum()) * 2 * d * state.k_pages.element_size()
@@ -173,6 +191,8 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     }
     if evicting is not None:
         functions["evicting"] = graphed(lambda: kernels.decode_attention(evicting, 0, q, rows, d**-0.5), device)
+    for name, other in quantized.items():
+        functions[name] = partial(kernels.decode_attention, other, 0, q, rows, d**-0.5)
     if args.flashinfer:
         ours = kernels.decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
         for name, function in _flashinfer.decode_functions(state, 0, q, d**-0.5).items():
@@ -217,6 +237,7 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
         "of_copy": ratio([t / 2 for t in times["copy"]], times["kernel"]),
         "speed_up": speed_up,
         "over_flashinfer": ratio(times[theirs], times["kernel"]) if theirs else None,
+        "over_unquantized": {name: ratio(times[name], times["kernel"]) for name in quantized},
         "append_share": ms["append"]["median"] / (ms["append"]["median"] + ms["kernel"]["median"]),
         "evicting_over_merging": {
             "attention": ratio(times["evicting"], times["kernel"]),
@@ -272,6 +293,8 @@ def cells(f: dict, on: str) -> dict[str, object]:
         "x reference": speed["median"] if speed else "",
         "quartiles": quartiles(speed, ".1f") if speed else "",
     }
+    for name, of in f["over_unquantized"].items():
+        found[f"{name} time"], found[f"{name} quartiles"] = of["median"], quartiles(of)
     for part in ("attention", "append"):
         found[f"DMS/DMC {part}"] = f["evicting_over_merging"][part]["median"] if f["evicting_over_merging"] else ""
     if on == "cuda":

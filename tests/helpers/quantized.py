@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 
 import torch
+from helpers.engines import Model
 from torch import Tensor
 
 from megatron.dmc.kernels import CacheState
 
+MARGIN = 0.01  # of logits: a closer second token may win after another rounding
 KV_DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 # Magnitudes of float8_e4m3fn by their codes 0 to 126; 127 is NaN.
 FP8 = [(1 + m / 8) * 2.0 ** (e - 7) if e else m / 8 * 2.0**-6 for e in range(16) for m in range(8)][:127]
@@ -57,3 +59,18 @@ def nearly(got: Tensor, want: Tensor, bound: float = 1e-4, share: float = 0.002,
     error = (got.float().cpu() - want.float()).abs() / want.float().abs().max()
     assert float(error.max()) <= most, f"{float(error.max()):.1e}"
     assert float((error > bound).float().mean()) <= share, f"{float((error > bound).float().mean()):.1e}"
+
+
+def clear_answer(model: Model, name: str, prompt: tuple[int, ...], more: int) -> tuple[int, ...]:
+    """Greedy tokens of a model over the oracle's cache in ``name`` of :data:`KV_DTYPES`, up to the first that another
+    one comes close to.
+    """
+    oracle, tokens = model.exported.oracle(stored=rounding(KV_DTYPES[name])), []
+    logits = oracle.run(list(prompt))[-1]
+    while len(tokens) < more:
+        best = logits.topk(2)
+        if best.values[0] - best.values[1] < MARGIN:
+            break
+        tokens.append(int(best.indices[0]))
+        logits = oracle.step(tokens[-1])
+    return tuple(tokens)

@@ -6,14 +6,12 @@ import pytest
 import torch
 from helpers.engines import Model, all_back, drain, full_logprobs, ids_of
 from helpers.exported import GROUPS, LAYERS, VOCABULARY
-from helpers.quantized import KV_DTYPES, nearly, rounding
+from helpers.quantized import KV_DTYPES, clear_answer, nearly, rounding
 
 from megatron.dmc import kernels
 from megatron.dmc.inference import EngineConfig, SamplingParams
 
 CASES = ["half", "unbounded", "no merging", "adapter, self"]
-MARGIN = 0.01  # of log-probability: a closer second token may win after another rounding
-
 on_models = pytest.mark.parametrize(("case", "name"), [*((case, "int8") for case in CASES), ("half", "fp8_e4m3")])
 
 
@@ -21,19 +19,6 @@ on_models = pytest.mark.parametrize(("case", "name"), [*((case, "int8") for case
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     root = tmp_path_factory.mktemp("models")
     return {case: Model(root / str(i), case) for i, case in enumerate(CASES)}
-
-
-def answer(model: Model, name: str, prompt: tuple[int, ...], more: int) -> tuple[int, ...]:
-    """The oracle's greedy tokens, up to the first that another one comes close to."""
-    oracle, tokens = model.exported.oracle(stored=rounding(KV_DTYPES[name])), []
-    logits = oracle.run(list(prompt))[-1]
-    while len(tokens) < more:
-        best = logits.topk(2)
-        if best.values[0] - best.values[1] < MARGIN:
-            break
-        tokens.append(int(best.indices[0]))
-        logits = oracle.step(tokens[-1])
-    return tuple(tokens)
 
 
 @on_models
@@ -81,7 +66,7 @@ def test_shared_prefixes_copies_and_preemption(models: dict[str, Model], case: s
     assert engine.stats().preemptions >= 2 and engine.stats().prefix_cache_hits
     compared = 0
     for request, prompt in asked.items():
-        want = answer(model, name, prompt, 24)
+        want = clear_answer(model, name, prompt, 24)
         compared += len(want)
         for index in range(2):
             assert ids_of(found[request, index])[: len(want)] == want
