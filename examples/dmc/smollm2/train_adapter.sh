@@ -26,4 +26,5 @@ fi
 train calibrate --target-cr 4 --train-iters 48 --init-from "$DIR/smollm2" --save "$DIR/calibrated"
 # 245,760 tokens; adapter-4x/README.md has what was run there. Noisy decisions evict less than the hard ones of inference: 3.5 here is 4.4 there.
 train finetune --target-cr 3.5 --train-iters 240 --seed 2 --save-interval 24 --init-from "$DIR/calibrated" --save "$DIR/adapters"
-dmc convert export --adapter-only --load "$DIR/adapters" --save "$DIR/adapter-4x" --base-model SmolLM2-135M-Instruct --overwrite
+dmc convert export --adapter-only --load "$DIR/adapters" --save "$DIR/adapter-4x" --base-model SmolLM2-135M-Instruct \
+    --decision-bias 4.8 --overwrite
