@@ -120,6 +120,8 @@ def test_calibrated_adapters_are_exported_and_trained_on(data, base, tmp_path):
     export_adapter(checkpoint, tmp_path / "alone", decision_bias=7.5)
     config = json.loads((tmp_path / "alone" / "config.json").read_text())["dmc"]
     assert (config["decision_bias"], config["stage"]) == (7.5, "calibrate") and "measured_cr" not in config
+    card = (tmp_path / "alone" / "README.md").read_text()
+    assert "at the end of training: not measured." in card and "bias 7.5." in card
     more = dict(init_from=checkpoint, save=tmp_path / "trained", freeze_base=True, bf16=True)
     config, _ = retrofit.prepare(tiny.command(data, "finetune", train_iters=2, **more))
     assert config.stage.target_cr == 2 and config.dmc.window == ADAPTER["window"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Optional
 
@@ -52,11 +53,9 @@ def export_adapter(
     if base_model is not None and Path(base_model).is_dir():
         _check_same(Path(base_model), digest, source.path)
         base_model = Path(base_model).name
-    config = _config(source, base_model or _name(source), digest)
     if decision_bias is not None:
-        # A copy without the measured ratio, which was another threshold's.
-        block = {key: value for key, value in config["dmc"].items() if key != "measured_cr"}
-        config["dmc"] = block | {"decision_bias": decision_bias}
+        source = _with_bias(source, decision_bias)
+    config = _config(source, base_model or _name(source), digest)
     announce(f"export the adapters of {source.path} -> {save}", tensors, save, progress)
     with writing(save), staged(save, overwrite) as directory:
         crc32 = {hf.SINGLE: hf.write_safetensors(directory / hf.SINGLE, tensors, progress.block)}
@@ -65,6 +64,17 @@ def export_adapter(
         checksums.write_file(directory, crc32)
     progress.warn()
     return save
+
+
+def _with_bias(source: Source, decision_bias: float) -> Source:
+    """The same adapters with another threshold, and without the ratio that was measured with their own."""
+    block = {key: value for key, value in source.config["dmc"].items() if key != "measured_cr"}
+    return dataclasses.replace(
+        source,
+        config=source.config | {"dmc": block | {"decision_bias": decision_bias}},
+        run=dataclasses.replace(source.run, dmc=dataclasses.replace(source.run.dmc, decision_bias=decision_bias)),
+        manifest=dataclasses.replace(source.manifest, measured_cr=None),
+    )
 
 
 def _once(name: str, source: Source) -> bool:
