@@ -73,7 +73,8 @@ def transformers(settings: Settings) -> Generate:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(settings.threads)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=getattr(torch, settings.dtype)).eval()
+    dtype = getattr(torch, settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, trust_remote_code=False).eval()
     model.generation_config.eos_token_id = None
 
     def generate(prompts: list[list[int]], tokens: int) -> None:

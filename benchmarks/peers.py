@@ -68,13 +68,12 @@ def peer_names(text: str) -> list[str]:
 def make_model(directory: Path, layers: int, dtype: str) -> Path:
     """Directory of a random model of SmolLM2's shape with ``layers`` layers."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers, "dtype": dtype}))
-    config = AutoConfig.from_pretrained(directory)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(directory)
+    config = LlamaConfig.from_dict(SHAPE | {"num_hidden_layers": layers, "dtype": dtype})
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)
     return directory
 
 

@@ -35,6 +35,11 @@ def repeated(length: int, gap: int, rows: int = 8) -> torch.Tensor:
     return torch.tensor([[*block, *other, *block] for block, other in made])
 
 
+def without_the_first_head(out):
+    """An output projection, whatever form its weight has, that does not see the first head's 32 channels."""
+    return lambda x: out(torch.cat((torch.zeros_like(x[:, :32]), x[:, 32:]), dim=1))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_untrained_it_gives_what_followed_the_same_token(tmp_path, seed) -> None:
     induction.write(tmp_path, MODEL, seed)
@@ -49,7 +54,7 @@ def test_untrained_it_gives_what_followed_the_same_token(tmp_path, seed) -> None
         model.score(far, StreamingLLM(Budget(4))).correct[:, -15:].double().mean() < 0.1
     )  # the first four tokens are its sinks
     for layer in model.layers[:2]:
-        layer.out[:, :32] = 0
+        object.__setattr__(layer, "out", without_the_first_head(layer.out))  # a frozen record
     assert model.score(far).correct[:, -19:].double().mean() < 0.1
 
 
