@@ -197,8 +197,11 @@ def alone(made: Path) -> Path:
 def test_adapters_alone_make_the_same_model(alone: Path, name: str, tmp_path: Path) -> None:
     base, adapters = alone / f"{name}-base", alone / f"{name}-adapter"
     assert sorted(p.name for p in adapters.iterdir()) == [
-        "README.md", "checksums.json", "config.json", "model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "checksums.json",
+        "config.json",
+        "model.safetensors",
+    ]
     served, whole = EngineConfig(adapter=str(adapters)).open_directory(base), hf.open_directory(alone / name)
     with adapter.checking(served):
         pass

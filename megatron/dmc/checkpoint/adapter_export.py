@@ -67,7 +67,7 @@ def export_adapter(
 
 
 def _with_bias(source: Source, decision_bias: float) -> Source:
-    """A checkpoint of adapters with another decision bias, and without the compression ratio that was measured before."""
+    """A checkpoint of adapters with another decision bias, without the compression ratio that was measured before."""
     block = {key: value for key, value in source.config["dmc"].items() if key != "measured_cr"}
     return dataclasses.replace(
         source,
