@@ -24,12 +24,12 @@ Generate = Callable[[list[list[int]], int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What an engine runs."""
+    """Model, number format and load that one engine is measured with."""
 
     model: str
     """Hugging Face directory."""
     gguf: Optional[str]
-    """The same model as a GGUF file."""
+    """GGUF file of the model, for llama.cpp; None where no peer reads it."""
     dtype: str
     """float32 or bfloat16."""
     quantization: Optional[str]

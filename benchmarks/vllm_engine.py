@@ -138,7 +138,7 @@ class InVLLM:
 
 
 class InEngine:
-    """The same model in the engine of this package."""
+    """A model in the engine of this package, without vLLM, to be measured."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
@@ -198,7 +198,7 @@ class Server:
 
 
 def make_jobs(args: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What each process is to do, by name."""
+    """Settings of the processes that measure, by the processes' names."""
     args.contexts = [args.context]
     count = max(1, args.cache_tokens // args.context)
     most = math.ceil(args.compression_ratio * count) + 1

@@ -30,7 +30,7 @@ def wrapped(name: str, text: str) -> str:
 
 
 def cache_line(result: RequestOutput) -> str:
-    """What the cache held at the end of a turn, and how much of the prompt was found in it."""
+    """Line on the KV cache at the end of a turn: slots held, and prompt tokens that were found in it."""
     use, timing = result.outputs[0].cache, result.outputs[0].timing
     assert use is not None and timing is not None and timing.first_token is not None
     n = len(result.outputs[0].token_ids)

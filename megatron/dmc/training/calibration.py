@@ -36,8 +36,8 @@ RIDGE = 0.02
 FLOOR = 1e-12
 """Least cost that counts, in nats squared: below it a token is worth nothing."""
 SHARPNESS = 2.0
-"""Logits per nat of predicted log cost. Decisions do not depend on it; the noise of later training does, for which
-logits some units from the threshold are decided and those near it are open."""
+"""Logits per nat of predicted log cost. Decisions hardly depend on it (only where the fit of the constant is off); what
+the noise of later training can turn does: logits some units from the threshold are decided, those near it are open."""
 COUNTING = 8
 """One batch in so many is not fitted to, but finds the threshold."""
 _BINS, _LOW, _HIGH = 1 << 14, -64.0, 64.0
@@ -91,7 +91,7 @@ class Calibration:
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config = config
         self.layers: dict[int, _Fit] = {}
         self.fitted = False
         self._histogram = torch.zeros(_BINS, dtype=torch.float64, device=device)

@@ -29,7 +29,7 @@ class Job:
     init: Optional[str] = None
     """Name of the job whose weights it starts from."""
     inputs: tuple[str, ...] = ()
-    """What its results depend on beside its commands: settings in files that it reads, hashes of such files."""
+    """Settings in files that the job reads, and hashes of such files: results depend on them as on the commands."""
 
 
 @dataclass(frozen=True)
