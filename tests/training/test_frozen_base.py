@@ -117,6 +117,8 @@ def test_calibrated_adapters_are_exported_and_trained_on(data, base, tmp_path):
     assert all(layer.abs().max() > 0 for layer in weights)
     assert "stage calibrate is finished; nothing to do" in tiny.run(argv, tmp_path / "run").output()
 
+    with pytest.raises(ValueError, match="decision_bias is nan"):
+        export_adapter(checkpoint, tmp_path / "alone", decision_bias=float("nan"))
     export_adapter(checkpoint, tmp_path / "alone", decision_bias=7.5)
     config = json.loads((tmp_path / "alone" / "config.json").read_text())["dmc"]
     assert (config["decision_bias"], config["stage"]) == (7.5, "calibrate") and "measured_cr" not in config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Optional
 
@@ -33,9 +34,11 @@ def export_adapter(
             evicts less. The ratio that was measured in training is left out then. None: the trained one.
 
     Raises:
-        ValueError: the checkpoint has no adapters; ``base_model`` is a directory with other weights; or ``save``
-            exists and ``overwrite`` is False.
+        ValueError: ``decision_bias`` is not finite; the checkpoint has no adapters; ``base_model`` is a directory with
+            other weights; or ``save`` exists and ``overwrite`` is False.
     """
+    if decision_bias is not None and not math.isfinite(decision_bias):
+        raise ValueError(f"decision_bias is {decision_bias}; give a number of logits, such as 5")
     save, progress = Path(save), progress or Progress()
     source = torch_dist.open_model(Path(load))
     tensors = {name: tensor for name, tensor in source.tensors.items() if mapping.is_adapter(name)}
