@@ -7,13 +7,15 @@ import re
 import shutil
 import socket
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 from helpers.engines import Model
 from helpers.processes import ROOT, subprocess_env
-from helpers.serving import CHAT, COMPLETIONS, GREEDY, IGNORE, Running, client, make_model, samples
+from helpers.serving import CHAT, COMPLETIONS, GREEDY, IGNORE, Running, client, make_model, samples, until
 
 from megatron.dmc import __version__
 from megatron.dmc.cli import build_parser
@@ -319,6 +321,26 @@ def test_server_equals_offline(server: Running, model: Model) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- other endpoints
+
+
+def test_token_ids_do_not_wait_for_the_tokenizer(server: Running) -> None:
+    """A prompt of a few token ids is answered while the tokenizer is busy with a text; a wrong one is refused."""
+    done = threading.Event()
+    try:
+        server.service.tokenizing.submit(done.wait, 60)
+        body = {"prompt": [5, 9, 33], "max_tokens": 2, **IGNORE}
+        assert server.json(COMPLETIONS, body)["usage"]["completion_tokens"] == 2
+        assert server.json(COMPLETIONS, {"prompt": [5, 61]}, 400)["error"]["param"] == "prompt"
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [
+                pool.submit(server.json, COMPLETIONS, body | more)
+                for more in ({"prompt": "one"}, {"bad_words": ["two"]})
+            ]
+            until(lambda: server.service.tokenizing._work_queue.qsize() == 2)
+            done.set()
+            assert [one.result()["usage"]["completion_tokens"] for one in waiting] == [2, 2]
+    finally:
+        done.set()
 
 
 def test_tokenize_and_back(server: Running) -> None:

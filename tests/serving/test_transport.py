@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import h11
 import pytest
 from helpers.engines import Model
 from helpers.serving import COMPLETIONS, Running, until
 
 from megatron.dmc.serving.bodies import default_max_body_bytes
+from megatron.dmc.serving.connection import ServerConnection
 from megatron.dmc.serving.http_config import HTTPConfig
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: m\r\nContent-Type: application/json\r\n"
@@ -71,6 +73,25 @@ def test_segments_are_sent_at_once(server: Running) -> None:
         assert accepted and all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in accepted)
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize("parts", [(b"token",), ()])
+def test_the_head_of_a_response_is_sent_with_its_body(parts: tuple[bytes, ...]) -> None:
+    """The first token of a stream takes one call to the kernel; a response without a body has its head at the end."""
+    connection = ServerConnection(h11.SERVER)
+    connection.receive_data(GET)
+    connection.next_event()
+    sent = [connection.send(h11.Response(status_code=200, headers=[]))]
+    sent += [connection.send(h11.Data(data=part)) for part in parts]
+    sent += [connection.send(h11.EndOfMessage())]
+    empty, first, *_ = sent
+    assert empty == b"" and first.startswith(b"HTTP/1.1 200 ")
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method="GET", target="/version", headers=[("Host", "m")]))
+    client.receive_data(b"".join(sent))
+    found = [client.next_event() for _ in range(2 + len(parts))]
+    assert [bytes(event.data) for event in found if isinstance(event, h11.Data)] == list(parts)
+    assert isinstance(found[-1], h11.EndOfMessage)
 
 
 # ------------------------------------------------------------------------------------------------------------ framing

@@ -32,6 +32,8 @@ from megatron.dmc.serving.prompts import Prompts
 T = TypeVar("T")
 Responses = dict[Union[int, str], dict[str, Any]]
 """Responses of an endpoint in the OpenAPI schema, by HTTP status."""
+QUICK = 2048
+"""Most token ids of a prompt that the event loop checks itself: it takes no longer than another thread to wake up."""
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -92,10 +94,12 @@ class Service:
                 code="model_not_found",
             )
 
-    async def tokenize(self, function: Callable[[Any], T], request: Any) -> T:
-        """Run ``function(request)`` on the tokenizer's thread, or on that of chats."""
+    async def tokenize(self, function: Callable[[Any], T], request: Any, quick: bool = False) -> T:
+        """Run ``function(request)`` on the tokenizer's thread, or on that of chats; ``quick``: at once."""
         executor = self.templating if isinstance(request, p.ChatFields) else self.tokenizing
         try:
+            if quick:
+                return function(request)
             return await asyncio.get_running_loop().run_in_executor(executor, function, request)
         except APIError as error:
             raise request.as_sent(error) from None
@@ -121,7 +125,8 @@ class Service:
         report = request.stream_options is not None and request.stream_options.include_cache
         try:
             await self.compile(request, params)
-            requests = await self.tokenize(lambda r: self.prompts.requests(r, params, name, report), request)
+            quick = _is_quickly_checked(request, params)
+            requests = await self.tokenize(lambda r: self.prompts.requests(r, params, name, report), request, quick)
         except BaseException:
             self.runner.release(place)
             raise
@@ -169,6 +174,14 @@ def _size(request: p.GenerationRequest, params: SamplingParams) -> tuple[int, in
         return params.n, params.n * sum(len(message.text) // 4 + 4 for message in request.messages)
     lengths = [len(prompt) // 4 + 1 if isinstance(prompt, str) else len(prompt) for prompt in request.prompts]
     return params.n * len(lengths), params.n * sum(lengths)
+
+
+def _is_quickly_checked(request: p.GenerationRequest, params: SamplingParams) -> bool:
+    """Whether a request is one prompt of a few token ids, and nothing of it needs the tokenizer or a compiler."""
+    if isinstance(request, p.ChatCompletionRequest) or params.bad_words or params.structured_outputs is not None:
+        return False
+    prompt = request.prompt
+    return 0 < len(prompt) <= QUICK and isinstance(prompt[0], int)
 
 
 def create_app(service: Service, http: HTTPConfig = HTTPConfig()) -> FastAPI:

@@ -40,9 +40,15 @@ SPARE = 64
 """Connections above the limit that are kept open until they have been answered 503; further ones are closed."""
 
 
-class _Parser(h11.Connection):
-    """h11's parser, which refuses a body of many tiny chunks."""
+class ServerConnection(h11.Connection):
+    """h11's state of a connection, which refuses a body of many tiny chunks and sends a response's head with its body.
 
+    A call to the kernel gives up the interpreter's lock, which the engine's thread may keep for milliseconds: the first
+    token goes out in the call that sends the head.
+    """
+
+    head = b""
+    """Head of a response that waits for the first part of its body."""
     chunks = size = 0
     problem: Optional[h11.RemoteProtocolError] = None
     """Why the request is refused."""
@@ -53,6 +59,14 @@ class _Parser(h11.Connection):
         except h11.RemoteProtocolError as error:
             self.problem = error
             raise
+
+    def send(self, event: Any) -> Any:
+        data = super().send(event)
+        if type(event) is h11.Response:
+            self.head, data = data, b""
+        elif self.head:
+            self.head, data = b"", self.head + (data or b"")
+        return data
 
     def _count(self, event: Any) -> Any:
         if type(event) is h11.Data:
@@ -75,7 +89,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, limits: ConnectionLimits, refused: Callable[[int], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn: _Parser = _Parser(h11.SERVER, MAX_HEADER_BYTES)
+        self.conn: ServerConnection = ServerConnection(h11.SERVER, MAX_HEADER_BYTES)
         self.limits, self.refused = limits, refused
         self._excess = False
         self._header_timer: Optional[asyncio.TimerHandle] = None
