@@ -155,10 +155,30 @@ def room(context: int, rows: int, step: int = FILL) -> int:
     return (ROUNDS + 2) * STEPS + math.ceil(1.1 * rows * context / step) + PAGE
 
 
-def filled(path: Path, context: int, rows: int, new: int, memory: int, device: torch.device) -> LLM:
-    """An engine with as many decoding sequences as its cache takes, each of which may decode ``new`` tokens. The rest
-    of the requests is gone.
+def fill(llm: LLM, prompts: list[list[int]], new: int) -> None:
+    """Let an engine read as many of the prompts as its cache takes, until all decode; each may decode ``new`` tokens.
+    The rest of the requests is gone.
     """
+    engine = llm.engine
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
+    while True:
+        before = list(engine.scheduler.running)
+        all_decode = bool(before) and all(sequence.num_uncomputed_tokens == 1 for sequence in before)
+        engine.step()
+        if all_decode and engine.scheduler.running == before:
+            break  # there was nothing to read, and still no room for another
+    for sequence in list(engine.scheduler.waiting):
+        engine.abort(sequence.request.request_id)
+    # Whoever decodes on needs pages: one more of each kind for every head, or else the youngest would be preempted
+    # while we measure.
+    kinds = 2 if engine.cache.window.size else 1
+    while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * kinds * engine.cache.heads:
+        engine.abort(engine.scheduler.running[-1].request.request_id)
+
+
+def filled(path: Path, context: int, rows: int, new: int, memory: int, device: torch.device) -> LLM:
+    """An engine with as many decoding sequences of stand-in contexts as its cache takes; see :func:`fill`."""
     llm = LLM(
         path,
         device=device.type,
@@ -177,31 +197,18 @@ def filled(path: Path, context: int, rows: int, new: int, memory: int, device: t
         return torch.zeros(batch.logits_at.numel(), model.info.model.vocab_size, device=model.device)
 
     model.forward = forward
-    for i, prompt in enumerate(prompts(rows, context)):
-        engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True))
-    while True:
-        before = list(engine.scheduler.running)
-        all_decode = bool(before) and all(sequence.num_uncomputed_tokens == 1 for sequence in before)
-        engine.step()
-        if all_decode and engine.scheduler.running == before:
-            break  # there was nothing to read, and still no room for another
-    for sequence in list(engine.scheduler.waiting):
-        engine.abort(sequence.request.request_id)
-    # Whoever decodes on needs pages: one more of each kind for every head, or else the youngest would be preempted
-    # while we measure.
-    kinds = 2 if engine.cache.window.size else 1
-    while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * kinds * engine.cache.heads:
-        engine.abort(engine.scheduler.running[-1].request.request_id)
+    fill(llm, prompts(rows, context), new)
     del model.forward
     return llm
 
 
-def budget(longest: int, sequences: int, args: argparse.Namespace, dtype: torch.dtype) -> int:
-    """Bytes of the cache for so many sequences of a plain model, of ``longest`` tokens each."""
-    heads = args.layers * args.heads
+def budget(longest: int, sequences: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the cache for so many sequences of a plain model, of ``longest`` tokens each, on ``heads`` KV
+    heads in all layers.
+    """
     pages = sequences * heads * -(-longest // PAGE)
     rows = sequences * row_bytes(heads, longest, PAGE)
-    return pages * (page_bytes(PAGE, args.head_dim, dtype) + 8) + rows
+    return pages * (page_bytes(PAGE, head_dim, dtype) + 8) + rows
 
 
 def decode(
@@ -211,7 +218,7 @@ def decode(
     count = max(1, args.cache_tokens // context)
     rows = {cr: math.ceil(cr * count) + (cr > 1) for cr in models}
     new = room(context, max(rows.values()))
-    memory = budget(context + new, count, args, dtype)
+    memory = budget(context + new, count, args.layers * args.heads, args.head_dim, dtype)
     engines = {cr: filled(path, context, rows[cr], new, memory, device).engine for cr, path in models.items()}
     before = {cr: engine.stats() for cr, engine in engines.items()}
 
