@@ -17,6 +17,14 @@ latency
     two tokens more than 10 ms above the engine's longest, in the round where that is least. The CPU time per token of
     the engine and of the whole server tells the cost of HTTP on a machine that has other work, too.
 
+vllm
+    ``vllm serve`` and ``dmc serve`` with the same plain model, in turns: streams of one and of ``--clients``
+    closed-loop clients, timed at the client. Both servers run all the time on the same cores, without prefix caching;
+    vLLM has its defaults but for the sizes. ``--vllm`` is the Python of an environment with vLLM, which
+    ``tests/vllm/run.py --environment DIR`` makes, and ``--vllm-preload`` its OpenMP library and allocator, as its
+    documentation wants them. Not one of ``all``. Targets: at least vLLM's tokens per second, and at most its TTFT
+    (medians of the ratios within a round).
+
 load
     ``--requests`` random requests of 64 clients, streamed and not, a quarter of them structured, 15% of which
     disconnect, with a KV cache that is far too small and a bounded queue. Targets: every request gets the tokens of a
@@ -48,7 +56,8 @@ import psutil
 import torch
 from _common import ROOT, arguments, finish, ratio, spread, table
 from _http import load, post, tokens_of
-from _streams import http, offline
+from _streams import Times, http, offline
+from _vllm_server import vllm_served
 from engine import prompts, write_model
 
 from megatron.dmc.inference import LLM, SamplingParams
@@ -214,6 +223,64 @@ def compare(clients: int, found: dict[str, list[tuple]], busiest: bool) -> tuple
     return {"rounds": found, "rate": rate, "ttft_ms": ttft, "gap_ms": gap}, missed
 
 
+# -------------------------------------------------------------------------------------------------------------- vllm
+
+
+def against_vllm(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
+    common = ("--dtype", args.dtype, "--max-num-seqs", args.clients, "--no-enable-prefix-caching")
+    common += ("--max-model-len", args.prompt + args.new_tokens, "--kv-cache-memory-bytes", 1 << 30)
+    figures, missed = {}, []
+    with (
+        vllm_served(args.vllm, path, args.vllm_preload, *common) as theirs,
+        served(path, args.threads, "--device", "cpu", *common) as (_, ours),
+    ):
+        ports = {"dmc": ours, "vllm": theirs}
+        print(f"{same_tokens(ports, args):.0%} of greedy tokens are at the same place in both")
+        for clients in sorted({1, args.clients}):
+            asked = prompts(clients * args.per_client, args.prompt, seed=clients)
+            found: dict[str, list[Times]] = {name: [] for name in ports}
+            for n in range(args.rounds + 1):
+                for name, port in ports.items():
+                    times = asyncio.run(http(port, asked, clients, args.new_tokens, joined=name == "vllm"))
+                    if n:  # the first one warms up
+                        found[name].append(times)
+            figures[clients], told = compare_servers(clients, found)
+            missed += told
+    return figures, missed
+
+
+def compare_servers(clients: int, found: dict[str, list[Times]]) -> tuple[dict, list[str]]:
+    """Print the medians of the rounds of both servers. Returns the figures and the targets that are missed."""
+    rows = {name: [times.row() for times in rounds] for name, rounds in found.items()}
+    medians = [(name, *map(statistics.median, zip(*rounds))) for name, rounds in rows.items()]
+    heads = ("", "tokens/s", "TTFT", "gap p50", "gap p99", "gap max")
+    print(f"\n{clients} at a time; ms but for tokens/s\n" + table(heads, medians))
+    figures, missed = {"rounds": rows}, []
+    for name, column in (("tokens/s", 0), ("TTFT", 1)):
+        figures[name] = r = ratio(*([row[column] for row in rows[server]] for server in ("dmc", "vllm")))
+        text = f"{clients} at a time: {r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f}) of vLLM's {name}"
+        print(text)
+        if r["median"] > 1 if name == "TTFT" else r["median"] < 1:
+            missed.append(text)
+    return figures, missed
+
+
+def same_tokens(ports: dict[str, int], args: argparse.Namespace) -> float:
+    """Share of the tokens of greedy completions that both servers have at the same place."""
+    body = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "max_tokens": args.new_tokens}
+    same = total = 0
+    for prompt in prompts(4, args.prompt, seed=9):
+        found = []
+        for port in ports.values():
+            status, text = asyncio.run(post(port, body | {"prompt": prompt}))
+            if status != 200:
+                raise SystemExit(f"HTTP {status}: {text[:300]!r}")
+            found.append(tokens_of(text, stream=False))
+        same += sum(a == b for a, b in zip(*found))
+        total += args.new_tokens
+    return same / total
+
+
 # -------------------------------------------------------------------------------------------------------------- load
 
 
@@ -287,7 +354,7 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--mode", choices=("overhead", "latency", "load", "all"), default="all")
+    parser.add_argument("--mode", choices=("overhead", "latency", "vllm", "load", "all"), default="all")
     for name, value, text in (
         ("layers", 8, ""),
         ("hidden", 1024, ""),
@@ -302,13 +369,25 @@ def main() -> None:
         ("threads", os.cpu_count() or 1, "of torch, in either process"),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=text)
+    parser.add_argument("--vllm", type=Path, help="interpreter of an environment with vLLM, for --mode vllm")
+    parser.add_argument("--vllm-preload", default="", metavar="PATHS", help="LD_PRELOAD of vLLM")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --mode vllm")
     args = parser.parse_args()
+    if args.mode == "vllm" and args.vllm is None:
+        parser.error(
+            "--mode vllm needs --vllm PYTHON, of an environment that tests/vllm/run.py --environment DIR makes"
+        )
     args.contexts, args.method = [0], "dmc"  # of write_model: 4,096 positions
     began = time.perf_counter()
     torch.set_num_threads(args.threads)
     figures, missed = {}, []
     with tempfile.TemporaryDirectory() as name:
-        if args.mode != "load":
+        if args.mode == "vllm":
+            path = write_model(Path(name), args, getattr(torch, args.dtype), 1)
+            add_tokenizer(path)
+            print(f"{args.layers} layers of {args.hidden}, {args.heads} heads of {args.head_dim}, {args.dtype}\n")
+            figures["vllm"], missed = against_vllm(args, path)
+        if args.mode in ("overhead", "latency", "all"):
             (large := Path(name, "large")).mkdir()
             path = write_model(large, args, torch.float32, 4)
             add_tokenizer(path)
