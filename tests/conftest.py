@@ -1,12 +1,11 @@
-"""What all tests share: the ``gpu`` marker, a modest number of threads, and a launcher of several processes."""
+"""What all tests share: the ``gpu`` marker and a modest number of threads."""
 
 from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch is imported: torch.set_num_threads would make every forked data loader start a thread pool.
@@ -19,7 +18,6 @@ gc.disable()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from helpers.processes import run_command  # noqa: E402
 
 
 @pytest.hookimpl(trylast=True)
@@ -54,26 +52,6 @@ def nothing_of_megatron_is_left() -> Iterator[None]:
     if cpu is not None and cpu._mode is not None:
         cpu._mode.__exit__(None, None, None)
         cpu._mode = None
-
-
-@pytest.fixture
-def run_distributed() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``run_distributed(target, nproc, args=(), env=None, timeout=120, check=True, cwd=None)`` on ``nproc`` processes.
-
-    ``target`` is a script (a path that ends in ``.py``) or the name of a module. It runs under
-    ``torch.distributed.run --standalone`` with one thread per process. Returns the CompletedProcess with stdout and
-    stderr as text; the launcher's exit status is 1 whatever a worker's was (see its stderr for that).
-    """
-
-    def run(
-        target: str | Path, nproc: int, args: Sequence[object] = (), **options: object
-    ) -> subprocess.CompletedProcess[str]:
-        is_script = str(target).endswith(".py")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        command = [*launcher, *([] if is_script else ["-m"]), str(target), *map(str, args)]
-        return run_command(command, **options)
-
-    return run
 
 
 @pytest.fixture

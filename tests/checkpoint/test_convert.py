@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import families
-from helpers.forked import run_ranks
-from helpers.processes import ROOT, run_command
+from helpers.forked import run, run_ranks
+from helpers.processes import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -408,8 +408,7 @@ def test_killed_half_way(made: Path, tmp_path: Path, direction: str, capsys: pyt
     source = ["--hf", made / "qwen2.hf"] if direction == "import" else ["--load", made / "qwen2.mg"]
     arguments = [direction, *source, "--save", target]
     code = _KILLED.format(tools=str(ROOT / "tools"))
-    result = run_command([sys.executable, "-c", code, *map(str, arguments)], check=False)
-    assert result.returncode == -9
+    run([sys.executable, "-c", code, *arguments], tmp_path.parent / f"{tmp_path.name}.log", status=-9)
     assert not target.exists() and [p.name for p in tmp_path.iterdir()] == [".tmp_target"]
     assert cli(*arguments, capsys=capsys)[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
@@ -436,9 +435,8 @@ def test_no_room(made: Path, tmp_path: Path, direction: str) -> None:
     source = ["--hf", tmp_path / "hf"] if direction == "import" else ["--load", tmp_path / "mg"]
     arguments = [direction, *source, "--save", tmp_path / "target"]
     code = _FULL.format(tools=str(ROOT / "tools"))
-    result = run_command([sys.executable, "-c", code, *map(str, arguments)], check=False)
-    assert result.returncode == 2, result.stderr
-    assert "error: writing" in result.stderr and "File too large" in result.stderr and "Traceback" not in result.stderr
+    said = run([sys.executable, "-c", code, *arguments], tmp_path.parent / f"{tmp_path.name}.log", status=2)
+    assert "error: writing" in said and "File too large" in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "mg"]
 
 

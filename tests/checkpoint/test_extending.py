@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import families
 from helpers.engines import drain, ids_of
-from helpers.processes import ROOT, run_command
+from helpers.forked import run
+from helpers.processes import ROOT
 from safetensors.torch import load_file, save_file
 
 from megatron.dmc.checkpoint import convert, mapping
@@ -50,10 +51,9 @@ def test_the_new_family_is_read_and_served(page: dict, tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, 'tools')\n{BLOCKS}\nfrom megatron.dmc.checkpoint.mapping import FAMILIES\n"
         "FAMILIES['seed_oss'] = family\nimport convert_checkpoint\nsys.exit(convert_checkpoint.main(sys.argv[1:]))"
     )
-    result = run_command(
-        [sys.executable, "-c", code, "verify", "--hf", str(source), "--load", str(checkpoint), "--logits"]
-    )
-    assert float(re.search(r"largest difference (\S+)", result.stdout)[1]) < 1e-4, result.stdout
+    command = [sys.executable, "-c", code, "verify", "--hf", source, "--load", checkpoint, "--logits"]
+    said = run(command, tmp_path / "log")
+    assert float(re.search(r"largest difference (\S+)", said)[1]) < 1e-4, said
     prompt = torch.randint(families.SIZES["vocab_size"], (1, 20), generator=torch.Generator().manual_seed(2))
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[
         0, 20:

@@ -1,5 +1,5 @@
-"""Python commands in processes that are forked from a server with torch and megatron-core loaded: importing these takes
-a new interpreter six seconds, which is most of what a tiny training takes.
+"""Python commands in processes that are forked from a server with torch, transformers and megatron-core loaded:
+importing these takes a new interpreter two to three seconds, which is most of what a command on a tiny model takes.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class Forked:
             raise subprocess.TimeoutExpired("forked", timeout or 0)
         return self._process.exitcode
 
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
     def terminate(self) -> None:
         self._process.terminate()
 
@@ -63,16 +66,17 @@ class Forked:
         self._process.join()
 
 
-def run_ranks(script: Path, count: int, args: Sequence[object], directory: Path, timeout: float) -> None:
-    """Run a script as ``count`` ranks of one group, each with one thread. Raises AssertionError with the end of what
-    they say when one of them fails, or ``timeout`` seconds have passed.
+def run_ranks(target: Path | str, count: int, args: Sequence[object], directory: Path, timeout: float = 120) -> str:
+    """Run ``target``, a script or the name of a module, as ``count`` ranks of one group, each with one thread. Returns
+    what they say. Raises AssertionError with the end of it when one of them fails, or ``timeout`` seconds have passed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    log, end = directory / f"{script.stem}-{count}.log", time.monotonic() + timeout
-    command = [sys.executable, str(script), *map(str, args)]
+    words = [str(target)] if isinstance(target, Path) else ["-m", target]
+    log, end = directory / f"{words[-1].replace('/', '_')}-{count}.log", time.monotonic() + timeout
+    command = [sys.executable, *words, *map(str, args)]
     ranks = [
         Forked(command, log, {**os.environ, **{k: str(v) for k, v in {**shared, "RANK": n, "LOCAL_RANK": n}.items()}})
         for n in range(count)
@@ -84,7 +88,25 @@ def run_ranks(script: Path, count: int, args: Sequence[object], directory: Path,
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * count, f"{script.name}: {codes}\n{log.read_text(errors='replace')[-8000:]}"
+    said = log.read_text(errors="replace")
+    assert codes == [0] * count, f"{' '.join(words)}: {codes}\n{said[-8000:]}"
+    return said
+
+
+def run(command: Sequence[object], log: Path, timeout: float = 120, status: int = 0) -> str:
+    """Run one command, which begins with ``sys.executable``, with one thread. Returns what it says. Raises
+    AssertionError with the end of it when it ends with another status, or not in time.
+    """
+    process = Forked(list(map(str, command)), log, {**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        process.kill()
+    said = log.read_text(errors="replace")
+    assert code == status, f"{command}: {'no end in time' if code is None else code}\n{said[-8000:]}"
+    return said
 
 
 def _run(words: list[str], log: str, env: dict[str, str], cwd: str) -> None:
@@ -98,7 +120,11 @@ def _run(words: list[str], log: str, env: dict[str, str], cwd: str) -> None:
     import torch
 
     torch.set_num_threads(1)  # forked: OpenMP must not start threads
-    if words[0] == "-m":
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, cwd)
+        exec(words[1], {"__name__": "__main__"})
+    elif words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, cwd)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

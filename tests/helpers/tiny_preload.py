@@ -6,7 +6,9 @@ import gc
 
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
 
+import megatron.dmc.serving.batch_run  # noqa: F401
 import megatron.dmc.training.loop  # noqa: F401
 import megatron.dmc.training.retrofit  # noqa: F401
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.engines import Model, all_back
 from helpers.exported import GROUPS, LAYERS
+from helpers.forked import run_ranks
 
 from megatron.dmc import kernels
 from megatron.dmc.cli import main
@@ -342,14 +342,13 @@ def test_bench_refuses_options_that_are_no_numbers(options: list[str], capsys) -
 
 
 @pytest.mark.slow
-def test_bench_on_two_ranks(bare: Path, tmp_path: Path, run_distributed: Callable) -> None:
+def test_bench_on_two_ranks(bare: Path, tmp_path: Path) -> None:
     """All ranks work, one speaks; the time that they wait for each other is a part of a step."""
     out = tmp_path / "o.json"
     options = "--load-format dummy --compression-ratio 1,4 --tensor-parallel-size 2 --num-iters-warmup 1 --num-iters 1"
     arguments = ["bench", "latency", str(bare), *options.split(), "--input-len", "40", "--output-len", "8"]
     arguments += ["--output-json", str(out)]
-    result = run_distributed("megatron.dmc.cli", 2, arguments)
-    assert result.stdout.count("x first") == 1
+    assert run_ranks("megatron.dmc.cli", 2, arguments, tmp_path).count("x first") == 1
     plain, dmc = json.loads(out.read_text())["results"]
     assert plain["compression_ratio"] == 1 and dmc["compression_ratio"] > 2
     assert plain["step_parts_ms"]["communication"] > 0 and plain["num_pages"] % 2 == 0

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.processes import run_command
+from helpers.forked import run
+from helpers.processes import ROOT
 
 MODEL = "--layers 1 --hidden 64 --heads 2 --head-dim 16"
 COMMANDS = {
@@ -25,8 +26,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    run_command(
-        [sys.executable, f"benchmarks/{name}.py", *COMMANDS[name].split(), "--threads", "1", "--json", str(out)]
-    )
+    script = ROOT / "benchmarks" / f"{name}.py"
+    run([sys.executable, script, *COMMANDS[name].split(), "--threads", "1", "--json", out], tmp_path / "log")
     record = json.loads(out.read_text())
     assert record["benchmark"] == name and record["figures"] and record["machine"]

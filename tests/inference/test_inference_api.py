@@ -7,14 +7,14 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.engines import GREEDY, Model, all_back, drain, ids_of
 from helpers.exported import VOCABULARY
-from helpers.processes import ROOT, run_command
+from helpers.forked import run_ranks
+from helpers.processes import run_command
 
 from megatron.dmc import cli
 from megatron.dmc.cli import main
@@ -381,27 +381,27 @@ def test_the_command_needs_no_megatron_core(model: Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pages", [None, 8])
-def test_two_ranks_say_the_same(pages: int | None, model: Model, run_distributed: Callable) -> None:
+def test_two_ranks_say_the_same(pages: int | None, model: Model, tmp_path: Path) -> None:
     """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules, also over
     what the prefix cache keeps.
     """
-    two_ranks(model, pages, run_distributed)
+    two_ranks(model, pages, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_ranks_evict_the_same(tmp_path: Path, run_distributed: Callable) -> None:
+def test_two_ranks_evict_the_same(tmp_path: Path) -> None:
     """Each rank has the rows of the adapters for its KV head. (tests/evicting has the other sources of decisions.)"""
-    two_ranks(with_tokenizer(Model(tmp_path / "model", "adapter")), 12, run_distributed)
+    two_ranks(with_tokenizer(Model(tmp_path / "model", "adapter")), 12, tmp_path)
 
 
-def two_ranks(model: Model, pages: int | None, run_distributed: Callable) -> None:
+def two_ranks(model: Model, pages: int | None, tmp_path: Path) -> None:
     """Two ranks, and one that has all heads: the same tokens, slots and log-probabilities."""
     prompts = [list(model.prompt(n, seed)) for seed, n in enumerate((14, 40, 3, 17))]
     settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
     settings |= {"num_pages": pages} if pages else {}
     arguments = (model.path, json.dumps(prompts), 2, json.dumps(settings))
-    result = run_distributed(ROOT / "tests" / "inference" / "engine_worker.py", 2, arguments)
-    line = next(line for line in result.stdout.splitlines() if line.startswith("ANSWERS "))
+    said = run_ranks(Path(__file__).with_name("engine_worker.py"), 2, arguments, tmp_path)
+    line = next(line for line in said.splitlines() if line.startswith("ANSWERS "))
     first, second = json.loads(line.removeprefix("ANSWERS "))
     assert first == second and first["free"]
     if importlib.util.find_spec("llguidance"):

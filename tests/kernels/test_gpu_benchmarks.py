@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.processes import ROOT, run_command
+from helpers.forked import run
+from helpers.processes import ROOT
 from test_kernels import filled
 
 from megatron.dmc.kernels import decode_attention
@@ -23,38 +24,12 @@ def test_throughput_of_a_tiny_shape(tmp_path: Path) -> None:
     pages.
     """
     out = tmp_path / "out.json"
-    run_command(
-        [
-            sys.executable,
-            "benchmarks/throughput.py",
-            "--device",
-            "cpu",
-            "--shapes",
-            "tiny",
-            "--memory-gib",
-            "0.012",
-            "--reserve-gib",
-            "0.001",
-            "--input-len",
-            "48",
-            "--output-lens",
-            "48",
-            "--compression-ratios",
-            "1",
-            "4",
-            "--prefill-lens",
-            "64",
-            "--prefill-rounds",
-            "1",
-            "--protocol-batch",
-            "2",
-            "--protocol-output-len",
-            "40",
-            "--json",
-            str(out),
-        ],
-        cwd=ROOT,
+    options = "--device cpu --shapes tiny --memory-gib 0.012 --reserve-gib 0.001 --input-len 48 --output-lens 48"
+    options += (
+        " --compression-ratios 1 4 --prefill-lens 64 --prefill-rounds 1 --protocol-batch 2 --protocol-output-len 40"
     )
+    script = ROOT / "benchmarks" / "throughput.py"
+    run([sys.executable, script, *options.split(), "--json", out], tmp_path / "log")
     figures = json.loads(out.read_text())["figures"]
     plain, dmc = figures["throughput"]
     assert plain["compression_ratio"] == 1

@@ -6,16 +6,14 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from batch_lines import command, completion, mixed, read, run, strip, write
 from helpers.engines import Model, all_back
-from helpers.processes import ROOT, subprocess_env
+from helpers.forked import Forked, run_ranks
 from helpers.serving import make_model
 
 from megatron.dmc.cli import main
@@ -95,37 +93,9 @@ def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -
     )
 
 
-class Worker:
-    """Runs commands in children of a process that has imported all; see batch_worker.py."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "serving" / "batch_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=subprocess_env(),
-            cwd=ROOT,
-        )
-
-    def start(self, arguments: list[str]) -> int:
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def status(self) -> int:
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def worker():
-    made = Worker()
-    yield made
-    made.close()
+def start(arguments: list[str], tmp_path: Path) -> Forked:
+    """``dmc batch`` in a process of its own."""
+    return Forked([sys.executable, "-m", "megatron.dmc.cli", *arguments], tmp_path / "log", os.environ)
 
 
 def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
@@ -138,25 +108,23 @@ def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path, worker: Worker) -> None:
+def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path) -> None:
     """kill -9 after a random number of lines and a random moment more: at the end every line is answered once, and as
     if nothing had happened.
     """
     source, draw = write(tmp_path / "in", [*mixed(6 * KILLS), b"{bad", completion("c0")]), random.Random()
     options = ("--max-num-seqs", "4")
-    worker.start(command(model, source, tmp_path / "whole", *options))
-    assert worker.status() == 0
+    assert start(command(model, source, tmp_path / "whole", *options), tmp_path).wait(120) == 0
     out, killed = tmp_path / "out", 0
     for _ in range(KILLS):
         there = out.read_bytes().count(b"\n") if out.exists() else 0
-        pid = worker.start(command(model, source, out, *options))
+        process = start(command(model, source, out, *options), tmp_path)
         wait_for_lines(out, there + draw.randrange(0, 4))
         time.sleep(draw.random() * 0.02)
-        os.kill(pid, signal.SIGKILL)
-        killed += worker.status() == -signal.SIGKILL
+        os.kill(process.pid, signal.SIGKILL)
+        killed += process.wait(60) == -signal.SIGKILL
     assert killed == KILLS
-    worker.start(command(model, source, out, *options))
-    assert worker.status() == 0
+    assert start(command(model, source, out, *options), tmp_path).wait(120) == 0
     lines = {
         name: sorted(path.read_bytes().splitlines(), key=lambda x: json.loads(x)["id"])
         for name, path in (("whole", tmp_path / "whole"), ("out", out))
@@ -166,28 +134,25 @@ def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path, work
 
 
 @pytest.mark.parametrize(("number", "timeout"), [(signal.SIGTERM, "0"), (signal.SIGTERM, "60"), (signal.SIGINT, "0")])
-def test_a_signal_ends_a_run_that_can_go_on(
-    number: int, timeout: str, model: Model, tmp_path: Path, worker: Worker
-) -> None:
+def test_a_signal_ends_a_run_that_can_go_on(number: int, timeout: str, model: Model, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", mixed(80)), tmp_path / "out"
     arguments = command(model, source, out, "--max-num-seqs", "4", "--shutdown-timeout", timeout)
-    pid = worker.start(arguments)
+    process = start(arguments, tmp_path)
     wait_for_lines(out, 3)
-    os.kill(pid, number)
-    assert worker.status() == UNFINISHED
+    os.kill(process.pid, number)
+    assert process.wait(120) == UNFINISHED
     there = len(read(out))
     assert 3 <= there < 80 and out.read_bytes().endswith(b"\n")
-    worker.start(arguments)
-    assert worker.status() == 0 and len(read(out)) == 80
+    assert start(arguments, tmp_path).wait(120) == 0 and len(read(out)) == 80
 
 
 @pytest.mark.slow
-def test_two_ranks_write_one_file(model: Model, tmp_path: Path, run_distributed: Callable) -> None:
+def test_two_ranks_write_one_file(model: Model, tmp_path: Path) -> None:
     """Tensor parallel ranks, which all read the input and a torn output; one of them writes."""
     source, out = write(tmp_path / "in", [*mixed(8), b"{bad"]), tmp_path / "out"
     assert main(command(model, source, tmp_path / "whole")) == 0
     data = (tmp_path / "whole").read_bytes()
     out.write_bytes(data[: len(data) // 2])
     arguments = command(model, source, out, "--tensor-parallel-size", "2")
-    result = run_distributed("megatron.dmc.cli", 2, arguments)
-    assert result.stdout.count("lines completed") == 1 and read(out) == read(tmp_path / "whole")
+    said = run_ranks("megatron.dmc.cli", 2, arguments, tmp_path)
+    assert said.count("lines completed") == 1 and read(out) == read(tmp_path / "whole")

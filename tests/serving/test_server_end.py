@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.engines import Model
-from helpers.processes import ROOT, subprocess_env
+from helpers.forked import Forked
+from helpers.processes import subprocess_env
 from helpers.serving import Running, make_model, until
 from test_server import COMPLETIONS, GREEDY, IGNORE, samples
 
@@ -76,27 +76,28 @@ def test_logits_that_are_no_numbers(model: Model, monkeypatch: pytest.MonkeyPatc
         server.settle()
 
 
-def start(model: Model, *options: str, **env: str) -> tuple[subprocess.Popen, str]:
-    """``dmc serve`` in a process of its own; (process, URL)."""
+def start(model: Model, log: Path, *options: str, **env: str) -> tuple[Forked, str]:
+    """``dmc serve`` in a process of its own, and its URL."""
     command = [sys.executable, "-m", "megatron.dmc.cli", "serve", model.path, "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=subprocess_env(env), cwd=ROOT)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"on (http://\S+)", line):
-            break
-    else:
-        raise AssertionError(f"the server ended with {process.wait()}")
-    # Somebody must read what it writes.
-    process.log = []  # type: ignore[attr-defined]
-    threading.Thread(target=lambda: process.log.extend(process.stderr), daemon=True).start()  # type: ignore[attr-defined]
+    process = Forked(command, log, subprocess_env(env))
+    deadline = time.monotonic() + 60
+    while not (found := re.search(r"on (http://\S+)\n", said := log.read_text() if log.exists() else "")):
+        assert process.is_alive() and time.monotonic() < deadline, said
+        time.sleep(0.01)
     return process, found[1]
 
 
-def follower_of(process: subprocess.Popen) -> psutil.Process:
-    """The second rank of a server. Its other child renders chat templates."""
-    children = psutil.Process(process.pid).children()
-    (follower,) = [child for child in children if not any("template_process" in part for part in child.cmdline())]
-    return follower
+def follower_of(process: Forked) -> psutil.Process:
+    """The second rank of a server, once it has begun. Another child renders chat templates."""
+    found: list[psutil.Process] = []
+
+    def begun() -> bool:
+        children = psutil.Process(process.pid).children()
+        found[:] = [child for child in children if "megatron.dmc.serving.ranks" in child.cmdline()]
+        return bool(found)
+
+    until(begun)
+    return found[0]
 
 
 def post(url: str, body: dict, key: str = "") -> tuple[int, str]:
@@ -119,7 +120,9 @@ def post(url: str, body: dict, key: str = "") -> tuple[int, str]:
 def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
     """Every request that was taken is answered, new ones are not taken, and the exit status is 0."""
     (tmp_path / "keys").write_text("sk-file\n")
-    process, url = start(model, "--max-num-seqs", "4", "--api-key-file", str(tmp_path / "keys"), DMC_API_KEY="sk-env")
+    process, url = start(
+        model, tmp_path / "log", "--max-num-seqs", "4", "--api-key-file", str(tmp_path / "keys"), DMC_API_KEY="sk-env"
+    )
     try:
         body = {"prompt": "a", "max_tokens": 200, "temperature": 0} | IGNORE
         assert post(url, body, "wrong")[0] == 401
@@ -144,7 +147,7 @@ def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
             asking = [pool.submit(ask, n) for n in range(16)]
             until(lambda: len(answered) >= 20)
             stopping.set()
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             for one in asking:
                 one.result()
         assert process.wait(60) == 0
@@ -165,14 +168,13 @@ def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
                 assert json.loads(text)["error"]["code"] == "shutting_down"
     finally:
         process.kill()
-        process.wait()
-    assert not any("sk-" in line for line in process.log)  # type: ignore[attr-defined]
+    assert "sk-" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
-def test_two_ranks(model: Model) -> None:
+def test_two_ranks(model: Model, tmp_path: Path) -> None:
     """Tensor parallelism: the same answers; a rank that is gone is an engine that has failed; nobody is left behind."""
-    process, url = start(model, "--tensor-parallel-size", "2", "--max-num-seqs", "4")
+    process, url = start(model, tmp_path / "1", "--tensor-parallel-size", "2", "--max-num-seqs", "4")
     try:
         with ThreadPoolExecutor(6) as pool:
             bodies = [{"prompt": f"a {n}", "return_token_ids": True} | GREEDY | IGNORE for n in range(6)]
@@ -183,12 +185,11 @@ def test_two_ranks(model: Model) -> None:
                 )
         follower = follower_of(process)
         assert follower.is_running()
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         assert process.wait(60) == 0 and not follower.is_running()
     finally:
         process.kill()
-        process.wait()
-    process, url = start(model, "--tensor-parallel-size", "2")
+    process, url = start(model, tmp_path / "2", "--tensor-parallel-size", "2")
     try:
         follower = follower_of(process)
         follower.kill()
@@ -197,11 +198,10 @@ def test_two_ranks(model: Model) -> None:
         while (health := post(url, bodies[0]))[0] != 503:
             assert time.monotonic() < deadline, health
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         assert process.wait(60) == 1
     finally:
         process.kill()
-        process.wait()
 
 
 def test_while_it_drains(model: Model) -> None:
@@ -323,35 +323,32 @@ def test_a_shutdown_that_hangs_is_ended(model: Model, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_sigterm_while_ranks_load(model: Model) -> None:
+def test_sigterm_while_ranks_load(model: Model, tmp_path: Path) -> None:
     """Rank 0 ends at once, and the other rank soon after it."""
     command = [sys.executable, "-m", "megatron.dmc.cli", "serve", model.path, "--port", "0"]
-    process = subprocess.Popen([*command, "--tensor-parallel-size", "2"], env=subprocess_env(), cwd=ROOT)
+    process = Forked([*command, "--tensor-parallel-size", "2"], tmp_path / "log", subprocess_env())
     try:
-        until(lambda: psutil.Process(process.pid).children())
         follower = follower_of(process)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         assert process.wait(20) == -signal.SIGTERM
         until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE)
     finally:
         process.kill()
-        process.wait()
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs(model: Model) -> None:
+def test_a_rank_that_hangs(model: Model, tmp_path: Path) -> None:
     """A rank that is stopped, and does not end: two signals end the server all the same, with status 1."""
-    process, url = start(model, "--tensor-parallel-size", "2", "--shutdown-timeout", "1")
+    process, url = start(model, tmp_path / "log", "--tensor-parallel-size", "2", "--shutdown-timeout", "1")
     try:
         follower = follower_of(process)
         follower.suspend()
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, url, {"prompt": "a", "max_tokens": 200} | IGNORE)
             time.sleep(1)
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             assert asked.result()[0] in (500, 503)
         assert process.wait(60) == 1
         until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE)
     finally:
         process.kill()
-        process.wait()
