@@ -6,7 +6,6 @@ Hosts that fall silent are tested by tests/hosts/run.py.
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from helpers.forked import Forked
 from helpers.in_process import megatron_in_process
 from helpers.processes import subprocess_env
 from torch import distributed
@@ -36,10 +36,7 @@ class Ranks:
         self.processes = []
         for rank, how in enumerate(hows):
             command = [sys.executable, WORKER, rank, len(hows), port, directory, how]
-            with self.logs[rank].open("w") as out:
-                self.processes.append(
-                    subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=subprocess_env())
-                )
+            self.processes.append(Forked(list(map(str, command)), self.logs[rank], subprocess_env()))
 
     def wait_until_ready(self, seconds=60.0):
         end = time.monotonic() + seconds
@@ -61,7 +58,6 @@ class Ranks:
         (self.directory / "end").touch()
         for process in self.processes:
             process.kill()
-            process.wait()
 
 
 @pytest.fixture
@@ -87,7 +83,7 @@ def errors(text):
 def test_a_killed_rank_is_named_on_every_host_and_ends_the_others(start, tmp_path, killed):
     """The others wait where no exception reaches them. Each host prints one message, from a rank that was not lost."""
     ranks = start("sleep", "sleep", "sleep", "fork")  # rank 3's child holds on to what it has inherited
-    ranks.processes[killed].kill()
+    os.kill(ranks.processes[killed].pid, signal.SIGKILL)
     assert ranks.ends() == [-signal.SIGKILL if rank == killed else host_monitor.EXIT_STATUS for rank in range(4)]
     said = [errors(text) for text in ranks.said()]
     start_of = (
@@ -119,11 +115,11 @@ def test_an_orderly_end_is_no_loss(start):
     ranks.go(1)
     ranks.processes[1].wait(30)
     time.sleep(0.5)
-    assert [process.poll() for process in ranks.processes] == [None, 0, None]
+    assert [process.is_alive() for process in ranks.processes] == [True, False, True]
     ranks.go(0)
     ranks.processes[0].wait(30)
     time.sleep(0.5)
-    assert ranks.processes[2].poll() is None
+    assert ranks.processes[2].is_alive()
     ranks.go(2)
     assert ranks.ends() == [0, 0, 0] and not any(map(errors, ranks.said()))
     assert "watching 3 ranks on 2 hosts: one that does not answer for 30 s ends the run" in ranks.said()[0]
