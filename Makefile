@@ -44,7 +44,7 @@ retrofit: $(STAMP) ## teach a small Llama to compress its cache, start to end (a
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/dmc/retrofit.sh
 
 test: $(STAMP) ## all tests, two files at a time; WORKERS=1 for one
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 test-fast: $(STAMP) ## the tests that take seconds
 	$(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
