@@ -286,6 +286,15 @@ def test_damaged_adapters(alone: Path, tmp_path: Path) -> None:
     edit(tmp_path / "a", {}, ("base_weights_sha256",))
     with pytest.raises(ValueError, match="base_weights_sha256 is missing"):
         adapter.open_adapter(tmp_path / "a")
+    edit(tmp_path / "a", {"base_weights_sha256": "0" * 64})
+    tensors = load_file(tmp_path / "a" / hf.SINGLE)
+    lost = "model.layers.1.self_attn.dms_proj_alpha.weight"
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "a" / hf.SINGLE, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"a/{hf.SINGLE} lacks {lost}"):
+        adapter.open_adapter(tmp_path / "a")
+    edit(tmp_path / "a", {"num_hidden_layers": 10**9})  # found at the first layer that is not there
+    with pytest.raises(ValueError, match="lacks model.layers.1."):
+        adapter.open_adapter(tmp_path / "a")
 
 
 def test_a_checkpoint_of_adapters_alone(alone: Path, tmp_path: Path) -> None:

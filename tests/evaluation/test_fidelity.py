@@ -140,6 +140,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys) -> None:
         "t.txt: no document has 511 tokens": ["key", "--base", "plain", "--data", "t.txt"],
         "latin.txt: it is no UTF-8 text": ["key", "--data", "latin.txt"],
         "--heat-map is heads.jpg": ["key", *text, "--heat-map", "heads.jpg"],
+        "--json is": ["key", "--base", "plain", *text, "--json", "plain"],
+        "nowhere is not a directory": ["nowhere", *text],
         "below 2": ["key", "--data", "t.txt", "--lengths", "1"],
     }
     for message, arguments in wrong.items():

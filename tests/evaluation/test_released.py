@@ -227,6 +227,12 @@ def test_cells_are_of_the_model_the_adapters_and_the_same_compression(made, tmp_
 # Jobs and the report
 
 
+def test_an_empty_configuration_is_refused(tmp_path, capsys) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert command.main([str(tmp_path / "empty.yaml")]) == 2
+    assert "empty.yaml is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "message, changes",
     [

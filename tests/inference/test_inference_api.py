@@ -152,6 +152,13 @@ def test_stop_strings(stop: list[str], include: bool, wanted: str, met: str | No
         assert wanted.startswith("".join(pieces[:n]))
 
 
+def test_a_tokenizer_that_is_not_there(model: Model, tmp_path: Path) -> None:
+    """A directory may have none; what is no directory, such as a name on a hub, is told."""
+    assert load_tokenizer(tmp_path) is None
+    with pytest.raises(ValueError, match="org/model is not a directory; name a Hugging Face directory"):
+        LLM(model.path, tokenizer="org/model")
+
+
 def test_generate_with_text(model: Model) -> None:
     tokenizer = load_tokenizer(model.path)
     llm = LLM(model.path)

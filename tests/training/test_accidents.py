@@ -17,6 +17,7 @@ from helpers import tiny
 
 from megatron.dmc.training import disk, preemption, save_lock
 from megatron.dmc.training.save_lock import SaveLock
+from megatron.dmc.training.starting_point import find_starting_point
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,23 @@ def command(data, save, **more):
 
 def names(save):
     return sorted(path.name for path in save.iterdir())
+
+
+# The place for checkpoints
+
+
+@pytest.mark.parametrize("name, what", [("manifest.json", "a checkpoint"), ("config.json", "a Hugging Face directory")])
+def test_a_model_is_no_place_for_checkpoints(tmp_path, name, what):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"is {what} itself; name another place"):
+        find_starting_point(str(tmp_path), None)
+    assert names(tmp_path) == [name]
+
+
+def test_a_place_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/save cannot be made: Not a directory"):
+        SaveLock(str(tmp_path / "file" / "save")).acquire(None)
 
 
 # One run at a time

@@ -57,7 +57,10 @@ def _run(args: argparse.Namespace) -> int:
     from megatron.dmc.config import load_file
 
     config: Any
-    if "model" in load_file(args.config):
+    settings = load_file(args.config)
+    if not settings:
+        raise ValueError(f"configuration file {args.config} is empty; examples/dmc/evidence has some to begin with")
+    if "model" in settings:
         from megatron.dmc.evaluation.released import run as released
         from megatron.dmc.evaluation.released.config import ReleasedConfig
 

@@ -190,11 +190,15 @@ def run(config: FidelityConfig) -> int:
     """Measure and print the table, and write what was asked for. Returns the exit status."""
     if config.heat_map is not None and not config.heat_map.lower().endswith(".png"):
         raise ValueError(f"--heat-map is {config.heat_map}; give a name that ends in .png")
-    for path in (config.json, config.heat_map):
+    for name, path in (("--json", config.json), ("--heat-map", config.heat_map)):
         if path is not None:
+            if Path(path).is_dir():
+                raise ValueError(f"{name} is {path}, a directory; name a file to write")
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+    from megatron.dmc.checkpoint.formats import hf
     from megatron.dmc.evaluation.fidelity import Candidate, Fidelity, fidelity
 
+    hf.open_directory(config.base or config.model)  # says what is no model, of which Text would miss a tokenizer
     text = Text(config.base or config.model)
     cut = {
         (path, length): text.sequences(path, length, config.sequences)

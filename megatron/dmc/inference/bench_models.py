@@ -63,7 +63,9 @@ class BenchConfig:
     """JSON file to write the measurements to."""
 
     def subjects(self, engine: EngineConfig) -> list[Subject]:
-        """Models to measure. Raises ``ValueError`` for a compression ratio of trained weights."""
+        """Models to measure. Raises ``ValueError`` for a compression ratio of trained weights, or no file to write."""
+        if self.output_json is not None and self.output_json.is_dir():
+            raise ValueError(f"--output-json is {self.output_json}, a directory; name a file to write")
         if self.compression_ratio is None:
             if self.method is not None:
                 raise ValueError(f"--method is {self.method}; it goes with --compression-ratio, of random weights")

@@ -19,9 +19,11 @@ def load_tokenizer(path: str | Path) -> Optional[Any]:
     """Load transformers' tokenizer of a model directory; None where there are no tokenizer files.
 
     Raises:
-        ValueError: transformers cannot load it, or a field of its files has a wrong type.
+        ValueError: it is no directory, transformers cannot load it, or a field of its files has a wrong type.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; name a Hugging Face directory with a tokenizer")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoConfig

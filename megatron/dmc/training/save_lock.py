@@ -44,11 +44,15 @@ class SaveLock:
             start: newest checkpoint under --save as this run has found it, None for none.
 
         Raises:
-            ValueError: another run holds the lock, or has held it and written a newer checkpoint meanwhile.
+            ValueError: the directory cannot be made, another run holds the lock, or one has held it and written a newer
+                checkpoint meanwhile.
         """
         if self.save is None:
             return
-        self.save.mkdir(parents=True, exist_ok=True)
+        try:
+            self.save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--save {self.save} cannot be made: {error.strerror or error}") from None
         begun, waited = time.monotonic(), False
         while not self._try():
             if self.warning:

@@ -26,13 +26,17 @@ def find_starting_point(save: Optional[str], init_from: Optional[str]) -> Option
     """Find the newest checkpoint under ``save``, or without one the checkpoint ``init_from``.
 
     Raises:
-        ValueError: ``save`` cannot be written, or a checkpoint is missing, incomplete or damaged.
+        ValueError: ``save`` cannot be written or is a model itself, or a checkpoint is missing, incomplete or damaged.
     """
     if save:
         _check_writable(Path(save))
         if (path := newest_checkpoint(save)) is not None:
             # --init-from is not looked at again: what a stage started from may be gone by now.
             return StartingPoint(path, read_manifest(path), resumes=True)
+        # Who names that directory later would get the newest checkpoint in it, and not the one that it is.
+        for name, what in (("manifest.json", "a checkpoint"), ("config.json", "a Hugging Face directory")):
+            if (Path(save) / name).is_file():
+                raise ValueError(f"save {save} is {what} itself; name another place for checkpoints")
     if init_from:
         path = resolve_checkpoint(init_from)
         return StartingPoint(path, read_manifest(path), resumes=False)

@@ -102,6 +102,15 @@ def open_adapter(path: Path) -> Adapter:
     tensors = hf.read_safetensors(path / hf.SINGLE)
     if odd := [name for name in tensors if not mapping.is_adapter(name)]:
         raise ValueError(f"{path / hf.SINGLE} holds {odd[0]}, which is part of no adapter; export the adapters again")
+    wanted = (
+        name
+        for layer in range(config["num_hidden_layers"])
+        for rule in mapping.adapter_rules(block.dmc)
+        for name in rule.names(layer)
+    )
+    # No list: a damaged configuration may have a billion layers.
+    if (missing := next((name for name in wanted if name not in tensors), None)) is not None:
+        raise ValueError(f"{path / hf.SINGLE} lacks {missing}; export the adapters again")
     return Adapter(path, config, block, fields.text("base_model"), digest, tensors)
 
 

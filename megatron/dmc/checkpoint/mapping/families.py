@@ -84,21 +84,20 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES
 """``model_type`` -> family."""
 
 
+def adapter_rules(dmc: DMCConfig) -> tuple[TensorRule, ...]:
+    """Rules of the adapters that decide in a model of these settings; none where none does."""
+    if dmc.decision_source != "adapter":
+        return ()
+    shape = "H h" if dmc.decision_per == "head" else "1 h"
+    return (
+        TensorRule(_ATTENTION + "dms_proj_alpha_norm.weight", (f"{_HF}{_ALPHA}_norm.weight",)),
+        TensorRule(_ATTENTION + "dms_proj_alpha.weight", (f"{_HF}{_ALPHA}.weight",), shapes=(shape,)),
+    )
+
+
 def with_adapters(family: Family, dmc: DMCConfig) -> Family:
     """The family with the adapters that decide in a model of these settings; unchanged where none does."""
-    if dmc.decision_source != "adapter":
-        return family
-    by_head = dmc.decision_per == "head"
-    return replace(
-        family,
-        tensors=(
-            *family.tensors,
-            TensorRule(_ATTENTION + "dms_proj_alpha_norm.weight", (f"{_HF}{_ALPHA}_norm.weight",)),
-            TensorRule(
-                _ATTENTION + "dms_proj_alpha.weight", (f"{_HF}{_ALPHA}.weight",), shapes=("H h" if by_head else "1 h",)
-            ),
-        ),
-    )
+    return replace(family, tensors=(*family.tensors, *adapter_rules(dmc)))
 
 
 def is_adapter(name: str) -> bool:
