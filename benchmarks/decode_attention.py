@@ -9,7 +9,7 @@ Measured, in turn within one process, on caches of random slots whose pages lie 
   evicting   the same op, and append_evicting, for a model that evicts (DMS) whose heads hold as many slots, the latest
              257 tokens among them; one token in four is kept when it leaves the window (on a GPU where all heads are
              equally long, and without a target)
-  int8, fp8_e4m3  on a CPU, the same op on caches of as many slots whose pages hold 8 bits, without a target
+  int8, fp8_e4m3  the same op on caches of as many slots whose pages hold 8 bits, without a target
   flashinfer on a GPU, with --flashinfer: its paged decode attention on the same cache, every head a sequence of its
              own; the faster of its two kernels (ordinary and tensor cores), planned beforehand, in graphs too
 One row per query heads / KV heads, dtype and slots per head. On a CPU "ragged" heads hold between a half and one and a
@@ -173,8 +173,7 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     # Where a GPU's heads are skewed the shortest hold fewer slots than a window.
     has_window = device.type == "cpu" or not uneven
     evicting = cache(*shape, min(EVICT_WINDOW, slots // 4)) if has_window else None
-    kv_dtypes = KV_CACHE_DTYPES if device.type == "cpu" else {}
-    quantized = {name: cache(*shape, kv_dtype=of) for name, of in kv_dtypes.items() if of is not None}
+    quantized = {name: cache(*shape, kv_dtype=of) for name, of in KV_CACHE_DTYPES.items() if of is not None}
     q = torch.randn(batch, query_heads, d, dtype=dtype, device=device)
     rows = torch.arange(batch, dtype=torch.int32, device=device)
     bytes_read = int(state.lengths.sum()) * 2 * d * state.k_pages.element_size()
@@ -192,7 +191,7 @@ def measure(shape, slots: int, uneven: bool, dtype, args, device) -> dict:
     if evicting is not None:
         functions["evicting"] = graphed(lambda: kernels.decode_attention(evicting, 0, q, rows, d**-0.5), device)
     for name, other in quantized.items():
-        functions[name] = partial(kernels.decode_attention, other, 0, q, rows, d**-0.5)
+        functions[name] = graphed(partial(kernels.decode_attention, other, 0, q, rows, d**-0.5), device)
     if args.flashinfer:
         ours = kernels.decode_attention(state, 0, q, rows, d**-0.5).view(batch, heads, -1, d)
         for name, function in _flashinfer.decode_functions(state, 0, q, d**-0.5).items():

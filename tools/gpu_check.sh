@@ -74,7 +74,7 @@ if wanted kernels; then
     part kernel_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels
     # Every op and every kernel, in a part of the cases: the sanitizer is slow.
     few="large_groups or several_blocks or plans or without_a_page or a_copy_shares or page_edges or (mixed and (1-most or 4-none))"
-    few="$few or long_heads or lockstep or give_pages_back"
+    few="$few or long_heads or lockstep or give_pages_back or (in_chunks and int8) or (codes_stand and bfloat16)"
     few="cuda and not reference and not graph and not stream and ($few or (precision and not float32))"
     if sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null); then
         for tool in memcheck racecheck; do

@@ -27,6 +27,7 @@ struct alignas(16) int4 { int32_t x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -134,6 +135,16 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
   for (int i = 0; i < 4; i++) x |= (uint32_t)(all >> (8 * (s >> (4 * i) & 7)) & 0xff) << (8 * i);
   return x;
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+  emulator::whole_warp(mask);
+  emulator::Exchange mine = {};
+  mine.word[0] = x;
+  const emulator::Exchange* all = emulator::exchange("__reduce_max_sync", mine);
+  for (int lane = 0; lane < 32; lane++) x = x > all[lane].word[0] ? x : all[lane].word[0];
+  return x;
+}
+inline uint32_t __float_as_uint(float x) { return emulator::word_of(x); }
+inline int __float2int_rn(float x) { return (int)lrintf(x); }
 inline float __uint_as_float(uint32_t x) { return emulator::from_word<float>(x); }
 template <class X> X __ldcg(const X* p) { return *p; }
 template <class X> X __ldg(const X* p) { return *p; }
@@ -163,9 +174,22 @@ inline float widen(uint16_t bits, f16) { return emulator::f16_value(bits); }
 inline uint32_t pack(float low, float high, bf16) { return emulator::bf16_bits(low) | emulator::bf16_bits(high) << 16; }
 inline uint32_t pack(float low, float high, f16) { return emulator::f16_bits(low) | emulator::f16_bits(high) << 16; }
 inline float exp2_fast(float x) { return exp2f(x); }
-inline uint4 stream16(const void* p) { return *(const uint4*)p; }
-inline uint2 stream8(const void* p) { return *(const uint2*)p; }
-inline uint32_t stream4(const void* p) { return *(const uint32_t*)p; }
+template <class X> void stream(X& x, const void* p) { x = *(const X*)p; }
+// The kernels only ask for what fp32 holds exactly before it is rounded to 16 bits.
+inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, bf16) {
+  auto one = [&](int at) {
+    auto value = [&](uint32_t x) { return (double)emulator::bf16_value(x >> at); };
+    return emulator::bf16_bits((float)(value(a) * value(b) + value(c)));
+  };
+  return one(0) | one(16) << 16;
+}
+inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, f16) {
+  auto one = [&](int at) {
+    auto value = [&](uint32_t x) { return (double)emulator::f16_value(x >> at); };
+    return emulator::f16_bits((float)(value(a) * value(b) + value(c)));
+  };
+  return one(0) | one(16) << 16;
+}
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, bf16) {
   emulator::mma(c, {a0, a1, a2, a3, b0, b1}, emulator::bf16_value);
 }

@@ -1,13 +1,18 @@
-"""Rounding of a quantized cache, channel by channel in Python, for the oracles' caches; and pages read back."""
+"""Rounding of a quantized cache, channel by channel in Python, for the oracles' caches; pages read back; and two ranks
+over one.
+"""
 
 from __future__ import annotations
 
 import bisect
+import json
 import math
+import sys
 from collections.abc import Callable
 
 import torch
 from helpers.engines import Model
+from helpers.processes import ROOT, run_command
 from torch import Tensor
 
 from megatron.dmc.kernels import CacheState
@@ -74,3 +79,22 @@ def clear_answer(model: Model, name: str, prompt: tuple[int, ...], more: int) ->
         tokens.append(int(best.indices[0]))
         logits = oracle.step(tokens[-1])
     return tuple(tokens)
+
+
+def on_two_ranks(model: Model, name: str, **settings: object) -> dict:
+    """What two tensor-parallel ranks over a cache in ``name`` of :data:`KV_DTYPES` say, the same on both and, unless
+    other settings change it, the oracle's as far as that is clear: the record of tests/inference/engine_worker.py.
+    """
+    prompts = [model.prompt(n, seed) for seed, n in enumerate((50, 14, 3, 40))]
+    limits = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [json.dumps(prompts), "2", json.dumps({"kv_cache_dtype": name, **limits, **settings})]
+    worker = ROOT / "tests" / "inference" / "engine_worker.py"
+    done = run_command([sys.executable, *launch, str(worker), model.path, *arguments], cwd=ROOT, timeout=600)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
+    first, second = json.loads(line.removeprefix("ANSWERS "))
+    assert first == second and first["free"]
+    for prompt, got in zip(prompts, first["tokens"]):
+        want = () if settings else clear_answer(model, name, prompt, len(got))
+        assert tuple(got[: len(want)]) == want
+    return first

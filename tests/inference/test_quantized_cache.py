@@ -6,9 +6,8 @@ import pytest
 import torch
 from helpers.engines import Model, all_back, drain, full_logprobs, ids_of
 from helpers.exported import GROUPS, LAYERS, VOCABULARY
-from helpers.quantized import KV_DTYPES, clear_answer, nearly, rounding
+from helpers.quantized import KV_DTYPES, clear_answer, nearly, on_two_ranks, rounding
 
-from megatron.dmc import kernels
 from megatron.dmc.inference import EngineConfig, SamplingParams
 
 CASES = ["half", "unbounded", "no merging", "adapter, self"]
@@ -94,9 +93,23 @@ def test_pages_and_bytes(models: dict[str, Model]) -> None:
     assert pages["int8"] / pages["auto"] == pytest.approx((2 * 16 * 4 * d + 8) / (2 * 16 * (d + 2) + 8), rel=0.01)
 
 
-def test_refused_by_name(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "name"), [("half", "int8"), ("adapter, self", "fp8_e4m3")])
+def test_two_ranks(models: dict[str, Model], case: str, name: str) -> None:
+    on_two_ranks(models[case], name)
+
+
+@pytest.mark.slow
+def test_two_ranks_on_quantized_weights(models: dict[str, Model]) -> None:
+    """The first token's log-probability is that of one rank, within the rounding of bf16."""
+    model = models["half"]
+    answers = on_two_ranks(model, "int8", quantization="int8")
+    engine = model.engine(kv_cache_dtype="int8", quantization="int8")
+    engine.add_request("0", model.prompt(50, 0), SamplingParams(temperature=0, max_tokens=1, logprobs=VOCABULARY))
+    want = full_logprobs(drain(engine)["0", 0])[0]
+    assert abs(float(want[answers["tokens"][0][0]]) - answers["logprobs"][0][0]) <= 0.05
+
+
+def test_refused_by_name() -> None:
     with pytest.raises(ValueError, match="kv_cache_dtype is 'int4'; use auto, int8, fp8_e4m3"):
         EngineConfig(kv_cache_dtype="int4")
-    monkeypatch.setattr(kernels, "active_backend", lambda device: "cuda")
-    with pytest.raises(ValueError, match="kv_cache_dtype is 'int8', which the CUDA kernels do not take"):
-        models["half"].engine(kv_cache_dtype="int8")

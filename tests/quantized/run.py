@@ -13,9 +13,7 @@ few of these.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helpers.engines import Model, drain, ids_of
 from helpers.exported import CASES, DMS_CASES, GROUPS, LAYERS
-from helpers.quantized import KV_DTYPES, clear_answer
+from helpers.quantized import KV_DTYPES, clear_answer, on_two_ranks
 
 from megatron.dmc.inference import SamplingParams
 
@@ -82,22 +80,6 @@ def schedule(model: Model, name: str, rng: random.Random) -> int:
         assert got[:length] == want[:length]
         compared += length
     return compared
-
-
-def on_two_ranks(model: Model, name: str) -> None:
-    prompts = [model.prompt(n, seed) for seed, n in enumerate((50, 14, 3, 40))]
-    worker = Path(__file__).resolve().parent.parent / "inference" / "engine_worker.py"
-    settings = {"kv_cache_dtype": name, "max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    asked = json.dumps([list(prompt) for prompt in prompts])
-    command = [sys.executable, *launch, str(worker), model.path, asked, "2", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS "))
-    first, second = json.loads(line.removeprefix("ANSWERS "))
-    assert first == second and first["free"]
-    for prompt, got in zip(prompts, first["tokens"]):
-        want = clear_answer(model, name, prompt, len(got))
-        assert tuple(got[: len(want)]) == want
 
 
 def main() -> None:

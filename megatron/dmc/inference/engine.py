@@ -131,10 +131,6 @@ class Engine:
 
     def _make_cache(self, dtype: torch.dtype) -> PagedCache:
         info, model, sizes = self.info, self.model, self.sizes
-        if self.config.kv_dtype() is not None and kernels.active_backend(self.device.type) == "cuda":
-            raise ValueError(
-                f"kv_cache_dtype is {self.config.kv_cache_dtype!r}, which the CUDA kernels do not take; use auto"
-            )
         return make_cache(
             parallel=self.parallel,
             num_pages=sizes.num_pages,

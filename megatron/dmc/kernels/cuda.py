@@ -72,6 +72,6 @@ def load() -> CudaKernels:
     path = build.find_cuda_library()
     if path is None:
         names = " and ".join(f"sm_{arch}" for arch in build.CUDA_ARCHITECTURES)
-        print(f"megatron.dmc: building the CUDA kernels for {names}, once, about a minute", file=sys.stderr, flush=True)
+        print(f"megatron.dmc: building the CUDA kernels for {names}, once, a few minutes", file=sys.stderr, flush=True)
         path = build.build_cuda(build.cache_directory())
     return CudaKernels(tvm_ffi.load_module(str(path)))

@@ -95,15 +95,17 @@ template <int N> DMC_INLINE void add(Units<N>& sum, const Units<N>& x, float wei
 }
 
 // Rotate the state of a token's slot and put it where it belongs. stage: [D] of this warp.
-template <class T, int N> DMC_INLINE void finish(const CudaAppend& p, const Item& x, int t, Units<N>& state, float* stage, bool refused) {
+template <class T, class S, int N>
+DMC_INLINE void finish(const CudaAppend& p, const Item& x, int t, Units<N>& state, float* stage, bool refused) {
   const Cache& c = p.cache;
   int64_t at = (int64_t)t * c.heads + x.h;
   turn(p, t, state, stage, p.compress);
+  Codes<S, N> codes = round_to<S>(c.head_dim, state);
   if (p.k_part.data) write_part<T>(p, t, x.h, state);
   if (refused || (t + 1 < x.end && p.merge[at + c.heads])) return;
   // The newest token of its slot.
   int slot = p.slot_index[at];
-  write_slot<T>(c, c.page_table[x.index * c.max_pages + slot / c.page_size], slot % c.page_size, state);
+  write_slot(c, c.page_table[x.index * c.max_pages + slot / c.page_size], slot % c.page_size, state, codes);
 }
 
 // The mean over the last W tokens of t's slot, the newest first; the oldest ones are in the ring.
@@ -164,7 +166,7 @@ template <class T, int N> DMC_INLINE void remember_item(const CudaAppend& p, con
 }
 
 // All tokens of one head in turn, without a window: the fp32 mean of the segment moves on.
-template <class T, int N> DMC_INLINE void pool_segment(const CudaAppend& p, const Item& x, float* stage, bool refused) {
+template <class T, class S, int N> DMC_INLINE void pool_segment(const CudaAppend& p, const Item& x, float* stage, bool refused) {
   const Cache& c = p.cache;
   int d = c.head_dim;
   Units<N> mean = {}, raw = {};
@@ -186,14 +188,14 @@ template <class T, int N> DMC_INLINE void pool_segment(const CudaAppend& p, cons
 #pragma unroll
       for (int e = 0; e < 8; e++) mean.x[n][e] = p.merge[at] ? mean.x[n][e] + share * (raw.x[n][e] - mean.x[n][e]) : raw.x[n][e];
     Units<N> state = mean;
-    finish<T>(p, x, t, state, stage, refused);
+    finish<T, S>(p, x, t, state, stage, refused);
   }
   if (refused) return;
   Units<N>::each(d, [&](int n, bool value, int channel) { store8(place(value, channel), mean.x[n]); });
   if (threadIdx.x % 32 == 0) c.ring_w[x.index] = total;
 }
 
-template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 1 ? 6 : 4) write(const CudaAppend p) {
+template <class T, class S, int N> __global__ void __launch_bounds__(kWriteThreads, N == 1 ? 6 : 4) write(const CudaAppend p) {
   __shared__ __align__(16) float stages[kWriteThreads / 32][256];
   const Cache& c = p.cache;
   int warp = threadIdx.x / 32, heads = (int)c.heads;
@@ -217,13 +219,13 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, N == 
     return;
   }
   if (p.compress && !p.window) {
-    pool_segment<T, N>(p, x, stage, refused);
+    pool_segment<T, S, N>(p, x, stage, refused);
   } else {
     for (int t = from; t < to; t++) {
       // Only attention within the chunk asks for the states that a slot goes through.
       if (!p.k_part.data && t + 1 < x.end && p.merge[(int64_t)(t + 1) * heads + x.h]) continue;
       pool_window<T>(p, x, t, state);
-      finish<T>(p, x, t, state, stage, refused);
+      finish<T, S>(p, x, t, state, stage, refused);
     }
   }
   if (in_turn && p.compress && !refused) {
@@ -242,27 +244,23 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 4) re
   if (x.row >= 0 && x.begin < x.end) remember_item<T, N>(p, x);
 }
 
-template <class T, int N> const char* append(const CudaAppend& p, void* stream) {
+template <class T, class S, int N> const char* append(const CudaAppend& p, void* stream) {
   int64_t items = p.n * p.cache.heads, warps = kWriteThreads / 32, decisions = kDecideThreads / 32;
   bool in_turn = p.one_each || (p.compress && !p.window);
   const char* error = launch(decide<T>, (items + decisions - 1) / decisions, kDecideThreads, 0, stream, p);
   int64_t tasks = (in_turn ? items : p.tokens * p.cache.heads) + p.tokens * p.cache.heads * p.groups;
-  if (!error) error = launch(write<T, N>, (tasks + warps - 1) / warps, kWriteThreads, 0, stream, p);
+  if (!error) error = launch(write<T, S, N>, (tasks + warps - 1) / warps, kWriteThreads, 0, stream, p);
   if (!error && p.compress && !in_turn) error = launch(remember<T, N>, (items + warps - 1) / warps, kWriteThreads, 0, stream, p);
   return error;
-}
-
-template <class T> const char* append(const CudaAppend& p, void* stream) {
-  return p.cache.head_dim <= 128 ? append<T, 1>(p, stream) : append<T, 2>(p, stream);
 }
 
 }  // namespace
 
 extern "C" const char* dmc_cuda_append(const dmc::CudaAppend& p, void* stream) {
   dmc::OnDevice on(p.cache.device);
-  switch (p.cache.dtype) {
-    case dmc::kF32: return append<float>(p, stream);
-    case dmc::kBF16: return append<dmc::bf16>(p, stream);
-    default: return append<dmc::f16>(p, stream);
-  }
+  return dmc::with_types(p.cache, [&](auto t, auto s) {
+    using T = decltype(t);
+    using S = decltype(s);
+    return p.cache.head_dim <= 128 ? append<T, S, 1>(p, stream) : append<T, S, 2>(p, stream);
+  });
 }

@@ -146,9 +146,58 @@ template <class T, class P, int N> DMC_INLINE void write_part(const P& p, int64_
   });
 }
 
-template <class T, int N> DMC_INLINE void write_slot(const Cache& c, int64_t page, int place, const Units<N>& x) {
-  int64_t at = (page * c.page_size + place) * c.head_dim;
-  Units<N>::each(c.head_dim, [&](int n, bool value, int channel) { store8((T*)(value ? c.v_pages : c.k_pages) + at + channel, x.x[n]); });
+// A token's codes, where pages of type S hold codes.
+template <class S, int N> struct Codes {
+  uint2 x[N];
+  float k_scale, v_scale;
+};
+
+// Largest magnitude of a row, as bits -> the scale with which it is the largest code, in bf16. NaN where the row has infinity or NaN,
+// whose bits are above those of all numbers.
+template <class S> DMC_INLINE float scale_of(unsigned top) {
+  float x = __uint_as_float(top);
+  return widen((uint16_t)pack(x * (float)(1.0 / kLargest<S>) + x * 0.0f, 0.0f, bf16{}), bf16{});
+}
+
+// Rounds a token to what pages hold of it, and returns the codes that stand for that. See Slots.of in reference_pages.py.
+template <class S, int N> DMC_INLINE Codes<S, N> round_to(int d, Units<N>& x) {
+  Codes<S, N> to = {};
+  if constexpr (kCoded<S>) {
+    unsigned k_top = 0, v_top = 0;
+    Units<N>::each(d, [&](int n, bool value, int) {
+      unsigned top = 0;
+#pragma unroll
+      for (int e = 0; e < 8; e++) top = max(top, __float_as_uint(x.x[n][e]) & 0x7fffffffu);
+      if (value) v_top = max(v_top, top);
+      else k_top = max(k_top, top);
+    });
+    to.k_scale = scale_of<S>(warp_max(k_top)), to.v_scale = scale_of<S>(warp_max(v_top));
+    Units<N>::each(d, [&](int n, bool value, int) {
+      float scale = value ? to.v_scale : to.k_scale, inverse = scale < 0x1p-126f ? 0.0f : 1.0f / scale;
+      uint32_t words[2] = {};
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        uint8_t code = encode(fminf(fmaxf(x.x[n][e] * inverse, -kLargest<S>), kLargest<S>), S{});
+        words[e / 4] |= (uint32_t)code << (8 * (e % 4));
+        x.x[n][e] = widen(code, S{}) * scale;
+      }
+      to.x[n].x = words[0], to.x[n].y = words[1];
+    });
+  }
+  return to;
+}
+
+// x: a token; where S holds codes, `codes` are what is written.
+template <class S, int N> DMC_INLINE void write_slot(const Cache& c, int64_t page, int place, const Units<N>& x, const Codes<S, N>& codes) {
+  int64_t slot = page * c.page_size + place, at = slot * c.head_dim;
+  Units<N>::each(c.head_dim, [&](int n, bool value, int channel) {
+    S* to = (S*)(value ? c.v_pages : c.k_pages) + at + channel;
+    if constexpr (kCoded<S>) *(uint2*)to = codes.x[n];
+    else store8(to, x.x[n]);
+  });
+  if constexpr (kCoded<S>)
+    if (int lane = threadIdx.x % 32; lane < 2)
+      (lane ? c.v_scales : c.k_scales)[slot] = (uint16_t)pack(lane ? codes.v_scale : codes.k_scale, 0.0f, bf16{});
 }
 
 // Rotate a query; 0 for padding.

@@ -12,16 +12,18 @@ constexpr int kTile = 16;  // slots that a warp takes at a time: within one page
 
 // What a query of one head sees in the cache, in places: its kept slots, and from the next multiple of kTile on the recent tokens of a
 // model that evicts. A tile of these ends where that of its page does, so the first one may lack some places at its beginning.
-template <class T> struct Slots {
+// S: type of the pages.
+template <class S> struct Slots {
   const int32_t *table, *recent;
-  const T *k, *v;
+  const S *k, *v;
+  const uint16_t *k_scales, *v_scales;  // where S holds codes
   int page_size, d, columns;
   int kept;   // slots
   int first;  // the oldest recent token
   int token;  // the one that the first place of its tile would hold: `first`, or up to kTile - 1 before
 
   DMC_INLINE Slots(const Cache& c, int row, int64_t layer, int head, int slots = INT32_MAX, int tokens = 0)
-      : k((const T*)c.k_pages), v((const T*)c.v_pages), page_size(c.page_size), d(c.head_dim), columns((int)c.recent), kept(slots) {
+      : k((const S*)c.k_pages), v((const S*)c.v_pages), k_scales(c.k_scales), v_scales(c.v_scales), page_size(c.page_size), d(c.head_dim), columns((int)c.recent), kept(slots) {
     int64_t index = head_index(c, row, layer, head);
     table = c.page_table + index * c.max_pages, recent = c.recent_table + index * c.recent;
     first = first_token(c, tokens), token = first / kTile * kTile;
@@ -33,15 +35,22 @@ template <class T> struct Slots {
   }
   static DMC_INLINE int align(int slots) { return (slots + kTile - 1) / kTile * kTile; }
 
-  // Elements before the slot, which lies in the page `id`.
-  DMC_INLINE int64_t offset(int id, int slot) const { return ((int64_t)id * page_size + (slot & (page_size - 1))) * d; }
-  // Where the key and the value of a place begin; false if it holds nothing.
-  DMC_INLINE bool find(int place, const T*& key, const T*& value) const {
+  // Slots of the pool before the slot, which lies in the page `id`.
+  DMC_INLINE int64_t index(int id, int slot) const { return (int64_t)id * page_size + (slot & (page_size - 1)); }
+  // 8 channels of a slot, by its index.
+  DMC_INLINE void load(int64_t at, int channel, float (&key)[8], float (&value)[8]) const {
+    load8(key, k + at * d + channel), load8(value, v + at * d + channel);
+    if constexpr (kCoded<S>) {
+      float of_key = widen(k_scales[at], bf16{}), of_value = widen(v_scales[at], bf16{});
+#pragma unroll
+      for (int e = 0; e < 8; e++) key[e] *= of_key, value[e] *= of_value;
+    }
+  }
+  // The index of a place's slot; below 0 if it holds nothing.
+  DMC_INLINE int64_t find(int place) const {
     int at = place;
-    if (place >= kept && (at = place - align(kept) + token) < first) return false;
-    int id = place < kept ? table[at / page_size] : recent[at / page_size % columns];
-    key = k + offset(id, at), value = v + offset(id, at);
-    return true;
+    if (place >= kept && (at = place - align(kept) + token) < first) return -1;
+    return index(place < kept ? table[at / page_size] : recent[at / page_size % columns], at);
   }
   // The tile that begins at a multiple of kTile before `end`: its page, and 64 times its first slot there with its number of slots.
   DMC_INLINE int2 tile(int place, int end) const {
@@ -79,9 +88,10 @@ struct Mixed {
 
 // --------------------------------------------------------------------------------------------------- any dtype, any D
 
-// Up to 32 lanes share a slot, 8 channels each; the warp takes as many slots at a time as fit.
-template <class T, int Q> struct AnyCore {
+// Up to 32 lanes share a slot, 8 channels each; the warp takes as many slots at a time as fit. Queries are of type T, pages of type S.
+template <class T, class S, int Q> struct AnyCore {
   using Element = T;
+  using Page = S;
   static constexpr int kQueries = Q, kMaxD = 256, kBlocks = 3;
   float q[Q][8], acc[Q][8], top[Q], total[Q];
   int limit[Q];  // slots that the query sees: `span` at most, before this one
@@ -134,21 +144,23 @@ template <class T, int Q> struct AnyCore {
     if (in) add(j, score, v);
   }
 
-  // find(slot, k, v): where its key and value begin; false if it is none.
-  template <class F> DMC_INLINE void run(F find, int begin, int end) {
+  // load(slot, k, v): this lane's channels of a slot, where it is `on`; false if it is none.
+  template <class F> DMC_INLINE void run(F load, int begin, int end) {
     int warp = threadIdx.x / 32, per = 32 / lanes, mine = threadIdx.x % 32 / lanes;
 #pragma unroll 2
     for (int from = begin + warp * per; from < end; from += kWarps * per) {
       int slot = from + mine;
-      const T *key, *value;
-      bool in = slot < end && find(slot, key, value);
       float k[8] = {}, v[8] = {};
-      if (in && on) load8(k, key + channel), load8(v, value + channel);
+      bool in = slot < end && load(slot, k, v);
       take(k, v, slot, in);
     }
   }
-  DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
-    run([&](int slot, const T*& k, const T*& v) { return s.find(slot, k, v); }, begin, end);
+  DMC_INLINE void run(const Slots<S>& s, int begin, int end) {
+    run([&](int slot, float (&k)[8], float (&v)[8]) {
+      int64_t at = s.find(slot);
+      if (at >= 0 && on) s.load(at, channel, k, v);
+      return at >= 0;
+    }, begin, end);
   }
 
   template <int D> DMC_INLINE void finish(Sums<Q, D>& to) {
@@ -176,23 +188,62 @@ template <class T, int Q> struct AnyCore {
 //   K    rows r and r + 8 are slots; "columns" 2c, 2c+1, 2c+8, 2c+9 of two products are the 8 channels from 32 j + 8 c on
 //   V^T  "columns" 2c, 2c+1, 2c+8, 2c+9 are slots; rows r and r + 8 of the next products are the 8 channels from 64 j + 8 r on
 // A lane's queries are 2c and 2c + 1, of the scores and of the sums.
-template <class T, int D> struct TensorCore {
+//
+// Codes become elements of 16 bits in registers, which hold them exactly. Their scales stay out of both products: that of a key goes
+// to its scores, that of a value to its weights. These may then be of any size, so they are bf16 whatever T is.
+
+// 8, 4 and 2 elements of a row as they lie in memory.
+template <class S> struct InMemory { using Eight = uint4; using Four = uint2; using Two = uint32_t; };
+struct CodesInMemory { using Eight = uint2; using Four = uint32_t; using Two = uint16_t; };
+template <> struct InMemory<i8> : CodesInMemory {};
+template <> struct InMemory<f8> : CodesInMemory {};
+
+template <int I> DMC_INLINE uint32_t word_of(const uint4& x) { return I == 0 ? x.x : I == 1 ? x.y : I == 2 ? x.z : x.w; }
+template <int I> DMC_INLINE uint32_t word_of(const uint2& x) { return I == 0 ? x.x : x.y; }
+template <int I> DMC_INLINE uint32_t word_of(uint32_t x) { return x; }
+
+// Elements 2 I and 2 I + 1 of a row.
+template <class T, class S, int I, class X> DMC_INLINE uint32_t two_of(const X& x) {
+  if constexpr (kCoded<S>) return widen2<I % 2 * 2, I % 2 * 2 + 1>(word_of<I / 2>(x), 0, S{}, T{});
+  else return word_of<I>(x);
+}
+// Elements 2 I of the rows a and b, and elements 2 I + 1.
+template <class T, class S, int I, class X> DMC_INLINE uint2 pairs_of(const X& a, const X& b) {
+  uint2 x;
+  if constexpr (kCoded<S>) {
+    constexpr int from = I % 2 * 2;
+    x.x = widen2<from, from + 4>(word_of<I / 2>(a), word_of<I / 2>(b), S{}, T{});
+    x.y = widen2<from + 1, from + 5>(word_of<I / 2>(a), word_of<I / 2>(b), S{}, T{});
+  } else {
+    x.x = __byte_perm(word_of<I>(a), word_of<I>(b), 0x5410), x.y = __byte_perm(word_of<I>(a), word_of<I>(b), 0x7632);
+  }
+  return x;
+}
+
+template <class T, class S, int D> struct TensorCore {
   using Element = T;
+  using Page = S;
+  using Weight = std::conditional_t<kCoded<S>, bf16, T>;
+  using Eight = typename InMemory<S>::Eight;
+  using Four = typename InMemory<S>::Four;
+  using Two = typename InMemory<S>::Two;
   static constexpr int kQueries = 8, kMaxD = D, kBlocks = D > 128 ? 2 : D > 96 ? 3 : 4;
   // Many channels leave no registers for a tile of keys and one of values at once: values are loaded when wanted, in parts.
-  static constexpr bool kAhead = D <= 128;
+  static constexpr bool kAhead = D <= 128 || kCoded<S>;
   static constexpr int kParts = kAhead ? 1 : 2;
   static constexpr int K32 = D / 32, K16 = D % 32 / 16, V64 = D / 64, V32 = D % 64 / 32, V16 = D % 32 / 16;
   template <class X, int N> struct Some { X x[N ? N : 1]; };
 
   struct Keys {
-    Some<uint4, K32> a, b;  // of slots r and r + 8
-    Some<uint2, K16> a2, b2;
+    Some<Eight, K32> a, b;  // of slots r and r + 8
+    Some<Four, K16> a2, b2;
+    Some<uint16_t, kCoded<S> ? 2 : 0> scale;
   };
   struct Values {  // a part of slots 2c, 2c + 1, 2c + 8, 2c + 9
-    Some<uint4, V64 / kParts> x[4];
-    Some<uint2, V32> x2[4];
-    Some<uint32_t, V16> x1[4];
+    Some<Eight, V64 / kParts> x[4];
+    Some<Four, V32> x2[4];
+    Some<Two, V16> x1[4];
+    Some<uint16_t, kCoded<S> ? 2 : 0> scale;  // of slots r and r + 8, whose weights the lane computes
   };
   Some<uint4, K32> q;
   Some<uint2, K16> q2;
@@ -221,43 +272,56 @@ template <class T, int D> struct TensorCore {
   }
 
   // The n slots (1 to 16) from `tile` on. Rows behind them are the last one again: what lies there may be anything.
-  static DMC_INLINE void load(Keys& to, const T* tile, int n) {
+  static DMC_INLINE void load(Keys& to, const S* tile, int n) {
     int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-    const T *a = tile + min(r, n - 1) * D + 8 * c, *b = tile + min(r + 8, n - 1) * D + 8 * c;
+    const S *a = tile + min(r, n - 1) * D + 8 * c, *b = tile + min(r + 8, n - 1) * D + 8 * c;
 #pragma unroll
-    for (int j = 0; j < K32; j++) to.a.x[j] = stream16(a + 32 * j), to.b.x[j] = stream16(b + 32 * j);
-    if (K16) to.a2.x[0] = stream8(a + 32 * K32 - 4 * c), to.b2.x[0] = stream8(b + 32 * K32 - 4 * c);
+    for (int j = 0; j < K32; j++) stream(to.a.x[j], a + 32 * j), stream(to.b.x[j], b + 32 * j);
+    if (K16) stream(to.a2.x[0], a + 32 * K32 - 4 * c), stream(to.b2.x[0], b + 32 * K32 - 4 * c);
   }
-  static DMC_INLINE void load(Values& to, const T* tile, int n, int part = 0) {
+  static DMC_INLINE void load(Values& to, const S* tile, int n, int part = 0) {
     int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const T* row = tile + min(2 * c + i % 2 + i / 2 * 8, n - 1) * D + part * (V64 / kParts * 64);
+      const S* row = tile + min(2 * c + i % 2 + i / 2 * 8, n - 1) * D + part * (V64 / kParts * 64);
 #pragma unroll
-      for (int j = 0; j < V64 / kParts; j++) to.x[i].x[j] = stream16(row + 64 * j + 8 * r);
-      if (V32) to.x2[i].x[0] = stream8(row + 64 * V64 + 4 * r);
-      if (V16) to.x1[i].x[0] = stream4(row + 64 * V64 + 32 * V32 + 2 * r);
+      for (int j = 0; j < V64 / kParts; j++) stream(to.x[i].x[j], row + 64 * j + 8 * r);
+      if (V32) stream(to.x2[i].x[0], row + 64 * V64 + 4 * r);
+      if (V16) stream(to.x1[i].x[0], row + 64 * V64 + 32 * V32 + 2 * r);
     }
   }
+  static DMC_INLINE void load_scales(uint16_t (&to)[2], const uint16_t* tile, int n) {
+    int r = threadIdx.x % 32 / 4;
+    stream(to[0], tile + min(r, n - 1)), stream(to[1], tile + min(r + 8, n - 1));
+  }
 
+  template <int I, class X> DMC_INLINE void score(float (&s)[4], const X& a, const X& b, uint32_t q0, uint32_t q1) const {
+    mma(s, two_of<T, S, I>(a), two_of<T, S, I>(b), two_of<T, S, I + 1>(a), two_of<T, S, I + 1>(b), q0, q1, T{});
+  }
   DMC_INLINE void score(float (&s)[4], const Keys& k) const {
     s[0] = s[1] = s[2] = s[3] = 0;
 #pragma unroll
     for (int j = 0; j < K32; j++) {
-      mma(s, k.a.x[j].x, k.b.x[j].x, k.a.x[j].y, k.b.x[j].y, q.x[j].x, q.x[j].y, T{});
-      mma(s, k.a.x[j].z, k.b.x[j].z, k.a.x[j].w, k.b.x[j].w, q.x[j].z, q.x[j].w, T{});
+      score<0>(s, k.a.x[j], k.b.x[j], q.x[j].x, q.x[j].y);
+      score<2>(s, k.a.x[j], k.b.x[j], q.x[j].z, q.x[j].w);
     }
-    if (K16) mma(s, k.a2.x[0].x, k.b2.x[0].x, k.a2.x[0].y, k.b2.x[0].y, q2.x[0].x, q2.x[0].y, T{});
+    if (K16) score<0>(s, k.a2.x[0], k.b2.x[0], q2.x[0].x, q2.x[0].y);
+    if constexpr (kCoded<S>) scale_rows(s, k.scale.x);
+  }
+  static DMC_INLINE void scale_rows(float (&s)[4], const uint16_t (&scale)[2]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[e] *= widen(scale[e / 2], bf16{});
   }
 
-  // Two channels of all four slots: one fragment of V^T.
-  static DMC_INLINE void add(float (&sum)[4], uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3, uint32_t p0, uint32_t p1) {
-    mma(sum, __byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632), __byte_perm(v2, v3, 0x5410), __byte_perm(v2, v3, 0x7632),
-        p0, p1, T{});
+  // Channels 2 I and 2 I + 1 of the four rows: one fragment of V^T.
+  template <int I, class X>
+  static DMC_INLINE void add(float (&sum)[4], const X& v0, const X& v1, const X& v2, const X& v3, uint32_t p0, uint32_t p1) {
+    uint2 a = pairs_of<Weight, S, I>(v0, v1), b = pairs_of<Weight, S, I>(v2, v3);
+    mma(sum, a.x, a.y, b.x, b.y, p0, p1, Weight{});
   }
 
   // Scores to weights of 16 bits, as the second product takes them; sums so far to the new highest score.
-  DMC_INLINE void weigh(float (&s)[4], int n, uint32_t* p0, uint32_t* p1) {
+  DMC_INLINE void weigh(float (&s)[4], const Values& v, int n, uint32_t* p0, uint32_t* p1) {
     int r = threadIdx.x % 32 / 4;
     float p[4];
 #pragma unroll
@@ -275,29 +339,31 @@ template <class T, int D> struct TensorCore {
 #pragma unroll
       for (int m = 0; m < D / 16; m++) acc[m][j] *= factor, acc[m][j + 2] *= factor;
     }
-    *p0 = transpose8x8(pack(p[0], p[1], T{}));
-    *p1 = transpose8x8(pack(p[2], p[3], T{}));
+    if constexpr (kCoded<S>) scale_rows(p, v.scale.x);
+    *p0 = transpose8x8(pack(p[0], p[1], Weight{}));
+    *p1 = transpose8x8(pack(p[2], p[3], Weight{}));
   }
 
-  template <int Part> DMC_INLINE void add(const Values& v, uint32_t p0, uint32_t p1) {
+  template <int Part> DMC_INLINE void add_part(const Values& v, uint32_t p0, uint32_t p1) {
 #pragma unroll
     for (int j = 0; j < V64 / kParts; j++) {
-      const uint4 &a = v.x[0].x[j], &b = v.x[1].x[j], &c = v.x[2].x[j], &d = v.x[3].x[j];
+      const Eight &a = v.x[0].x[j], &b = v.x[1].x[j], &c = v.x[2].x[j], &d = v.x[3].x[j];
       constexpr int first = Part * (V64 / kParts) * 4;
-      add(acc[first + 4 * j], a.x, b.x, c.x, d.x, p0, p1);
-      add(acc[first + 4 * j + 1], a.y, b.y, c.y, d.y, p0, p1);
-      add(acc[first + 4 * j + 2], a.z, b.z, c.z, d.z, p0, p1);
-      add(acc[first + 4 * j + 3], a.w, b.w, c.w, d.w, p0, p1);
+      add<0>(acc[first + 4 * j], a, b, c, d, p0, p1);
+      add<1>(acc[first + 4 * j + 1], a, b, c, d, p0, p1);
+      add<2>(acc[first + 4 * j + 2], a, b, c, d, p0, p1);
+      add<3>(acc[first + 4 * j + 3], a, b, c, d, p0, p1);
     }
     if (V32) {
-      add(acc[4 * V64], v.x2[0].x[0].x, v.x2[1].x[0].x, v.x2[2].x[0].x, v.x2[3].x[0].x, p0, p1);
-      add(acc[4 * V64 + (V32 ? 1 : 0)], v.x2[0].x[0].y, v.x2[1].x[0].y, v.x2[2].x[0].y, v.x2[3].x[0].y, p0, p1);
+      const Four &a = v.x2[0].x[0], &b = v.x2[1].x[0], &c = v.x2[2].x[0], &d = v.x2[3].x[0];
+      add<0>(acc[4 * V64], a, b, c, d, p0, p1);
+      add<1>(acc[4 * V64 + (V32 ? 1 : 0)], a, b, c, d, p0, p1);
     }
-    if (V16) add(acc[D / 16 - 1], v.x1[0].x[0], v.x1[1].x[0], v.x1[2].x[0], v.x1[3].x[0], p0, p1);
+    if (V16) add<0>(acc[D / 16 - 1], v.x1[0].x[0], v.x1[1].x[0], v.x1[2].x[0], v.x1[3].x[0], p0, p1);
   }
 
   // While one tile is worked on, the next one's keys and values are on their way.
-  DMC_INLINE void run(const Slots<T>& s, int begin, int end) {
+  DMC_INLINE void run(const Slots<S>& s, int begin, int end) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (end - begin + kTile - 1) / kTile, n;
     int mine = warp < tiles ? (tiles - warp + kWarps - 1) / kWarps : 0;
     int2 ahead = make_int2(0, 0);
@@ -306,14 +372,22 @@ template <class T, int D> struct TensorCore {
       if (i % 32 == 0 && i + lane < mine) ahead = s.tile(begin + ((i + lane) * kWarps + warp) * kTile, end);
       int id = __shfl_sync(kAll, ahead.x, i % 32), slots = __shfl_sync(kAll, ahead.y, i % 32);
       n = slots % 64;
-      return s.offset(id, slots / 64);
+      return s.index(id, slots / 64);
     };
     if (!mine) return;
     Keys keys;
     Values values;
     int64_t at = locate(0);
-    load(keys, s.k + at, n);
-    if (kAhead) load(values, s.v + at, n);
+    auto load_keys = [&] {
+      load(keys, s.k + at * D, n);
+      if constexpr (kCoded<S>) load_scales(keys.scale.x, s.k_scales + at, n);
+    };
+    auto load_values = [&] {
+      load(values, s.v + at * D, n);
+      if constexpr (kCoded<S>) load_scales(values.scale.x, s.v_scales + at, n);
+    };
+    load_keys();
+    if (kAhead) load_values();
 #pragma unroll 1
     for (int i = 0; i < mine; i++) {
       float scores[4];
@@ -321,21 +395,21 @@ template <class T, int D> struct TensorCore {
       bool more = i + 1 < mine;
       int now = n;
       score(scores, keys);
-      const T* now_at = s.v + at;
+      const S* now_at = s.v + at * D;
       if (!kAhead) load(values, now_at, now);
       if (more) {
         at = locate(i + 1);
-        if (kAhead) load(keys, s.k + at, n);
+        if (kAhead) load_keys();
       }
-      weigh(scores, now, &p0, &p1);
-      add<0>(values, p0, p1);
+      weigh(scores, values, now, &p0, &p1);
+      add_part<0>(values, p0, p1);
       if (!kAhead) {
         __syncwarp();  // these loads must not begin before the first part is used up: there are no registers for both
         load(values, now_at, now, 1);
-        if (more) load(keys, s.k + at, n);
-        add<kParts - 1>(values, p0, p1);
+        if (more) load_keys();
+        add_part<kParts - 1>(values, p0, p1);
       } else if (more) {
-        load(values, s.v + at, n);
+        load_values();
       }
     }
   }

@@ -126,7 +126,7 @@ template <class Core> __global__ void __launch_bounds__(32 * kWarps, Core::kBloc
     Core core;
     core.begin(d, p.scale * kLog2E, aligned,
                [&](int j) { return j < queries ? row_of<const T>(p.q, sequence, first + j) : nullptr; });
-    core.run(Slots<T>(c, max(chunk.row, 0), p.layer, head, chunk.kept, chunk.tokens), chunk.begin, chunk.end);
+    core.run(Slots<typename Core::Page>(c, max(chunk.row, 0), p.layer, head, chunk.kept, chunk.tokens), chunk.begin, chunk.end);
     core.finish(sums);
     __syncthreads();
     // [chunk of a head that has several][group][pitch]: sum, highest score, total
@@ -182,19 +182,19 @@ template <class Core> const char* decode(Work w, void* stream) {
   return error ? error : launch(attend<Core>, w.blocks, 32 * kWarps, 0, stream, w);
 }
 
-template <class T> const char* any(const Work& w, void* stream) {
-  return w.decode.groups == 1 ? decode<AnyCore<T, 1>>(w, stream) : decode<AnyCore<T, 4>>(w, stream);
+template <class T, class S> const char* any(const Work& w, void* stream) {
+  return w.decode.groups == 1 ? decode<AnyCore<T, S, 1>>(w, stream) : decode<AnyCore<T, S, 4>>(w, stream);
 }
 
-template <class T> const char* tensor(const Work& w, void* stream) {
-  switch (w.decode.cache.head_dim) {
-    case 64: return decode<TensorCore<T, 64>>(w, stream);
-    case 80: return decode<TensorCore<T, 80>>(w, stream);
-    case 96: return decode<TensorCore<T, 96>>(w, stream);
-    case 128: return decode<TensorCore<T, 128>>(w, stream);
-    case 256: return decode<TensorCore<T, 256>>(w, stream);
-    default: return any<T>(w, stream);
+template <class T, class S> const char* decode(const Work& w, void* stream) {
+  if constexpr (sizeof(T) == 2) switch (w.decode.cache.head_dim) {
+    case 64: return decode<TensorCore<T, S, 64>>(w, stream);
+    case 80: return decode<TensorCore<T, S, 80>>(w, stream);
+    case 96: return decode<TensorCore<T, S, 96>>(w, stream);
+    case 128: return decode<TensorCore<T, S, 128>>(w, stream);
+    case 256: return decode<TensorCore<T, S, 256>>(w, stream);
   }
+  return any<T, S>(w, stream);
 }
 
 }  // namespace
@@ -207,9 +207,5 @@ extern "C" const char* dmc_cuda_decode(const dmc::CudaDecode& p, void* stream) {
   if (!p.n) return nullptr;
   dmc::OnDevice on(p.cache.device);
   Work w = {p, plan_of(p.workspace, p.n, p.cache.heads, p.groups, p.cache.head_dim, blocks_of(p.cache.device)), 0, 0};
-  switch (p.cache.dtype) {
-    case dmc::kF32: return any<float>(w, stream);
-    case dmc::kBF16: return tensor<dmc::bf16>(w, stream);
-    default: return tensor<dmc::f16>(w, stream);
-  }
+  return dmc::with_types(p.cache, [&](auto t, auto s) { return decode<decltype(t), decltype(s)>(w, stream); });
 }

@@ -1,11 +1,15 @@
 // Building blocks of the CUDA kernels: elements of 16 bits, the few PTX instructions that CUDA C++ has no name for, and sums over
 // a warp and a block. tests/cuda_emulator compiles the same kernels for a CPU; it replaces the instructions below.
 #pragma once
+#include <type_traits>
+
 #include "params.h"
 
 namespace dmc {
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct i8 { uint8_t bits; };  // codes of a quantized cache: they stand for themselves times the scale of their slot
+struct f8 { uint8_t bits; };  // float8_e4m3fn
 }  // namespace dmc
 
 #ifdef DMC_EMULATED
@@ -41,6 +45,18 @@ DMC_INLINE float widen(uint16_t bits, f16) {
   return x;
 }
 
+// a * b + c of two elements each, rounded once. Denormal numbers are kept.
+DMC_INLINE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, bf16) {
+  uint32_t x;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
+}
+DMC_INLINE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c, f16) {
+  uint32_t x;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
+}
+
 DMC_INLINE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -48,21 +64,14 @@ DMC_INLINE float exp2_fast(float x) {
 }
 
 // 16 or fewer bytes that are read once: kept out of L1, fetched from memory in lines of 128.
-DMC_INLINE uint4 stream16(const void* p) {
-  uint4 x;
+DMC_INLINE void stream(uint4& x, const void* p) {
   asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-  return x;
 }
-DMC_INLINE uint2 stream8(const void* p) {
-  uint2 x;
+DMC_INLINE void stream(uint2& x, const void* p) {
   asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
-  return x;
 }
-DMC_INLINE uint32_t stream4(const void* p) {
-  uint32_t x;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(x) : "l"(p));
-  return x;
-}
+DMC_INLINE void stream(uint32_t& x, const void* p) { asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(x) : "l"(p)); }
+DMC_INLINE void stream(uint16_t& x, const void* p) { asm("ld.global.nc.L1::no_allocate.L2::128B.u16 %0, [%1];" : "=h"(x) : "l"(p)); }
 
 // c [16, 8] += a [16, 16] b [16, 8]; fragments as in the PTX manual, mma.m16n8k16.
 DMC_INLINE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, bf16) {
@@ -186,6 +195,75 @@ template <class T> DMC_INLINE void store8(T* p, const float (&x)[8], bool aligne
   }
 }
 
+// ------------------------------------------------------------------------------------------------- codes of 8 bits
+
+template <class S> constexpr bool kCoded = false;
+template <> constexpr bool kCoded<i8> = true;
+template <> constexpr bool kCoded<f8> = true;
+template <class S> constexpr float kLargest = 0;
+template <> constexpr float kLargest<i8> = 127;
+template <> constexpr float kLargest<f8> = 448;
+
+// Codes First and Second, of `a` if below 4 and else of `b`, as two elements of 16 bits, which hold all of them exactly.
+template <int First, int Second> DMC_INLINE uint32_t code_bytes(uint32_t a, uint32_t b) {
+  return __byte_perm(a, b, First * 0x11 + Second * 0x1100);  // each in both bytes of its half
+}
+template <int First, int Second> DMC_INLINE uint32_t widen2(uint32_t a, uint32_t b, i8, bf16) {
+  // 128 plus the lower seven bits, less 128 or, where the sign is set, 256.
+  uint32_t x = code_bytes<First, Second>(a, b);
+  return fma2((x & 0x00800080u) | 0x43004300u, 0xbf80bf80u, (x & 0x007f007fu) | 0x43004300u, bf16{});
+}
+template <int First, int Second> DMC_INLINE uint32_t widen2(uint32_t a, uint32_t b, i8, f16) {
+  return fma2((code_bytes<First, Second>(a, b) & 0x00ff00ffu) ^ 0x64806480u, 0x3c003c00u, 0xe480e480u, f16{});  // 1152 + x - 1152
+}
+// The fields of e4m3 where those of the other type are, times what the exponents' biases differ by. NaN is none of these codes.
+template <int First, int Second> DMC_INLINE uint32_t widen2(uint32_t a, uint32_t b, f8, bf16) {
+  uint32_t x = code_bytes<First, Second>(a, b);
+  return fma2((x & 0x80008000u) | ((x & 0x7f007f00u) >> 4), 0x7b807b80u, 0x80008000u, bf16{});  // 2^120, -0
+}
+template <int First, int Second> DMC_INLINE uint32_t widen2(uint32_t a, uint32_t b, f8, f16) {
+  uint32_t x = code_bytes<First, Second>(a, b);
+  return fma2((x & 0x80008000u) | ((x & 0x7f007f00u) >> 1), 0x5c005c00u, 0x80008000u, f16{});  // 2^8, -0
+}
+// Four codes times their scale, rounded once.
+template <class S> DMC_INLINE uint2 scaled4(uint32_t codes, float scale, bf16) {
+  uint32_t by = pack(scale, scale, bf16{});  // exact
+  return make_uint2(fma2(widen2<0, 1>(codes, 0, S{}, bf16{}), by, 0x80008000u, bf16{}),
+                    fma2(widen2<2, 3>(codes, 0, S{}, bf16{}), by, 0x80008000u, bf16{}));
+}
+template <class S> DMC_INLINE uint2 scaled4(uint32_t codes, float scale, f16) {  // a scale may be too small for this type
+  uint32_t a = widen2<0, 1>(codes, 0, S{}, f16{}), b = widen2<2, 3>(codes, 0, S{}, f16{});
+  auto scaled = [&](uint32_t x) { return pack(widen((uint16_t)x, f16{}) * scale, widen((uint16_t)(x >> 16), f16{}) * scale, f16{}); };
+  return make_uint2(scaled(a), scaled(b));
+}
+
+DMC_INLINE float widen(uint8_t code, i8) { return (float)(int8_t)code; }
+DMC_INLINE float widen(uint8_t code, f8) { return __uint_as_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f; }
+// To the nearest code; |x| <= kLargest.
+DMC_INLINE uint8_t encode(float x, i8) { return (uint8_t)__float2int_rn(x); }
+DMC_INLINE uint8_t encode(float x, f8) {
+  uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, rest = bits & 0x7fffffffu;
+  if (rest < 0x3c800000u) return (uint8_t)(sign | __float2int_rn(fabsf(x) * 512.0f));  // below 2^-6 codes are 2^-9 apart
+  return (uint8_t)(sign | (((rest + 0x7ffff + (rest >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
+// 8 codes, without their scale.
+template <class S> DMC_INLINE void load_codes(float (&x)[8], const S* p) {
+  uint2 codes = *(const uint2*)p;
+#pragma unroll
+  for (int e = 0; e < 8; e++) x[e] = widen((uint8_t)((e < 4 ? codes.x : codes.y) >> (8 * (e % 4))), S{});
+}
+DMC_INLINE void load8(float (&x)[8], const i8* p) { load_codes(x, p); }
+DMC_INLINE void load8(float (&x)[8], const f8* p) { load_codes(x, p); }
+
+// f(T{}, S{}): with the types of a model's tensors and of its cache's pages.
+template <class F> auto with_types(const Cache& c, F f) {
+  auto paged = [&](auto t) {
+    return c.page_dtype == kI8 ? f(t, i8{}) : c.page_dtype == kF8 ? f(t, f8{}) : f(t, t);
+  };
+  return c.dtype == kF32 ? paged(float{}) : c.dtype == kBF16 ? paged(bf16{}) : paged(f16{});
+}
+
 // Where [T, h, D] of a caller has its rows: the last axis is contiguous, and no more is known.
 template <class T> DMC_INLINE T* row_of(const Heads& x, int64_t t, int64_t h) { return (T*)x.data + t * x.token + h * x.head; }
 template <class T> DMC_INLINE bool is_aligned(const Heads& x) {
@@ -199,6 +277,8 @@ template <class X> DMC_INLINE X warp_sum(X x) {
   for (int w = 16; w; w /= 2) x += __shfl_xor_sync(kAll, x, w);
   return x;
 }
+
+DMC_INLINE unsigned warp_max(unsigned x) { return __reduce_max_sync(kAll, x); }
 
 // Sum over the block, in every thread. shared: 32 numbers that nobody else uses until the next barrier.
 template <class X> DMC_INLINE X block_sum(X x, X* shared) {

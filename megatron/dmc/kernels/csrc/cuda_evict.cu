@@ -140,15 +140,20 @@ __global__ void __launch_bounds__(kDecideThreads, 2) decide_evicting(const CudaE
 // --------------------------------------------------------------------------------------------------------------- write
 
 // What leaves the window for token t: from its recent page to the head's next slot.
-template <class T> DMC_INLINE void move(const Cache& c, int64_t from, int64_t to) {
-  int units = c.head_dim * (int)sizeof(T) / 16, lane = threadIdx.x % 32;
+template <class S> DMC_INLINE void move(const Cache& c, int64_t from, int64_t to) {
+  using Unit = std::conditional_t<kCoded<S>, uint2, uint4>;
+  int units = c.head_dim * (int)sizeof(S) / (int)sizeof(Unit), lane = threadIdx.x % 32;
   for (int n = lane; n < 2 * units; n += 32) {
-    uint4* pages = (uint4*)(n < units ? c.k_pages : c.v_pages) + (n < units ? n : n - units);
+    Unit* pages = (Unit*)(n < units ? c.k_pages : c.v_pages) + (n < units ? n : n - units);
     pages[to * units] = pages[from * units];
+  }
+  if (kCoded<S> && lane < 2) {
+    uint16_t* scales = lane ? c.v_scales : c.k_scales;
+    scales[to] = scales[from];
   }
 }
 
-template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 8) write_evicting(const CudaEvict p) {
+template <class T, class S, int N> __global__ void __launch_bounds__(kWriteThreads, 8) write_evicting(const CudaEvict p) {
   __shared__ __align__(16) float stages[kWriteThreads / 32][256];
   const Cache& c = p.cache;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = (int)c.heads, size = c.page_size;
@@ -164,9 +169,11 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 8) wr
   int t = (int)(at / heads), h = (int)(at % heads), i = p.owner[t], row = p.rows[i], begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1];
   int item = i * heads + h, window = (int)c.evict_window, marks = window + 2;
   Units<N> x = {};
+  Codes<S, N> codes = {};
   if (row >= 0) {
     read_raw<T>(p, t, h, x);
     turn(p, t, x, stage, p.neuron == kNeuronAll);
+    codes = round_to<S>(c.head_dim, x);
   }
   if (p.k_part.data) write_part<T>(p, t, h, x);
   bool refused = row >= 0 && p.before[item] == kNoPage;
@@ -179,15 +186,15 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 8) wr
   auto kept_place = [&](int slot) { return (int64_t)table[slot / size] * size + slot % size; };
   int seen = p.seen[item], token = seen + t - begin, tokens = seen + end - begin;
   if (token >= tokens - 1 - window) {
-    write_slot<T>(c, c.recent_table[index * c.recent + token / size % (int)c.recent], token % size, x);
+    write_slot(c, c.recent_table[index * c.recent + token / size % (int)c.recent], token % size, x, codes);
   } else if (int64_t leaves = at + (int64_t)(window + 1) * heads; p.moves[leaves]) {  // within the step: never a recent one
     int slot = p.slot_index[leaves] - 1;
-    write_slot<T>(c, table[slot / size], slot % size, x);
+    write_slot(c, table[slot / size], slot % size, x, codes);
   }
   int old = token - window - 1;  // it leaves for this one; one of this step is written above
   if (old >= 0 && old < seen && p.moves[at]) {
     int64_t page = p.recent_before[item * c.recent + old / size % (int)c.recent];
-    move<T>(c, page * size + old % size, kept_place(p.slot_index[at] - 1));
+    move<S>(c, page * size + old % size, kept_place(p.slot_index[at] - 1));
   }
   int decided = p.about_self ? token : token - 1;
   if (lane == 0) {
@@ -197,24 +204,20 @@ template <class T, int N> __global__ void __launch_bounds__(kWriteThreads, 8) wr
   }
 }
 
-template <class T, int N> const char* append(const CudaEvict& p, void* stream) {
+template <class T, class S, int N> const char* append(const CudaEvict& p, void* stream) {
   int64_t items = p.n * p.cache.heads, warps = kWriteThreads / 32, decisions = kDecideThreads / 32;
   const char* error = launch(decide_evicting, (items + decisions - 1) / decisions, kDecideThreads, 0, stream, p);
   int64_t tasks = p.tokens * p.cache.heads * (1 + p.groups);
-  return error ? error : launch(write_evicting<T, N>, (tasks + warps - 1) / warps, kWriteThreads, 0, stream, p);
-}
-
-template <class T> const char* append(const CudaEvict& p, void* stream) {
-  return p.cache.head_dim <= 128 ? append<T, 1>(p, stream) : append<T, 2>(p, stream);
+  return error ? error : launch(write_evicting<T, S, N>, (tasks + warps - 1) / warps, kWriteThreads, 0, stream, p);
 }
 
 }  // namespace
 
 extern "C" const char* dmc_cuda_append_evicting(const dmc::CudaEvict& p, void* stream) {
   dmc::OnDevice on(p.cache.device);
-  switch (p.cache.dtype) {
-    case dmc::kF32: return append<float>(p, stream);
-    case dmc::kBF16: return append<dmc::bf16>(p, stream);
-    default: return append<dmc::f16>(p, stream);
-  }
+  return dmc::with_types(p.cache, [&](auto t, auto s) {
+    using T = decltype(t);
+    using S = decltype(s);
+    return p.cache.head_dim <= 128 ? append<T, S, 1>(p, stream) : append<T, S, 2>(p, stream);
+  });
 }

@@ -29,9 +29,8 @@ bool aligned(const Heads& x, Dtype dtype) {
 }
 
 void check_cache(const Cache& c) {
-  if (c.quantized) TVM_FFI_THROW(ValueError) << "the CUDA kernels take no pages of 8 bits; use a cache of the model's dtype";
-  if (!aligned(c.k_pages) || !aligned(c.v_pages) || !aligned(c.ring_k) || !aligned(c.ring_v))
-    TVM_FFI_THROW(ValueError) << "k_pages, v_pages, ring_k and ring_v must be aligned to 16 bytes";
+  for (const void* x : {c.k_pages, c.v_pages, (void*)c.k_scales, (void*)c.v_scales, c.ring_k, c.ring_v})
+    if (!aligned(x)) TVM_FFI_THROW(ValueError) << "k_pages, v_pages, their scales, ring_k and ring_v must be aligned to 16 bytes";
 }
 
 // An array of a scratch tensor: bytes, aligned to 16.

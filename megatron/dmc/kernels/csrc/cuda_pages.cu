@@ -125,12 +125,14 @@ __global__ void __launch_bounds__(kCopyThreads) fork_copies(const ForkParams p) 
   __syncthreads();
   if (refused || p.source[i] < 0 || p.target[i] < 0) return;
   int64_t a = (int64_t)p.source[i] * all + e, b = (int64_t)p.target[i] * all + e;
-  int64_t width = c.dtype == kF32 ? 4 : 2, page = c.page_size * c.head_dim * width;
+  int64_t page = c.page_size * c.head_dim * (c.quantized ? 1 : c.page_dtype == kF32 ? 4 : 2), scales = c.quantized ? 2 * c.page_size : 0;
   Held old(c, a), mine = old;
   mine.lie_in(c, b);
   auto copy_page = [&](int n) {
     copy(c.k_pages, old[n], mine[n], page);
     copy(c.v_pages, old[n], mine[n], page);
+    copy(c.k_scales, old[n], mine[n], scales);
+    copy(c.v_scales, old[n], mine[n], scales);
   };
   if (old.kept_open < old.kept) copy_page(old.kept_open);
   if (old.recent_open < old.count) copy_page(old.recent_open);

@@ -38,11 +38,6 @@ struct Window {
   }
   // The page of a token; -1: it is in the chunk.
   DMC_INLINE int page(const Cache& c, int token) const { return token < before ? table[token / c.page_size % (int)c.recent] : -1; }
-  template <class T>
-  DMC_INLINE void find(const PrefillParams& p, const Slots<T>& s, int head, int token, int page, const T*& k, const T*& v) const {
-    k = page < 0 ? row_of<const T>(p.k_part, token + shift, head) : s.k + s.offset(page, token);
-    v = page < 0 ? row_of<const T>(p.v_part, token + shift, head) : s.v + s.offset(page, token);
-  }
 };
 
 // Tiles in the order of sequences, the last one first, since later rows see more slots. All pointers are to shared memory, the
@@ -86,7 +81,7 @@ struct Work {
 
 constexpr int kFew = 4;
 
-template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(const Work w) {
+template <class T, class S> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(const Work w) {
   __shared__ __align__(16) Sums<kFew, 256> sums;
   __shared__ int shared[32];
   __shared__ Tile found;
@@ -100,7 +95,7 @@ template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(
   bool aligned = is_aligned<T>(p.k_part) && is_aligned<T>(p.v_part), out_aligned = is_aligned<T>(p.out);
   auto token = [&](int j) { return tile.begin + (tile.first + j) / groups; };
   auto query = [&](int j) { return tile.head * groups + (tile.first + j) % groups; };
-  AnyCore<T, kFew> core;
+  AnyCore<T, S, kFew> core;
   core.begin(d, p.scale * kLog2E, is_aligned<T>(p.q),
              [&](int j) { return j < tile.rows ? row_of<const T>(p.q, token(j), query(j)) : nullptr; });
 #pragma unroll
@@ -108,14 +103,21 @@ template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(
     core.limit[j] = j < tile.rows ? p.slot_index[(int64_t)token(j) * c.heads + tile.head] : 0;
     most = max(most, core.limit[j]);
   }
-  Slots<T> slots(c, tile.row, p.layer, tile.head);
+  Slots<S> slots(c, tile.row, p.layer, tile.head);
   core.run(slots, 0, most);
   if (window.span) {
     core.span = window.span;
 #pragma unroll
     for (int j = 0; j < kFew; j++) core.limit[j] = j < tile.rows ? token(j) - window.shift + 1 : 0;
-    core.run([&](int at, const T*& k, const T*& v) {
-      window.find(p, slots, tile.head, at, window.page(c, at), k, v);
+    core.run([&](int at, float (&k)[8], float (&v)[8]) {
+      int page = window.page(c, at);
+      if (!core.on) return true;
+      if (page >= 0) {
+        slots.load(slots.index(page, at), core.channel, k, v);
+      } else {
+        load8(k, row_of<const T>(p.k_part, at + window.shift, tile.head) + core.channel);
+        load8(v, row_of<const T>(p.v_part, at + window.shift, tile.head) + core.channel);
+      }
       return true;
     }, window.begin, window.end);
   }
@@ -148,16 +150,20 @@ template <class T> __global__ void __launch_bounds__(32 * kWarps, 3) attend_few(
 constexpr int kRows = 128, kThreads = 2 * kRows;  // 16 rows a warp
 
 // Keys and values of kSlots slots, each row padded by 16 bytes so that 8 rows of a matrix lie in different banks.
-template <int D> struct Shape {
-  static constexpr int kSlots = D > 128 ? 16 : D > 80 ? 64 : 32, kPitch = D + 8, kBlocks = D > 80 ? 1 : 2;
-  static constexpr int kChunks = kSlots * (D / 8);               // of 16 bytes, of keys or of values
+template <class S, int D> struct Shape {
+  static constexpr int kBlocks = D > (kCoded<S> ? 64 : 80) ? 1 : 2;  // as registers allow
+  static constexpr int kSlots = D > 128 ? 16 : kBlocks == 1 ? 64 : 32, kPitch = D + 8;
+  static constexpr int kWide = 16 / sizeof(S);                   // elements of a chunk of 16 bytes
+  static constexpr int kChunks = kSlots * (D / kWide);           // of keys or of values
   static constexpr int kMine = (kChunks + kThreads - 1) / kThreads;
-  static constexpr size_t kBytes = 2 * 2 * kSlots * kPitch * 2;  // two stages of keys and values
+  static constexpr int kStages = 2 * 2 * kSlots * kPitch * 2;    // bytes of two stages of keys and values
+  static constexpr size_t kBytes = kStages + (kCoded<S> ? 2 * 16 * kChunks : 0);  // and of codes that are on their way
 };
 
-template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::kBlocks) attend_many(const Work w) {
-  using S = Shape<D>;
-  constexpr int kSteps = D / 16, kSlots = S::kSlots, kPitch = S::kPitch;
+// Codes are copied to memory of their thread's own, which turns them into elements of 16 bits of the stage as soon as they are there.
+template <class T, class S, int D> __global__ void __launch_bounds__(kThreads, Shape<S, D>::kBlocks) attend_many(const Work w) {
+  using X = Shape<S, D>;
+  constexpr int kSteps = D / 16, kSlots = X::kSlots, kPitch = X::kPitch, kWide = X::kWide, kMine = X::kMine, kChunks = X::kChunks;
   DMC_DYNAMIC_SHARED(memory);
   __shared__ int shared[32];
   __shared__ Tile found;
@@ -197,31 +203,68 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
 #pragma unroll
     for (int e = 0; e < 4; e++) acc[n][e] = 0;
 
-  Slots<T> slots(c, tile.row, p.layer, tile.head);
+  Slots<S> slots(c, tile.row, p.layer, tile.head);
   // Tiles of slots, then tiles of tokens.
   int slot_tiles = (max(most, 0) + kSlots - 1) / kSlots, tiles = slot_tiles + (window.end - window.begin + kSlots - 1) / kSlots;
-  int ids[S::kMine];
+  int ids[kMine];
+  uint4(*codes)[kChunks] = (uint4(*)[kChunks])(memory + X::kStages);
+  uint32_t scales[kMine];  // of the codes on their way: the key's and above it the value's, which are not negative; kNone: it is no codes
+  constexpr uint32_t kNone = 1u << 31;
   auto first_of = [&](int n) { return n < slot_tiles ? n * kSlots : window.begin + (n - slot_tiles) * kSlots; };
   auto end_of = [&](int n) { return n < slot_tiles ? most : window.end; };
   auto find_pages = [&](int n) {
 #pragma unroll
-    for (int i = 0; i < S::kMine; i++) {
-      int chunk = threadIdx.x + i * kThreads, slot = first_of(n) + chunk / (D / 8);
+    for (int i = 0; i < kMine; i++) {
+      int chunk = threadIdx.x + i * kThreads, slot = first_of(n) + chunk / (D / kWide);
       ids[i] = 0;
-      if (chunk < S::kChunks && slot < end_of(n)) ids[i] = n < slot_tiles ? slots.table[slot / slots.page_size] : window.page(c, slot);
+      if (chunk < kChunks && slot < end_of(n)) ids[i] = n < slot_tiles ? slots.table[slot / slots.page_size] : window.page(c, slot);
     }
   };
   auto copy = [&](int n) {
 #pragma unroll
-    for (int i = 0; i < S::kMine; i++) {
-      int chunk = threadIdx.x + i * kThreads, row = chunk / (D / 8), slot = first_of(n) + row, channel = chunk % (D / 8) * 8;
-      if (chunk >= S::kChunks) continue;
-      const T *k, *v;  // behind the last slot: zeros
-      window.find(p, slots, tile.head, slot, ids[i], k, v);
-      copy16(&stage[n & 1][0][row][channel], k + channel, slot < end_of(n));
-      copy16(&stage[n & 1][1][row][channel], v + channel, slot < end_of(n));
+    for (int i = 0; i < kMine; i++) {
+      int chunk = threadIdx.x + i * kThreads, row = chunk / (D / kWide), slot = first_of(n) + row, channel = chunk % (D / kWide) * kWide;
+      if (chunk >= kChunks) continue;
+      bool in = slot < end_of(n);  // behind the last slot: zeros
+      auto to_stage = [&](const T* k, const T* v) {
+#pragma unroll
+        for (int e = 0; e < kWide; e += 8) {
+          copy16(&stage[n & 1][0][row][channel + e], k + channel + e, in);
+          copy16(&stage[n & 1][1][row][channel + e], v + channel + e, in);
+        }
+      };
+      if (ids[i] < 0) {  // of the chunk itself
+        to_stage(row_of<const T>(p.k_part, slot + window.shift, tile.head), row_of<const T>(p.v_part, slot + window.shift, tile.head));
+        scales[i] = kNone;
+        continue;
+      }
+      int64_t at = slots.index(ids[i], slot);
+      if constexpr (kCoded<S>) {
+        copy16(&codes[0][chunk], slots.k + at * D + channel, in);
+        copy16(&codes[1][chunk], slots.v + at * D + channel, in);
+        scales[i] = in ? (uint32_t)slots.k_scales[at] | (slots.v_scales[at] & 0x7fffu) << 16 : 0;
+      } else {
+        to_stage(slots.k + at * D, slots.v + at * D);
+      }
     }
     copies_commit();
+  };
+  auto decode = [&](int n) {  // the codes of tile n, which have arrived
+    if constexpr (kCoded<S>) {
+#pragma unroll
+      for (int i = 0; i < kMine; i++) {
+        int chunk = threadIdx.x + i * kThreads, row = chunk / (D / kWide), channel = chunk % (D / kWide) * kWide;
+        if (chunk >= kChunks || scales[i] == kNone) continue;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          uint4 x = codes[e][chunk];
+          float scale = widen((uint16_t)(scales[i] >> (16 * e)), bf16{});
+          uint2 a = scaled4<S>(x.x, scale, T{}), b = scaled4<S>(x.y, scale, T{}), c = scaled4<S>(x.z, scale, T{}), d = scaled4<S>(x.w, scale, T{});
+          uint4* to = (uint4*)&stage[n & 1][e][row][channel];
+          to[0] = make_uint4(a.x, a.y, b.x, b.y), to[1] = make_uint4(c.x, c.y, d.x, d.y);
+        }
+      }
+    }
   };
   if (tiles) {
     find_pages(0);
@@ -230,6 +273,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
   }
   for (int n = 0; n < tiles; n++) {
     copies_wait<0>();
+    decode(n);
     __syncthreads();  // tile n is there for everyone, and everyone is done with tile n - 1
     if (n + 1 < tiles) copy(n + 1);
     if (n + 2 < tiles) find_pages(n + 2);
@@ -329,34 +373,30 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, Shape<D>::
 
 template <int M> int64_t tiles_of(const PrefillParams& p) { return p.tokens * p.groups / M + p.n; }
 
-template <class T> const char* any(const PrefillParams& p, void* stream) {
+template <class T, class S> const char* any(const PrefillParams& p, void* stream) {
   Work w = {p, tiles_of<kFew>(p)};
-  return launch(attend_few<T>, w.tiles * p.cache.heads, 32 * kWarps, 0, stream, w);
+  return launch(attend_few<T, S>, w.tiles * p.cache.heads, 32 * kWarps, 0, stream, w);
 }
 
-template <class T, int D> const char* many(const PrefillParams& p, void* stream) {
+template <class T, class S, int D> const char* many(const PrefillParams& p, void* stream) {
   Work w = {p, tiles_of<kRows>(p)};
-  return launch(attend_many<T, D>, w.tiles * p.cache.heads, kThreads, Shape<D>::kBytes, stream, w);
+  return launch(attend_many<T, S, D>, w.tiles * p.cache.heads, kThreads, Shape<S, D>::kBytes, stream, w);
 }
 
-template <class T> const char* tensor(const PrefillParams& p, void* stream) {
-  switch (p.cache.head_dim) {
-    case 64: return many<T, 64>(p, stream);
-    case 80: return many<T, 80>(p, stream);
-    case 96: return many<T, 96>(p, stream);
-    case 128: return many<T, 128>(p, stream);
-    case 256: return many<T, 256>(p, stream);
-    default: return any<T>(p, stream);
+template <class T, class S> const char* prefill(const PrefillParams& p, void* stream) {
+  if constexpr (sizeof(T) == 2) switch (p.cache.head_dim) {
+    case 64: return many<T, S, 64>(p, stream);
+    case 80: return many<T, S, 80>(p, stream);
+    case 96: return many<T, S, 96>(p, stream);
+    case 128: return many<T, S, 128>(p, stream);
+    case 256: return many<T, S, 256>(p, stream);
   }
+  return any<T, S>(p, stream);
 }
 
 }  // namespace
 
 extern "C" const char* dmc_cuda_prefill(const dmc::PrefillParams& p, void* stream) {
   dmc::OnDevice on(p.cache.device);
-  switch (p.cache.dtype) {
-    case dmc::kF32: return any<float>(p, stream);
-    case dmc::kBF16: return tensor<dmc::bf16>(p, stream);
-    default: return tensor<dmc::f16>(p, stream);
-  }
+  return dmc::with_types(p.cache, [&](auto t, auto s) { return prefill<decltype(t), decltype(s)>(p, stream); });
 }
