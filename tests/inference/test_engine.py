@@ -323,7 +323,7 @@ def test_logits_that_are_no_numbers(models) -> None:
     """
     model = models("half")
     engine = model.engine(num_pages=48, max_num_seqs=3, max_num_batched_tokens=64)
-    engine.model.embedding[7] = float("nan")
+    engine.model.embedding.weight[7] = float("nan")
     clean = {}
     for i in range(12):
         prompt = tuple(t for t in model.prompt(40, i) if t != 7)

@@ -332,10 +332,10 @@ def test_a_spoiled_state_is_not_kept(models) -> None:
     model = models("half")
     engine = model.engine(max_num_batched_tokens=16, max_num_seqs=2)
     prompt = model.prompt(60)
-    embedding = engine.model.embedding.clone()
-    engine.model.embedding[prompt[45]] = float("nan")
+    embedding = engine.model.embedding.weight.clone()
+    engine.model.embedding.weight[prompt[45]] = float("nan")
     assert run(engine, prompt)["0", 0][-1].finish_reason == "error"
-    engine.model.embedding.copy_(embedding)
+    engine.model.embedding.weight.copy_(embedding)
     for again, wanted in (((*prompt, 5), 0), (prompt, 0), (prompt, 60)):
         found = run(engine, again)
         assert ids_of(found["0", 0]) == model.answer(again, 6) and cached(found) == [wanted]

@@ -188,15 +188,14 @@ class TeacherForced(Model):
             # [b * s, heads, D] -> [b, heads, s, D]
             q, k, v = (
                 y.view(b, s, -1, d).transpose(1, 2).contiguous()
-                for y in self._project(layer, self._normed(x, layer.input_norm))
+                for y in self._split(layer, layer.qkv(self._normed(x, layer.input_norm)))
             )
             neuron = "none" if self.info.dmc is None else self.info.dmc.neuron
             logits = self._decision_logits(layer, x, q, k)
             attended = policy.attend(Projections(q, k, v, self.attention.inv_freq, neuron, factor, logits))
             slots.append(attended.slots.to(torch.int32))
             x = x + layer.out(attended.out.transpose(1, 2).reshape(b * s, -1))
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + layer.down(layer.gate_up(self._normed(x, layer.mlp_norm)))
         return self._normed(x, self.norm).view(b, s, -1), torch.stack(slots)
 
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:

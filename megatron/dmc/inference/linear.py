@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Optional, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.dmc import kernels
 from megatron.dmc.kernels import cpu_tuning
+from megatron.dmc.kernels.panels import pack_weight, weight_rows
 
 
 class Linear(Protocol):
     """Linear layer ``x W^T + b``: x [T, in] -> [T, out], contiguous. Holds this tensor-parallel rank's part."""
 
     form: str
-    """Form of the weight, for people: "plain", "packed by oneDNN"."""
+    """Form of the weight, for people: "plain", "packed by oneDNN", "packed in panels"."""
     nbytes: int
     """Size of the weight and the bias in bytes."""
 
@@ -32,6 +35,10 @@ class PlainLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return cpu_tuning.linear(x, self.weight, self.bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight: int64 [T] -> [T, in]."""
+        return F.embedding(ids, self.weight)
 
 
 class PackedLinear:
@@ -55,7 +62,55 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class PanelLinear:
+    """Linear layer on a CPU whose weight lies in panels, which this package's own kernel multiplies.
+
+    Measured in CPU time of one thread over the layers of SmolLM2-135M, against :class:`PackedLinear`, on an AMD EPYC with
+    AVX512_BF16: in bf16 0.72 times the time at 1 row, 0.73 at 8, 0.87 at 16, 0.92 at 64, 0.98 at 512; in fp32 0.74, 0.78,
+    0.88, 0.91, 1.02. With AVX2 alone it is faster than what ran there before at any number of rows (docs/lab_book.md).
+    """
+
+    form = "packed in panels"
+
+    def __init__(self, weight: Tensor, bias: Optional[Tensor] = None, *, gated: bool = False) -> None:
+        """gated: the first half of the outputs are gates, and the layer returns ``silu(gates) * ups``: [T, out / 2]."""
+        self.weight, self.bias, self.gated = pack_weight(weight, gated), bias, gated
+        self.outputs = weight.size(0) // 2 if gated else weight.size(0)
+        self.nbytes = self.weight.nbytes + (0 if bias is None else bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.packed_linear(x, self.weight, self.bias, self.outputs, self.gated)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight: int64 [T] -> [T, in]."""
+        return weight_rows(self.weight, ids)
+
+
+class GatedLinear:
+    """Linear layer [gates, ups], and ``silu(gates) * ups`` of it in a step of its own: [T, in] -> [T, out / 2]."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear, self.form, self.nbytes = linear, linear.form, linear.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.silu_and_mul(self.linear(x))
+
+
+def takes_panels(weight: Tensor) -> bool:
+    """True where a weight [out, in] is best kept in panels."""
+    fits = weight.numel() > 0 and weight.size(1) % 2 == 0
+    on_cpu = weight.device.type == "cpu" and kernels.active_backend("cpu") == "cpp"
+    return fits and on_cpu and cpu_tuning.panels_multiply(weight.dtype)
+
+
 def make_linear(weight: Tensor, bias: Optional[Tensor] = None) -> Linear:
     """Linear layer of a weight [out, in] and a bias [out] in the fastest form. A packed layer keeps no plain weight."""
+    if takes_panels(weight):
+        return PanelLinear(weight, bias)
     packed = weight.device.type == "cpu" and weight.numel() > 0 and cpu_tuning.onednn_multiplies(weight.dtype)
     return PackedLinear(weight, bias) if packed else PlainLinear(weight, bias)
+
+
+def make_gated(weight: Tensor) -> Linear:
+    """Layer ``silu(gates) * ups`` of a weight [gates, ups], [out, in], in the fastest form: [T, in] -> [T, out / 2]."""
+    return PanelLinear(weight, gated=True) if takes_panels(weight) else GatedLinear(make_linear(weight))

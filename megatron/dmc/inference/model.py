@@ -17,12 +17,22 @@ from torch import Tensor
 from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference.attention import CompressedAttention
-from megatron.dmc.inference.linear import Linear, PlainLinear, make_linear
+from megatron.dmc.inference.linear import (
+    GatedLinear,
+    Linear,
+    PanelLinear,
+    PlainLinear,
+    make_gated,
+    make_linear,
+    takes_panels,
+)
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.quantization import Int8Linear, Quantization
 from megatron.dmc.inference.weights import ModelInfo, Reader
 from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
+
+FEW_TOKENS = 64  # of a step, for which calls count beside what they compute
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Layer:
     """[Hq D] -> [h]"""
     mlp_norm: Tensor
     gate_up: Linear
-    """[h] -> [2 F]: gates, then ups."""
+    """[h] -> [F]: silu(gates) * ups"""
     down: Linear
     """[F] -> [h]"""
 
@@ -93,6 +103,9 @@ def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool, quantization:
     def make(names: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return make_linear(weight, bias) if quantization is None else quantization.layer(names, weight, bias)
 
+    def make_gate_up(names: str, weight: Tensor) -> Linear:
+        return make_gated(weight) if quantization is None else GatedLinear(quantization.layer(names, weight))
+
     qkv_bias = reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None
     return Layer(
         input_norm=reader.whole(name + "input_layernorm.weight"),
@@ -102,7 +115,7 @@ def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool, quantization:
         adapter=_read_adapter(reader, attention + "dms_proj_alpha"),
         out=make(f"{attention}o_proj", reader.columns(attention + "o_proj.weight")),
         mlp_norm=reader.whole(name + "post_attention_layernorm.weight"),
-        gate_up=make(f"{mlp}gate_up_proj", reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")])),
+        gate_up=make_gate_up(f"{mlp}gate_up_proj", reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")])),
         down=make(f"{mlp}down_proj", reader.columns(mlp + "down_proj.weight")),
     )
 
@@ -141,21 +154,53 @@ class Model:
             c.head_dim,
         )
         reader = Reader(directory, info, parallel, dtype, device)
-        self.embedding = reader.rows(["model.embed_tokens.weight"])
-        self.first_token = parallel.part(c.vocab_size)[0]
+        embedding = reader.rows(["model.embed_tokens.weight"])
+        self.first_token, self.num_tokens = parallel.part(c.vocab_size)[0], embedding.size(0)
         self.layers = [
             _read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm, quantization) for n in range(c.num_layers)
         ]
+        # The last layer has no next one.
+        self.fused = [*(self._fuse(*pair) for pair in zip(self.layers, self.layers[1:])), None]
         self.norm = reader.whole("model.norm.weight")
         tied = not c.untie_embeddings_and_output_weights
-        output = self.embedding if tied else reader.rows(["lm_head.weight"])
+        output = embedding if tied else reader.rows(["lm_head.weight"])
         self.shares_embedding = tied and quantization is None
-        """The output layer multiplies by the matrix in which tokens are looked up, which so stays plain."""
+        """The output layer multiplies by the weight in which tokens are looked up."""
         if quantization is not None:  # in 4 bits neither: every logit depends on it alone
             self.head: Linear = Int8Linear(output)
+        elif tied and not takes_panels(output):  # rows of oneDNN's blocks cannot be looked up
+            self.head = PlainLinear(output)
         else:
-            self.head = PlainLinear(output) if tied else make_linear(output)
+            self.head = make_linear(output)
+        shared = self.head if self.shares_embedding else PlainLinear(embedding)
+        assert isinstance(shared, (PlainLinear, PanelLinear))
+        self.embedding = shared
         self.attention = CompressedAttention(info, device)
+
+    def _fuse(self, layer: Layer, following: Layer) -> kernels.BetweenAttention | None:
+        """Weights between the attention of two layers as one call takes them; None where there are several calls: ranks
+        that sum up in between, weights that are not in panels.
+        """
+        out, gate_up, down, qkv = layer.out, layer.gate_up, layer.down, following.qkv
+        if (
+            self.parallel.size > 1
+            or not isinstance(out, PanelLinear)
+            or not isinstance(gate_up, PanelLinear)
+            or not isinstance(down, PanelLinear)
+            or not isinstance(qkv, PanelLinear)
+        ):
+            return None
+        return kernels.BetweenAttention(
+            out.weight,
+            layer.mlp_norm,
+            gate_up.weight,
+            down.weight,
+            following.input_norm,
+            qkv.weight,
+            qkv.bias,
+            qkv.outputs,
+            self.info.model.norm_epsilon,
+        )
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
@@ -171,15 +216,19 @@ class Model:
     def forward(self, batch: InputBatch, state: CacheState) -> Tensor:
         """Compute the tokens into the cache, and the logits that are wanted: fp32 [m, vocabulary]."""
         epsilon = self.info.model.norm_epsilon
-        x, delta = self._embed(batch.tokens), None
-        for n, layer in enumerate(self.layers):
-            if delta is None:
-                y = kernels.rms_norm(x, layer.input_norm, epsilon)
-            else:
-                x, y = kernels.add_rms_norm(x, delta, layer.input_norm, epsilon)
-            delta = self.parallel.sum(self._attend(n, layer, x, y, batch, state))
+        x, first, few = self._embed(batch.tokens), self.layers[0], batch.tokens.numel() <= FEW_TOKENS
+        qkv, delta = first.qkv(kernels.rms_norm(x, first.input_norm, epsilon)), x
+        for n, (layer, following, fused) in enumerate(zip(self.layers, [*self.layers[1:], None], self.fused)):
+            mixed = self._attend(n, layer, x, qkv, batch, state)
+            if few and fused is not None:
+                x, qkv = kernels.between_attention(fused, mixed, x)
+                continue
+            delta = self.parallel.sum(layer.out(mixed))
             x, y = kernels.add_rms_norm(x, delta, layer.mlp_norm, epsilon)
-            delta = self.parallel.sum(layer.down(kernels.silu_and_mul(layer.gate_up(y))))
+            delta = self.parallel.sum(layer.down(layer.gate_up(y)))
+            if following is not None:
+                x, y = kernels.add_rms_norm(x, delta, following.input_norm, epsilon)
+                qkv = following.qkv(y)
         at = batch.logits_at
         return self._logits(kernels.add_rms_norm(x[at], delta[at], self.norm, epsilon)[1])
 
@@ -189,23 +238,28 @@ class Model:
     def _embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings: [T] -> [T, h]. A rank adds the rows that it holds."""
         if self.parallel.size == 1:
-            return F.embedding(tokens, self.embedding)
+            return self.embedding.rows(tokens)
         local = tokens - self.first_token
-        here = (local >= 0) & (local < self.embedding.size(0))
-        x = F.embedding(local.masked_fill(~here, 0), self.embedding).masked_fill(~here[:, None], 0.0)
+        here = (local >= 0) & (local < self.num_tokens)
+        x = self.embedding.rows(local.masked_fill(~here, 0)).masked_fill(~here[:, None], 0.0)
         return self.parallel.sum(x)
 
-    def _attend(self, n: int, layer: Layer, hidden: Tensor, x: Tensor, batch: InputBatch, state: CacheState) -> Tensor:
-        """Attention over the cache: [T, h] -> [T, h], this rank's share of the sum. hidden: x before its norm."""
-        decisions = layer.adapter and layer.adapter(hidden, self.info.model.norm_epsilon)
-        mixed = self.attention(state, n, *self._project(layer, x), batch, decisions)
-        # [T, Hq, D] -> [T, Hq D]
-        return layer.out(mixed.flatten(1))
+    def _attend(
+        self, n: int, layer: Layer, hidden: Tensor, qkv: Tensor, batch: InputBatch, state: CacheState
+    ) -> Tensor:
+        """Attention over the cache, before the output projection: [T, (Hq + 2 H) D] -> [T, Hq D].
 
-    def _project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
-        qkv = layer.qkv(x).view(x.size(0), -1, self.head_dim)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        Args:
+            hidden: the layer's input, before its norm.
+        """
+        decisions = layer.adapter and layer.adapter(hidden, self.info.model.norm_epsilon)
+        # [T, Hq, D] -> [T, Hq D]
+        return self.attention(state, n, *self._split(layer, qkv), batch, decisions).flatten(1)
+
+    def _split(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
+        heads = qkv.view(qkv.size(0), -1, self.head_dim)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:  # the neuron is read after the norm
             q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
         return q, k, v

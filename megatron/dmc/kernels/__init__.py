@@ -26,8 +26,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megatron.dmc.kernels import dispatch
 from megatron.dmc.kernels.dispatch import active_backend, use_backend
-from megatron.dmc.kernels.params import Appended, AppendParams, EvictParams
+from megatron.dmc.kernels.params import Appended, AppendParams, BetweenAttention, EvictParams
 from megatron.dmc.kernels.state import CacheState, make_state
 from megatron.dmc.kernels.torch_ops import call
 
@@ -181,19 +182,53 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return call("silu_and_mul", x.device, x)
 
 
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, gated: bool = False) -> Tensor:
+    """Linear layer on a CPU: ``x W^T + b``, or of a gated layer ``silu(x G^T) * (x U^T)``, rounded where the separate
+    steps round.
+
+    Args:
+        x: [T, K] of fp32 or bf16, contiguous.
+        weight: of :func:`megatron.dmc.kernels.panels.pack_weight`, of x's dtype.
+        bias: [outputs]; None for a gated layer.
+        outputs: N, or N / 2 of a gated layer.
+
+    Returns:
+        [T, outputs], contiguous.
+    """
+    return dispatch.call("packed_linear", x.device.type, x, weight, bias, outputs, gated)
+
+
+def between_attention(weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All that lies between the attention of one layer and that of the next, on a CPU, in one call: output projection,
+    residual sum and norm, MLP, residual sum and the next layer's norm and projection. Results are those of
+    :func:`packed_linear` and :func:`add_rms_norm`; a step of few tokens saves what nine calls cost.
+
+    Args:
+        mixed: [T, Hq D], what attention returns, contiguous.
+        x: [T, h], the residual stream before it, contiguous.
+
+    Returns:
+        The residual stream after the MLP [T, h], and the next layer's queries, keys and values [T, (Hq + 2 H) D].
+    """
+    return dispatch.call("between_attention", x.device.type, weights, mixed, x)
+
+
 __all__ = [
     "AppendParams",
     "Appended",
+    "BetweenAttention",
     "CacheState",
     "EvictParams",
     "active_backend",
     "add_rms_norm",
     "append",
     "append_evicting",
+    "between_attention",
     "decode_attention",
     "fork",
     "free",
     "make_state",
+    "packed_linear",
     "prefill_attention",
     "rms_norm",
     "silu_and_mul",

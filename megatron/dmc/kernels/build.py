@@ -28,7 +28,14 @@ from megatron.dmc.kernels.cpu_tuning import cpu_info, is_intel
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
-CPU_SOURCES = ("cpu_append.cpp", "cpu_evict.cpp", "cpu_decode.cpp", "cpu_prefill.cpp", "cpu_rowwise.cpp")
+CPU_SOURCES = (
+    "cpu_append.cpp",
+    "cpu_evict.cpp",
+    "cpu_decode.cpp",
+    "cpu_prefill.cpp",
+    "cpu_rowwise.cpp",
+    "cpu_linear.cpp",
+)
 CPU_HEADERS = (
     "launch.h",
     "params.h",

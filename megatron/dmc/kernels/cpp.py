@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import Any, Optional
 
 import torch
 import tvm_ffi
+from torch import Tensor
 
 from megatron.dmc.kernels import build
 from megatron.dmc.kernels.compiled import CompiledKernels
+from megatron.dmc.kernels.params import BetweenAttention
 
 
 class CppKernels(CompiledKernels):
@@ -17,8 +20,34 @@ class CppKernels(CompiledKernels):
 
     name = "cpp"
 
+    def __init__(self, library: Any) -> None:
+        super().__init__(library)
+        self._packed_linear = library["packed_linear"]
+        self._bind_between, self._between = library["bind_between"], library["between_attention"]
+
     def threads(self) -> int:
         return torch.get_num_threads()
+
+    def packed_linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], outputs: int, gated: bool) -> Tensor:
+        """See :func:`megatron.dmc.kernels.packed_linear`."""
+        out = x.new_empty((x.size(0), outputs))
+        self._packed_linear(x, weight, x.new_empty(0) if bias is None else bias, gated, out, self.threads())
+        return out
+
+    def between_attention(self, weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`megatron.dmc.kernels.between_attention`."""
+        bound = weights.bound.get(self)
+        if bound is None:
+            bound = weights.bound[self] = self._bound(weights)
+        total, qkv = torch.empty_like(x), x.new_empty((x.size(0), weights.qkv_outputs))
+        self._between(bound, mixed, x, total, qkv, self.threads())
+        return total, qkv
+
+    def _bound(self, w: BetweenAttention) -> bytes:
+        none = w.out.new_empty(0)
+        bias = none if w.qkv_bias is None else w.qkv_bias
+        tensors = (w.out, w.mlp_norm, w.gate_up, w.down, w.next_norm, w.qkv, bias)
+        return self._bind_between(*tensors, w.qkv_outputs, w.epsilon, none)
 
 
 @cache

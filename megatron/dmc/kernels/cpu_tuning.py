@@ -47,6 +47,14 @@ def is_intel() -> bool:
 
 
 @cache
+def panels_multiply(dtype: torch.dtype) -> bool:
+    """True where linear layers over panels (``csrc/cpu_linear.cpp``) are faster than oneDNN's at any number of rows:
+    in fp32 and bf16 on AMD's CPUs. On Intel's, where oneDNN has AMX for bf16, it was not measured.
+    """
+    return cpu_info().get("vendor_id") == "AuthenticAMD" and dtype in (torch.float32, torch.bfloat16)
+
+
+@cache
 def onednn_multiplies(dtype: torch.dtype) -> bool:
     """True where oneDNN has matrix products of ``dtype`` for this CPU: fp32 everywhere, 16-bit types with AVX-512,
     AMX or Arm's instructions for them. False in a torch without oneDNN, or with ``torch.backends.mkldnn`` disabled.

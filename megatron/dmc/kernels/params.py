@@ -6,7 +6,8 @@ their last axis is contiguous; index tensors are contiguous.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
@@ -95,3 +96,31 @@ class Appended(NamedTuple):
     """int32 [N, H, R], the sequences' rows of ``recent_table`` before the tokens; empty without ``partial``, and unless
     the model evicts.
     """
+
+
+@dataclass(frozen=True, eq=False)
+class BetweenAttention:
+    """Weights of all that lies between the attention of one layer and that of the next, linear layers in panels (see
+    ``panels.py``). They are checked once: no tensor may be replaced or moved.
+    """
+
+    out: Tensor
+    """Panels of [h, Hq D]."""
+    mlp_norm: Tensor
+    """[h]"""
+    gate_up: Tensor
+    """Gated panels of [2 F, h]."""
+    down: Tensor
+    """Panels of [h, F]."""
+    next_norm: Tensor
+    """[h], of the next layer's input."""
+    qkv: Tensor
+    """Panels of [(Hq + 2 H) D, h], the next layer's."""
+    qkv_bias: Optional[Tensor]
+    """[(Hq + 2 H) D]"""
+    qkv_outputs: int
+    """(Hq + 2 H) D"""
+    epsilon: float
+    """Of both norms."""
+    bound: dict[Any, bytes] = field(default_factory=dict)
+    """By compiled library: these weights as the library takes them."""

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.kernels.params import Appended, AppendParams
+from megatron.dmc.kernels.panels import unpack_weight
+from megatron.dmc.kernels.params import Appended, AppendParams, BetweenAttention
 from megatron.dmc.kernels.reference_evict import append_evicting, recent_slots, window_of_queries
 from megatron.dmc.kernels.reference_pages import Layout, Slots, check_room, give_back, kept_slots, rotate, take
 from megatron.dmc.kernels.state import CacheState
@@ -21,7 +22,7 @@ from megatron.dmc.ops.decisions import decision_logits, importance
 from megatron.dmc.ops.pooling import pool
 
 __all__ = ["append", "append_evicting", "decode_attention", "prefill_attention", "fork", "free"]
-__all__ += ["rms_norm", "add_rms_norm", "silu_and_mul"]
+__all__ += ["rms_norm", "add_rms_norm", "silu_and_mul", "packed_linear", "between_attention"]
 
 name = "reference"  # as a backend
 
@@ -285,3 +286,21 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """See :func:`megatron.dmc.kernels.silu_and_mul`."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], outputs: int, gated: bool) -> Tensor:
+    """See :func:`megatron.dmc.kernels.packed_linear`."""
+    if not gated:
+        return F.linear(x, unpack_weight(weight)[:outputs], bias)
+    # [N / 32, K / pair, 16, pair] each
+    gates, ups = (unpack_weight(half)[:outputs] for half in weight.chunk(2, dim=2))
+    return silu_and_mul(torch.cat((F.linear(x, gates), F.linear(x, ups)), dim=1))
+
+
+def between_attention(weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`megatron.dmc.kernels.between_attention`."""
+    w, hidden, inner = weights, x.size(1), weights.down.size(1) * weights.down.size(3)
+    x, y = add_rms_norm(x, packed_linear(mixed, w.out, None, hidden, False), w.mlp_norm, w.epsilon)
+    delta = packed_linear(packed_linear(y, w.gate_up, None, inner, True), w.down, None, hidden, False)
+    x, y = add_rms_norm(x, delta, w.next_norm, w.epsilon)
+    return x, packed_linear(y, w.qkv, w.qkv_bias, w.qkv_outputs, False)

@@ -41,6 +41,7 @@ struct Kernels {
   void (*evict_write)(const EvictParams&);   // everything else
   void (*norm)(const NormParams&);
   void (*silu)(const SiluParams&);
+  void (*linear)(const LinearParams&);
 };
 
 }  // namespace dmc

@@ -19,6 +19,7 @@
   void dmc_evict_write_##isa(const dmc::EvictParams&);                                          \
   void dmc_norm_##isa(const dmc::NormParams&);                                                  \
   void dmc_silu_##isa(const dmc::SiluParams&);                                                  \
+  void dmc_linear_##isa(const dmc::LinearParams&);                                              \
   }                                                                                             \
   static const dmc::Kernels table_##isa = {#isa,                                                \
                                            dmc_decode_##isa,                                    \
@@ -28,7 +29,8 @@
                                            dmc_evict_decide_##isa,                              \
                                            dmc_evict_write_##isa,                               \
                                            dmc_norm_##isa,                                      \
-                                           dmc_silu_##isa};
+                                           dmc_silu_##isa,                                      \
+                                           dmc_linear_##isa};
 
 #ifdef DMC_WITH_avx512bf16
 DMC_TABLE(avx512bf16)
@@ -168,8 +170,94 @@ void run(const NormParams& p) { kernels().norm(p); }
 
 void run(const SiluParams& p) { kernels().silu(p); }
 
+// A weight in panels, and what follows from it; `gated`: see cpu_linear.cpp.
+LinearParams panels(const TensorView& weight, const TensorView& bias, int64_t outputs, bool gated, const char* name) {
+  LinearParams p = {};
+  p.dtype = dtype_of(weight), p.outputs = outputs, p.gated = gated;
+  int64_t pair = p.dtype == kBF16 ? 2 : 1, each = gated ? 16 : 32;
+  bool ok = here(weight) && p.dtype != kF16 && weight.ndim() == 4 && weight.size(0) == (outputs + each - 1) / each &&
+            weight.size(2) == 32 && weight.size(3) == pair && contiguous(weight);
+  check(ok, name, weight, "[N / 32, K / pair, 32, pair] of fp32 or bf16, contiguous; a pair is 2 numbers of bf16, 1 of fp32");
+  p.inputs = weight.size(1) * pair, p.weight = weight.data_ptr();
+  if (bias.numel()) {
+    bool fits = here(bias) && !gated && bias.ndim() == 1 && bias.size(0) == outputs && contiguous(bias) && dtype_of(bias) == p.dtype;
+    check(fits, "bias", bias, "[N], of the weight's dtype; none of a gated layer");
+    p.bias = bias.data_ptr();
+  }
+  return p;
+}
+
+// `bias` of no elements: none.
+void packed_linear(TensorView x, TensorView weight, TensorView bias, bool gated, TensorView out, int64_t threads) {
+  check(out.ndim() == 2, "out", out, "[T, N]");
+  LinearParams p = panels(weight, bias, out.size(1), gated, "weight");
+  p.rows = out.size(0), p.threads = (int)threads;
+  p.x = matrix(x, p.rows, p.inputs, p.dtype, "x", "[T, K], contiguous, of the weight's dtype");
+  p.out = matrix(out, p.rows, p.outputs, p.dtype, "out", "[T, N], contiguous, of the weight's dtype");
+  kernels().linear(p);
+}
+
+// Everything between the attention of a layer and that of the next, but for rows and threads.
+struct Between {
+  LinearParams out, gate_up, down, qkv;
+  NormParams mlp_norm, next_norm;
+};
+
+NormParams norm_of(const TensorView& weight, const LinearParams& like, double epsilon, const char* name) {
+  NormParams p = {};
+  bool ok = here(weight) && weight.ndim() == 1 && weight.size(0) == like.outputs && contiguous(weight) && dtype_of(weight) == like.dtype;
+  check(ok, name, weight, "[h], of the weights' dtype");
+  p.width = like.outputs, p.dtype = like.dtype, p.epsilon = (float)epsilon, p.weight = weight.data_ptr();
+  return p;
+}
+
+// Checks the weights, in the order of BetweenAttention in params.py, once.
+Bytes bind_between(TensorView out, TensorView mlp_norm, TensorView gate_up, TensorView down, TensorView next_norm, TensorView qkv,
+                   TensorView qkv_bias, int64_t outputs, double epsilon, TensorView none) {
+  Between b;
+  check(mlp_norm.ndim() == 1, "mlp_norm", mlp_norm, "[h]");
+  int64_t hidden = mlp_norm.size(0);
+  b.out = panels(out, none, hidden, false, "out"), b.down = panels(down, none, hidden, false, "down");
+  b.gate_up = panels(gate_up, none, b.down.inputs, true, "gate_up"), b.qkv = panels(qkv, qkv_bias, outputs, false, "qkv");
+  bool ok = b.gate_up.inputs == hidden && b.qkv.inputs == hidden && b.down.dtype == b.out.dtype && b.gate_up.dtype == b.out.dtype &&
+            b.qkv.dtype == b.out.dtype;
+  check(ok, "gate_up", gate_up, "of h inputs, like qkv, and all weights of one dtype");
+  b.mlp_norm = norm_of(mlp_norm, b.out, epsilon, "mlp_norm"), b.next_norm = norm_of(next_norm, b.out, epsilon, "next_norm");
+  return Bytes((const char*)&b, sizeof b);
+}
+
+void between_attention(const Bytes& bound, TensorView mixed, TensorView x, TensorView sum, TensorView qkv, int64_t threads) {
+  Between b;
+  if (bound.size() != sizeof b) TVM_FFI_THROW(ValueError) << "weights are of " << bound.size() << " bytes; they must be what bind_between() returned";
+  memcpy(&b, bound.data(), sizeof b);
+  check(x.ndim() == 2, "x", x, "[T, h]");
+  Dtype dtype = b.out.dtype;
+  int64_t rows = x.size(0), hidden = b.out.outputs, inner = b.down.inputs, size = element_size(dtype);
+  static thread_local std::vector<char> memory;  // kept from call to call
+  memory.resize(rows * (3 * hidden + inner) * size);
+  char *delta = memory.data(), *total = delta + rows * hidden * size, *normed = total + rows * hidden * size;
+  char* gated = normed + rows * hidden * size;
+  for (LinearParams* p : {&b.out, &b.gate_up, &b.down, &b.qkv}) p->rows = rows, p->threads = (int)threads;
+  for (NormParams* p : {&b.mlp_norm, &b.next_norm}) p->rows = rows, p->threads = (int)threads, p->delta = delta, p->out = normed;
+  b.out.x = matrix(mixed, rows, b.out.inputs, dtype, "mixed", "[T, Hq D], contiguous, of the weights' dtype");
+  b.mlp_norm.x = matrix(x, rows, hidden, dtype, "x", "[T, h], contiguous, of the weights' dtype");
+  b.next_norm.sum = matrix(sum, rows, hidden, dtype, "sum", "like x");
+  b.qkv.out = matrix(qkv, rows, b.qkv.outputs, dtype, "qkv", "[T, (Hq + 2 H) D], contiguous, of the weights' dtype");
+  b.out.out = b.down.out = delta, b.mlp_norm.sum = total, b.next_norm.x = total;
+  b.gate_up.x = b.qkv.x = normed, b.gate_up.out = gated, b.down.x = gated;
+  kernels().linear(b.out);
+  kernels().norm(b.mlp_norm);
+  kernels().linear(b.gate_up);
+  kernels().linear(b.down);
+  kernels().norm(b.next_norm);
+  kernels().linear(b.qkv);
+}
+
 tvm::ffi::String isa() { return kernels().name; }
 
 }  // namespace
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_linear, packed_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_between, bind_between);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(between_attention, between_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, isa);

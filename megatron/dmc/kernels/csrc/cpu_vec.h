@@ -193,6 +193,21 @@ INLINE vf vexp2(vf x) {
 #endif
 }
 
+// Rounded to T.
+INLINE vf rounded(vf x, float) { return x; }
+template <class T> INLINE vf rounded(vf x, T) {
+  T buffer[VW];
+  store(buffer, x);
+  return load(buffer);
+}
+
+// x / (1 + e^-x).
+INLINE vf silu(vf x) {
+  // 2^126 is as good as infinity here: x / 2^126 is 0 in all but fp32, where it is a denormal number.
+  vf power = x * splat(-1.44269504088896340736f);
+  return x / (splat(1.0f) + vexp2(select(power > splat(126.0f), splat(126.0f), power)));
+}
+
 // Element i + w to the place of i; the others are of no interest.
 INLINE vf shifted(vf x, int w) {
 #if defined(__clang__)

@@ -131,6 +131,17 @@ struct NormParams {
   int device, threads;
 };
 
+struct LinearParams {
+  const void* x;       // [T, K]
+  const void* weight;  // [N / 32, K / pair, 32, pair], N rounded up; a pair is 2 numbers of bf16, or 1
+  const void* bias;    // [N], or null
+  void* out;           // [T, N]; of a gated layer [T, N / 2]
+  int64_t rows, inputs, outputs;  // T, K, columns of out
+  bool gated;
+  Dtype dtype;  // fp32 or bf16
+  int threads;
+};
+
 struct SiluParams {
   const void* x;        // [T, 2 F]: gates, then the values that they scale
   void* out;            // [T, F]
