@@ -65,9 +65,9 @@ class PackedLinear:
 class PanelLinear:
     """Linear layer on a CPU whose weight lies in panels, which this package's own kernel multiplies.
 
-    Measured in CPU time of one thread over the layers of SmolLM2-135M, against :class:`PackedLinear`, on an AMD EPYC with
-    AVX512_BF16: in bf16 0.72 times the time at 1 row, 0.73 at 8, 0.87 at 16, 0.92 at 64, 0.98 at 512; in fp32 0.74, 0.78,
-    0.88, 0.91, 1.02. With AVX2 alone it is faster than what ran there before at any number of rows (docs/lab_book.md).
+    Measured in CPU time of one thread over the layers of SmolLM2-135M, against :class:`PackedLinear`, on an AMD EPYC
+    with AVX512_BF16: in bf16 0.72 times the time at 1 row, 0.73 at 8, 0.87 at 16, 0.92 at 64, 0.98 at 512; in fp32
+    0.74, 0.78, 0.88, 0.91, 1.02. With AVX2 alone it is faster than what ran there before (docs/lab_book.md).
     """
 
     form = "packed in panels"
