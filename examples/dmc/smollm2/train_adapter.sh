@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# How the adapter in adapter-4x/ was made: text, calibration, training. Two CPU cores take about an hour.
+# How the adapter in adapter-4x/ was made: text, calibration, training. Two CPU cores take about an hour in fp32; with
+# bf16 instructions half an hour, by --bf16.
 #
-#   examples/dmc/smollm2/train_adapter.sh DIR
+#   examples/dmc/smollm2/train_adapter.sh DIR [flags of dmc train]
 #
 # Run it again after an interruption: finished steps are skipped, and training resumes from its --save directory.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-DIR=${1:?usage: train_adapter.sh DIR}
+DIR=${1:?usage: train_adapter.sh DIR [flags of dmc train]}
+FLAGS=("${@:2}")
 HERE=examples/dmc/smollm2
 export PYTHONWARNINGS=ignore # megatron-core warns about missing GPU packages, which are not needed here
 train() {
     dmc train --config examples/dmc/configs/smollm2-135m-dms.yaml --data-path "$DIR/data/train" \
-        --tokenizer "$DIR/SmolLM2-135M-Instruct" --tensorboard-dir "$DIR/tensorboard/$1" --stage "$@"
+        --tokenizer "$DIR/SmolLM2-135M-Instruct" --tensorboard-dir "$DIR/tensorboard/$1" "${FLAGS[@]}" --stage "$@"
 }
 
 $HERE/get_model.sh "$DIR"
