@@ -33,6 +33,8 @@ DEFAULTED = (
     "temperature top_p top_k max_new_tokens do_sample eos_token_id"
 ).split()
 """Keys that have defaults, of config.json and of generation_config.json: without one a file is another model's."""
+SHOWN = ("source", "versions")
+"""Keys of a manifest that are shown and no more: where a checkpoint came from, and with what."""
 SECONDS = 5.0
 """Time that a mutated file may take to be refused."""
 VALUES: tuple[Any, ...] = (
@@ -99,15 +101,14 @@ def mutations(data: bytes, rng: random.Random) -> Iterator[Mutation]:
         place, key, where = _choose(changed, rng)
         if kind < 0.2:
             del place[key]
-            # Where a checkpoint came from, and with what, is shown and no more.
-            harmless = key in (*DEFAULTED, "source") or where.startswith("versions.")
+            harmless = key in (*DEFAULTED, *SHOWN) or where.startswith("versions.")
             yield _mutation(f"{where} is missing", changed, harmless)
         elif kind < 0.25 and isinstance(place, dict):
             place[rng.choice(("", "unknown", "a\nb"))] = place.pop(key)
             yield _mutation(f"{where} has another key", changed, key in DEFAULTED)
         else:
             before, place[key] = place[key], rng.choice(VALUES)
-            same = _type(before) == _type(place[key]) or (place[key] is None and key in DEFAULTED)
+            same = _type(before) == _type(place[key]) or (place[key] is None and key in (*DEFAULTED, *SHOWN))
             same |= key == "eos_token_id" and place[key] in (-1, 1, 3)  # one id in place of a list
             yield _mutation(f"{where} = {json.dumps(place[key])[:60]}", changed, same)
 
