@@ -24,7 +24,7 @@ def test_quantized_weights_and_cache(tmp_path: Path, ranks: int) -> None:
     """The same completion each time, and the server says what it runs on."""
     model = make_model(tmp_path / "m")
     options = ("--quantization", "int8", "--kv-cache-dtype", "int8", "--tensor-parallel-size", str(ranks))
-    process, url = start(model, *options)
+    process, url = start(model, tmp_path / "log", *options)
     try:
         body = {"prompt": "a long prompt, and more of it", "return_token_ids": True} | GREEDY | IGNORE
         answers = [post(url, body) for _ in range(2)]
