@@ -158,12 +158,14 @@ def record_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def finish(args: argparse.Namespace, name: str, figures: object, missed: Sequence[str], start: float) -> None:
-    """Write the JSON record and print the missed targets; exit 1 when there is one and --check is given.
+    """Write the JSON record and print the missed targets; exit 1 when there is one and --check is given. Of the paths
+    among the options the record has the names, not where this machine keeps them.
 
     Args:
         start: time.perf_counter() at the start of the script.
     """
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    name_of = lambda value: value.name if isinstance(value, Path) else value
+    options = {k: [name_of(v) for v in o] if isinstance(o, list) else name_of(o) for k, o in vars(args).items()}
     seconds = round(time.perf_counter() - start, 1)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -42,12 +42,12 @@ def texts(args: argparse.Namespace, length: int, count: int) -> list[list[int]]:
 
 def measure(context: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """Figures at one length, of both engines."""
-    model = describe(Path(args.model), json.loads((Path(args.model) / "config.json").read_text()), dtype).model
+    model = describe(args.model, json.loads((args.model / "config.json").read_text()), dtype).model
     new = room(context, MOST * args.sequences, READ)
     heads = model.num_layers * model.kv_heads
     memory = budget(context + new, args.sequences, heads, model.head_dim, dtype)
     engines = {}
-    for name, adapter, rows in (("plain", None, args.sequences), ("adapters", args.adapter, MOST * args.sequences)):
+    for name, adapter, rows in (("plain", None, args.sequences), ("adapters", str(args.adapter), MOST * args.sequences)):
         llm = LLM(
             args.model,
             adapter=adapter,
@@ -88,8 +88,10 @@ def measure(context: int, args: argparse.Namespace, device: torch.device, dtype:
 def main() -> None:
     parser = arguments(__doc__)
     add_device(parser)
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory of a plain model")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="directory of its DMS adapters")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory of a plain model"
+    )
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="directory of its DMS adapters")
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="FILE", help="texts, as dmc eval fidelity"
     )

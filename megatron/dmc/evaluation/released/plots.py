@@ -66,6 +66,8 @@ def _distance(results: Results, tasks: list[Task], kinds: list[str], title: str,
             axis.set_xscale("log", base=2)
             axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")  # else 1.05 is written as a product with a power of ten
+            axis.yaxis.set_minor_formatter("{x:g}")
             axis.grid(alpha=0.3, which="both")
     axes[0, -1].legend(fontsize=8)
     figure.suptitle(title)
