@@ -46,8 +46,8 @@ def measure(context: int, args: argparse.Namespace, device: torch.device, dtype:
     new = room(context, MOST * args.sequences, READ)
     heads = model.num_layers * model.kv_heads
     memory = budget(context + new, args.sequences, heads, model.head_dim, dtype)
-    engines = {}
-    for name, adapter, rows in (("plain", None, args.sequences), ("adapters", str(args.adapter), MOST * args.sequences)):
+    engines, many = {}, MOST * args.sequences
+    for name, adapter, rows in (("plain", None, args.sequences), ("adapters", str(args.adapter), many)):
         llm = LLM(
             args.model,
             adapter=adapter,
