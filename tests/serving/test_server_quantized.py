@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import urllib.request
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def test_quantized_weights_and_cache(tmp_path: Path, ranks: int) -> None:
         metrics = get(url, "/metrics")
         (slot_bytes,) = (value for name, value in samples(metrics).items() if name.startswith("dmc:cache_slot_bytes"))
         assert slot_bytes == 2 * (model.exported.d + 2) and 'cache_dtype="int8"' in metrics
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         assert process.wait(60) == 0
     finally:
         process.kill()
