@@ -125,7 +125,8 @@ def print_free_running(directory: Path, adapter: Path, tokenizer: object) -> Non
     ids = tokenizer.encode(text, verbose=False)
     sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     sizes = {"dtype": "float32", "max_model_len": max(FREE) + NEW, "max_num_seqs": 8, "enable_prefix_caching": False}
-    prompts = {n: [ids[at : at + n] for at in range(0, 8 * 3000, 3000)] for n in FREE}
+    starts = [i * (len(ids) - max(FREE)) // 8 for i in range(8)]
+    prompts = {n: [ids[at : at + n] for at in starts] for n in FREE}
     asked = [prompt for several in prompts.values() for prompt in several]
     completions = []
     for added in (None, str(adapter)):
