@@ -121,6 +121,6 @@ class BetweenAttention:
     qkv_outputs: int
     """(Hq + 2 H) D"""
     epsilon: float
-    """Of both norms."""
+    """Epsilon of both norms."""
     bound: dict[Any, bytes] = field(default_factory=dict)
-    """By compiled library: these weights as the library takes them."""
+    """Compiled library -> these weights in the form that it takes."""
