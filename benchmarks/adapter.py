@@ -4,7 +4,8 @@
 
 The cache has room for --sequences sequences of the model without adapters, page tables included. Both engines read as
 many texts of --contexts tokens as their caches hold, and then decode in turns. Ratios are within the rounds. Texts
-come from --data and repeat when it has too few of the length, which the prefix cache, being off, does not see.
+come from --data, the first ones of each file in turn, and repeat when there are too few of the length; the prefix cache
+is off.
 
 Target (--check): at least 0.9 times as many tokens per second as there is compression measured.
 """

@@ -1,4 +1,4 @@
-"""What all tests share: the ``gpu`` marker and a modest number of threads."""
+"""Fixtures and options of all tests: the ``gpu`` marker and a modest number of threads."""
 
 from __future__ import annotations
 

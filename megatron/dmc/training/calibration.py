@@ -4,13 +4,14 @@ The cost of evicting a token from a KV head is read off a backward pass. Evictin
 every query beyond the window; the gradient g of the loss with respect to that mask, squared, where the labels are drawn
 from the model's own distribution, is an estimate of the diagonal of the Fisher information, which is to second order
 how far that distribution moves (Optimal Brain Damage, LeCun et al. 1989, with the Fisher information for the Hessian,
-as in arXiv 1801.05787). No mask is applied while this is measured. The text's own labels would measure surprise too,
-and fit worse (docs/experiments.md).
+as in arXiv 1801.05787). No mask is applied while this is measured. The text's own labels would measure surprise too;
+whether they fit worse is not settled (docs/experiments.md).
 
 An adapter is linear in what it reads, so ``log g^2`` is fitted by ridge regression, whose sums are gathered batch by
 batch; nothing is stored of a batch. What all heads predict for further batches is then put in one order, and the
 threshold is where the share of tokens that the target allows is kept: a head whose tokens cost little keeps few of
-them. There is no gradient descent and no learning rate; some 20,000 tokens are enough for a model of 135M parameters.
+them. There is no gradient descent and no learning rate. How good the fit is depends on the sequences
+(docs/experiments.md).
 
 The adapter has no intercept. That of the fit, and the threshold, are made of the fit of a constant, which the hidden
 state, RMS-normalised, holds well enough.
