@@ -3,8 +3,6 @@
 A script's targets stand in its own docstring. It calls :func:`arguments`, measures, and ends with :func:`finish`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """A dataset of random ids, for measuring (and testing) training where no text and no tokenizer are at hand."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Environments of other engines, each made once in a folder that can be kept."""
 
-from __future__ import annotations
-
 import ctypes.util
 import subprocess
 import sys

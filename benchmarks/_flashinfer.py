@@ -2,8 +2,6 @@
 head.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 

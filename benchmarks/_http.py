@@ -1,7 +1,5 @@
 """Light HTTP client on asyncio, and an overload with clients that disconnect, for benchmarks/serving.py and tests."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

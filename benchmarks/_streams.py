@@ -1,7 +1,5 @@
 """Times of streamed tokens, as the engine makes them and as a client outside of the server's process receives them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import statistics

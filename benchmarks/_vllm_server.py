@@ -1,7 +1,5 @@
 """A ``vllm serve`` of another environment, for benchmarks/serving.py."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -10,8 +10,6 @@ is off.
 Target (--check): at least 0.9 times as many tokens per second as there is compression measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools

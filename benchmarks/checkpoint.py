@@ -10,8 +10,6 @@ larger checkpoints have a smaller share.
 Targets (--check): in the background training waits for less than 10% of the time of a write at once.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from pathlib import Path

@@ -10,8 +10,6 @@ Targets (--check): import and export peak below 2 GB; both are at least 0.6 time
 (median of the rounds); the exported files are those of the model, byte for byte.
 """
 
-from __future__ import annotations
-
 import filecmp
 import json
 import os

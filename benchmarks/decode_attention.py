@@ -29,8 +29,6 @@ On a GPU of 64 sequences and more:
   flashinfer kernel at least as fast
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

@@ -18,8 +18,6 @@ second from 8,192 on; of DMS from 16,384 on 3.7 times the tokens per second at C
 times the tokens per second at both batch sizes, and the same tokens.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

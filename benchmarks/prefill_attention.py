@@ -13,8 +13,6 @@ Targets (--check), fp32 and bf16:
   speed      the kernels at least 5 times as fast as the reference
 """
 
-from __future__ import annotations
-
 import time
 from typing import Optional
 

@@ -15,8 +15,6 @@ Targets (--check): a hit's first token comes at least 10 times sooner than a mis
 least 3 times sooner; those with nothing in common at least 0.95 times as soon.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import tempfile

@@ -6,8 +6,6 @@ them under a JSON schema, in turns. All requests of a batch wait for its masks, 
 Target: the median step with 8 of 16 under a schema takes less than 1.05 times that of plain ones.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

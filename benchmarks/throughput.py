@@ -19,8 +19,6 @@ Targets (--check):
   prefill     CR 4 takes no longer than CR 1
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -15,8 +15,6 @@ Targets (--check), for every shape:
   memory  linear in S: DMC's peak at twice the longest length but one at most 2.2 times as large
 """
 
-from __future__ import annotations
-
 import time
 
 import torch

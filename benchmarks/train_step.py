@@ -8,8 +8,6 @@ Default: 20M parameters, S = 1024, 4 sequences per step, fp32 on CPU, bf16 on CU
 Targets (--check): the median of the per-round ratios is at most 1.25. The goal is 1.1.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from pathlib import Path

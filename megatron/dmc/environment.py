@@ -1,7 +1,5 @@
 """Versions and hardware, as manifests, reports and benchmarks record them. Imports torch only when it is asked."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ The docstring of a field (the string under it) is the help of its flag, and the 
 ``group`` (title of a group that begins with this field). Standard library only.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
@@ -18,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import types
@@ -106,6 +105,24 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
         return 130
 
 
+def entry(
+    build_parser: Callable[[], Parser], refused: tuple[type[Exception], ...] = (ValueError,), unwinds: bool = False
+) -> Callable[[Optional[Sequence[str]]], int]:
+    """The ``main`` of a command, which takes its arguments, or None for those of the process, as :func:`run` does.
+
+    Args:
+        unwinds: SIGTERM ends the command as an exception does, with status 143: jobs are stopped and half-written
+            files are removed.
+    """
+
+    def main(argv: Optional[Sequence[str]] = None) -> int:
+        if unwinds:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        return run(build_parser(), argv, refused)
+
+    return main
+
+
 class _StdoutError(OSError):
     """Stdout takes no more."""
 
@@ -159,6 +176,14 @@ def subcommand(commands: Any, name: str, text: str, examples: str) -> Parser:
     parser.set_examples(
         [line for line in inspect.cleandoc(examples).splitlines() if line.startswith(parser.prog + " ")]
     )
+    return parser
+
+
+def add_command(commands: Any, name: str, text: str, examples: str, config: type, call: Callable[[Any], int]) -> Parser:
+    """Add a :func:`subcommand` whose flags are the fields of ``config``; ``call`` gets one that is filled in."""
+    parser = subcommand(commands, name, text, examples)
+    add_fields(parser, config)
+    parser.set_defaults(run=lambda args: call(read(config, args)))
     return parser
 
 

@@ -4,8 +4,6 @@ There is no state, so resuming needs none. ``step`` counts finished optimizer st
 at ``step = 0``.
 """
 
-from __future__ import annotations
-
 import math
 
 from megatron.dmc.config import COMPRESSING, OptimizerConfig, StageConfig

@@ -1,7 +1,5 @@
 """Adapters of a DMS checkpoint as a directory of their own, beside the unchanged model that they belong to."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -5,8 +5,6 @@ what disks, copies and networks do to a file, by the file's name, and are no pro
 reads a few GB/s (zlib leaves the interpreter's lock alone meanwhile), and ranks share the files.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ A format opens a model as a :class:`Source`, whose tensors stay in their files (
 is written, block by block. A result appears under its name only when it is complete, with everything synced to disk.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Directories that others wrote, told by the names of their files, and the command that imports each. No torch."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple, Optional

@@ -5,8 +5,6 @@ written under a temporary name and renamed when it is complete, manifest include
 complete checkpoint, whatever killed the job.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -13,8 +13,6 @@ channel and compute nonsense, in silence. So the channel is taken out of the wei
 this package's layers. Adapters are left out: the model below them is a plain one.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

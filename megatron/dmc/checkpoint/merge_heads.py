@@ -5,8 +5,6 @@ The result needs up-training; it is the baseline that DMC is compared with. Quer
 reads KV head h // (Hq / H), so neighbouring KV heads form a group.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Optional

@@ -1,7 +1,5 @@
 """Small files of an exported directory: tokenizer, README.md, modelling code."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

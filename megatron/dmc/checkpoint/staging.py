@@ -1,7 +1,5 @@
 """A directory that appears under its name only when it is complete. No torch, no Megatron."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

@@ -4,8 +4,6 @@ A converter of 70B models must never hold a model, or a shard. So every format's
 mapping composes them (row slices, concatenations, columns), and a writer reads the result in blocks.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """What the tokenizer_config.json beside a sentencepiece model says about it. No torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

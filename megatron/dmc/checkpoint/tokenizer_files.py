@@ -1,7 +1,5 @@
 """Tokenizer files of a model directory: their names, their types, and transformers' tokenizer of them. No torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Optional
 

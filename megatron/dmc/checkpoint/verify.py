@@ -1,7 +1,5 @@
 """Comparison of a Hugging Face directory and a checkpoint, bit by bit, or of one of them with its own checksums."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Optional
 

@@ -1,7 +1,5 @@
 """The ``dmc`` command: one subcommand in each module of this package, which is imported when it is called."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

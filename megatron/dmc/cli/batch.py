@@ -1,10 +1,6 @@
 """``dmc batch``: a file of requests in, a file of responses out, whatever happens in between."""
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
-from typing import Optional
 
 from megatron.dmc import flags
 from megatron.dmc.cli import options
@@ -30,8 +26,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv)
+main = flags.entry(build_parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,10 +1,7 @@
 """``dmc bench``: throughput and latency of models side by side, and load on a running server."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from collections.abc import Callable
+from typing import Any
 
 from megatron.dmc import flags
 from megatron.dmc.cli import options
@@ -27,14 +24,13 @@ def build_parser() -> flags.Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_offline(commands, "throughput", "Tokens per second of many requests at once", ThroughputConfig, throughput)
     _add_offline(commands, "latency", "Seconds of one batch of requests", LatencyConfig, latency)
-    serve = flags.subcommand(commands, "serve", "Load a running server and time its responses", EXAMPLES)
-    flags.add_fields(serve, BenchServeConfig)
-    serve.set_defaults(run=_serve)
+    flags.add_command(
+        commands, "serve", "Load a running server and time its responses", EXAMPLES, BenchServeConfig, _serve
+    )
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv)
+main = flags.entry(build_parser)
 
 
 def _add_offline(
@@ -47,7 +43,7 @@ def _add_offline(
     parser.set_defaults(run=lambda args: measure(flags.read(config, args), options.engine_config(args)))
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _serve(config: BenchServeConfig) -> int:
     from megatron.dmc.serving import bench_serve
 
-    return bench_serve.run(flags.read(BenchServeConfig, args))
+    return bench_serve.run(config)

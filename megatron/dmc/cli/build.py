@@ -1,13 +1,9 @@
 """``dmc build``: compile the kernels ahead of time."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from megatron.dmc import flags
 
@@ -48,8 +44,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv)
+main = flags.entry(build_parser)
 
 
 def _run(args: argparse.Namespace) -> int:

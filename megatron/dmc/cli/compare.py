@@ -2,14 +2,9 @@
 one.
 """
 
-from __future__ import annotations
-
 import argparse
-import signal
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from megatron.dmc import flags
 
@@ -48,9 +43,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that the jobs end
-    return flags.run(build_parser(), argv)
+main = flags.entry(build_parser, unwinds=True)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -4,13 +4,10 @@ Conversions stream: memory does not grow with the model. Wrong input ends with o
 nothing half-written behind.
 """
 
-from __future__ import annotations
-
 import argparse
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Optional
+from collections.abc import Callable
+from typing import Any
 
 from megatron.dmc import flags
 
@@ -155,13 +152,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    signal.signal(signal.SIGTERM, _stop)  # so that half-written files are removed
-    return flags.run(build_parser(), argv)
-
-
-def _stop(*_: object) -> NoReturn:
-    sys.exit(143)
+main = flags.entry(build_parser, unwinds=True)
 
 
 def _with_progress(convert: Callable[..., Any], *args: Any, **settings: Any) -> Any:

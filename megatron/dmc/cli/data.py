@@ -1,13 +1,7 @@
 """``dmc data``: training data."""
 
-from __future__ import annotations
-
-import argparse
-import signal
 import sys
-from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
-from typing import Optional
 
 from megatron.dmc import flags
 from megatron.dmc.training.describe import DescribeConfig, describe
@@ -23,32 +17,22 @@ EXAMPLES = """
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="dmc data", description="Prepare training data.", examples=EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    tokenize = flags.subcommand(
-        commands, "preprocess", "Tokenize JSONL text, one document per line, into a Megatron indexed dataset", EXAMPLES
-    )
-    flags.add_fields(tokenize, PreprocessConfig)
-    tokenize.set_defaults(run=_preprocess)
-    look = flags.subcommand(
-        commands, "describe", "Check an indexed dataset that Megatron-LM wrote, and describe it for training", EXAMPLES
-    )
-    flags.add_fields(look, DescribeConfig)
-    look.set_defaults(run=_describe)
+    tokenize = "Tokenize JSONL text, one document per line, into a Megatron indexed dataset"
+    flags.add_command(commands, "preprocess", tokenize, EXAMPLES, PreprocessConfig, _preprocess)
+    look = "Check an indexed dataset that Megatron-LM wrote, and describe it for training"
+    flags.add_command(commands, "describe", look, EXAMPLES, DescribeConfig, _describe)
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that temporary files are removed
-    return flags.run(build_parser(), argv, refused=(ValueError, OSError))
+main = flags.entry(build_parser, refused=(ValueError, OSError), unwinds=True)
 
 
-def _describe(args: argparse.Namespace) -> int:
-    config = flags.read(DescribeConfig, args)
+def _describe(config: DescribeConfig) -> int:
     print(f"{describe(config)}\n--data-path {config.prefix}")
     return 0
 
 
-def _preprocess(args: argparse.Namespace) -> int:
-    config = flags.read(PreprocessConfig, args)
+def _preprocess(config: PreprocessConfig) -> int:
     try:
         print(f"{preprocess(config)}\n--data-path {config.output_prefix}")
     except BrokenExecutor:

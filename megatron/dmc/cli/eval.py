@@ -1,13 +1,9 @@
 """``dmc eval``: quality and compression of models and checkpoints, and data and models for the recall tasks."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from typing import Optional
+from dataclasses import dataclass, field
 
 from megatron.dmc import flags
-from megatron.dmc.evaluation import fidelity_report
+from megatron.dmc.evaluation.fidelity_report import FidelityConfig, run
 from megatron.dmc.evaluation.generate import GenerateConfig, generate
 from megatron.dmc.evaluation.report import ReportConfig, report
 
@@ -28,72 +24,65 @@ def build_parser() -> flags.Parser:
         examples=EXAMPLES,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    rows = flags.subcommand(commands, "report", "Compare checkpoints in a table and two plots", EXAMPLES)
-    flags.add_fields(rows, ReportConfig)
-    rows.set_defaults(run=lambda args: report(flags.read(ReportConfig, args)))
-    beside = flags.subcommand(commands, "fidelity", "Compare a compressed model with its original on text", EXAMPLES)
-    flags.add_fields(beside, fidelity_report.FidelityConfig)
-    beside.set_defaults(run=lambda args: fidelity_report.run(flags.read(fidelity_report.FidelityConfig, args)))
-    text = flags.subcommand(
-        commands, "generate", "Generate text from a training checkpoint and show what the cache did", EXAMPLES
-    )
-    flags.add_fields(text, GenerateConfig)
-    text.set_defaults(run=lambda args: generate(flags.read(GenerateConfig, args)))
-    _add_recall_data(
-        flags.subcommand(commands, "recall-data", "Write training text that teaches a model to look back", EXAMPLES)
-    )
-    _add_induction(
-        flags.subcommand(commands, "induction", "Write a model that starts with an induction circuit", EXAMPLES)
-    )
+    for name, text, config, call in (
+        ("report", "Compare checkpoints in a table and two plots", ReportConfig, report),
+        ("fidelity", "Compare a compressed model with its original on text", FidelityConfig, run),
+        ("generate", "Generate text from a training checkpoint and show what the cache did", GenerateConfig, generate),
+        ("recall-data", "Write training text that teaches a model to look back", RecallDataConfig, _recall_data),
+        ("induction", "Write a model that starts with an induction circuit", InductionConfig, _induction),
+    ):
+        flags.add_command(commands, name, text, EXAMPLES, config, call)
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv, refused=(ValueError, OSError))
+main = flags.entry(build_parser, refused=(ValueError, OSError))
 
 
-def _add_recall_data(parser: flags.Parser) -> None:
-    parser.set_defaults(run=_recall_data)
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="Sentencepiece model or Hugging Face directory."
-    )
-    parser.add_argument(
-        "--corpus", required=True, metavar="FILE", help='JSONL file of {"text": ...} lines, for the haystack.'
-    )
-    parser.add_argument(
-        "--output-prefix", required=True, metavar="P", help="Prefix of the dataset: P.bin, P.idx and P.json."
-    )
-    for flag, kind, default, metavar, text in (
-        ("--tokens", int, 2_000_000, "N", "Least number of tokens to write"),
-        ("--longest", int, 512, "N", "Tokens of the longest document"),
-        ("--repeated", float, 0.5, "X", "Share of documents that are blocks of random ids which come again"),
-        ("--seed", int, 0, "SEED", "Seed of the documents"),
-    ):
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: %(default)s).")
+@dataclass(frozen=True)
+class RecallDataConfig:
+    """Settings of training text that teaches a model to look back."""
+
+    tokenizer: str = field(metadata={"metavar": "PATH"})
+    """Sentencepiece model or Hugging Face directory."""
+    corpus: str = field(metadata={"metavar": "FILE"})
+    """JSONL file of {"text": ...} lines, for the haystack."""
+    output_prefix: str = field(metadata={"metavar": "P"})
+    """Prefix of the dataset: P.bin, P.idx and P.json."""
+    tokens: int = field(default=2_000_000, metadata={"metavar": "N"})
+    """Least number of tokens to write."""
+    longest: int = field(default=512, metadata={"metavar": "N"})
+    """Tokens of the longest document."""
+    repeated: float = field(default=0.5, metadata={"metavar": "X"})
+    """Share of documents that are blocks of random ids which come again."""
+    seed: int = 0
+    """Seed of the documents."""
 
 
-def _recall_data(args: argparse.Namespace) -> int:
+def _recall_data(config: RecallDataConfig) -> int:
     from megatron.dmc.evaluation import recall_data
 
-    settings = {"longest": args.longest, "repeated": args.repeated, "seed": args.seed}
-    tokens = recall_data.write(args.output_prefix, args.tokenizer, args.corpus, args.tokens, **settings)
-    print(f"{tokens:,} tokens\n--data-path {args.output_prefix}")
+    settings = {"longest": config.longest, "repeated": config.repeated, "seed": config.seed}
+    tokens = recall_data.write(config.output_prefix, config.tokenizer, config.corpus, config.tokens, **settings)
+    print(f"{tokens:,} tokens\n--data-path {config.output_prefix}")
     return 0
 
 
-def _add_induction(parser: flags.Parser) -> None:
-    parser.set_defaults(run=_induction)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML or JSON file whose section model gives the sizes."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the other weights (default: %(default)s).")
-    parser.add_argument("--save", required=True, metavar="DIR", help="Hugging Face directory to write.")
+@dataclass(frozen=True)
+class InductionConfig:
+    """Settings of a model that starts with an induction circuit."""
+
+    config: str = field(metadata={"metavar": "FILE"})
+    """YAML or JSON file whose section model gives the sizes."""
+    save: str = field(metadata={"metavar": "DIR"})
+    """Hugging Face directory to write."""
+    seed: int = 0
+    """Seed of the other weights."""
 
 
-def _induction(args: argparse.Namespace) -> int:
+def _induction(config: InductionConfig) -> int:
     from megatron.dmc.config import RunConfig, load_file
     from megatron.dmc.evaluation import induction
 
-    model = RunConfig.from_dict({"model": load_file(args.config).get("model", {})}).model
-    induction.write(args.save, model, args.seed)
+    model = RunConfig.from_dict({"model": load_file(config.config).get("model", {})}).model
+    induction.write(config.save, model, config.seed)
     return 0

@@ -1,7 +1,5 @@
 """``dmc generate``: text from prompts, with the compressed cache's figures."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -66,8 +64,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv)
+main = flags.entry(build_parser)
 
 
 def _run(args: argparse.Namespace) -> int:

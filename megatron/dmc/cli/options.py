@@ -1,7 +1,5 @@
 """Flags that several commands share: those of the engine and of sampling."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from typing import Any

@@ -3,8 +3,6 @@
 Everything is arithmetic: memory figures are estimates; formulas and sources are in docs/plan.md. GB is 1e9 bytes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -268,8 +266,7 @@ def serving_report(s: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv, refused=(ValueError, OSError))
+main = flags.entry(build_parser, refused=(ValueError, OSError))
 
 
 def _run(args: PlanConfig) -> int:

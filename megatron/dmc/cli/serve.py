@@ -1,10 +1,6 @@
 """``dmc serve``: a model over HTTP, with OpenAI's API."""
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
-from typing import Optional
 
 from megatron.dmc import flags
 from megatron.dmc.cli import options
@@ -29,8 +25,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    return flags.run(build_parser(), argv)
+main = flags.entry(build_parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,7 +1,5 @@
 """``dmc train``: one stage of a retrofit, or pre-training."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Optional

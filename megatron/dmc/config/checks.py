@@ -3,8 +3,6 @@
 A field that is None, for "not set", passes.
 """
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Dataclasses from plain values: nested dicts, and the YAML or JSON files that hold them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Sections ``model`` and ``dmc``: what is part of a checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Optional
 

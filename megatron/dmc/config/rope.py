@@ -1,7 +1,5 @@
 """Scaling of rotary embeddings in ``ModelConfig.rope_scaling``: the kinds that are known, and their checks."""
 
-from __future__ import annotations
-
 import math
 
 from megatron.dmc.config.checks import require

@@ -1,7 +1,5 @@
 """Sections ``stage`` and ``optimizer``: what a stage trains to, and how."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Optional
 

@@ -1,7 +1,5 @@
 """Sections ``parallel``, ``data`` and ``training``: layout, datasets, batches, checkpoints and logging."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 

@@ -4,8 +4,6 @@ Tasks that score given text (multiple choice, perplexity) are computed teacher-f
 engine: serve the model with ``dmc serve`` and use lm-eval's ``local-completions``.
 """
 
-from __future__ import annotations
-
 from typing import Any, NoReturn, Optional
 
 import torch

@@ -13,8 +13,6 @@ token's own code with that copy, in the channels that rotary embeddings hardly t
 code of where it looks, which the output layer reads.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys

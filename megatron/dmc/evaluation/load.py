@@ -1,7 +1,5 @@
 """Load a checkpoint of any layout as one model on this process' device."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Perplexity of a checkpoint with hard decisions, and the compression of each head on the same text."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ text with the model's tokenizer (:class:`TextMaterial`), or of bare token ids fo
 (:class:`IdMaterial`). All samples of a length have the same number of tokens, so they are scored as one batch.
 """
 
-from __future__ import annotations
-
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

@@ -9,8 +9,6 @@ their samples: names, values, haystack and places are random.
         --output-prefix data/recall
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import tempfile

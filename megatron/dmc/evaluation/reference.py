@@ -4,8 +4,6 @@ Slow (Python loops over heads) and exact: tests compare teacher forcing with it.
 :mod:`megatron.dmc.inference`.
 """
 
-from __future__ import annotations
-
 from typing import Optional
 
 import torch

@@ -1,7 +1,5 @@
 """Report on trained checkpoints: a table of perplexity and compression, and two plots. ``dmc eval report`` runs it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, field
@@ -196,9 +194,3 @@ def report(config: ReportConfig) -> int:
     print(text)
     print(f"\nwritten to {output}: " + ", ".join(sorted(p.name for p in output.iterdir())))
     return 0
-
-
-if __name__ == "__main__":
-    from megatron.dmc.cli.eval import main
-
-    sys.exit(main(["report", *sys.argv[1:]]))

@@ -2,8 +2,6 @@
 model, another server's) hands over queries, keys and values.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Optional, Protocol
 

@@ -1,7 +1,5 @@
 """Settings of the engine. Names are vLLM's where a concept is the same."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path

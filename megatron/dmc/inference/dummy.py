@@ -4,8 +4,6 @@ The decision of a random key, query or adapter is about N(0, 1), token by token,
 often tokens are marked: a directory that is plain can be measured as a model of any compression ratio.
 """
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import replace
 from pathlib import Path

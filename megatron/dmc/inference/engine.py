@@ -4,8 +4,6 @@
 ends a request. A request that is wrong, or whose logits hold NaN or Inf, ends alone; the others and the cache go on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass

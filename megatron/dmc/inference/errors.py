@@ -1,7 +1,5 @@
 """The error of a request that the engine cannot take."""
 
-from __future__ import annotations
-
 from typing import Optional
 
 

@@ -1,7 +1,5 @@
 """Sampling parameters that a model's authors recommend, from its ``generation_config.json``, as vLLM takes them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

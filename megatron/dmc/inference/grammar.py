@@ -5,8 +5,6 @@ by counts, not by time, so that every rank of a tensor-parallel group finds the 
 docs/lab_book.md has the comparison with xgrammar.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import threading

@@ -6,8 +6,6 @@ the rows that a batch does not fill are padding (row -1), which every kernel ign
 they are.
 """
 
-from __future__ import annotations
-
 import bisect
 import sys
 import time

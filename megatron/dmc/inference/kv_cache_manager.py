@@ -10,8 +10,6 @@ Snapshots cost nothing: their rows and pages go to sequences as soon as these ne
 tensor-parallel ranks do the same in the same order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterator
 from typing import Optional
 

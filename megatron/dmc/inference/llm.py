@@ -1,7 +1,5 @@
 """``LLM(path).generate(prompts, SamplingParams(...))``: the engine for a batch of prompts."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A method is an object behind :class:`Method`. Its ops are the kernels', and its 
 :class:`megatron.dmc.inference.cache.PagedCache` from the shapes of the state.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Optional
 

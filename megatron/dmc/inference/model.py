@@ -5,8 +5,6 @@ follow. Shapes: h is the hidden size, Hq the query heads, H the KV heads, D the 
 tensor-parallel rank.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Model runner: the device's part of a step. Builds the input, runs the model (by CUDA graph or not), samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from concurrent.futures import wait

@@ -1,7 +1,5 @@
 """Output processor: appends sampled tokens to their sequences, checks whether these end, and says what is new."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any, Optional

@@ -1,7 +1,5 @@
 """Tensor parallelism: the part of a tensor that a rank holds, and the collectives that the model needs."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Any, Optional

@@ -4,8 +4,6 @@ They follow from the number of tokens alone, alike for all layers and heads, so 
 pages of all layers and heads of a rank that hold the same tokens. A model that does not evict has none.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Parameters of a request: how its tokens are chosen and when it ends. Names and meanings are vLLM's."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

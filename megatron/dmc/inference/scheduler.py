@@ -9,8 +9,6 @@ on, and everything ends.
 Snapshots of prefixes are never in the way: their pages count as available, and are freed when a step needs them.
 """
 
-from __future__ import annotations
-
 import bisect
 import time
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Structured outputs: what a completion must match, by vLLM's names, and the checks that need no grammar library."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tokenizers and text: loading one, and turning tokens into text as they come, with stop strings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional

@@ -1,7 +1,5 @@
 """Tokens that a completion may hold: ``allowed_token_ids``, and the token sequences of ``bad_words``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

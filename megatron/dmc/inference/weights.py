@@ -1,7 +1,5 @@
 """Load weights of a Hugging Face directory, plain or exported, block by block into the serving model's tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

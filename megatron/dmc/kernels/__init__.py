@@ -22,8 +22,6 @@ read together with the lengths. Its tokens see only themselves in :func:`prefill
 requests against the worst case never sees any of it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megatron.dmc.kernels import dispatch

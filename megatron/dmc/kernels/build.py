@@ -5,8 +5,6 @@ what an image for many users and machines wants. Its name holds a hash of the so
 apache-tvm-ffi: one that is out of date is never loaded.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """Ops of a compiled library, for any device: they allocate the outputs, which the library checks and fills."""
 
-from __future__ import annotations
-
 from typing import Any, Optional
 
 import torch

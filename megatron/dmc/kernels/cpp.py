@@ -1,7 +1,5 @@
 """C++ kernels for the CPU, built on first use: see ``build.py``."""
 
-from __future__ import annotations
-
 import sys
 from functools import cache
 from typing import Any, Optional

@@ -6,8 +6,6 @@ Rapids) with two cores each and torch 2.13; docs/lab_book.md has the experiments
 keeps to one thread stand beside their loops in ``csrc/cpu_*.cpp``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Sequence

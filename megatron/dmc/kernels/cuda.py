@@ -4,8 +4,6 @@ Nothing here waits for the GPU, looks at the values of a tensor or allocates by 
 every call.
 """
 
-from __future__ import annotations
-
 import sys
 from functools import lru_cache
 from typing import Any

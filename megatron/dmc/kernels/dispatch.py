@@ -1,7 +1,5 @@
 """Choice of the backend that runs the kernels: by device, unless one is forced."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

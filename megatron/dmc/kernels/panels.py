@@ -1,7 +1,5 @@
 """Weights of linear layers in panels, the form that the C++ kernel for CPUs (``csrc/cpu_linear.cpp``) reads."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -4,8 +4,6 @@ T tokens of N sequences, Hq query heads, H KV heads, D head dimension. Tensors o
 their last axis is contiguous; index tensors are contiguous.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 

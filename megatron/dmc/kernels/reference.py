@@ -5,8 +5,6 @@ Vectorised over tokens, heads and sequences; it reads counts on the host, so it 
 throughout, whatever the dtype of the cache.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Optional
 
 import torch

@@ -2,8 +2,6 @@
 that are kept beyond it.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch

@@ -10,8 +10,6 @@ w + 1 tokens, whatever was decided about them: token t in page t // page_size of
 page is written once, place after place, and given back when its last token has left the window.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple, Optional

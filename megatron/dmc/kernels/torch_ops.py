@@ -7,8 +7,6 @@ schema is made of that function's annotations. What an op writes is marked in it
 without them: a call through PyTorch's dispatcher with all these tensors costs as much as the call itself.
 """
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Any, Optional, get_args, get_type_hints
 

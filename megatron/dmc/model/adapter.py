@@ -8,8 +8,6 @@ The weights are a few thousand per layer. They lie whole on every tensor-paralle
 what the ranks exchange is one number per token and head, never the hidden state.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

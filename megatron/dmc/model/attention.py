@@ -1,7 +1,5 @@
 """DMC self-attention as a drop-in for Megatron's ``SelfAttention``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional, Protocol

@@ -8,8 +8,6 @@ The count is written in base 256, one digit per channel, and its gradient in thr
 With tensor parallelism each rank carries the count of its own heads; they are summed once, at the end.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

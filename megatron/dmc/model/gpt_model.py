@@ -1,7 +1,5 @@
 """Megatron's GPTModel with DMC attention; its last stage also returns the slots that the whole model kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Optional
 

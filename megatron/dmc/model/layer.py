@@ -1,7 +1,5 @@
 """A transformer layer that shows its attention the layer's input, and adds the slot count to the carried row."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Optional
 

@@ -1,7 +1,5 @@
 """Layer specs that make a Megatron model use DMC attention."""
 
-from __future__ import annotations
-
 import copy
 from typing import Optional
 

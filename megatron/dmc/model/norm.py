@@ -1,7 +1,5 @@
 """RMSNorm for the local spec and for the end of the decoder."""
 
-from __future__ import annotations
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor

@@ -4,8 +4,6 @@ The lists cover 0.16.1 to 0.20 (``tests/model/test_supported.py`` fails when the
 nobody has sorted). ``GPT_MODEL_ARGUMENTS`` does the same for the arguments of ``GPTModel`` and its ``forward``.
 """
 
-from __future__ import annotations
-
 from dataclasses import MISSING, Field, fields
 from typing import Any
 

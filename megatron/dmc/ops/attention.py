@@ -13,8 +13,6 @@ Backward calls the stock kernel's backward with the final o' and lse'. Its ``del
 ``p = exp(s - lse')`` are then right for every column, and what is missing is elementwise. No tensor is S x S.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -4,8 +4,6 @@ arXiv 2403.09636, section 3; the neuron, bias and epsilon as in the authors' rel
 given fp64), whatever the model computes in: a threshold in bf16 would move with the format.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Optional
 
 import torch

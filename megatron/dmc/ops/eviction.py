@@ -13,8 +13,6 @@ The row statistics of both parts combine them. Backward calls the stock kernel's
 statistics, which makes its ``delta`` and probabilities those of the whole row.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Optional
 

@@ -5,8 +5,6 @@ generator state, so tensor, pipeline and data parallelism, micro-batch size, rec
 it, and each rank computes just the heads that it owns.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

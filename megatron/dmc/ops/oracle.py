@@ -5,8 +5,6 @@ tested against them: no pooling, attention or rotation of the other modules, onl
 one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Packages that make training on GPUs faster and may be missing, or be another project of the same name."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

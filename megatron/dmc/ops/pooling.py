@@ -9,8 +9,6 @@ in fp32 before they are rounded to the model's format. Without a window the same
 carried state.
 """
 
-from __future__ import annotations
-
 from typing import Optional
 
 import torch

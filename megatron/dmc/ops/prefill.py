@@ -4,8 +4,6 @@ All tokens decide, segments are pooled, and query t attends to the final states 
 partial state of its own slot. The work falls by the compression ratio; the result is that of feeding tokens one by one.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, Optional
 

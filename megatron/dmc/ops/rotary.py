@@ -5,8 +5,6 @@ channel D-1, whose partner is D/2-1: the neuron is zero before the rotation, so 
 the rotation would put into channel D-1 is replaced by a value of our choice (0, or the column mask).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Optional
 

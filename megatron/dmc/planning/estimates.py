@@ -11,8 +11,6 @@ holds the parameters to a built model's, and what a layer keeps for its backward
 - FLOPs: 6 per weight and token plus the causal half of attention, as the training log counts them.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Layouts of a run over GPUs: whether one works and fits, and the nearest ones that do."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -4,8 +4,6 @@ Later wins: the defaults, the model that the checkpoint records (``--init-from``
 ``--config`` file, the flags.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import typing

@@ -1,7 +1,5 @@
 """Saving and loading ``torch_dist`` checkpoints in any layout (megatron-core's ``dist_checkpointing``)."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil

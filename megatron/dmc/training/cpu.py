@@ -3,8 +3,6 @@
 megatron-core 0.16.1 to 0.20 names "cuda" in places where it means "the device of this process". These are the places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

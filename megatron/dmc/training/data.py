@@ -1,7 +1,5 @@
 """Training data: checks before a run, megatron-core datasets with a safe index cache, and batches for any layout."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -8,8 +8,6 @@ training asks for ``P.json`` too. ``P.idx`` (``megatron/core/datasets/indexed_da
     and in multimodal datasets alone the mode of every sequence (int8)
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import struct

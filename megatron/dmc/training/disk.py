@@ -1,7 +1,5 @@
 """Errors of the disk, by their names: what torch says when a file cannot be written hides why. No torch."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Process groups and devices of a run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

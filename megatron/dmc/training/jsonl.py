@@ -1,7 +1,5 @@
 """JSONL files of text, plain or gzip, told by their first bytes and not by their names. No torch."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib

@@ -1,7 +1,5 @@
 """The training loop of every stage."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 ``cpu.py`` beside this file has what lets megatron-core run without a GPU.
 """
 
-from __future__ import annotations
-
 import inspect
 import pickle
 import queue

@@ -1,7 +1,5 @@
 """Megatron's model, distributed wrapper and optimizer, built from a :class:`RunConfig`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

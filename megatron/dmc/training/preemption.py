@@ -1,7 +1,5 @@
 """Leaving before the end of a stage (signals, the job's time), and refusing to start in a loop of crashes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

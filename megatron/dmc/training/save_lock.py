@@ -1,7 +1,5 @@
 """The lock on a --save directory: one run writes it at a time. No torch."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """The checkpoint that a run starts from: found, and refused when it does not fit, before memory is taken. No torch."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Imports neither torch nor Megatron, so that the worker processes of ``dmc data preprocess`` start quickly.
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict

@@ -4,8 +4,6 @@ DIR/config.json        model_type "dmc_adapter", the dmc block, sizes, and the b
 DIR/model.safetensors  model.layers.N.self_attn.dms_proj_alpha.weight, ...dms_proj_alpha_norm.weight
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The interface of a format, the record that every format opens a model as, and what descriptions share."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

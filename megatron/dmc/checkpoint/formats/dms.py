@@ -10,8 +10,6 @@ model they talk nonsense, or hold a full cache in silence; so every directory is
 | FastDMS 0.2.0 | ``dms_metadata.json``, else ``training_log.json`` of the parent directory | query | self |
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Hugging Face model directories: read tensor by tensor, written shard by shard, never a shard in memory."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

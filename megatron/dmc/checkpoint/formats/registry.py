@@ -1,7 +1,5 @@
 """All formats, in the order in which a directory is tried. A new one is a module with the functions of ``Format``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron.dmc.checkpoint.formats import adapter, gguf, hf, legacy, megatron, torch_dist

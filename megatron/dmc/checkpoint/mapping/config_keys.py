@@ -5,8 +5,6 @@ Qwen 3 in transformers 4.57.6 and 5.23.0, and from the models that their hubs pu
 Keys that compute are read in :mod:`hf_config`; a key that no table knows is refused by name.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.dmc.checkpoint.fields import shown_key

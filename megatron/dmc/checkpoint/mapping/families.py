@@ -1,7 +1,5 @@
 """Tables of the model families that are known. A new family is one more entry of :data:`FAMILIES`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional

@@ -1,7 +1,5 @@
 """``config.json`` of Hugging Face to our configuration and back, the ``dmc`` block included."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """YaRN (arXiv 2309.00071) in ``config.json``, as transformers reads it (4.57.6 and 5.23.0, ``modeling_rope_utils``)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

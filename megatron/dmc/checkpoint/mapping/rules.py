@@ -1,7 +1,5 @@
 """Rule of one Megatron parameter: its name, the Hugging Face tensors that it is made of, and how."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Optional
 

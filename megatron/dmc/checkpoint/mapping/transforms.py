@@ -4,8 +4,6 @@ A transform lists a parameter's rows from the first to the last. Both directions
 shape of the parameter follow from that list.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Optional

@@ -1,7 +1,5 @@
 """Megatron parameters as views of Hugging Face tensors, and the other way round. Nothing is read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Optional
 

@@ -1,7 +1,5 @@
 """The jobs of a comparison, what each of them waits for, and the rows of the report that they lead to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ SPEC is JSON, as :mod:`megatron.dmc.evaluation.compare.methods` writes it. Each 
 rows are measured side by side.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -4,8 +4,6 @@ Every training is a command line of ``megatron.dmc.training.retrofit``, every co
 would type.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Plots of a comparison."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

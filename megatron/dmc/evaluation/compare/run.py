@@ -4,8 +4,6 @@ Trainings, conversions and measurements are jobs. A job that is done is not run 
 same. The report is written to report/ under the output: report.md, report.json and the plots.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

@@ -1,7 +1,5 @@
 """Runs the jobs of a comparison: several at once, each after what it needs, and none again that is done."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Tables of a comparison in the paper's form, and the data of its plots, from the measured rows."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

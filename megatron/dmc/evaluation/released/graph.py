@@ -1,7 +1,5 @@
 """The jobs of a comparison on a released model: samples, one job per method, kvpress in an environment of its own."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ A cell that is there and was measured on the same samples with the same files is
 on. The original comes first: it leaves the hidden states from which its predictions are computed again for the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

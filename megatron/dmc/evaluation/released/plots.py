@@ -1,7 +1,5 @@
 """Plots of a comparison on a released model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

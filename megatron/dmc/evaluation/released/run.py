@@ -3,8 +3,6 @@
 The report is written to report/ under the output: report.md, report.json and the plots.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

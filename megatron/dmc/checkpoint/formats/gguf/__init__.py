@@ -5,8 +5,6 @@ The file is read through the ``gguf`` library and presented as the Hugging Face 
 (:mod:`.tokenizer`). From there on the Hugging Face reader checks and maps it as any directory.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``config.json`` of the model in a GGUF file, from the keys of its architecture."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Optional
 

@@ -6,8 +6,6 @@ A GGUF file names the rule that cuts text before BPE (``tokenizer.ggml.pre``) an
 supported families stand here, as their published ``tokenizer.json`` files have them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

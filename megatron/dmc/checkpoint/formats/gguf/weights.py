@@ -1,7 +1,5 @@
 """Tensors of a GGUF file under transformers' names, dequantized row by row as they are read."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any, Optional
 

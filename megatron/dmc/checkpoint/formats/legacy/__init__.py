@@ -12,8 +12,6 @@ and, for the authors' arguments and the place of their decision neuron, ``megatr
 ``pretrain_gpt_with_dmc.py`` of github.com/NVIDIA/Megatron-LM, branch dmc, commit d36bf8d (2024).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron.dmc.checkpoint import mapping

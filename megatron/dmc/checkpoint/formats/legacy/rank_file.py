@@ -1,7 +1,5 @@
 """One rank's file in Megatron's older format, ``model_optim_rng.pt``: opened, checked, taken apart."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

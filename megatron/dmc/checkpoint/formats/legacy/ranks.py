@@ -1,7 +1,5 @@
 """Files of all ranks of one checkpoint in Megatron's older format: found, opened, and joined to whole parameters."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field

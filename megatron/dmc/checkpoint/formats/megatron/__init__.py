@@ -15,8 +15,6 @@ Sources: ``megatron/training/checkpointing.py`` (generate_state_dict, load_args_
 github.com/NVIDIA/Megatron-LM, commit d98e8a6 (August 2026) and megatron-core 0.16.1.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

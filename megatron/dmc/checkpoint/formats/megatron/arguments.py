@@ -1,7 +1,5 @@
 """Arguments of a Megatron-LM run, as its checkpoints record them: to our configuration, and to what was trained."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The decision neuron in Megatron's weights: channel D-1 of every query and key head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from megatron.dmc.checkpoint.formats.megatron.arguments import wrong

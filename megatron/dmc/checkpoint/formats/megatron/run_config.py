@@ -9,8 +9,6 @@ Sources: ``src/megatron/bridge/{models/gpt_provider.py,models/gpt/model_config.p
 of github.com/NVIDIA-NeMo/Megatron-Bridge, commit 067f987 (August 2026), and ``TransformerConfig`` of megatron-core.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional

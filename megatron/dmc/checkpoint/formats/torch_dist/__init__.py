@@ -4,8 +4,6 @@ The format is that of ``torch.distributed.checkpoint`` as megatron-core 0.16.1 u
 stacked in a first dimension. Neither Megatron nor several processes are needed to read or write it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

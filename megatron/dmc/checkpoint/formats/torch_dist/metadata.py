@@ -4,8 +4,6 @@ Every object in the file becomes a record of what the file says of it. :func:`re
 ``Metadata`` from these records, field by field, so that sizes are sizes and a file name leads nowhere else.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from collections.abc import Iterable

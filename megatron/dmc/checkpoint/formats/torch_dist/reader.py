@@ -4,8 +4,6 @@ Every chunk of a tensor is a ``torch.save`` file inside a ``.distcp`` file; ``.m
 Chunks may be cut in any way.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import defaultdict
