@@ -11,19 +11,3 @@ from megatron.dmc.config.model import DMCConfig, ModelConfig
 from megatron.dmc.config.run import RunConfig
 from megatron.dmc.config.stage import COMPRESSING, STAGES, OptimizerConfig, StageConfig, predecessors
 from megatron.dmc.config.training import DataConfig, ParallelConfig, TrainingConfig
-
-__all__ = [
-    "COMPRESSING",
-    "STAGES",
-    "DMCConfig",
-    "DataConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RunConfig",
-    "StageConfig",
-    "TrainingConfig",
-    "build",
-    "load_file",
-    "predecessors",
-]

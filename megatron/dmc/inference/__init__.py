@@ -14,18 +14,3 @@ from megatron.dmc.inference.request import Completion, Request, RequestOutput, S
 from megatron.dmc.inference.sampler import Logprobs
 from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.structured_outputs import StructuredOutputsParams
-
-__all__ = [
-    "LLM",
-    "Completion",
-    "Engine",
-    "EngineConfig",
-    "EngineStats",
-    "InvalidRequest",
-    "Logprobs",
-    "Request",
-    "RequestOutput",
-    "SamplingParams",
-    "StepOutput",
-    "StructuredOutputsParams",
-]

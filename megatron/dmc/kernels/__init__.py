@@ -209,26 +209,3 @@ def between_attention(weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tu
         The residual stream after the MLP [T, h], and the next layer's queries, keys and values [T, (Hq + 2 H) D].
     """
     return dispatch.call("between_attention", x.device.type, weights, mixed, x)
-
-
-__all__ = [
-    "AppendParams",
-    "Appended",
-    "BetweenAttention",
-    "CacheState",
-    "EvictParams",
-    "active_backend",
-    "add_rms_norm",
-    "append",
-    "append_evicting",
-    "between_attention",
-    "decode_attention",
-    "fork",
-    "free",
-    "make_state",
-    "packed_linear",
-    "prefill_attention",
-    "rms_norm",
-    "silu_and_mul",
-    "use_backend",
-]

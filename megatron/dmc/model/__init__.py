@@ -6,15 +6,3 @@ from megatron.dmc.model.gpt_model import DMCGPTModel
 from megatron.dmc.model.layer import DMCTransformerLayer
 from megatron.dmc.model.layer_specs import get_dmc_block_spec, get_dmc_layer_spec, have_transformer_engine
 from megatron.dmc.model.loss import compression_loss
-
-__all__ = [
-    "DMCGPTModel",
-    "DMCSelfAttention",
-    "DMCStep",
-    "DMCTransformerLayer",
-    "compression_loss",
-    "get_dmc_block_spec",
-    "get_dmc_layer_spec",
-    "have_transformer_engine",
-    "is_adapter",
-]

@@ -19,27 +19,3 @@ from megatron.dmc.ops.oracle import EvictingOracleCache, OracleCache
 from megatron.dmc.ops.pooling import pool
 from megatron.dmc.ops.prefill import compress, prefill_attention
 from megatron.dmc.ops.rotary import attention_factor, rotary_frequencies, rotate, rotate_and_split_neuron
-
-__all__ = [
-    "Decisions",
-    "EvictingOracleCache",
-    "OracleCache",
-    "attention_backend",
-    "attention_factor",
-    "compress",
-    "decision_logits",
-    "dmc_attention",
-    "evicting_attention",
-    "flash_attention",
-    "hard_decisions",
-    "held_slots",
-    "importance",
-    "kept_slots",
-    "logistic_noise",
-    "make_decisions",
-    "pool",
-    "prefill_attention",
-    "rotary_frequencies",
-    "rotate",
-    "rotate_and_split_neuron",
-]

@@ -35,33 +35,3 @@ from megatron.dmc.checkpoint.mapping.hf_config import (
     with_block,
 )
 from megatron.dmc.checkpoint.mapping.rules import TensorRule
-
-__all__ = [
-    "ADAPTER_MODEL_TYPE",
-    "COMPRESSED_STAGES",
-    "DMC_ARCHITECTURE",
-    "DMC_FORMAT_VERSION",
-    "DMC_MODEL_TYPE",
-    "DMCBlock",
-    "FAMILIES",
-    "Family",
-    "LLAMA_TENSORS",
-    "TensorRule",
-    "adapter_rules",
-    "base_config",
-    "block_fields",
-    "changed_config",
-    "dmc_block",
-    "dmc_config",
-    "dmc_from_hf_config",
-    "family_of",
-    "from_hf_config",
-    "hf_shapes",
-    "in_order",
-    "is_adapter",
-    "model_dtype",
-    "rules",
-    "to_hf_config",
-    "with_adapters",
-    "with_block",
-]

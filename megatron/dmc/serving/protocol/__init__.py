@@ -33,37 +33,3 @@ from megatron.dmc.serving.protocol.tokenizer import (
 from megatron.dmc.serving.protocol.validation import models_in, of_validation, parse
 
 GenerationRequest = Union[CompletionRequest, ChatCompletionRequest]
-
-__all__ = [
-    "AnyTokenizeRequest",
-    "ChatCompletionRequest",
-    "ChatCompletionResponse",
-    "ChatFields",
-    "CompletionRequest",
-    "CompletionResponse",
-    "Compression",
-    "ContentPart",
-    "DetokenizeRequest",
-    "DetokenizeResponse",
-    "ErrorResponse",
-    "GenerationRequest",
-    "Int",
-    "Message",
-    "ModelCard",
-    "ModelList",
-    "RequestModel",
-    "ResponseFormat",
-    "ResponsesRequest",
-    "ResponsesResponse",
-    "SamplingFields",
-    "StreamOptions",
-    "StructuredFields",
-    "TokenIds",
-    "TokenizeChatRequest",
-    "TokenizeRequest",
-    "TokenizeResponse",
-    "VersionResponse",
-    "models_in",
-    "of_validation",
-    "parse",
-]

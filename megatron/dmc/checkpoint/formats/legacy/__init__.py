@@ -29,8 +29,6 @@ from megatron.dmc.checkpoint.formats.megatron.arguments import model_config, rea
 from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
 from megatron.dmc.checkpoint.mapping import views
 
-__all__ = ["FILE", "describe", "find_directory", "is_legacy", "matches", "open_model"]
-
 matches = is_legacy
 
 

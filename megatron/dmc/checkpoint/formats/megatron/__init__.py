@@ -46,8 +46,6 @@ from megatron.dmc.checkpoint.pickled import StandIn, load_lazily
 from megatron.dmc.checkpoint.tensors import Concat, Lazy, Rows, Zeros
 from megatron.dmc.config import ModelConfig
 
-__all__ = ["describe", "find_directory", "matches", "open_model"]
-
 EMBEDDING = "embedding.word_embeddings.weight"
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 COMMON = "common_state/shard_0_1"
