@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,15 +31,15 @@ def crc32(path: Path) -> str:
     return f"{value:08x}"
 
 
-def checksums(directory: Path, names: Iterable[str], threads: int | None = None) -> dict[str, str]:
-    """CRC-32 of each file in ``directory``, by up to 4 ``threads`` (None) or as many as given.
+def checksums(directory: Path, names: Iterable[str], of: Callable[[Path], str] = crc32) -> dict[str, str]:
+    """CRC-32 of each file in ``directory``, taken by up to 4 threads.
 
     Raises:
         OSError: a file is missing.
     """
     names = list(names)
-    with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: crc32(directory / name), names)))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: of(directory / name), names)))
 
 
 def share(files: Mapping[str, int], rank: int, world: int) -> list[str]:
@@ -49,11 +49,16 @@ def share(files: Mapping[str, int], rank: int, world: int) -> list[str]:
 
 def damaged(directory: Path, expected: Mapping[str, str], names: Iterable[str]) -> list[str]:
     """Files of ``names`` that cannot be read, or whose CRC-32 is not the one in ``expected`` (name -> CRC-32)."""
-    found = []
-    for name, value in _tolerant(directory, [name for name in names if name in expected]).items():
-        if value != expected[name]:
-            found.append(f"{name} ({value or 'cannot be read'}, should be {expected[name]})")
-    return found
+
+    def crc32_or_nothing(path: Path) -> str:
+        try:
+            return crc32(path)
+        except OSError:
+            return ""
+
+    values = checksums(directory, (name for name in names if name in expected), crc32_or_nothing)
+    odd = [(name, value) for name, value in values.items() if value != expected[name]]
+    return [f"{name} ({value or 'cannot be read'}, should be {expected[name]})" for name, value in odd]
 
 
 def require_undamaged(directory: Path, expected: Mapping[str, str], what: str, advice: str) -> None:
@@ -117,16 +122,3 @@ def checking(directory: Path) -> Iterator[None]:
         compared = pool.submit(require_undamaged, directory, expected, str(directory), ADVICE)
         yield
         compared.result()
-
-
-def _tolerant(directory: Path, names: list[str]) -> dict[str, str]:
-    try:
-        return checksums(directory, names)
-    except OSError:
-        result = {}
-        for name in names:
-            try:
-                result[name] = crc32(directory / name)
-            except OSError:
-                result[name] = ""
-        return result

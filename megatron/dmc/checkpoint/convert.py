@@ -10,16 +10,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-import torch
 import yaml
 from torch import Tensor
 
 from megatron.dmc.checkpoint import checksums, mapping
 from megatron.dmc.checkpoint.formats import adapter, gguf, hf, legacy, megatron, torch_dist
-from megatron.dmc.checkpoint.formats.base import Given, Source
+from megatron.dmc.checkpoint.formats.base import Format, Given, Source
 from megatron.dmc.checkpoint.manifest import write_files, write_hf_files
 from megatron.dmc.checkpoint.model_card import REMOTE_CODE, model_card, tokenizer_files
 from megatron.dmc.checkpoint.staging import staged
@@ -124,57 +124,31 @@ def open_hf(source: str | Path, adapters: Optional[str | Path] = None, given: Gi
     return adapter.open_with_base(Path(source), Path(adapters), given)
 
 
-def import_legacy(
+def import_from(
+    source_format: Format,
     source: str | Path,
     save: str | Path,
     *,
     overwrite: bool = False,
     progress: Optional[Progress] = None,
-    vocab_size: Optional[int] = None,
-    target_cr: Optional[float] = None,
+    **given: Any,
 ) -> Path:
-    """:func:`import_model` of a ``mp_rank_*`` checkpoint of any tensor and pipeline parallel size.
+    """:func:`import_model` of what a format reads.
 
     Args:
-        vocab_size, target_cr: see :class:`Given`.
+        given: fields of :class:`Given`.
     """
-    given = Given(vocab_size, target_cr)
-    return import_model(legacy.open_model(Path(source), given), Path(save), overwrite, progress)
+    return import_model(source_format.open_model(Path(source), Given(**given)), Path(save), overwrite, progress)
 
 
-def import_gguf(
-    source: str | Path,
-    save: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Optional[Progress] = None,
-    dtype: Optional[torch.dtype] = None,
-) -> Path:
-    """:func:`import_model` of a GGUF file of llama.cpp.
-
-    Args:
-        dtype: see :class:`Given`.
-    """
-    given = Given(dtype=dtype)
-    return import_model(gguf.open_model(Path(source), given), Path(save), overwrite, progress)
-
-
-def import_megatron(
-    source: str | Path,
-    save: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Optional[Progress] = None,
-    vocab_size: Optional[int] = None,
-    target_cr: Optional[float] = None,
-) -> Path:
-    """:func:`import_model` of a ``torch_dist`` checkpoint that Megatron-LM, Megatron-Bridge or NeMo wrote.
-
-    Args:
-        vocab_size, target_cr: see :class:`Given`.
-    """
-    given = Given(vocab_size, target_cr)
-    return import_model(megatron.open_model(Path(source), given), Path(save), overwrite, progress)
+import_legacy = partial(import_from, legacy)
+"""Import a ``mp_rank_*`` checkpoint of any tensor and pipeline parallel size; ``vocab_size`` and ``target_cr`` may be
+given."""
+import_gguf = partial(import_from, gguf)
+"""Import a GGUF file of llama.cpp; ``dtype`` may be given."""
+import_megatron = partial(import_from, megatron)
+"""Import a ``torch_dist`` checkpoint that Megatron-LM, Megatron-Bridge or NeMo wrote; ``vocab_size`` and ``target_cr``
+may be given."""
 
 
 def import_model(source: Source, save: Path, overwrite: bool = False, progress: Optional[Progress] = None) -> Path:

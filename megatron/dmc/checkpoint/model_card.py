@@ -10,8 +10,7 @@ from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats.base import Source
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE
 from megatron.dmc.checkpoint.sentencepieces import begin_and_end, fast_tokenizer, from_model_file
-from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
-from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES
+from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES, sentencepiece_adds_bos
 from megatron.dmc.checkpoint.tokenizer_files import tokenizer_files as pretrained_files
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"

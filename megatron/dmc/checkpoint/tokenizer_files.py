@@ -26,6 +26,19 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
     return {name: path / name for name in names if (path / name).is_file()}
 
 
+def sentencepiece_adds_bos(path: Path) -> bool:
+    """True unless the tokenizer_config.json beside a sentencepiece model says ``"add_bos_token": false``.
+
+    The model itself cannot say it. Without that file, the Llama family's convention holds: BOS before every text, as in
+    Meta's reference code, transformers' LlamaTokenizer and Megatron-LM's Llama2Tokenizer.
+
+    Raises:
+        ValueError: the file is no JSON object, or add_bos_token in it is neither true nor false.
+    """
+    config = path.with_name("tokenizer_config.json")
+    return not config.is_file() or Fields(read_json(config), f"{config}: ").flag("add_bos_token") is not False
+
+
 def load_pretrained(path: Path, config: Optional[Any] = None) -> Any:
     """transformers' tokenizer of a directory, from local files and without code of its own.
 

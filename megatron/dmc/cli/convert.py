@@ -177,25 +177,20 @@ def _wrote(path: object) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    if args.hf:
-        from megatron.dmc.checkpoint.convert import import_hf
+    from megatron.dmc.checkpoint import convert
 
+    name = next(name for name in ("hf", "megatron", "legacy", "gguf") if getattr(args, name))
+    given: dict[str, Any] = {"vocab_size": args.vocab_size, "target_cr": args.target_cr}
+    if name == "hf":
         given = {"adapters": args.adapter, "target_cr": args.target_cr, "decision_about": args.decision_about}
-        return _wrote(_with_progress(import_hf, args.hf, args.save, overwrite=args.overwrite, **given))
-    _only_with_hf(args)
-    if args.gguf:
+    else:
+        _only_with_hf(args)
+    if name == "gguf":
         import torch
 
-        from megatron.dmc.checkpoint.convert import import_gguf
-
-        dtype = args.dtype and getattr(torch, args.dtype)
-        return _wrote(_with_progress(import_gguf, args.gguf, args.save, overwrite=args.overwrite, dtype=dtype))
-    from megatron.dmc.checkpoint.convert import import_legacy, import_megatron
-
-    said = {"vocab_size": args.vocab_size, "target_cr": args.target_cr, "overwrite": args.overwrite}
-    if args.megatron:
-        return _wrote(_with_progress(import_megatron, args.megatron, args.save, **said))
-    return _wrote(_with_progress(import_legacy, args.legacy, args.save, **said))
+        given = {"dtype": args.dtype and getattr(torch, args.dtype)}
+    load = getattr(convert, f"import_{name}")
+    return _wrote(_with_progress(load, getattr(args, name), args.save, overwrite=args.overwrite, **given))
 
 
 def _only_with_hf(args: argparse.Namespace) -> None:

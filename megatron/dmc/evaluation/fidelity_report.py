@@ -225,3 +225,9 @@ def run(config: FidelityConfig) -> int:
             [whole | {"name": f"{whole['text']}, {longest} tokens", "target_cr": whole["cr"]}], Path(config.heat_map)
         )
     return 0
+
+
+if __name__ == "__main__":
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["fidelity", *sys.argv[1:]]))

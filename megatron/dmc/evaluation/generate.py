@@ -1,5 +1,6 @@
 """Generation from a training checkpoint, with the compressed cache's figures. ``dmc eval generate`` runs it."""
 
+import sys
 from dataclasses import dataclass, field
 
 
@@ -62,3 +63,9 @@ def generate(config: GenerateConfig) -> int:
     total = decoder.tokens * lengths.numel()
     print(f"all   {total} token states in {int(lengths.sum())} slots: CR {total / float(lengths.sum()):.2f}")
     return 0
+
+
+if __name__ == "__main__":
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["generate", *sys.argv[1:]]))

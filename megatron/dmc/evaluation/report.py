@@ -194,3 +194,9 @@ def report(config: ReportConfig) -> int:
     print(text)
     print(f"\nwritten to {output}: " + ", ".join(sorted(p.name for p in output.iterdir())))
     return 0
+
+
+if __name__ == "__main__":
+    from megatron.dmc.cli.eval import main
+
+    sys.exit(main(["report", *sys.argv[1:]]))

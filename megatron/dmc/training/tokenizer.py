@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron.dmc.checkpoint.tokenizer_config import sentencepiece_adds_bos
-from megatron.dmc.checkpoint.tokenizer_files import load_pretrained
+from megatron.dmc.checkpoint.tokenizer_files import load_pretrained, sentencepiece_adds_bos
 
 # The files of a Hugging Face directory that decide which text becomes which ids. tokenizer_config.json is left out on
 # purpose: chat templates and library versions in it change without the ids changing.

@@ -12,22 +12,16 @@ and, for the authors' arguments and the place of their decision neuron, ``megatr
 ``pretrain_gpt_with_dmc.py`` of github.com/NVIDIA/Megatron-LM, branch dmc, commit d36bf8d (2024).
 """
 
+from functools import partial
 from pathlib import Path
 
-from megatron.dmc.checkpoint import mapping
-from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.checkpoint.formats.base import Given, Row, Source, imported_run, model_rows, weight_row
+from megatron.dmc.checkpoint.formats.base import Given, Row, Source
 from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE
-from megatron.dmc.checkpoint.formats.legacy.ranks import (
-    LegacyCheckpoint,
-    find_directory,
-    is_legacy,
-    open_legacy,
-    parameters,
-)
-from megatron.dmc.checkpoint.formats.megatron.arguments import model_config, read_training
+from megatron.dmc.checkpoint.formats.legacy.ranks import find_directory, is_legacy, open_legacy, parameters
+from megatron.dmc.checkpoint.formats.megatron.arguments import describe_source, source_of
 from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
-from megatron.dmc.checkpoint.mapping import views
+
+__all__ = ["FILE", "describe", "find_directory", "is_legacy", "matches", "open_model"]
 
 matches = is_legacy
 
@@ -46,42 +40,11 @@ def open_model(path: Path, given: Given = Given()) -> Source:
 
 def _open(path: Path, given: Given) -> Source:
     checkpoint = open_legacy(path)
-    recorded = checkpoint.recorded()
-    model = model_config(recorded, given)
-    config = mapping.to_hf_config(model, str(checkpoint.dtype).removeprefix("torch."))
-    family = mapping.family_of(config)
-    manifest, dmc = read_training(recorded, given)
-    run = imported_run(model, dmc, manifest)
-    found = parameters(checkpoint, family, model)
-    tensors = views.to_hf(family, model, found)
-    return Source(
-        path=checkpoint.directory,
-        kind=_kind(checkpoint, family),
-        family=family,
-        config=config if manifest.stage == "import" else mapping.dmc_config(config, run, manifest),
-        run=run,
-        manifest=manifest,
-        tensors=tensors,
-        parameters=found,
-        weight_map=hf.shard_layout(tensors),
-        notes=checkpoint.notes,
-    )
-
-
-def _kind(checkpoint: LegacyCheckpoint, family: mapping.Family) -> str:
     tp, pp, virtual = checkpoint.first.layout
     layout = f"TP {tp} x PP {pp}" + (f" x VPP {virtual}" if virtual > 1 else "")
-    return f"{family.model_type}, {layout}, iteration {checkpoint.first.iteration}"
+    return source_of(checkpoint.recorded(), given, partial(parameters, checkpoint), layout)
 
 
 def describe(path: Path) -> list[Row]:
     """Layout and sizes, and what an import would assume."""
-    source = _open(path, Given())
-    return [
-        ("format", f"Megatron's older {FILE} files; needs `import --legacy`"),
-        ("directory", str(source.path)),
-        ("layout", source.kind),
-        *model_rows(source.run.model),
-        weight_row(source.parameters.values()),
-        *(("", note) for note in source.notes),
-    ]
+    return describe_source(_open(path, Given()), f"Megatron's older {FILE} files; needs `import --legacy`")

@@ -11,21 +11,15 @@ import torch
 from megatron.dmc.checkpoint import foreign, mapping
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE, RankFile, read_rank_file
-from megatron.dmc.checkpoint.formats.megatron.arguments import Recorded, wrong
+from megatron.dmc.checkpoint.formats.megatron.arguments import LOCAL_NAMES, Recorded, current_iteration, padded, wrong
 from megatron.dmc.checkpoint.manifest import LATEST
 from megatron.dmc.checkpoint.mapping import TensorRule
 from megatron.dmc.checkpoint.mapping.transforms import Vocabulary
 from megatron.dmc.checkpoint.mapping.views import Key
-from megatron.dmc.checkpoint.tensors import Concat, Grid, Lazy, Rows, Zeros, equal
+from megatron.dmc.checkpoint.tensors import Concat, Grid, Lazy, Rows, equal
 from megatron.dmc.config import ModelConfig
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_ITERATION = re.compile(r"release|iter_\d{7,}")
-# Megatron's local layer spec has its norms on their own; Transformer Engine's, in the layer behind them.
-_SAME = {
-    "decoder.layers.input_layernorm.weight": "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-    "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight",
-}
 EMBEDDING: Key = ("embedding.word_embeddings.weight", None)
 OUTPUT: Key = ("output_layer.weight", None)
 
@@ -81,7 +75,7 @@ def _has_ranks(path: Path) -> bool:
 
 
 def _iterations(source: Path) -> list[Path]:
-    return sorted(p for p in source.iterdir() if _ITERATION.fullmatch(p.name) and _has_ranks(p))
+    return [path for path in foreign.iterations(source) if _has_ranks(path)]
 
 
 def is_legacy(path: Path) -> bool:
@@ -97,19 +91,15 @@ def find_directory(source: Path) -> Path:
     """
     if not source.is_dir():
         raise ValueError(f"{source} is not a directory; name a Megatron checkpoint directory")
-    latest, iterations = source / LATEST, _iterations(source)
     if _has_ranks(source):
         return source
-    if latest.is_file():
-        text = latest.read_text(errors="replace").strip()
-        if text != "release" and not text.isdigit():
-            raise wrong(latest, f"holds {text[:40]!r}", "release, or the number of an iteration")
-        found = source / (text if text == "release" else f"iter_{int(text):07d}")
-        if _has_ranks(found):
-            return found
-        if not (found / ".metadata").is_file():
-            raise wrong(found / "mp_rank_00" / FILE, "is missing", f"it because {LATEST} says {text}")
-        source = found
+    iterations = _iterations(source)
+    if (current := current_iteration(source)) is not None:
+        if _has_ranks(current):
+            return current
+        if not (current / foreign.METADATA).is_file():
+            raise wrong(current / "mp_rank_00" / FILE, "is missing", f"it because {LATEST} names {current.name}")
+        source = current
     elif len(iterations) == 1:
         return iterations[0]
     elif iterations:
@@ -225,7 +215,7 @@ def _named(chunk: dict[str, Lazy]) -> Iterator[tuple[str, Optional[int], Lazy]]:
     for name, tensor in chunk.items():
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         plain = f"decoder.layers.{match[2]}" if match else name
-        yield _SAME.get(plain, plain), int(match[1]) if match else None, tensor
+        yield LOCAL_NAMES.get(plain, plain), int(match[1]) if match else None, tensor
 
 
 def parameters(checkpoint: LegacyCheckpoint, family: mapping.Family, model: ModelConfig) -> dict[Key, Lazy]:
@@ -285,11 +275,7 @@ def _compose(rule: TensorRule, key: Key, checkpoint: LegacyCheckpoint, model: Mo
             )
     name = f"{key[0]}{'' if key[1] is None else f' of layer {key[1]}'} in {checkpoint.directory}"
     whole = _join(rule, shares, name)
-    if not is_vocabulary:
-        return whole
-    # [padded for their layout, h] -> [padded for any layout, h]
-    rows, padding = Rows(whole, 0, model.vocab_size), model.padded_vocab_size - model.vocab_size
-    return Concat([rows, Zeros((padding, *whole.shape[1:]), whole.dtype)], rows.name) if padding else rows
+    return padded(whole, model) if is_vocabulary else whole
 
 
 def _join(rule: TensorRule, shares: list[Lazy], name: str) -> Lazy:

@@ -19,6 +19,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -26,24 +27,27 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from megatron.dmc.checkpoint import foreign, mapping
 from megatron.dmc.checkpoint.formats import hf
-from megatron.dmc.checkpoint.formats.base import Given, Row, Source, imported_run, model_rows, weight_row
+from megatron.dmc.checkpoint.formats.base import Given, Row, Source
 from megatron.dmc.checkpoint.formats.megatron.arguments import (
+    LOCAL_NAMES,
     Recorded,
+    current_iteration,
+    describe_source,
     int_arg,
     megatron_objects,
-    model_config,
-    read_training,
+    padded,
+    source_of,
     wrong,
 )
 from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
 from megatron.dmc.checkpoint.formats.megatron.run_config import find_run_config, read_run_config
 from megatron.dmc.checkpoint.formats.torch_dist.reader import DistReader
 from megatron.dmc.checkpoint.manifest import LATEST
-from megatron.dmc.checkpoint.mapping import TensorRule, views
+from megatron.dmc.checkpoint.mapping import TensorRule
 from megatron.dmc.checkpoint.mapping.transforms import Vocabulary
 from megatron.dmc.checkpoint.mapping.views import Key
 from megatron.dmc.checkpoint.pickled import StandIn, load_lazily
-from megatron.dmc.checkpoint.tensors import Concat, Lazy, Rows, Zeros
+from megatron.dmc.checkpoint.tensors import Concat, Lazy
 from megatron.dmc.config import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -52,11 +56,6 @@ COMMON = "common_state/shard_0_1"
 """Object in the checkpoint that newer versions keep in place of ``common.pt``."""
 _NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer|rng_state|rerun_state|.*_extra_state|.*\.inv_freq$")
 """Beginnings of names that are no parameters of the model."""
-# The local layers' own names, should a layer spec not have mapped them.
-_SAME = {
-    "decoder.layers.input_layernorm.weight": "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
-    "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight",
-}
 _HALVES = ("_w", "_v")
 """Endings of gate and up where they are apart."""
 
@@ -77,42 +76,18 @@ def open_model(path: Path, given: Given = Given()) -> Source:
     reader = DistReader(checkpoint)
     stored = _stored_names(reader)
     recorded = _recorded(checkpoint, reader, stored)
-    model = model_config(recorded, given)
-    dtype = str(recorded.dtype).removeprefix("torch.")
-    config = mapping.to_hf_config(model, dtype)
-    family = mapping.family_of(config)
-    manifest, dmc = read_training(recorded, given)
-    run = imported_run(model, dmc, manifest)
-    parameters = _parameters(reader, stored, family, model, recorded.rows)
-    if manifest.stage == "zero_out":
-        check_zeroed(parameters, model)
-    tensors = views.to_hf(family, model, parameters)
     tp, pp = (int_arg(recorded.args, f"{x}_model_parallel_size", 1) for x in ("tensor", "pipeline"))
-    return Source(
-        path=checkpoint,
-        kind=f"{family.model_type}, written by TP {tp} x PP {pp}, iteration {recorded.iteration}",
-        family=family,
-        config=config if manifest.stage == "import" else mapping.dmc_config(config, run, manifest),
-        run=run,
-        manifest=manifest,
-        tensors=tensors,
-        parameters=parameters,
-        weight_map=hf.shard_layout(tensors),
-        notes=recorded.notes,
-    )
+    parameters = partial(_parameters, reader, stored, recorded.rows)
+    source = source_of(recorded, given, parameters, f"written by TP {tp} x PP {pp}")
+    if source.manifest.stage == "zero_out":
+        check_zeroed(source.parameters, source.run.model)
+    return source
 
 
 def describe(path: Path) -> list[Row]:
     """Layout and sizes, and what an import would assume."""
-    source = open_model(path)
-    return [
-        ("format", "torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo; needs `import --megatron`"),
-        ("directory", str(source.path)),
-        ("layout", source.kind),
-        *model_rows(source.run.model),
-        weight_row(source.parameters.values()),
-        *(("", note) for note in source.notes),
-    ]
+    what = "torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo; needs `import --megatron`"
+    return describe_source(open_model(path), what)
 
 
 # ------------------------------------------------------------------------------------------------- what lies where
@@ -142,12 +117,9 @@ def _newest(path: Path) -> Path:
     inside = [path / name for name in foreign.INSIDE if (path / name / foreign.METADATA).is_file()]
     if inside:
         return inside[0]
-    latest, found = path / LATEST, foreign.iterations(path)
-    if latest.is_file():
-        text = latest.read_text(errors="replace").strip()
-        if text != "release" and not text.isdecimal():
-            raise wrong(latest, f"holds {text[:40]!r}", "release, or the number of an iteration")
-        return path / (text if text == "release" else f"iter_{int(text):07d}")
+    if (current := current_iteration(path)) is not None:
+        return current
+    found = foreign.iterations(path)
     if len(found) > 1:
         raise wrong(path, f"holds {', '.join(p.name for p in found[:5])} and no {LATEST}", "one of them to be named")
     return found[0] if found else path
@@ -234,7 +206,7 @@ def _stored_names(reader: DistReader) -> dict[str, str]:
 
 
 def _parameters(
-    reader: DistReader, stored: Mapping[str, str], family: mapping.Family, model: ModelConfig, rows: int
+    reader: DistReader, stored: Mapping[str, str], rows: int, family: mapping.Family, model: ModelConfig
 ) -> dict[Key, Lazy]:
     """Parameters in the order of a forward pass, each from wherever it lies.
 
@@ -279,7 +251,7 @@ def _by_layer(reader: DistReader, stored: Mapping[str, str], num_layers: int) ->
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", plain)
         plain = f"decoder.layers.{match[2]}" if match else plain
         half = plain[-2:] if plain.endswith(tuple(f".weight{end}" for end in _HALVES)) else None
-        key_name = _SAME.get(plain, plain.removesuffix(half) if half else plain)
+        key_name = LOCAL_NAMES.get(plain, plain.removesuffix(half) if half else plain)
         for layer in _layers(reader, name, match, key_name, num_layers):
             tensor = reader.get(name, None if match else layer)
             key: Key = (key_name, layer)
@@ -320,8 +292,4 @@ def _checked(tensor: Lazy, rule: TensorRule, model: ModelConfig, rows: int) -> L
         raise wrong(tensor.name, f"has shape {list(tensor.shape)}", f"{shape} from its configuration")
     if tensor.dtype not in hf.DTYPES.values():
         raise wrong(tensor.name, f"is of type {tensor.dtype}", f"one of {', '.join(map(str, hf.DTYPES.values()))}")
-    if not is_vocabulary:
-        return tensor
-    # [padded for their layout, h] -> [padded for any layout, h]
-    kept, padding = Rows(tensor, 0, model.vocab_size), model.padded_vocab_size - model.vocab_size
-    return Concat([kept, Zeros((padding, *tensor.shape[1:]), tensor.dtype)], kept.name) if padding else kept
+    return padded(tensor, model) if is_vocabulary else tensor

@@ -1,14 +1,19 @@
 """Arguments of a Megatron-LM run, as its checkpoints record them: to our configuration, and to what was trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
-from megatron.dmc.checkpoint.formats.base import Given
-from megatron.dmc.checkpoint.manifest import Manifest
+from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats.base import Given, Row, Source, imported_run, model_rows, weight_row
+from megatron.dmc.checkpoint.manifest import LATEST, Manifest
+from megatron.dmc.checkpoint.mapping import views
+from megatron.dmc.checkpoint.mapping.views import Key
+from megatron.dmc.checkpoint.tensors import Concat, Lazy, Rows, Zeros
 from megatron.dmc.config import DMCConfig, ModelConfig, RunConfig
 from megatron.dmc.environment import versions
 
@@ -27,6 +32,13 @@ _MEGATRON_OTHERS = set(
 def megatron_objects(name: str) -> bool:
     """``allow`` of :func:`load_lazily` for what Megatron-LM saves."""
     return name in _MEGATRON_OTHERS or name.startswith(_MEGATRON_PACKAGES)
+
+
+LOCAL_NAMES = {
+    "decoder.layers.input_layernorm.weight": "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+    "decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+}
+"""Name in Megatron's local layer spec, where norms stand alone -> in Transformer Engine's, within the layer behind."""
 
 
 def wrong(what: object, found: str, expected: str) -> ValueError:
@@ -59,6 +71,65 @@ class Recorded:
     """Type of the weights."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the user: what was assumed."""
+
+
+def current_iteration(directory: Path) -> Optional[Path]:
+    """The iteration that ``latest_checkpointed_iteration.txt`` in a --save directory names; None without that file."""
+    latest = directory / LATEST
+    if not latest.is_file():
+        return None
+    text = latest.read_text(errors="replace").strip()
+    if text != "release" and not text.isdecimal():
+        raise wrong(latest, f"holds {text[:40]!r}", "release, or the number of an iteration")
+    return directory / (text if text == "release" else f"iter_{int(text):07d}")
+
+
+def padded(tensor: Lazy, model: ModelConfig) -> Lazy:
+    """A vocabulary of any padding with that of any layout of ours: [padded, h] -> [padded, h]."""
+    rows, padding = Rows(tensor, 0, model.vocab_size), model.padded_vocab_size - model.vocab_size
+    return Concat([rows, Zeros((padding, *tensor.shape[1:]), tensor.dtype)], rows.name) if padding else rows
+
+
+def source_of(
+    recorded: Recorded, given: Given, parameters: Callable[[mapping.Family, ModelConfig], dict[Key, Lazy]], layout: str
+) -> Source:
+    """The model of a checkpoint.
+
+    Args:
+        parameters: gives the parameters of a model with these settings, from the checkpoint's tensors.
+        layout: of the run that wrote it, for messages.
+    """
+    model = model_config(recorded, given)
+    config = mapping.to_hf_config(model, str(recorded.dtype).removeprefix("torch."))
+    family = mapping.family_of(config)
+    manifest, dmc = read_training(recorded, given)
+    run = imported_run(model, dmc, manifest)
+    found = parameters(family, model)
+    tensors = views.to_hf(family, model, found)
+    return Source(
+        path=recorded.directory,
+        kind=f"{family.model_type}, {layout}, iteration {recorded.iteration}",
+        family=family,
+        config=config if manifest.stage == "import" else mapping.dmc_config(config, run, manifest),
+        run=run,
+        manifest=manifest,
+        tensors=tensors,
+        parameters=found,
+        weight_map=hf.shard_layout(tensors),
+        notes=recorded.notes,
+    )
+
+
+def describe_source(source: Source, what: str) -> list[Row]:
+    """Layout and sizes of a checkpoint of format ``what``, and what an import would assume."""
+    return [
+        ("format", what),
+        ("directory", str(source.path)),
+        ("layout", source.kind),
+        *model_rows(source.run.model),
+        weight_row(source.parameters.values()),
+        *(("", note) for note in source.notes),
+    ]
 
 
 # Arguments that give another model than ours: what they must be, and what Megatron takes where one is missing.

@@ -37,6 +37,8 @@ from megatron.dmc.checkpoint.mapping.views import Key
 from megatron.dmc.checkpoint.tensors import Lazy
 from megatron.dmc.config import ModelConfig, RunConfig, load_file
 
+__all__ = ["CHUNK_BYTES", "DistReader", "DistWriter", "describe", "matches", "open_model", "read_run_config"]
+
 
 def matches(path: Path) -> bool:
     """True for a checkpoint, or a --save directory with one."""
