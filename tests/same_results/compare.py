@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-VOLATILE = {"versions", "crc32", "files", "id", "created", "machine", "checkpoint_stages"}
+VOLATILE = {"versions", "crc32", "manifest_crc32", "files", "id", "created", "machine", "checkpoint_stages"}
 """Keys of JSON and YAML files that name a time, a version, or the bytes of files that are compared themselves."""
 TIMES = ("elapsed time", "tokens/s", "TFLOP/s", "MFU", "mem:", "eta:")
 LEFT_OUT = (".md", ".png", ".py", ".pyc")
