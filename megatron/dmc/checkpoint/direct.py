@@ -1,14 +1,12 @@
 """Files of gigabytes, written once and not read again soon: past the page cache, where the system can. No torch."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import mmap
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class DirectFile:
@@ -39,7 +37,7 @@ class DirectFile:
         self._block = memoryview(mmap.mmap(-1, self.BLOCK))  # a mapping is aligned
         self._filled = self._written = self._crc32 = 0
 
-    def __enter__(self) -> DirectFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -3,14 +3,12 @@
 A field that is null counts as left out, as transformers takes it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from megatron.dmc.config.checks import one_line, shown
 
@@ -101,7 +99,7 @@ class Fields:
             self.refuse(key, "a list of strings")
         return value
 
-    def object(self, key: str) -> Optional[Fields]:
+    def object(self, key: str) -> Optional[Self]:
         """Object, whose fields are read in turn."""
         value = self.get(key)
         if value is not None and not isinstance(value, dict):

@@ -4,8 +4,6 @@
 fake-tensor mode it also leaves the data where it is and notes each storage's place in the file.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, Optional, Self
 
 import torch
 from torch import Tensor
@@ -66,7 +64,7 @@ class StandIn:
 
     name = ""
 
-    def __new__(cls, *args: Any) -> StandIn:
+    def __new__(cls, *args: Any) -> Self:
         self = super().__new__(cls)
         self.args, self.state = args, None
         return self

@@ -1,11 +1,8 @@
 """The whole configuration of a run, and the checks that need two sections to see."""
 
-from __future__ import annotations
-
 import dataclasses
-import typing
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Self
 
 from megatron.dmc.config.checks import require
 from megatron.dmc.config.files import build
@@ -130,6 +127,6 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> RunConfig:
+    def from_dict(cls, data: dict) -> Self:
         """Build from nested dicts. Unknown sections and keys raise ``ValueError`` with their names."""
-        return typing.cast(RunConfig, build(cls, data))
+        return build(cls, data)

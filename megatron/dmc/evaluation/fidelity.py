@@ -4,11 +4,9 @@ Everything is teacher-forced, with the decisions that inference takes. Memory be
 pass, plus the logits of :data:`ROWS` positions of two models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +45,7 @@ class Fidelity:
         return Compression.of(self.slots)
 
     @classmethod
-    def cat(cls, parts: Sequence[Fidelity]) -> Fidelity:
+    def cat(cls, parts: Sequence[Self]) -> Self:
         """Concatenate sequences of one length."""
         dims = {field.name: int(field.name == "slots") for field in fields(cls)}
         return cls(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in dims.items()})

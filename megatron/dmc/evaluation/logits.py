@@ -1,9 +1,8 @@
 """Compare a checkpoint's logits with those that transformers computes from a Hugging Face directory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ class Difference:
     """Share of tokens with the same most likely next token."""
 
     @classmethod
-    def of(cls, reference: Tensor, found: Tensor) -> Difference:
+    def of(cls, reference: Tensor, found: Tensor) -> Self:
         """Difference of two models' logits, [tokens, vocab] each."""
         p, q = F.log_softmax(reference.double(), -1), F.log_softmax(found.double(), -1)
         return cls(

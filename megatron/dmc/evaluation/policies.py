@@ -8,13 +8,11 @@ One convention for all: token t attends to the slots that were held after token 
 drops what exceeds its budget. ``slots`` counts the slots that are held between two tokens: a budget limits these.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple, Optional, Self
 
 import torch
 import torch.nn.functional as F
@@ -123,14 +121,14 @@ class SlotTable:
         return [self.minimum, *(max(self.minimum, count) for count in self.after[:length])]
 
     @classmethod
-    def following(cls, by_position: Sequence[float]) -> SlotTable:
+    def following(cls, by_position: Sequence[float]) -> Self:
         """The mean number of slots of a cache whose compression ratio after each token was ``by_position``
         (``Compression.by_position``), rounded up: the same ratio at every position.
         """
         return cls(tuple(math.ceil(n / ratio - 1e-6) for n, ratio in enumerate(by_position, start=1)))
 
     @classmethod
-    def after_context(cls, context: int, ratio: float, more: int) -> SlotTable:
+    def after_context(cls, context: int, ratio: float, more: int) -> Self:
         """``context`` tokens in ``context / ratio`` slots, and a slot for each of ``more`` tokens after them."""
         kept = math.ceil(context / ratio)
         return cls((*[kept] * context, *range(kept + 1, kept + more + 1)))

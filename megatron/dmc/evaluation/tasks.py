@@ -5,15 +5,13 @@ Everything is teacher-forced; "correct" means that greedy decoding would have gi
 :mod:`megatron.dmc.evaluation.recall`.
 """
 
-from __future__ import annotations
-
 import itertools
 import keyword
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Self
 
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ class Figure:
     """Standard error of the mean; NaN for n = 1."""
 
     @classmethod
-    def mean(cls, task: str, where: str, observations: Tensor) -> Figure:
+    def mean(cls, task: str, where: str, observations: Tensor) -> Self:
         x, n = observations.double(), observations.numel()
         stderr = float(x.std() / math.sqrt(n)) if n > 1 else math.nan
         return cls(task, where, float(x.mean()), n, stderr)

@@ -4,11 +4,9 @@ Evaluation goes layer by layer instead of token by token: a policy's choices in 
 all matrix products run over whole sequences, and the result is still that of decoding.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,7 @@ class Compression:
     """Ratio after each token: fp64 [s]."""
 
     @classmethod
-    def of(cls, slots: Tensor) -> Compression:
+    def of(cls, slots: Tensor) -> Self:
         """Ratios of ``slots`` [layers, b, ng, s], held after each token."""
         held = slots.double()
         tokens = torch.arange(1, slots.size(-1) + 1, dtype=torch.float64, device=slots.device)
@@ -67,11 +65,11 @@ class Scored:
     def compression(self) -> Compression:
         return Compression.of(self.slots)
 
-    def __getitem__(self, rows: slice) -> Scored:
+    def __getitem__(self, rows: slice) -> Self:
         return Scored(self.log_prob[rows], self.correct[rows], self.slots[:, rows])
 
     @classmethod
-    def cat(cls, parts: list[Scored]) -> Scored:
+    def cat(cls, parts: list[Self]) -> Self:
         """Concatenate batches of sequences of one length."""
         names = (("log_prob", 0), ("correct", 0), ("slots", 1))
         return cls(**{name: torch.cat([getattr(part, name) for part in parts], dim=dim) for name, dim in names})
@@ -87,7 +85,7 @@ class TeacherForced(Model):
         dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         adapters: Optional[str | Path] = None,
-    ) -> TeacherForced:
+    ) -> Self:
         """Load a Hugging Face directory, and the ``adapters`` of another one. Raises ``ValueError`` for a wrong one,
         naming key or tensor and the fix.
         """

@@ -5,8 +5,6 @@ down in a warm-up iteration, so that profiling does not disturb what is timed: t
 the middle on. ``bench_models.py`` measures several models side by side.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics
@@ -136,7 +134,7 @@ def _prompt(line: str, where: str) -> str | list[int]:
 # --------------------------------------------------------------------------------------------------- one iteration
 
 
-def iterate(engine: Engine, work: Workload, profiler: Optional[StepProfiler] = None) -> Iteration:
+def iterate(engine: Engine, work: Workload, profiler: Optional["StepProfiler"] = None) -> Iteration:
     """Run a workload once, with all requests added at the start. Raises ``ValueError`` when a request fails."""
     found, at_first = Iteration(), engine.stats()
     last = began = time.perf_counter()

@@ -3,8 +3,6 @@
 Settings and JSON keys have vLLM's names where a concept is the same.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +60,7 @@ class BenchConfig:
     output_json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
     """JSON file to write the measurements to."""
 
-    def subjects(self, engine: EngineConfig) -> list[Subject]:
+    def subjects(self, engine: EngineConfig) -> list["Subject"]:
         """Models to measure. Raises ``ValueError`` for a compression ratio of trained weights, or no file to write."""
         if self.output_json is not None and self.output_json.is_dir():
             raise ValueError(f"--output-json is {self.output_json}, a directory; name a file to write")

@@ -10,8 +10,6 @@ once. The recent pages of a model that evicts are counted apart (``recent_pages.
 pages without more words is about the kept ones, which are all that other models have.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Optional
 
@@ -67,7 +65,7 @@ class CacheUse:
 class _Shared:
     """Pages that several rows hold: of each head those after the pages of ``parent``, as many as are final."""
 
-    parent: Optional[_Shared]
+    parent: Optional["_Shared"]
     pages: np.ndarray
     """[ranks]"""
     holders: int = 0

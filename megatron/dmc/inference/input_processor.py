@@ -1,12 +1,10 @@
 """Input processor: tokenizes prompts and checks requests, the same for ``LLM``, the server and the batch runner."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from megatron.dmc.config.checks import shown
 from megatron.dmc.inference.cache import PagedCache
@@ -39,7 +37,7 @@ class InputProcessor:
     max_logprobs: int = 100
     """Most log-probabilities of other tokens that a request may ask for at each position; -1: no bound."""
 
-    def with_tokenizer(self, tokenizer: Optional[Any]) -> InputProcessor:
+    def with_tokenizer(self, tokenizer: Optional[Any]) -> Self:
         return dataclasses.replace(self, tokenizer=tokenizer)
 
     def process(

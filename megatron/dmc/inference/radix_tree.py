@@ -5,11 +5,9 @@ states of recurrent models (Marconi, arXiv 2411.19379) it is of use only at the 
 all unfinished sequences are in the tree, so it knows where they part before any of them is computed.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Optional
+from typing import Optional, Self
 
 import numpy as np
 
@@ -22,7 +20,7 @@ class Node:
 
     __slots__ = ("children", "depth", "has_logits", "locks", "parent", "row", "tokens")
 
-    def __init__(self, tokens: np.ndarray, parent: Optional[Node]) -> None:
+    def __init__(self, tokens: np.ndarray, parent: Optional[Self]) -> None:
         self.tokens, self.parent = tokens, parent
         self.depth: int = len(tokens) + (parent.depth if parent else 0)
         """Tokens from the root to the end of this node."""
@@ -34,7 +32,7 @@ class Node:
         self.has_logits = False
         """Whether the logits after the last token were kept with the snapshot."""
 
-    def split(self, at: int) -> Node:
+    def split(self, at: int) -> Self:
         """Cut off the first ``at`` tokens: returns the new node that holds them, this node's parent now."""
         assert self.parent is not None
         upper = Node(self.tokens[:at].copy(), self.parent)
@@ -60,7 +58,7 @@ class Node:
             del above.children[int(node.tokens[0])]
             node = above
 
-    def path(self) -> Iterator[Node]:
+    def path(self) -> Iterator[Self]:
         """This node and its ancestors, without the root."""
         node = self
         while node.parent is not None:

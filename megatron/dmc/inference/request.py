@@ -1,10 +1,8 @@
 """A request, its sequences while they run, and the outputs that a user gets."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal, Optional, Self
 
 from torch import Tensor
 
@@ -99,7 +97,7 @@ class Sequence:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> "Timing":
         """Durations up to now."""
         queued, first = (
             None if moment is None else moment - self.arrival_time
@@ -180,7 +178,7 @@ class RequestOutput:
     """Prompt tokens that the first completion found in the prefix cache."""
 
     @classmethod
-    def start(cls, request: Request) -> RequestOutput:
+    def start(cls, request: Request) -> Self:
         """Output of a request before its first step, to be filled by :meth:`add`."""
         params = request.sampling_params
         completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]

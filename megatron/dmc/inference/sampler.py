@@ -5,12 +5,10 @@ Order of operations: the mask of a grammar; log-probabilities are those of the m
 ``top_p``, and the random choice.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Self
 
 import torch
 from torch import Tensor
@@ -71,7 +69,7 @@ class SamplerState:
         index: int = 0,
         device: torch.device | str = "cpu",
         bad_word_ids: Sequence[Sequence[int]] = (),
-    ) -> SamplerState:
+    ) -> Self:
         """State before the first token of completion ``index`` of a request."""
         stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
         generator = in_prompt = counts = bias = None

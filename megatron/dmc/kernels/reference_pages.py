@@ -1,9 +1,7 @@
 """What the reference's ops share: places of a step's tokens, the rotation, and the pool of pages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ class Layout(NamedTuple):
     """int64 [N], place among all sequences."""
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, rows: Tensor) -> Layout:
+    def of(cls, cu_seqlens: Tensor, rows: Tensor) -> Self:
         """Layout without padding (a row below 0) and sequences without tokens."""
         starts, counts, rows = cu_seqlens[:-1].long(), cu_seqlens.diff().long(), rows.long()
         keep = (counts > 0) & (rows >= 0)
@@ -75,13 +73,13 @@ class Slots(NamedTuple):
     """bf16 [..., 1]; [..., 0] unless quantized."""
 
     @classmethod
-    def pool(cls, state: CacheState) -> Slots:
+    def pool(cls, state: CacheState) -> Self:
         """The pages of a cache: writing to them writes to it."""
         slots = state.k_pages, state.v_pages, state.k_scales, state.v_scales
         return cls(*(x.view(torch.int8) if x.dtype in LARGEST_CODES else x for x in slots))
 
     @classmethod
-    def of(cls, state: CacheState, k: Tensor, v: Tensor) -> Slots:
+    def of(cls, state: CacheState, k: Tensor, v: Tensor) -> Self:
         """fp32 keys and values [..., D] as pages of ``state`` would hold them. A quantized slot has the scale with
         which its largest channel is the largest code, rounded to bf16; all its codes are 0 where that is below fp32's
         smallest normal number.
@@ -106,7 +104,7 @@ class Slots(NamedTuple):
         dtype = state.k_pages.dtype
         return self.k.view(dtype).float() * self.k_scales, self.v.view(dtype).float() * self.v_scales
 
-    def at(self, *where: Tensor) -> Slots:
+    def at(self, *where: Tensor) -> Self:
         """Slots by an index of the leading axes."""
         return Slots(*(x[where] for x in self))
 

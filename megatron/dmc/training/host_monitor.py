@@ -10,8 +10,6 @@ timeout of the collectives.
 Works alike for gloo and NCCL: one thread that waits in the kernel, no collective, nothing per step.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets
@@ -23,7 +21,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Self
 
 from torch import distributed
 
@@ -78,7 +76,7 @@ class HostMonitor:
         self._thread = threading.Thread(target=self._watch, name="host monitor", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> HostMonitor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

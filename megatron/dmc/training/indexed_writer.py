@@ -3,15 +3,13 @@
 A dataset is ``P.bin`` and ``P.idx``, as Megatron has them, and ``P.json``, the :class:`Sidecar` that training checks.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from megatron.dmc.checkpoint.fields import read_json
 from megatron.dmc.config import build
@@ -52,7 +50,7 @@ class Sidecar:
     """True when other software made the files: that this tokenizer made their ids is what the user has said."""
 
     @classmethod
-    def read(cls, prefix: str | Path) -> Sidecar:
+    def read(cls, prefix: str | Path) -> Self:
         """Read ``prefix.json``. Raises ``ValueError`` when it is missing, damaged or of another version."""
         path = Path(f"{prefix}.json")
         if not path.is_file():

@@ -1,13 +1,11 @@
 """Sums of training steps, their means over all ranks, and the log: Megatron's line, TensorBoard, Weights & Biases."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Self
 
 import torch
 from megatron.core import parallel_state
@@ -67,7 +65,7 @@ class StepSums:
     steps: int = 0
 
     @classmethod
-    def zeros(cls, config: RunConfig, device: torch.device) -> StepSums:
+    def zeros(cls, config: RunConfig, device: torch.device) -> Self:
         """Sums of nothing."""
         heads = config.model.kv_heads // config.parallel.tensor_model_parallel_size
         shapes = [()] * 6 + [(config.model.num_layers, heads)]
@@ -85,12 +83,12 @@ class StepSums:
             # [layers of the chunk, b, heads] -> [layers of the chunk, heads]
             self.kept_by_head[first : first + len(kept)] += torch.stack([kept[i] for i in sorted(kept)]).sum(dim=1)
 
-    def __iadd__(self, other: StepSums) -> StepSums:
+    def __iadd__(self, other: Self) -> Self:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
         return self
 
-    def reduce(self, config: RunConfig) -> StepMetrics:
+    def reduce(self, config: RunConfig) -> "StepMetrics":
         """Means over the sequences of all ranks. Collective; any layout gives the same, since counts are exact."""
         # Every tensor-parallel rank of the last stage has the same sums.
         packed = torch.stack(

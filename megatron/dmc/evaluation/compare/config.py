@@ -1,11 +1,9 @@
 """Configuration of a comparison: the model and its text, how each method is trained, and the tasks."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from megatron.dmc.config import RunConfig, build, load_file
 from megatron.dmc.config.checks import positive, require
@@ -224,7 +222,7 @@ class CompareConfig:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> CompareConfig:
+    def load(cls, path: str | Path) -> Self:
         """Read a YAML or JSON file. Raises ``ValueError`` naming a wrong key or value."""
         config = build(cls, load_file(path))
         config.check()

@@ -1,11 +1,9 @@
 """Configuration of a comparison on a released model: the model, its adapters, the other methods, texts and tasks."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from megatron.dmc.config import build, load_file
 from megatron.dmc.config.checks import positive, require
@@ -141,7 +139,7 @@ class ReleasedConfig:
         require(len(set(names)) == len(names), f"names of methods are not different: {', '.join(names)}")
 
     @classmethod
-    def load(cls, path: str | Path) -> ReleasedConfig:
+    def load(cls, path: str | Path) -> Self:
         """Read a YAML or JSON file. Raises ``ValueError`` naming a wrong key or value."""
         config = build(cls, load_file(path))
         config.check()

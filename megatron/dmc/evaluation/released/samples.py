@@ -10,14 +10,13 @@ same tokens. There are two protocols:
 - context: a context is compressed; then what follows it is given and scored. kvpress' authors measure so.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 from megatron.dmc.config import build, load_file
 from megatron.dmc.evaluation.released.config import HumanEvalConfig, RecallConfig, ReleasedConfig
@@ -71,7 +70,7 @@ class Task:
         (directory / f"{self.name}.json").write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> Task:
+    def load(cls, path: Path) -> Self:
         return build(cls, json.loads(path.read_text()))
 
 

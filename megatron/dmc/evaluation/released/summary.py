@@ -1,14 +1,12 @@
 """Tables of a comparison on a released model, from the cells that its methods have left."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Self
 
 from megatron.dmc.evaluation.released.config import ORIGINAL, THEIRS, ReleasedConfig
 from megatron.dmc.evaluation.released.measure import Layout
@@ -24,7 +22,7 @@ class Mean(NamedTuple):
     error: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Mean:
+    def of(cls, values: list[float]) -> Self:
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), error)
 

@@ -1,13 +1,11 @@
 """``torch_dist`` checkpoints written tensor by tensor, in one process and in bounded memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +51,7 @@ class DistWriter:
         self._file: Optional[DirectFile] = None
         self._background, self._blocks, self._pieces = BackgroundWriter(), Buffers(), Buffers()
 
-    def __enter__(self) -> DistWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
