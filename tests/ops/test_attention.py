@@ -271,14 +271,3 @@ def test_cuda_backends_fit_their_operators(monkeypatch, dtype, g) -> None:
 def test_fp64_on_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
         attention_backend("cuda", torch.float64)
-
-
-def test_a_cpu_kernel_without_groups_is_refused(monkeypatch) -> None:
-    """As torch before 2.9 does it: KV heads that are not there are read from behind the last one."""
-    kernel = attention_module._cpu_forward
-    beyond = lambda q, k, v: kernel(q, *(x.as_strided(q.shape, x.stride()) for x in (k, v)))
-    monkeypatch.setattr(attention_module, "_cpu_forward", beyond)
-    with pytest.raises(ValueError, match="fewer KV heads than query heads wrongly.*install torch 2.9"):
-        attention_module._check_cpu_groups.__wrapped__()
-    monkeypatch.undo()
-    attention_module._check_cpu_groups.__wrapped__()

@@ -46,21 +46,6 @@ def _cpu_backward(do, q, k, v, o, lse, scale=None):
     )
 
 
-@functools.cache
-def _check_cpu_groups() -> None:
-    """Raise ``ValueError`` where the CPU kernel takes as many KV heads as query heads and does not look.
-
-    torch before 2.9 reads the KV heads that it misses from whatever lies behind them; here twos lie there.
-    """
-    memory = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).repeat(1, 1, 1, 8)
-    out, _ = _cpu_forward(memory, memory[:, :1], memory[:, :1])
-    if not bool((out == 1).all()):
-        raise ValueError(
-            f"torch {torch.__version__} computes attention with fewer KV heads than query heads wrongly on CPUs; "
-            "install torch 2.9 or later"
-        )
-
-
 def _aten_flash_forward(q, k, v, scale=None):
     out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     return out[:8]  # o, lse, cum_seq_q, cum_seq_k, max_q, max_k, philox seed, philox offset
@@ -124,10 +109,9 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
     """Attention kernel for a device type ("cpu", "cuda") and dtype. ``name`` is for the banner at start.
 
     Raises:
-        ValueError: fp64 on CUDA, which no kernel takes; a torch whose CPU kernel is wrong for groups of query heads.
+        ValueError: fp64 on CUDA, which no kernel takes.
     """
     if device_type == "cpu":
-        _check_cpu_groups()
         return Backend("torch CPU flash", _cpu_forward, _cpu_backward)
     if dtype == torch.float64:
         raise ValueError("no attention kernel takes torch.float64 on CUDA; use fp32, or fp64 on the CPU")
