@@ -5,7 +5,7 @@ import json
 import math
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from megatron.dmc.config.checks import one_line, require, shown
 
@@ -58,6 +58,20 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     require(fits, f"{name} is {shown(value)}; it must be of type {hint.__name__}")
     return value
+
+
+class FileConfig:
+    """Base of a dataclass that holds a whole configuration file, and has a ``check``."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML or JSON file. Raises ``ValueError`` naming a wrong key or value."""
+        config = build(cls, load_file(path))
+        config.check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
 def load_file(path: str | Path) -> dict:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Optional, Self
 
 from megatron.dmc.config.checks import require
-from megatron.dmc.config.files import build
+from megatron.dmc.config.files import FileConfig, build
 from megatron.dmc.config.model import DMCConfig, ModelConfig
 from megatron.dmc.config.stage import COMPRESSING, OptimizerConfig, StageConfig
 from megatron.dmc.config.training import DataConfig, ParallelConfig, TrainingConfig
 
 
 @dataclass
-class RunConfig:
+class RunConfig(FileConfig):
     """Everything a training run is made of. The resolved one is saved with every checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -122,9 +122,6 @@ class RunConfig:
     def _chunks(self) -> int:
         p = self.parallel
         return p.pipeline_model_parallel_size * (p.virtual_pipeline_model_parallel_size or 1)
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> Self:

@@ -1,12 +1,11 @@
 """Configuration of a comparison: the model and its text, how each method is trained, and the tasks."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Optional, Self
+from typing import Optional
 
-from megatron.dmc.config import RunConfig, build, load_file
+from megatron.dmc.config import RunConfig
 from megatron.dmc.config.checks import positive, require
+from megatron.dmc.config.files import FileConfig
 
 EVICTION = ("H2O", "TOVA", "StreamingLLM")
 """Eviction policies, which need no training: they are measured on the control."""
@@ -153,7 +152,7 @@ class MeasureConfig:
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(FileConfig):
     """Configuration of one comparison. The resolved one is written beside the results."""
 
     output: str = "build/evidence"
@@ -220,13 +219,3 @@ class CompareConfig:
             max(self.measure.recall_lengths, default=0) <= self.run.model.max_position_embeddings,
             f"recall_lengths {self.measure.recall_lengths} exceed max_position_embeddings",
         )
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a YAML or JSON file. Raises ``ValueError`` naming a wrong key or value."""
-        config = build(cls, load_file(path))
-        config.check()
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, NoReturn, Optional
 
 import megatron.dmc
 
@@ -91,3 +94,21 @@ class JobGraph:
         job = self.jobs[name]
         content = json.dumps([job.commands, [self.digest(other) for other in job.after], *job.inputs])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a job's result: a file that is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content) + "\n")
+    os.replace(temporary, path)
+
+
+def run(job: Callable[..., None]) -> NoReturn:
+    """Run a job with the arguments of the command line, and exit. A ``ValueError`` is printed; the status is 2 then."""
+    try:
+        job(*sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

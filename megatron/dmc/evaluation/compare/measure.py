@@ -8,14 +8,13 @@ rows are measured side by side.
 
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
 from megatron.dmc.evaluation import policies
+from megatron.dmc.evaluation.compare import jobs
 from megatron.dmc.evaluation.policies import Budget, CachePolicy
 from megatron.dmc.evaluation.recall import SUITE, TextMaterial, recall
 from megatron.dmc.evaluation.tasks import identifiers, perplexity_by_position, windows
@@ -78,19 +77,5 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    spec, output = json.loads(sys.argv[1]), Path(sys.argv[2])
-    try:
-        result = measure(spec)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result) + "\n")
-    os.replace(temporary, output)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    jobs.run(lambda spec, output: jobs.write_json(Path(output), measure(json.loads(spec))))

@@ -1,12 +1,10 @@
 """Configuration of a comparison on a released model: the model, its adapters, the other methods, texts and tasks."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Optional, Self
+from typing import Optional
 
-from megatron.dmc.config import build, load_file
 from megatron.dmc.config.checks import positive, require
+from megatron.dmc.config.files import FileConfig
 
 POLICIES = ("H2O", "TOVA", "StreamingLLM")
 """Eviction policies of this package (``megatron.dmc.evaluation.policies``)."""
@@ -82,7 +80,7 @@ class HumanEvalConfig:
 
 
 @dataclass
-class ReleasedConfig:
+class ReleasedConfig(FileConfig):
     """Configuration of one comparison on a released model."""
 
     model: str = ""
@@ -137,13 +135,3 @@ class ReleasedConfig:
         )
         names = [ORIGINAL, *self.adapters, *self.policies]
         require(len(set(names)) == len(names), f"names of methods are not different: {', '.join(names)}")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a YAML or JSON file. Raises ``ValueError`` naming a wrong key or value."""
-        config = build(cls, load_file(path))
-        config.check()
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)

@@ -9,8 +9,6 @@ on. The original comes first: it leaves the hidden states from which its predict
 import hashlib
 import itertools
 import json
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 from megatron.dmc.config import build
 from megatron.dmc.config import load_file as load_settings
 from megatron.dmc.evaluation import policies
+from megatron.dmc.evaluation.compare import jobs
 from megatron.dmc.evaluation.fidelity import ROWS, divergence
 from megatron.dmc.evaluation.policies import CachePolicy, FullCache, SlotTable
 from megatron.dmc.evaluation.released.config import ORIGINAL, ReleasedConfig
@@ -63,14 +62,6 @@ def fingerprint(path: Path) -> str:
         files = sorted(file for file in path.iterdir() if file.is_file())
         content = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]).encode()
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content) + "\n")
-    os.replace(temporary, path)
 
 
 def batches(samples: list[Sample], tokens: int) -> Iterator[list[int]]:
@@ -199,19 +190,9 @@ def measure_all(config: ReleasedConfig, name: str) -> None:
             continue
         model = model or method.load()
         found = method.measure(model, task)
-        write_json(path, {"method": name, "task": task.name, "digest": digest, **found})
+        jobs.write_json(path, {"method": name, "task": task.name, "digest": digest, **found})
         print(f"{name}, {task.name}: compression {found['compression']['ratio']:.2f}", flush=True)
 
 
-def main() -> int:
-    config = build(ReleasedConfig, load_settings(sys.argv[1]))
-    try:
-        measure_all(config, sys.argv[2])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    jobs.run(lambda config, name: measure_all(build(ReleasedConfig, load_settings(config)), name))

@@ -12,13 +12,13 @@ same tokens. There are two protocols:
 
 import json
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
 from megatron.dmc.config import build, load_file
+from megatron.dmc.evaluation.compare import jobs
 from megatron.dmc.evaluation.released.config import HumanEvalConfig, RecallConfig, ReleasedConfig
 from megatron.dmc.evaluation.tasks import windows
 from megatron.dmc.training.jsonl import read_texts
@@ -165,17 +165,13 @@ def humaneval(tokenizer: Tokenizer, settings: HumanEvalConfig) -> Iterator[Sampl
         yield Sample(before + prompt[:-1], prompt[-1:] + solution)
 
 
-def main() -> int:
-    config, directory = build(ReleasedConfig, load_file(sys.argv[1])), Path(sys.argv[2])
-    try:
-        for task in make_tasks(config, load_tokenizer(config.model)):
-            task.save(directory)
-            print(f"{task.name}: {len(task.samples)} samples, {task.tokens} tokens", flush=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def write_all(config_file: str, directory: str) -> None:
+    """Write the tasks of a configuration file."""
+    config = build(ReleasedConfig, load_file(config_file))
+    for task in make_tasks(config, load_tokenizer(config.model)):
+        task.save(Path(directory))
+        print(f"{task.name}: {len(task.samples)} samples, {task.tokens} tokens", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    jobs.run(write_all)
