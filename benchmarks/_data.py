@@ -1,13 +1,16 @@
-"""A dataset of random ids, for measuring (and testing) training where no text and no tokenizer are at hand."""
+"""A dataset of random ids and a model for it, for measuring (and testing) training where no text is at hand."""
 
-import hashlib
+import argparse
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from megatron.dmc.training.data import Sidecar
+from megatron.dmc.config import DataConfig, ModelConfig, RunConfig, StageConfig, TrainingConfig
+from megatron.dmc.training.indexed_writer import IndexedWriter, publish
 from megatron.dmc.training.tokenizer import Tokenizer
+
+VOCABULARY = 8192
 
 
 class RandomIds(Tokenizer):
@@ -27,23 +30,24 @@ class RandomIds(Tokenizer):
 
 def write_random_dataset(prefix: Path, tokens: int, vocab_size: int) -> None:
     """One document of uniformly random ids at ``prefix``."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    with tempfile.TemporaryDirectory(dir=prefix.parent) as folder:
+        writer = IndexedWriter(Path(folder), RandomIds(vocab_size), eod_appended=False, bos_prepended=False)
+        writer.add(torch.randint(vocab_size, (tokens,)))
+        writer.close()
+        publish(Path(folder), prefix)
 
-    data, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    builder = IndexedDatasetBuilder(str(data), dtype=np.uint16)
-    builder.add_document(torch.randint(vocab_size, (tokens,)), [tokens])
-    builder.finalize(str(index))
-    Sidecar(
-        tokenizer="random",
-        tokenizer_fingerprint=RandomIds.fingerprint,
-        vocab_size=vocab_size,
-        eod_id=0,
-        eod_appended=False,
-        bos_prepended=False,
-        dtype="uint16",
-        documents=1,
-        tokens=tokens,
-        bin_bytes=data.stat().st_size,
-        idx_bytes=index.stat().st_size,
-        idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
-    ).write(f"{prefix}.json")
+
+def run_config(args: argparse.Namespace, stage: StageConfig, prefix: Path, seq_length: int, **training) -> RunConfig:
+    """Run on such a dataset: a model of --layers and --hidden, and fields of the ``training`` section."""
+    model = ModelConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
+        num_attention_heads=args.hidden // 64,
+        num_query_groups=getattr(args, "groups", None),
+        kv_channels=64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=seq_length,
+    )
+    data = DataConfig(data_path=[str(prefix)], tokenizer="random", seq_length=seq_length)
+    return RunConfig(model=model, stage=stage, data=data, training=TrainingConfig(**training))

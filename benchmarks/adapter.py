@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
-from engine import ROUNDS, STEPS, budget, fill, room
+from _common import add_device, arguments, finish, quartiles, ratio, resolve_device, table
+from engine import budget, decode_in_turn, fill, room
 
 from megatron.dmc.evaluation.fidelity_report import Text
 from megatron.dmc.inference import LLM
@@ -60,26 +60,7 @@ def measure(context: int, args: argparse.Namespace, device: torch.device, dtype:
         )
         fill(llm, texts(args, context, rows), new)
         engines[name] = llm.engine
-    before = {name: engine.stats() for name, engine in engines.items()}
-
-    def run(engine):
-        return lambda: [engine.step() for _ in range(STEPS)]
-
-    times = interleave({n: run(e) for n, e in engines.items()}, device, seconds=args.seconds, rounds=(ROUNDS, ROUNDS))
-    for name, engine in engines.items():  # else the times are of something else
-        was, now = before[name], engine.stats()
-        assert (now.running, now.preemptions) == (was.running, was.preemptions), f"{name}: {was} became {now}"
-    per_token = {name: [t / before[name].running for t in series] for name, series in times.items()}
-    figures = {
-        name: {
-            "sequences": s.running,
-            "compression_ratio": s.compression_ratio,
-            "waste": s.waste,
-            "step_ms": spread([t / STEPS for t in times[name]]),
-            "tokens_per_second": spread([1e3 * STEPS / t for t in per_token[name]]),
-        }
-        for name, s in before.items()
-    }
+    figures, per_token = decode_in_turn(engines, device, args.seconds)
     times_more = ratio(per_token["plain"], per_token["adapters"])
     return {"cache_bytes": memory, "decoded_tokens": new, "tokens_ratio": times_more, **figures}
 
@@ -111,8 +92,7 @@ def main() -> None:
             x = found[name]
             cells = [context, name, x["sequences"], x["compression_ratio"], f"{x['waste']:.1%}"]
             cells += [x["step_ms"]["median"], x["tokens_per_second"]["median"]]
-            quartiles = f"{faster['q1']:.2f}-{faster['q3']:.2f}"
-            rows.append([*cells, *(["", ""] if name == "plain" else [faster["median"], quartiles])])
+            rows.append([*cells, *(["", ""] if name == "plain" else [faster["median"], quartiles(faster)])])
         if not math.isfinite(cr) or faster["median"] < TARGET * cr:
             missed.append(f"{context} tokens: {faster['median']:.2f} times the tokens per second at CR {cr:.2f}")
     print(table(("context", "", "sequences", "CR", "empty", "ms/step", "tokens/s", "ratio", "quartiles"), rows))

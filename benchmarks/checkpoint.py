@@ -12,35 +12,18 @@ Targets (--check): in the background training waits for less than 10% of the tim
 
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from _common import add_device, arguments, finish, ratio, resolve_device, spread, table
-from _data import RandomIds, write_random_dataset
+from _data import VOCABULARY, RandomIds, run_config, write_random_dataset
 
 from megatron.dmc.checkpoint import checksums, manifest
-from megatron.dmc.config import DataConfig, ModelConfig, RunConfig, StageConfig, TrainingConfig
+from megatron.dmc.config import StageConfig
 from megatron.dmc.training import initialize
 
 TARGET = 0.1
-VOCABULARY = 8192
-
-
-def run_config(args, prefix: Path, save: Path, bf16: bool) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            num_layers=args.layers,
-            hidden_size=args.hidden,
-            ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
-            num_attention_heads=args.hidden // 64,
-            kv_channels=64,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=256,
-        ),
-        stage=StageConfig(stage="pretrain", train_iters=10000),
-        data=DataConfig(data_path=[str(prefix)], tokenizer="random", seq_length=128),
-        training=TrainingConfig(micro_batch_size=1, global_batch_size=1, bf16=bf16, save=str(save), keep_checkpoints=1),
-    )
 
 
 def main() -> None:
@@ -57,7 +40,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         prefix, save = Path(directory) / "data", Path(directory) / "save"
         write_random_dataset(prefix, 10002 * 128, VOCABULARY)
-        config = run_config(args, prefix, save, dtype == torch.bfloat16)
+        stage, one = StageConfig(stage="pretrain", train_iters=10000), dict(micro_batch_size=1, global_batch_size=1)
+        kept = dict(save=str(save), keep_checkpoints=1)
+        config = run_config(args, stage, prefix, 128, bf16=dtype == torch.bfloat16, **one, **kept)
         initialize.initialize(config)
         from megatron.dmc.training.loop import Trainer
 
@@ -70,19 +55,7 @@ def main() -> None:
             function(*more)
             return time.perf_counter() - begun
 
-        times: dict[str, list[float]] = {
-            name: []
-            for name in (
-                "write at once",
-                "in the background: start",
-                "in the background: completion",
-                "in the background: both",
-                "in the background: the write itself",
-                "a step",
-                "a step beside a write",
-                "verifying",
-            )
-        }
+        times: dict[str, list[float]] = defaultdict(list)
         for round_ in range(-1, args.rounds):  # the first one warms up
             now: dict[str, float] = {"a step": timed(trainer.train_step, iterators)}
             trainer.checkpoints.background = False
@@ -112,21 +85,14 @@ def main() -> None:
         parameters = sum(p.numel() for p in trainer.models[0].parameters())
         initialize.shutdown()
     got = ratio(times["in the background: both"], times["write at once"])
-    rows = [
-        [name, s["median"] * 1e3, f"{s['q1'] * 1e3:.0f}-{s['q3'] * 1e3:.0f}"]
-        for name, s in ((name, spread(t)) for name, t in times.items() if t)
-    ]
+    seconds = {name: spread(t) for name, t in times.items() if t}
+    rows = [[name, s["median"] * 1e3, f"{s['q1'] * 1e3:.0f}-{s['q3'] * 1e3:.0f}"] for name, s in seconds.items()]
     print(f"{parameters / 1e6:.1f}M parameters, {dtype}, a checkpoint of {size / 1e9:.2f} GB")
     print(table(["", "ms", "quartiles"], rows))
     quartiles = f"quartiles {got['q1']:.1%}-{got['q3']:.1%}, {got['n']} rounds"
     print(f"training waits for {got['median']:.1%} of the time of a write at once ({quartiles})")
     missed = [f"{got['median']:.1%} of a write at once; the target is below {TARGET:.0%}"] * (got["median"] >= TARGET)
-    figures = {
-        "parameters": parameters,
-        "bytes": size,
-        "seconds": {n: spread(t) for n, t in times.items() if t},
-        "ratio": got,
-    }
+    figures = {"parameters": parameters, "bytes": size, "seconds": seconds, "ratio": got}
     finish(args, "checkpoint", figures, missed, start)
 
 

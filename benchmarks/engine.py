@@ -209,6 +209,34 @@ def budget(longest: int, sequences: int, heads: int, head_dim: int, dtype: torch
     return pages * (page_bytes(PAGE, head_dim, dtype) + 8) + rows
 
 
+def decode_in_turn(engines: dict, device: torch.device, seconds: float) -> tuple[dict, dict[object, list[float]]]:
+    """Let filled engines decode in turn: figures of each, and milliseconds per token in each round, by their names."""
+    before = {name: engine.stats() for name, engine in engines.items()}
+
+    def run(engine):
+        return lambda: [engine.step() for _ in range(STEPS)]
+
+    # So few rounds that what is decoded stays within the room of each sequence.
+    runs = {name: run(engine) for name, engine in engines.items()}
+    times = interleave(runs, device, seconds=seconds, rounds=(ROUNDS, ROUNDS))
+    for name, engine in engines.items():  # else the times are of something else
+        was, now = before[name], engine.stats()
+        assert (now.running, now.preemptions) == (was.running, was.preemptions), f"{name}: {was} became {now}"
+    per_token = {name: [t / before[name].running for t in series] for name, series in times.items()}
+    figures = {
+        name: {
+            "sequences": s.running,
+            "compression_ratio": s.compression_ratio,
+            "waste": s.waste,
+            "pages": s.pages,
+            "tokens_per_second": spread([1e3 * STEPS / t for t in per_token[name]]),
+            "step_ms": spread([t / STEPS for t in times[name]]),
+        }
+        for name, s in before.items()
+    }
+    return figures, per_token
+
+
 def decode(
     models: dict[float, Path], context: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> dict:
@@ -218,33 +246,11 @@ def decode(
     new = room(context, max(rows.values()))
     memory = budget(context + new, count, args.layers * args.heads, args.head_dim, dtype)
     engines = {cr: filled(path, context, rows[cr], new, memory, device).engine for cr, path in models.items()}
-    before = {cr: engine.stats() for cr, engine in engines.items()}
-
-    def run(engine):
-        return lambda: [engine.step() for _ in range(STEPS)]
-
-    # So few rounds that what is decoded stays within the room of each sequence.
-    runs = {cr: run(engine) for cr, engine in engines.items()}
-    times = interleave(runs, device, seconds=args.seconds, rounds=(ROUNDS, ROUNDS))
-    after = {cr: engine.stats() for cr, engine in engines.items()}
-    for cr, was in before.items():  # else the times are of something else
-        now = after[cr]
-        assert (now.running, now.preemptions) == (was.running, was.preemptions), f"CR {cr:g}: {was} became {now}"
-    per_token = {cr: [t / before[cr].running for t in series] for cr, series in times.items()}
-    figures = {
-        f"CR {cr:g}": {
-            "sequences": s.running,
-            "compression_ratio": s.compression_ratio,
-            "waste": s.waste,
-            "pages": s.pages,
-            "tokens_per_second": spread([1e3 * STEPS / t for t in per_token[cr]]),
-            "step_ms": spread([t / STEPS for t in times[cr]]),
-            "sequences_ratio": s.running / before[1].running,
-            "tokens_ratio": ratio(per_token[1], per_token[cr]),
-        }
-        for cr, s in before.items()
-    }
-    return {"cache_bytes": memory, **figures}
+    found, per_token = decode_in_turn(engines, device, args.seconds)
+    for cr, x in found.items():
+        x["sequences_ratio"] = x["sequences"] / found[1]["sequences"]
+        x["tokens_ratio"] = ratio(per_token[1], per_token[cr])
+    return {"cache_bytes": memory, **{f"CR {cr:g}": x for cr, x in found.items()}}
 
 
 def fixed_memory(

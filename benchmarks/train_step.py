@@ -13,32 +13,13 @@ import time
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
-from _data import RandomIds, write_random_dataset
+from _common import add_device, arguments, finish, interleave, quartiles, ratio, resolve_device, spread, table
+from _data import VOCABULARY, RandomIds, run_config, write_random_dataset
 
-from megatron.dmc.config import DataConfig, ModelConfig, RunConfig, StageConfig, TrainingConfig
+from megatron.dmc.config import StageConfig
 from megatron.dmc.training import initialize
 
 TARGET = 1.25
-VOCABULARY = 8192
-
-
-def run_config(args, stage: StageConfig, prefix: Path, bf16: bool) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(
-            num_layers=args.layers,
-            hidden_size=args.hidden,
-            ffn_hidden_size=args.hidden * 8 // 3 // 32 * 32,
-            num_attention_heads=args.hidden // 64,
-            num_query_groups=args.groups,
-            kv_channels=64,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=args.seq_length,
-        ),
-        stage=stage,
-        data=DataConfig(data_path=[str(prefix)], tokenizer="random", seq_length=args.seq_length),
-        training=TrainingConfig(micro_batch_size=args.batch, global_batch_size=args.batch, bf16=bf16),
-    )
 
 
 def main() -> None:
@@ -62,12 +43,14 @@ def main() -> None:
             "plain": StageConfig(stage="pretrain", train_iters=steps),
             "DMC": StageConfig(stage="retrofit", train_iters=steps, target_cr=2.0),
         }
+        training = dict(micro_batch_size=args.batch, global_batch_size=args.batch, bf16=dtype == torch.bfloat16)
+        runs = {name: run_config(args, stage, prefix, args.seq_length, **training) for name, stage in stages.items()}
         trainers = {}
-        initialize.initialize(run_config(args, stages["plain"], prefix, dtype == torch.bfloat16))
+        initialize.initialize(runs["plain"])
         from megatron.dmc.training.loop import Trainer
 
-        for name, stage in stages.items():
-            trainer = Trainer(run_config(args, stage, prefix, dtype == torch.bfloat16), RandomIds(VOCABULARY))
+        for name, run in runs.items():
+            trainer = Trainer(run, RandomIds(VOCABULARY))
             trainers[name] = trainer, trainer.iterators(trainer.train_data, 0)
         times = interleave(
             {name: lambda t=t, i=i: t.train_step(i) for name, (t, i) in trainers.items()},
@@ -79,15 +62,13 @@ def main() -> None:
         initialize.shutdown()
     got = ratio(times["DMC"], times["plain"])
     tokens = args.batch * args.seq_length
-    rows = [
-        [name, s["median"], f"{s['q1']:.0f}-{s['q3']:.0f}", tokens / s["median"] * 1e3]
-        for name, s in ((name, spread(t)) for name, t in times.items())
-    ]
+    ms = {name: spread(t) for name, t in times.items()}
+    rows = [[name, s["median"], quartiles(s, ".0f"), tokens / s["median"] * 1e3] for name, s in ms.items()]
     print(f"{parameters / 1e6:.1f}M parameters, S {args.seq_length}, {args.batch} sequences per step, {dtype}")
     print(table(["step", "ms", "quartiles", "tokens/s"], rows))
-    print(f"DMC / plain: {got['median']:.3f} (quartiles {got['q1']:.3f}-{got['q3']:.3f}, {got['n']} rounds)")
+    print(f"DMC / plain: {got['median']:.3f} (quartiles {quartiles(got, '.3f')}, {got['n']} rounds)")
     missed = [f"{got['median']:.3f} x the plain step; the target is {TARGET}"] if got["median"] > TARGET else []
-    figures = {"parameters": parameters, "ms": {n: spread(t) for n, t in times.items()}, "ratio": got}
+    figures = {"parameters": parameters, "ms": ms, "ratio": got}
     finish(args, "train_step", figures, missed, start)
 
 
