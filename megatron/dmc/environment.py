@@ -25,6 +25,11 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's under SLURM, taskset or a container's cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Hardware of this machine and :func:`versions`."""
     import torch

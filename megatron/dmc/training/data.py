@@ -19,6 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
+from megatron.dmc.checkpoint.staging import sync_tree
 from megatron.dmc.config import RunConfig
 from megatron.dmc.training.disk import naming_disk_errors
 from megatron.dmc.training.indexed_writer import Sidecar
@@ -270,9 +271,7 @@ def _choose_cache(config: RunConfig, tokenizer: Tokenizer, blends: list, sizes: 
 
 def _publish(directory: str, target: str) -> None:
     """Give a finished cache its name, after its content is on disk."""
-    for file in Path(directory).iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    sync_tree(Path(directory))
     try:
         os.rename(directory, target)
     except OSError:

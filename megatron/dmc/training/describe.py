@@ -8,7 +8,6 @@ training asks for ``P.json`` too. ``P.idx`` (``megatron/core/datasets/indexed_da
     and in multimodal datasets alone the mode of every sequence (int8)
 """
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -192,33 +191,21 @@ def describe(config: DescribeConfig) -> str:
     with tqdm(total=size, unit="B", unit_scale=True, desc="checking ids", mininterval=0.5, disable=None) as bar:
         _check_ids(index, binary, tokenizer.vocab_size, bar.update)
     documents, begin, end = _count_ends(index, binary, tokenizer.bos_id, tokenizer.eod_id)
-    found = Sidecar(
-        tokenizer=tokenizer.path,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
+    found = Sidecar.of(
+        binary,
+        index_path,
+        tokenizer,
         eod_appended=end == documents,
         bos_prepended={0: False, documents: True}.get(begin),
         dtype=index.dtype.name,
         documents=documents,
         tokens=tokens,
-        bin_bytes=size,
-        idx_bytes=index_path.stat().st_size,
-        idx_sha256=_sha256(index_path),
         described=True,
     )
     temporary = sidecar.with_name(f".{sidecar.name}.{os.getpid()}")
     found.write(temporary)
     os.replace(temporary, sidecar)
     return _report(found, tokenizer, begin, end, _first_text(index, binary, tokenizer))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_text(index: Index, binary: Path, tokenizer: Tokenizer) -> str:

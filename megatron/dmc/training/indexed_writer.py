@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional, Self
 
 from megatron.dmc.checkpoint.fields import read_json
+from megatron.dmc.checkpoint.staging import sync
 from megatron.dmc.config import build
 from megatron.dmc.config.checks import not_negative, one_line, one_of, require
 from megatron.dmc.training.tokenizer import Tokenizer
@@ -71,6 +72,22 @@ class Sidecar:
             ) from error
         return sidecar
 
+    @classmethod
+    def of(cls, binary: Path, index: Path, tokenizer: Tokenizer, **more: Any) -> Self:
+        """Description of two files that are complete. more: fields that do not follow from them and the tokenizer."""
+        with index.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(
+            tokenizer=str(tokenizer.path),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            bin_bytes=binary.stat().st_size,
+            idx_bytes=index.stat().st_size,
+            idx_sha256=sha256,
+            **more,
+        )
+
     def check(self) -> None:
         """Raise ``ValueError`` for numbers that do not fit each other."""
         not_negative(self, "vocab_size", "eod_id", "documents", "tokens", "bin_bytes", "idx_bytes")
@@ -117,20 +134,8 @@ class IndexedWriter:
             raise ValueError("no documents")
         binary, index, sidecar = self.paths
         self._builder.finalize(str(index))
-        tokenizer = self._tokenizer
-        Sidecar(
-            tokenizer=str(tokenizer.path),
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            dtype=self.dtype.__name__,
-            documents=self.documents,
-            tokens=self.tokens,
-            bin_bytes=binary.stat().st_size,
-            idx_bytes=index.stat().st_size,
-            idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
-            **self._policy,
-        ).write(sidecar)
+        counted = {"dtype": self.dtype.__name__, "documents": self.documents, "tokens": self.tokens}
+        Sidecar.of(binary, index, self._tokenizer, **counted, **self._policy).write(sidecar)
 
 
 def publish(directory: Path, prefix: str | Path) -> None:
@@ -138,6 +143,5 @@ def publish(directory: Path, prefix: str | Path) -> None:
     Path(f"{prefix}.json").unlink(missing_ok=True)  # an old one must never stand beside new data
     for suffix in SUFFIXES:
         path = directory / f"data{suffix}"
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(path)
         os.replace(path, f"{prefix}{suffix}")

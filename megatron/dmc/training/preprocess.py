@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
+from megatron.dmc.environment import usable_cores
 from megatron.dmc.training.disk import naming_disk_errors
 from megatron.dmc.training.jsonl import read_lines
 
@@ -49,11 +50,6 @@ class Encoded(NamedTuple):
     empty: int
 
 
-def _cores() -> int:
-    """Cores that this process may use: fewer than the machine's under SLURM, taskset or a container's cpuset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass
 class PreprocessConfig:
     """Input, tokenizer and output of a tokenization."""
@@ -64,7 +60,7 @@ class PreprocessConfig:
     """Sentencepiece .model file or Hugging Face tokenizer directory."""
     output_prefix: str = field(metadata={"metavar": "P"})
     """Prefix of the dataset: P.bin and P.idx (Megatron's format), and P.json, which names tokenizer and sizes."""
-    workers: int = field(default_factory=_cores, metadata={"metavar": "N"})
+    workers: int = field(default_factory=usable_cores, metadata={"metavar": "N"})
     """Number of tokenizing processes. Default: the number of cores of this job."""
     json_key: str = field(default="text", metadata={"metavar": "KEY"})
     """Key of the text in every JSON document."""

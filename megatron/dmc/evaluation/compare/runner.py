@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Optional
 
+from megatron.dmc.environment import usable_cores
 from megatron.dmc.evaluation.compare.jobs import ROOT, Job, JobGraph
 
 PROGRESS_SECONDS = 30.0
@@ -193,7 +194,6 @@ def _environment(at_once: int) -> dict[str, str]:
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // at_once))
+    threads = str(max(1, usable_cores() // at_once))
     own = {"PYTHONWARNINGS": "ignore", "PYTHONPATH": path, "PATH": programs}
     return {"OMP_NUM_THREADS": threads, **os.environ, **own}
