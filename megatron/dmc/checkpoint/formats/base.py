@@ -87,19 +87,18 @@ def imported_run(model: ModelConfig, dmc: DMCConfig, manifest: Manifest) -> RunC
     return run
 
 
-def compare_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
-    """Raise ``ValueError`` naming what is missing from, or too much in, ``where``."""
+def compare_names(
+    found: Iterable[str], expected: Iterable[str], where: str, extra: str = "that its configuration does not know"
+) -> None:
+    """Raise ``ValueError`` naming what is missing from ``where``, or too much in it, which ``extra`` says it is."""
     found, expected = set(found), set(expected)
-    if missing := sorted(expected - found):
-        raise ValueError(
-            f"{where} lacks {len(missing)} tensors that its configuration asks for: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}"
-        )
-    if extra := sorted(found - expected):
-        raise ValueError(
-            f"{where} has {len(extra)} tensors that its configuration does not know: {', '.join(extra[:5])}"
-            f"{', ...' if len(extra) > 5 else ''}"
-        )
+    for names, verb, what in (
+        (expected - found, "lacks", "that its configuration asks for"),
+        (found - expected, "has", extra),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{where} {verb} {len(names)} tensors {what}: {some}")
 
 
 # ------------------------------------------------------------------------------------------------------ descriptions

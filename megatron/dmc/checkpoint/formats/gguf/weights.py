@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.formats.base import compare_names
 from megatron.dmc.checkpoint.formats.gguf.metadata import Metadata
 from megatron.dmc.checkpoint.tensors import Lazy
 
@@ -59,7 +60,8 @@ def hf_tensors(
     model, family = mapping.from_hf_config(config), mapping.family_of(config)
     names = get_tensor_name_map(MODEL_ARCH[metadata.architecture.upper()], model.num_layers)
     wanted = {name: names.get_name(name, (".weight", ".bias")) for name in mapping.hf_shapes(family, model)}
-    _check_names(metadata, set(wanted.values()))
+    found, extra = set(metadata.tensors) - set(_COMPUTED), f"that are not supported for {metadata.architecture}"
+    compare_names(found, wanted.values(), str(metadata.path), extra)
     _check_types(metadata)
     dtype = dtype or _natural_type(metadata)
     tensors: dict[str, Lazy] = {}
@@ -82,17 +84,6 @@ def stored_types(metadata: Metadata) -> str:
 def _natural_type(metadata: Metadata) -> torch.dtype:
     """Type that holds the weights: the matrices' own, or bfloat16 where most bytes are quantized."""
     return _PLAIN.get(stored_types(metadata).split(", ")[0], torch.bfloat16)
-
-
-def _check_names(metadata: Metadata, wanted: set[str]) -> None:
-    found = set(metadata.tensors) - set(_COMPUTED)
-    for names, what in (
-        (wanted - found, "lacks {} tensors that its configuration asks for"),
-        (found - wanted, f"has {{}} tensors that are not supported for {metadata.architecture}"),
-    ):
-        if names:
-            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            raise ValueError(f"{metadata.path} {what.format(len(names))}: {some}")
 
 
 def _check_types(metadata: Metadata) -> None:
