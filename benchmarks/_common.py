@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron.dmc import environment
+from megatron.dmc import environment, flags
 
 ROOT = Path(__file__).resolve().parent.parent
+table = partial(flags.table, left=0)
+"""Text table with columns aligned to the right and a rule under the head; floats have two decimals."""
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flashinfer-python", "numpy")
 
 
@@ -140,14 +143,6 @@ def _git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Text table with columns aligned to the right and a rule under the head; floats have two decimals."""
-    cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-    lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths)) for row in [list(columns), *cells]]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def record_table(rows: Sequence[Mapping[str, object]]) -> str:

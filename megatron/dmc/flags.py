@@ -316,3 +316,14 @@ def numbers(kind: type, least: float) -> Callable[[str], list]:
         return values
 
     return parse
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1, rule: bool = True) -> str:
+    """Text table for a command's output, the first ``left`` columns aligned to the left, the others to the right, with
+    a ``rule`` under the head; floats have two decimals.
+    """
+    cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    aligned = [[x.ljust(w) if i < left else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))] for row in cells]
+    lines = ["  ".join(row).rstrip() for row in aligned]
+    return "\n".join([lines[0], *(["-" * len(lines[0])] if rule else []), *lines[1:]])

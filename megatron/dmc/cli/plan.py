@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,15 +188,8 @@ def resolve(args: PlanConfig) -> tuple[RunConfig, int]:
     return run, gpus
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Table with aligned columns, the first to the left, the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in cells
-    ]
-    return "\n".join("  " + line.rstrip() for line in lines)
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return textwrap.indent(flags.table(header, rows, rule=False), "  ")
 
 
 def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]) -> str:
@@ -237,12 +231,12 @@ def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]
             f"; {figures['micro_batches']} micro-batches of {run.training.micro_batch_size} per rank",
             f"bubble      {figures['bubble']:.3f} of the pipeline's ideal time",
             f"\nEstimated memory per GPU, GB, by pipeline stage, in retrofit and finetune{zero_out}",
-            table(["stage", *PARTS, "total"], rows),
+            _table(["stage", *PARTS, "total"], rows),
             f"  the worst GPU needs {memory['needed'] / GB:.1f} of {fit.gpu_memory / GB:.1f} GB",
             f"\nTime at {figures['mfu']:.0%} MFU of {figures['peak_flops'] / 1e12:g} TFLOP/s per GPU "
             f"({figures['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU; "
             f"hardware FLOPs {figures['hardware_to_model_flops']:.2f} x the model's)",
-            table(["stage", "steps", "B tokens", "days"], stage_rows),
+            _table(["stage", "steps", "B tokens", "days"], stage_rows),
         ]
     )
 
@@ -262,7 +256,7 @@ def serving_report(s: dict[str, Any]) -> str:
     return (
         f"\nServing on {s['tp']} GPU{'s' * (s['tp'] > 1)} in bf16: {s['weights'] / GB:.1f} GB of weights and "
         f"{s['cache'] / GB:.1f} GB for the cache on each; sequences of {s['context']} tokens\n"
-        + table(["CR", "page", "KV KiB/token", "page waste", "page table MiB/seq", "sequences"], rows)
+        + _table(["CR", "page", "KV KiB/token", "page waste", "page table MiB/seq", "sequences"], rows)
     )
 
 

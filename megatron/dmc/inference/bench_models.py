@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from megatron.dmc.environment import machine
-from megatron.dmc.flags import number, numbers
+from megatron.dmc.flags import number, numbers, table
 from megatron.dmc.inference import bench, dummy
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.engine import Engine
@@ -267,15 +267,6 @@ def _against_first(rows: Sequence[Figures], series: str) -> None:
         row["max_batch_size_ratio"] = row["max_batch_size"] / max(1, base["max_batch_size"])
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = [list(columns), *([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [
-        "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))) for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def _ranged(found: dict[str, float], digits: int = 1) -> str:
     return f"{found['median']:.{digits}f} [{found['q1']:.{digits}f}, {found['q3']:.{digits}f}]"
 
@@ -295,7 +286,7 @@ def _tables(rows: Sequence[Figures], columns: Columns) -> str:
         **columns,
         "x first": lambda r: _ranged(r["speedup"], 2),
     }
-    text = _table(list(shown), [[value(row) for value in shown.values()] for row in rows])
+    text = table(list(shown), [[value(row) for value in shown.values()] for row in rows])
     profiled = [row for row in rows if row["step_parts_ms"]]
     if profiled:
         parts = [part for part in PARTS if any(row["step_parts_ms"].get(part) for row in profiled)]
@@ -309,7 +300,7 @@ def _tables(rows: Sequence[Figures], columns: Columns) -> str:
             for row in profiled
         ]
         text += "\n\nwhere the time of a step goes (profiled in the warm-up)\n"
-        text += _table(["model", *cases, "ms/step", *parts], cells)
+        text += table(["model", *cases, "ms/step", *parts], cells)
     return text
 
 
