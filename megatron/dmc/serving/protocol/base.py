@@ -1,7 +1,5 @@
 """Basis of all request bodies: strict types, unknown names refused, and values that ask for nothing taken."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Optional
 

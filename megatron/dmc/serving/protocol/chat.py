@@ -1,7 +1,5 @@
 """Bodies of ``/v1/chat/completions``: messages and the parameters of the chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union

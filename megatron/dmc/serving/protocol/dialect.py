@@ -9,8 +9,6 @@ Sources: the request types of openai-python 3.57.0 (``openai/types/chat/completi
 ``CompletionRequest``, ``StreamOptions``) with names that earlier releases had (``guided_json``, ``logits_processors``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

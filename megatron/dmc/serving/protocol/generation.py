@@ -1,7 +1,5 @@
 """Bodies of ``/v1/completions``, the parameters it shares with chats, and the sampling parameters they ask for."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Bodies of responses, for the OpenAPI schema."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, Optional, Union
 
 from pydantic import BaseModel, Field

@@ -4,8 +4,6 @@ A request is carried out as a chat completion (:func:`~megatron.dmc.serving.resp
 and shapes: ``openai/types/responses`` of openai-python 3.52.0.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import Discriminator, Field, Tag
@@ -34,7 +32,6 @@ _BODY: dict[str, Unsupported] = {
 _CONTENT = dialect.CONTENT_PART | {
     "type": Unsupported(values=("input_image", "input_file", "input_audio", "refusal"), instead="send text only")
 }
-_ITEM = {"phase": NULL, "namespace": NULL, "caller": NULL, "async": FALSE}
 
 
 class TextPart(RequestModel):
@@ -55,10 +52,19 @@ class TextPart(RequestModel):
 Content = Union[str, Annotated[list[TextPart], Field(fail_fast=True)]]
 
 
-class MessageItem(RequestModel):
-    """Message of the conversation."""
+class ConversationItem(RequestModel):
+    """Part of the conversation so far."""
 
-    unsupported: ClassVar = _ITEM
+    unsupported: ClassVar = {"phase": NULL, "namespace": NULL, "caller": NULL, "async": FALSE}
+
+    id: Optional[str] = None
+    """Name of the item, which is accepted and ignored."""
+    status: Optional[str] = None
+    """State of the item, which is accepted and ignored."""
+
+
+class MessageItem(ConversationItem):
+    """Message of the conversation."""
 
     type: Optional[Literal["message"]] = "message"
     """Kind of item."""
@@ -66,16 +72,10 @@ class MessageItem(RequestModel):
     """Role of the author: `user`, `assistant`, `system` or `developer`, which is the system too."""
     content: Content
     """Text of the message, or its parts."""
-    id: Optional[str] = None
-    """Name of the item, which is accepted and ignored."""
-    status: Optional[str] = None
-    """State of the item, which is accepted and ignored."""
 
 
-class FunctionCallItem(RequestModel):
+class FunctionCallItem(ConversationItem):
     """Call of a function, as the model has made it."""
-
-    unsupported: ClassVar = _ITEM
 
     type: Literal["function_call"]
     """Kind of item."""
@@ -85,16 +85,10 @@ class FunctionCallItem(RequestModel):
     """Name of the function."""
     arguments: str
     """Arguments of the call, as JSON."""
-    id: Optional[str] = None
-    """Name of the item, which is accepted and ignored."""
-    status: Optional[str] = None
-    """State of the item, which is accepted and ignored."""
 
 
-class FunctionOutputItem(RequestModel):
+class FunctionOutputItem(ConversationItem):
     """Result of a function call."""
-
-    unsupported: ClassVar = _ITEM
 
     type: Literal["function_call_output"]
     """Kind of item."""
@@ -102,10 +96,6 @@ class FunctionOutputItem(RequestModel):
     """Name of the call."""
     output: Content
     """Result, as text or parts."""
-    id: Optional[str] = None
-    """Name of the item, which is accepted and ignored."""
-    status: Optional[str] = None
-    """State of the item, which is accepted and ignored."""
 
 
 _ITEMS = {"message": MessageItem, "function_call": FunctionCallItem, "function_call_output": FunctionOutputItem}

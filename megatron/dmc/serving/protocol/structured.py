@@ -1,7 +1,5 @@
 """Structured outputs of a request: OpenAI's ``response_format``, vLLM's ``structured_outputs`` and ``guided_*``."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal, Optional, Union
 
 from megatron.dmc.inference import InvalidRequest, StructuredOutputsParams

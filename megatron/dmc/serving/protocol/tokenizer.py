@@ -1,7 +1,5 @@
 """Bodies of ``/tokenize`` and ``/detokenize``."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Optional, Union
 
 from pydantic import Discriminator, Tag

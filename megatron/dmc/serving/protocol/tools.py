@@ -1,7 +1,5 @@
 """Tools of a chat: their definitions, which of them the model may or must call, and the calls in messages."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Optional, Union
