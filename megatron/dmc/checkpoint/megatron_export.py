@@ -25,7 +25,7 @@ from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.convert import Progress, announce, write_parameters, writing
 from megatron.dmc.checkpoint.formats import torch_dist
 from megatron.dmc.checkpoint.formats.base import Source
-from megatron.dmc.checkpoint.formats.megatron.neuron import PROJECTIONS, neuron_rows
+from megatron.dmc.checkpoint.formats.megatron.arguments import PROJECTIONS, neuron_rows
 from megatron.dmc.checkpoint.manifest import LATEST
 from megatron.dmc.checkpoint.mapping.views import Key
 from megatron.dmc.checkpoint.staging import staged

@@ -10,7 +10,6 @@ from megatron.dmc.checkpoint.fields import INT32, Fields
 from megatron.dmc.checkpoint.manifest import Manifest
 from megatron.dmc.checkpoint.mapping.config_keys import INERT, NEUTRAL, check_neutral, is_one_of, named
 from megatron.dmc.checkpoint.mapping.families import FAMILIES, Family, with_adapters
-from megatron.dmc.checkpoint.mapping.rope import yarn_context_length, yarn_scaling
 from megatron.dmc.config import COMPRESSING, DMCConfig, ModelConfig, RunConfig
 from megatron.dmc.config.checks import shown
 
@@ -52,6 +51,10 @@ _READ = set(
     "use_sliding_window max_window_layers layer_types attention_dropout dmc auto_map".split()
 )
 """Keys that are read below."""
+
+_YARN_DEFAULT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_YARN_INERT = ("finetuned",)
+"""Said of a model by its authors (Yarn-Llama-2); transformers does not read it."""
 
 
 def _fields(config: dict) -> Fields:
@@ -139,8 +142,32 @@ def _rope(fields: Fields, defaults: Mapping[str, Any], longest: int) -> tuple[fl
         else:
             rope.number(key, least=0, most=INT32)
     if kind == "yarn":
-        return base, yarn_scaling({key: value for key, value in rope.content.items() if key not in own}, longest)
+        return base, _yarn_scaling({key: value for key, value in rope.content.items() if key not in own}, longest)
     return base, {"rope_type": kind, **scaling}
+
+
+def _yarn_scaling(rope: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """``ModelConfig.rope_scaling`` of YaRN (arXiv 2309.00071) from the rope parameters without theta and the type.
+
+    As transformers reads it (4.57.6 and 5.23.0, ``modeling_rope_utils``): what is left out, null or (some keys) 0
+    has transformers' default; ``original_max_position_embeddings`` has ``max_position_embeddings``.
+    """
+    scaling = {key: value for key, value in rope.items() if key not in _YARN_INERT and value is not None}
+    scaling = {key: value for key, value in scaling.items() if value or key not in _YARN_DEFAULT_IF_ZERO}
+    if "truncate" in rope:
+        scaling["truncate"] = bool(rope["truncate"])  # null is false there
+    return {"rope_type": "yarn", "original_max_position_embeddings": max_position_embeddings, **scaling}
+
+
+def _yarn_context_length(scaling: Mapping[str, Any], max_position_embeddings: int) -> int:
+    """Context length of the model in tokens.
+
+    ``max_position_embeddings`` is the length before the stretching in some published configurations (Qwen 2.5) and the
+    one after it in others, so that factor x original length decides, as in vLLM.
+    """
+    factor, original = scaling.get("factor"), scaling["original_max_position_embeddings"]
+    sizes = isinstance(factor, (int, float)) and isinstance(original, (int, float))
+    return max(max_position_embeddings, int(factor * original)) if sizes else max_position_embeddings
 
 
 def _check_window(fields: Fields, family: Family, model: ModelConfig) -> None:
@@ -180,7 +207,7 @@ def from_hf_config(config: dict) -> ModelConfig:
     longest = values["max_position_embeddings"]
     values["rotary_base"], values["rope_scaling"] = _rope(fields, family.defaults, longest)
     if values["rope_scaling"] and values["rope_scaling"]["rope_type"] == "yarn":
-        values["max_position_embeddings"] = yarn_context_length(values["rope_scaling"], longest)
+        values["max_position_embeddings"] = _yarn_context_length(values["rope_scaling"], longest)
     tied = fields.flag("tie_word_embeddings", family.defaults["tie_word_embeddings"])
     model = ModelConfig(**values, untie_embeddings_and_output_weights=not tied)
     _check_window(fields, family, model)

@@ -18,8 +18,7 @@ from pathlib import Path
 from megatron.dmc.checkpoint.formats.base import Given, Row, Source
 from megatron.dmc.checkpoint.formats.legacy.rank_file import FILE
 from megatron.dmc.checkpoint.formats.legacy.ranks import find_directory, is_legacy, open_legacy, parameters
-from megatron.dmc.checkpoint.formats.megatron.arguments import describe_source, source_of
-from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
+from megatron.dmc.checkpoint.formats.megatron.arguments import check_zeroed, describe_source, source_of
 
 __all__ = ["FILE", "describe", "find_directory", "is_legacy", "matches", "open_model"]
 

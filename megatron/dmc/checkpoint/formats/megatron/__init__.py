@@ -31,6 +31,7 @@ from megatron.dmc.checkpoint.formats.base import Given, Row, Source
 from megatron.dmc.checkpoint.formats.megatron.arguments import (
     LOCAL_NAMES,
     Recorded,
+    check_zeroed,
     current_iteration,
     describe_source,
     int_arg,
@@ -39,7 +40,6 @@ from megatron.dmc.checkpoint.formats.megatron.arguments import (
     source_of,
     wrong,
 )
-from megatron.dmc.checkpoint.formats.megatron.neuron import check_zeroed
 from megatron.dmc.checkpoint.formats.megatron.run_config import find_run_config, read_run_config
 from megatron.dmc.checkpoint.formats.torch_dist.reader import DistReader
 from megatron.dmc.checkpoint.manifest import LATEST
