@@ -117,18 +117,16 @@ def plot_heads(results: list[dict], path: Path) -> None:
     Args:
         results: dicts with name, cr, target_cr and cr_by_head [layers][KV heads].
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
 
     shown = [r for r in results if r["target_cr"] > 1]
     if not shown:
         return
     layers, heads = (max(f(r["cr_by_head"]) for r in shown) for f in (len, lambda rows: len(rows[0])))
     size = max(4.5, min(14, 1.6 + 0.34 * layers)), len(shown) * max(2.2, min(8, 1.2 + 0.34 * heads))
-    figure, axes = plt.subplots(len(shown), 1, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(shown), 1, squeeze=False)
     for axis, r in zip(axes[:, 0], shown, strict=True):
         values = list(zip(*r["cr_by_head"]))  # [KV heads][layers]
         # Rates span orders of magnitude: some heads keep everything, others a handful of slots.
@@ -146,17 +144,14 @@ def plot_heads(results: list[dict], path: Path) -> None:
         axis.set_yticks(range(len(values)))
         figure.colorbar(image, ax=axis, label="tokens / slots")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Plot the compression ratio beside its target, and the losses, over all stages."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     for tag, label, style in (("CR", "CR (hard decisions, training batches)", "-"), ("target-CR", "target", "--")):
         if tag in curves:
             top.plot(*zip(*curves[tag], strict=True), style, label=label)
@@ -172,7 +167,6 @@ def plot_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
         axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def report(config: ReportConfig) -> int:

@@ -4,10 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from megatron.dmc.evaluation.compare.config import CompareConfig
 from megatron.dmc.evaluation.compare.jobs import JobGraph
@@ -29,11 +26,6 @@ STYLES: dict[str, tuple[str, str]] = {
     "TOVA": ("tab:red", "v--"),
     "StreamingLLM": ("tab:gray", "x--"),
 }
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _bars(axis: Any, points: list[tuple[float, list[float]]], style: tuple[str, str], label: str) -> None:
@@ -66,7 +58,8 @@ def _greatest_ratio(measured: list[Measured]) -> list[Measured]:
 def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None:
     """Plot every task against the measured compression: one line per method, and the control's level."""
     shown = [_relative(measured, "perplexity / control's"), *columns(config, measured)[1:7]]
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+    figure = Figure(figsize=(17, 7.5), layout="constrained")
+    axes = figure.subplots(2, 4)
     methods = dict.fromkeys(m.row.method for m in measured if m.row.table == "main" and m.row.baseline)
     widest = max(m.ratio for m in measured if m.row.table == "main")
     for axis, column in zip(axes.flat, shown):
@@ -86,7 +79,7 @@ def quality(config: CompareConfig, measured: list[Measured], path: Path) -> None
     handles, labels = axes.flat[0].get_legend_handles_labels()
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(handles, labels, loc="center")
-    _save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def by_head(measured: list[Measured], path: Path) -> None:
@@ -103,7 +96,8 @@ def by_head(measured: list[Measured], path: Path) -> None:
 
 def by_position(measured: list[Measured], path: Path) -> None:
     """Plot CR after every token of a sequence, for the first seed and the greatest ratio."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axis = figure.subplots()
     for m in _greatest_ratio(measured):
         values = [m.row.heads_ratio * value for value in m.compression["by_position"]]
         color, style = STYLES[m.row.method]
@@ -114,12 +108,13 @@ def by_position(measured: list[Measured], path: Path) -> None:
     axis.set_title(f"compression by position, {most:g}x asked")
     axis.legend()
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def curves(config: CompareConfig, graph: JobGraph, measured: list[Measured], path: Path) -> None:
     """Plot training loss and CR over the steps after the original, for the first seed and the greatest ratio."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     controls = [m for m in _first_seed(measured) if m.row.method == "control"][-1:]
     trained = [m for m in _greatest_ratio(measured) if m.row.policy is None]
     for m in [*controls, *trained]:
@@ -139,7 +134,7 @@ def curves(config: CompareConfig, graph: JobGraph, measured: list[Measured], pat
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
         axis.legend()
-    _save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None:
@@ -154,7 +149,8 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
     first = _relative(measured, "perplexity / control's at the full schedule")
     reached = Column("times that the cache is smaller", lambda m: m.ratio, 2)
     shown = [first, reached, *columns(config, measured)[3:7]]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    axes = figure.subplots(2, 3)
     for axis, column in zip(axes.flat, shown):
         for method in methods:
             points: dict[int, list[float]] = {}
@@ -171,4 +167,4 @@ def economy(config: CompareConfig, measured: list[Measured], path: Path) -> None
         axis.grid(alpha=0.3)
     axes.flat[1].legend(loc="lower right")
     figure.suptitle(f"{ratio:g}x: quality by training")
-    _save(figure, path)
+    figure.savefig(path, dpi=110)

@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from megatron.dmc.evaluation.released.config import ORIGINAL, ReleasedConfig
 from megatron.dmc.evaluation.released.samples import Task
@@ -49,7 +46,8 @@ def _distance(results: Results, tasks: list[Task], kinds: list[str], title: str,
                 points.setdefault((task.kind, cell.method), []).append(values)
     if not points:
         return False
-    figure, axes = plt.subplots(2, len(kinds), figsize=(5.2 * len(kinds), 8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(kinds), 8), layout="constrained")
+    axes = figure.subplots(2, len(kinds), squeeze=False)
     for (kind, method), found in points.items():
         xs, ratios, divergences = zip(*sorted(found))
         for axis, values in zip(axes[:, kinds.index(kind)], (ratios, divergences)):
@@ -70,7 +68,6 @@ def _distance(results: Results, tasks: list[Task], kinds: list[str], title: str,
     axes[0, -1].legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True
 
 
@@ -80,7 +77,8 @@ def _recall(results: Results, path: Path) -> bool:
     methods = [m for m in results.methods if any((m, task.name) in results.cells for task in tasks)]
     if not methods:
         return False
-    figure, axis = plt.subplots(figsize=(max(7.0, 2.6 * len(tasks)), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 2.6 * len(tasks)), 4.5), layout="constrained")
+    axis = figure.subplots()
     width = 0.85 / len(methods)
     for i, method in enumerate(methods):
         found = [(x, results.cells.get((method, task.name))) for x, task in enumerate(tasks)]
@@ -97,7 +95,6 @@ def _recall(results: Results, path: Path) -> bool:
     axis.legend(fontsize=8, ncols=2)
     axis.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True
 
 
