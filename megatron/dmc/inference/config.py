@@ -80,10 +80,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages"):
             self._check_integer(name, 1)
-        self._check_integer("block_size", 1)
-        self._check_integer("kv_cache_memory_bytes", 1)
+        for name in ("block_size", "kv_cache_memory_bytes", "prefix_cache_min_tokens"):
+            self._check_integer(name, 1)
         self._check_integer("max_prefix_snapshots", 0)
-        self._check_integer("prefix_cache_min_tokens", 1)
         self._check_integer("max_logprobs", -1)
         self.weight_quantization()
         if self.load_format not in dummy.LOAD_FORMATS:

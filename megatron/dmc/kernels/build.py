@@ -26,36 +26,9 @@ from megatron.dmc.kernels.cpu_tuning import cpu_info, is_intel
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
-CPU_SOURCES = (
-    "cpu_append.cpp",
-    "cpu_evict.cpp",
-    "cpu_decode.cpp",
-    "cpu_prefill.cpp",
-    "cpu_rowwise.cpp",
-    "cpu_linear.cpp",
-)
-CPU_HEADERS = (
-    "launch.h",
-    "params.h",
-    "cpu.h",
-    "cpu_attention.h",
-    "cpu_codes.h",
-    "cpu_tokens.h",
-    "cpu_pages.h",
-    "cpu_rows.h",
-    "cpu_vec.h",
-)
-CPU_LAUNCHER = "cpu_launch.cpp"
-CUDA_SOURCES = (
-    "cuda_append.cu",
-    "cuda_evict.cu",
-    "cuda_decode.cu",
-    "cuda_prefill.cu",
-    "cuda_pages.cu",
-    "cuda_rowwise.cu",
-)
-CUDA_HEADERS = ("launch.h", "params.h", "cuda.h", "cuda_device.cuh", "cuda_append.cuh", "cuda_attention.cuh")
-CUDA_LAUNCHER = "cuda_launch.cpp"
+CPU_LAUNCHER, CUDA_LAUNCHER = "cpu_launch.cpp", "cuda_launch.cpp"
+CPU_SOURCES = sorted({path.name for path in SOURCES.glob("cpu_*.cpp")} - {CPU_LAUNCHER})
+CUDA_SOURCES = sorted(path.name for path in SOURCES.glob("cuda_*.cu"))
 
 # No errno and no trapping: both keep loops from becoming vectors. Nothing that changes results: no -ffast-math.
 FLAGS = tuple(
@@ -118,8 +91,7 @@ def best_instruction_set() -> str:
 
 def source_files(device: str) -> list[str]:
     """Names of the files in ``csrc`` that a library is made of. device: cpu or cuda."""
-    cpu, cuda = (*CPU_HEADERS, *CPU_SOURCES, CPU_LAUNCHER), (*CUDA_HEADERS, *CUDA_SOURCES, CUDA_LAUNCHER)
-    return list(cpu if device == "cpu" else cuda)
+    return sorted(path.name for path in SOURCES.iterdir() if path.name.startswith((device, "launch.h", "params.h")))
 
 
 @cache
@@ -135,9 +107,7 @@ def source_hash(device: str = "cpu") -> str:
 
 def kernel_hashes() -> dict[str, str]:
     """Hashes of the files of the CUDA library, 16 hex digits each, for records of measurements."""
-    return {
-        name: hashlib.sha256((SOURCES / name).read_bytes()).hexdigest()[:16] for name in sorted(source_files("cuda"))
-    }
+    return {name: hashlib.sha256((SOURCES / name).read_bytes()).hexdigest()[:16] for name in source_files("cuda")}
 
 
 def library_name(sets: Sequence[str]) -> str:
