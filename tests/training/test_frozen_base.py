@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -127,6 +128,21 @@ def test_calibrated_adapters_are_exported_and_trained_on(data, base, tmp_path):
     more = dict(init_from=checkpoint, save=tmp_path / "trained", freeze_base=True, bf16=True)
     config, _ = retrofit.prepare(tiny.command(data, "finetune", train_iters=2, **more))
     assert config.stage.target_cr == 2 and config.dmc.window == ADAPTER["window"]
+
+
+def test_a_calibration_that_a_signal_ends_is_told_and_starts_anew(data, base, tmp_path):
+    """It has nothing to save before its end, so its status is not that of a run that has."""
+    argv = tiny.command(
+        data, "calibrate", train_iters=3, target_cr=2, init_from=base, save=tmp_path / "save", **ADAPTER
+    )
+    run = tiny.Run(argv, tmp_path / "run", hang="pause:3")  # in the second batch
+    run.wait_for_hang()
+    run.signal(signal.SIGTERM)
+    run.join(retrofit.LOST)
+    assert "leaving at batch 2 of 3: signal 15; nothing saved" in run.output()
+    assert not list((tmp_path / "save").glob("iter_*"))
+    tiny.run(argv, tmp_path / "run")
+    assert (tmp_path / "save" / "iter_0000003").is_dir()
 
 
 @pytest.mark.parametrize(

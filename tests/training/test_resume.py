@@ -11,9 +11,9 @@ import pytest
 import torch
 from damage import kills_and_bytes
 from helpers import tiny
-from helpers.processes import kill_tree, subprocess_env
+from helpers.processes import PATIENCE, kill_tree, subprocess_env
 
-from megatron.dmc.training import initialize
+from megatron.dmc.training import initialize, retrofit
 
 pytestmark = pytest.mark.slow
 
@@ -154,6 +154,17 @@ def test_signal_saves_and_leaves(data, chain, tmp_path, number):
     tiny.assert_same_checkpoint(chain["retrofit"][0] / LAST, tmp_path / "save" / LAST)
 
 
+def test_a_signal_without_save_is_told(data, tmp_path):
+    """The work is lost, so its status is not that of a run that has saved. An end that was asked for is none."""
+    argv = tiny.command(data, "pretrain", train_iters=3)
+    run = tiny.Run(argv, tmp_path / "a", hang="pause:4")
+    run.wait_for_hang()
+    run.signal(signal.SIGTERM)
+    run.join(retrofit.LOST)
+    assert "leaving at iteration 2 of 3: signal 15; nothing saved (no --save)" in run.output()
+    assert "nothing saved" in tiny.run([*argv, "--exit-interval", "2"], tmp_path / "b").output()
+
+
 def test_signal_to_one_rank_stops_all(data, chain, tmp_path):
     argv = command(data, "retrofit", tmp_path / "save", root_of(chain), micro_batch_size=1, save_interval=None)
     run = tiny.Run(argv, tmp_path / "a", 2, hang="pause:6")
@@ -183,7 +194,7 @@ def test_sigterm_through_the_launcher(data, chain, tmp_path):
         try:
             tiny_wait(lambda: "iteration        3/" in log.read_text(), process, log)
             process.terminate()
-            process.wait(60)
+            process.wait(PATIENCE)
         finally:
             if process.returncode is None:
                 kill_tree(process)
@@ -195,7 +206,7 @@ def test_sigterm_through_the_launcher(data, chain, tmp_path):
     assert manifest["iteration"] == iteration
 
 
-def tiny_wait(condition, process, log, timeout=90):
+def tiny_wait(condition, process, log, timeout=PATIENCE):
     import time
 
     end = time.monotonic() + timeout

@@ -209,7 +209,11 @@ class Trainer:
     # The loop
 
     def train(self, stop: StopSignal, restarts: RestartGuard) -> bool:
-        """Train to the end of the stage, or until ``stop`` says to leave. Returns whether the stage is finished."""
+        """Train to the end of the stage, or until ``stop`` or exit_interval says to leave.
+
+        Returns:
+            False when ``stop`` has ended a run that has no --save, whose work is lost.
+        """
         t = self.config.training
         iterators = self.iterators(self.train_data, self.iteration * t.global_batch_size)
         unlogged = StepSums.zeros(self.config, self.device)
@@ -219,7 +223,7 @@ class Trainer:
             sums, grad_norm = self.train_step(iterators)
             unlogged += sums
             self.finish_saving(wait=False)
-            reason = stop.reason(self.device)
+            reason = lost = stop.reason(self.device)
             stop.record("step", time.monotonic() - begun)
             restarts.clear()
 
@@ -233,7 +237,7 @@ class Trainer:
                 unlogged = self._log(unlogged, grad_norm)
             if self.valid_data is not None and self._is_due(t.eval_interval) and not (last or reason):
                 self.log_evaluation(self.evaluate(stop))
-                reason = stop.reason(self.device)
+                reason = lost = stop.reason(self.device)
                 if reason and t.save and not save_is_due and unlogged.steps:
                     unlogged = self._log(unlogged, grad_norm)
             if t.save and (save_is_due or reason):
@@ -245,7 +249,7 @@ class Trainer:
             if reason and not last:
                 state = f"saved at iteration {self.iteration}" if t.save else "nothing saved (no --save)"
                 self.logger.print(f"leaving at iteration {self.iteration} of {self.total_iters}: {reason}; {state}")
-                return False
+                return bool(t.save or not lost)
         if self.valid_data is not None:
             self.log_evaluation(self.evaluate(stop))
         if warning := self._lack_of_compression():
@@ -326,9 +330,11 @@ class Trainer:
     # Calibration
 
     def calibrate(self, stop: StopSignal, restarts: RestartGuard) -> bool:
-        """Run the stage ``calibrate``: read batches, fit the adapters, save. Returns whether it got to its end.
+        """Run the stage ``calibrate``: read batches, fit the adapters, save.
 
-        A run that ``stop`` ends has saved nothing and starts anew: it takes minutes.
+        Returns:
+            False when ``stop`` has ended it before. Nothing is saved then, and the next run starts anew: it takes
+            minutes.
         """
         calibration, total = Calibration(self.config, self.device), self.total_iters
         fitting = total - max(1, total // COUNTING)
@@ -340,7 +346,7 @@ class Trainer:
                 chunk.zero_grad_buffer()
             sums = self._forward_backward(iterators, training=not calibration.fitted, calibration=calibration)
             restarts.clear()
-            if reason := stop.reason(self.device):
+            if i + 1 < total and (reason := stop.reason(self.device)):
                 self.logger.print(f"leaving at batch {i + 1} of {total}: {reason}; nothing saved")
                 return False
             if (i + 1) % self.config.training.log_interval == 0 or i + 1 == total:

@@ -5,7 +5,7 @@
 
 ``--init-from`` starts a stage from another checkpoint's weights. ``--save`` is where the stage writes and, when it
 already holds a complete checkpoint, where it resumes. Wrong input ends with one message and status 2 before anything
-is written; SIGTERM, SIGUSR1 and SIGINT save and end with status 0.
+is written; SIGTERM, SIGUSR1 and SIGINT save and end with status 0, or 75 where nothing can be saved.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ if TYPE_CHECKING:  # they import torch
     from megatron.dmc.training.preemption import RestartGuard, StopSignal
     from megatron.dmc.training.tokenizer import Tokenizer
 
+LOST = 75
+"""Exit status (EX_TEMPFAIL of sysexits.h) of a run that was asked to leave and saved nothing: run it again."""
+
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Run one stage. Returns the exit status: 0 done or saved on a signal, 1 the disk failed, 2 wrong input, 130
-    interrupted before training began.
+    """Run one stage. Returns the exit status: 0 done or saved on a signal, 1 the disk failed, 2 wrong input, 75
+    left with nothing saved, 130 interrupted before training began.
     """
     try:
         return _main(argv)
@@ -190,6 +193,7 @@ def _train(
     except ValueError as error:
         restarts.clear()
         return _refuse(error)
+    status = 0
     for line in [*(f"WARNING: {line}" for line in warned), *describe_start(config, start)]:
         trainer.logger.print(line)
     if trainer.iteration >= trainer.total_iters:
@@ -197,12 +201,10 @@ def _train(
         restarts.clear()
     else:
         trainer.logger.print(f"{stop}\n{monitored}")
-        if config.stage.stage == "calibrate":
-            trainer.calibrate(stop, restarts)
-        else:
-            trainer.train(stop, restarts)
+        if not (trainer.calibrate if trainer.calibrates else trainer.train)(stop, restarts):
+            status = LOST
     trainer.close()
-    return 0
+    return status
 
 
 def describe_start(config: RunConfig, start: Optional[StartingPoint]) -> list[str]:
