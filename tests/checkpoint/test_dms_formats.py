@@ -287,6 +287,11 @@ def test_damaged_adapters(alone: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base_weights_sha256 is missing"):
         adapter.open_adapter(tmp_path / "a")
     edit(tmp_path / "a", {"base_weights_sha256": "0" * 64})
+    block = json.loads((tmp_path / "a" / "config.json").read_text())["dmc"]
+    edit(tmp_path / "a", {"dmc": {**block, "stage": "zero_out"}})
+    with pytest.raises(ValueError, match="dmc.stage is 'zero_out'"):
+        adapter.open_adapter(tmp_path / "a")
+    edit(tmp_path / "a", {"dmc": block})
     tensors = load_file(tmp_path / "a" / hf.SINGLE)
     lost = "model.layers.1.self_attn.dms_proj_alpha.weight"
     save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "a" / hf.SINGLE, {"format": "pt"})
@@ -295,6 +300,24 @@ def test_damaged_adapters(alone: Path, tmp_path: Path) -> None:
     edit(tmp_path / "a", {"num_hidden_layers": 10**9})  # found at the first layer that is not there
     with pytest.raises(ValueError, match="lacks model.layers.1."):
         adapter.open_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("source", "stage", "wanted"),
+    [
+        ("adapter", "zero_out", "calibrate, retrofit or finetune with decision_source adapter"),
+        ("query", "calibrate", "zero_out, retrofit or finetune with decision_source query"),
+        ("key", "import", "zero_out, retrofit or finetune with decision_source key"),
+    ],
+)
+def test_a_stage_that_a_source_of_decisions_has_not_is_refused(
+    made: Path, source: str, stage: str, wanted: str
+) -> None:
+    """No training writes it. Adapters of zero_out would be read and never asked."""
+    config = json.loads((made / "head-base" / "config.json").read_text())
+    block = mapping.DMCBlock("qwen3", dms(decision_source=source), stage, 1, 4.0, None)
+    with pytest.raises(ValueError, match=f"dmc.stage is '{stage}'; it must be {wanted}"):
+        mapping.dmc_block(mapping.with_block(config, block))
 
 
 def test_a_checkpoint_of_adapters_alone(alone: Path, tmp_path: Path) -> None:

@@ -150,6 +150,8 @@ def test_saved_loaded_and_in_bf16(tmp_path: Path) -> None:
         ({"decision_source": "value"}, "decision_source 'value'; method dms knows key, query, adapter"),
         ({"decision_about": "next"}, "decision_about 'next'"),
         ({"decision_per": "layer"}, "only an adapter"),
+        ({"decision_source": "adapter", "stage": "zero_out"}, "stage 'zero_out', which no model with decision_source"),
+        ({"decision_source": "key", "stage": "calibrate"}, "stage 'calibrate', which no model with decision_source"),
         ({"method": "dmc", "decision_source": "query"}, "decision_source 'query'; method dmc knows key"),
         ({"method": "dmc", "decision_scale": 2.0}, "decision_scale 2.0"),
     ],

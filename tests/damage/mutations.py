@@ -35,6 +35,8 @@ DEFAULTED = (
 """Keys that have defaults, of config.json and of generation_config.json: without one a file is another model's."""
 SHOWN = ("source", "versions")
 """Keys of a manifest that are shown and no more: where a checkpoint came from, and with what."""
+NULLABLE = (*DEFAULTED, "source")
+"""Keys at which null is a value that training writes (a run from random weights has no source), or the default."""
 SECONDS = 5.0
 """Time that a mutated file may take to be refused."""
 VALUES: tuple[Any, ...] = (
@@ -108,7 +110,7 @@ def mutations(data: bytes, rng: random.Random) -> Iterator[Mutation]:
             yield _mutation(f"{where} has another key", changed, key in DEFAULTED)
         else:
             before, place[key] = place[key], rng.choice(VALUES)
-            same = _type(before) == _type(place[key]) or (place[key] is None and key in (*DEFAULTED, *SHOWN))
+            same = _type(before) == _type(place[key]) or (place[key] is None and key in NULLABLE)
             same |= key == "eos_token_id" and place[key] in (-1, 1, 3)  # one id in place of a list
             yield _mutation(f"{where} = {json.dumps(place[key])[:60]}", changed, same)
 

@@ -40,7 +40,7 @@ class Manifest:
     """``manifest.json`` of one checkpoint."""
 
     stage: str
-    """pretrain, zero_out, retrofit or finetune; import for a converted one."""
+    """pretrain, zero_out, calibrate, retrofit or finetune; import for a converted one."""
     iteration: int
     """Finished optimizer steps of the stage."""
     train_iters: int

@@ -273,7 +273,7 @@ class DMCBlock:
     """``model_type`` of the plain family."""
     dmc: DMCConfig
     stage: str
-    """zero_out, retrofit or finetune."""
+    """zero_out, calibrate, retrofit or finetune."""
     step: int
     """Finished optimizer steps of the stage."""
     target_cr: float
@@ -321,8 +321,10 @@ def dmc_block(config: dict) -> Optional[DMCBlock]:
     except ValueError as error:
         raise ValueError(f"config.json: dmc.{error}") from None
     stage = block.text("stage")
-    if stage not in ("zero_out", *COMPRESSED_STAGES):
-        block.refuse("stage", f"zero_out, {' or '.join(COMPRESSED_STAGES)}")
+    wrong = "calibrate" if dmc.neuron != "none" else "zero_out"  # each has nothing to do with the other's source
+    if stage == wrong or stage not in ("zero_out", *COMPRESSED_STAGES):
+        *others, last = (name for name in ("zero_out", *COMPRESSED_STAGES) if name != wrong)
+        block.refuse("stage", f"{', '.join(others)} or {last} with decision_source {dmc.decision_source}")
     for name in ("add_qkv_bias", "qk_layernorm"):
         value = _plain_family(config).switches.get(name, False)
         if block.flag(name, value) != value:

@@ -134,7 +134,12 @@ def checked_block(dmc):
         known = values if method == "dms" else values[:1]
         if dmc.get(key, values[0]) not in known:
             raise ValueError(f"the dmc block has {key} {dmc[key]!r}; method {method} knows {', '.join(known)}")
-    if dmc.get("decision_per") == "layer" and dmc.get("decision_source") != "adapter":
+    source = dmc.get("decision_source", "key")
+    if dmc["stage"] == ("zero_out" if source == "adapter" else "calibrate"):
+        raise ValueError(
+            f"the dmc block has stage {dmc['stage']!r}, which no model with decision_source {source!r} has"
+        )
+    if dmc.get("decision_per") == "layer" and source != "adapter":
         raise ValueError("the dmc block has decision_per 'layer'; only an adapter decides per layer")
     if method == "dmc" and dmc.get("decision_scale", 1) != 1:
         raise ValueError(f"the dmc block has decision_scale {dmc['decision_scale']!r}; method dmc has 1 only")
