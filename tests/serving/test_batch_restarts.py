@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from batch_lines import command, completion, mixed, read, run, strip, write
+from batch_lines import GREEDY, command, completion, mixed, read, run, strip, write
 from helpers.engines import Model, all_back
 from helpers.forked import Forked, run_ranks
+from helpers.processes import PATIENCE
 from helpers.serving import make_model
 
 from megatron.dmc.cli import main
@@ -74,6 +76,30 @@ def test_lines_may_move_between_runs(model: Model, tmp_path: Path) -> None:
     assert read(tmp_path / "out").keys() == set("abcde")
 
 
+def test_an_output_of_another_input_is_refused(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One that shares no line with the input, and one whose line of the same name is another request."""
+    source, out = write(tmp_path / "in", [completion("a"), {"prompt": "x", **GREEDY}]), tmp_path / "out"
+    assert main(command(model, source, out)) == 0
+    before = out.read_bytes()
+    same = {**GREEDY, "prompt": "x"}  # in another order
+    refused = {
+        f"{out} belongs to another input: of its 2 lines none": [completion("b"), completion("c")],
+        f"line 2 of the input ('line-2') is not the request that {out} has": [completion("a"), {**same, "prompt": "y"}],
+        f"line 1 of the input ('a') is not the request that {out} has": [{"custom_id": "a"}],
+    }
+    for message, lines in refused.items():
+        assert main(command(model, write(tmp_path / "other", lines), out)) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {message}") and err.count("\n") == 1, err
+        assert out.read_bytes() == before
+    assert main(command(model, source, out, "--shard", "0/2")) == 0  # of which it has the first line
+    assert main(command(model, write(tmp_path / "more", [completion("a"), same, completion("b")]), out)) == 0
+    assert "1 lines completed, 0 with an error; 2 were there before" in capsys.readouterr().out
+    out.write_bytes(re.sub(rb'("req_\d+)_\w+', rb"\1", out.read_bytes()))  # as older versions wrote it: of any request
+    changed = [completion("a"), {**same, "prompt": "y"}]
+    assert main(command(model, write(tmp_path / "other", changed), out)) == 0
+
+
 @pytest.mark.parametrize("later", [LEAVE, DRAIN])
 def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -> None:
     """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the
@@ -114,7 +140,7 @@ def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path) -> N
     """
     source, draw = write(tmp_path / "in", [*mixed(6 * KILLS), b"{bad", completion("c0")]), random.Random()
     options = ("--max-num-seqs", "4")
-    assert start(command(model, source, tmp_path / "whole", *options), tmp_path).wait(120) == 0
+    assert start(command(model, source, tmp_path / "whole", *options), tmp_path).wait(PATIENCE) == 0
     out, killed = tmp_path / "out", 0
     for _ in range(KILLS):
         there = out.read_bytes().count(b"\n") if out.exists() else 0
@@ -122,9 +148,9 @@ def test_a_run_that_is_killed_again_and_again(model: Model, tmp_path: Path) -> N
         wait_for_lines(out, there + draw.randrange(0, 4))
         time.sleep(draw.random() * 0.02)
         os.kill(process.pid, signal.SIGKILL)
-        killed += process.wait(60) == -signal.SIGKILL
+        killed += process.wait(PATIENCE) == -signal.SIGKILL
     assert killed == KILLS
-    assert start(command(model, source, out, *options), tmp_path).wait(120) == 0
+    assert start(command(model, source, out, *options), tmp_path).wait(PATIENCE) == 0
     lines = {
         name: sorted(path.read_bytes().splitlines(), key=lambda x: json.loads(x)["id"])
         for name, path in (("whole", tmp_path / "whole"), ("out", out))
@@ -140,10 +166,10 @@ def test_a_signal_ends_a_run_that_can_go_on(number: int, timeout: str, model: Mo
     process = start(arguments, tmp_path)
     wait_for_lines(out, 3)
     os.kill(process.pid, number)
-    assert process.wait(120) == UNFINISHED
+    assert process.wait(PATIENCE) == UNFINISHED
     there = len(read(out))
     assert 3 <= there < 80 and out.read_bytes().endswith(b"\n")
-    assert start(arguments, tmp_path).wait(120) == 0 and len(read(out)) == 80
+    assert start(arguments, tmp_path).wait(PATIENCE) == 0 and len(read(out)) == 80
 
 
 @pytest.mark.slow

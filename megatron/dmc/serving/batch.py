@@ -11,8 +11,10 @@ import dataclasses
 import hashlib
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from megatron.dmc.inference import Engine, RequestOutput, SamplingParams, StepOutput
@@ -72,12 +74,24 @@ class Summary:
     usage: UsageCount = field(default_factory=UsageCount)
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of the input."""
+
+    number: int
+    """From 1."""
+    custom_id: str
+    digest: str
+    """CRC-32 of the request, whatever its spaces and the order of its keys, by which a changed line is known."""
+    entry: Union[dict[str, Any], APIError]
+    """The JSON object, or what is wrong with it."""
+
+
 @dataclass
 class _Pending:
     """A line that is being completed."""
 
-    number: int
-    custom_id: str
+    line: Line
     body: GenerationRequest
     results: list[RequestOutput]
 
@@ -86,13 +100,32 @@ class _Pending:
 # request
 
 
-def read_line(raw: Optional[bytes]) -> Any:
-    """Parse a line's JSON object. Raises :class:`APIError`."""
+def read_line(number: int, raw: Optional[bytes]) -> Line:
+    """Parse a line; one that is longer than ``MAX_LINE`` is None."""
+    custom_id, digest = f"line-{number}", _digest((raw or b"").strip())
+    try:
+        entry = _json_object(raw)
+        custom_id = id_of(entry, number)
+        request = {key: value for key, value in entry.items() if key != "custom_id"}
+        digest = _digest(json.dumps(request, sort_keys=True).encode())
+    except RecursionError:
+        return Line(number, custom_id, digest, invalid("the line is not JSON: it is nested too deep"))
+    except APIError as error:
+        return Line(number, custom_id, digest, error)
+    return Line(number, custom_id, digest, entry)
+
+
+def _digest(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
+
+
+def _json_object(raw: Optional[bytes]) -> dict[str, Any]:
+    """A line's JSON object. Raises :class:`APIError`."""
     if raw is None:
         raise invalid(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:
         entry = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+    except ValueError as error:  # UnicodeDecodeError is one
         raise invalid(f"the line is not JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(entry, dict):
         raise invalid(f"the line must hold a JSON object, not {type(entry).__name__}")
@@ -151,6 +184,28 @@ def seeded(params: SamplingParams, custom_id: str, seed: int) -> SamplingParams:
     return dataclasses.replace(params, seed=int.from_bytes(digest, "little") >> 1)
 
 
+def check_same_input(path: str | Path, output: Output, shard: tuple[int, int] = (0, 1)) -> None:
+    """Refuse an output that another input's lines were written to.
+
+    Reads the input up to the first line that the output has, which is most often the first line.
+
+    Raises:
+        ValueError: the output has lines, and none of them is of the input, or of this shard of it.
+    """
+    if not output.done.ids:
+        return
+    source = Input(path)
+    try:
+        if any(read_line(number, raw).custom_id in output.done.ids for number, raw in source.lines(shard)):
+            return
+    finally:
+        source.close()
+    raise ValueError(
+        f"{output.path} belongs to another input: of its {len(output.done.ids)} lines none has the custom_id of a line "
+        f"of {path}; name another output file"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------ the
 # run
 
@@ -178,7 +233,8 @@ class BatchRunner:
         """Complete the lines that are left; what is written stays written.
 
         Raises:
-            ValueError: the input is damaged; all before the damage is completed.
+            ValueError: the input is damaged, or has another request where the output has the answer; all before that
+                line is completed.
         """
         began, lines = time.monotonic(), source.lines(self.options.shard)
         summary, more = self.summary, True
@@ -201,7 +257,7 @@ class BatchRunner:
             raise self._damage
         summary.complete = not more and not summary.unfinished
         if summary.complete:
-            summary.strangers = len(self.output.done.ids - self._seen)
+            summary.strangers = len(self.output.done.ids.keys() - self._seen)
         return summary
 
     def _take(self, lines: Iterator[tuple[int, Optional[bytes]]]) -> bool:
@@ -213,79 +269,78 @@ class BatchRunner:
             return False
         if not number:
             return False
-        custom_id = f"line-{number}"
+        line = read_line(number, raw)
         try:
-            entry = read_line(raw)
-            custom_id = id_of(entry, number)
+            self._start(line)
         except APIError as error:
-            self._start(number, custom_id, error)
-        else:
-            self._start(number, custom_id, entry)
+            self._fail(line, error)
+        except ValueError as error:
+            self._damage = error
+            return False
         return True
 
-    def _start(self, number: int, custom_id: str, entry: Union[dict[str, Any], APIError]) -> None:
-        done = self.output.done
+    def _start(self, line: Line) -> None:
+        """Queue a line that is not done. Raises :class:`APIError`, and ``ValueError`` for another line that is done."""
+        done, custom_id = self.output.done, line.custom_id
         if custom_id in self._seen:
-            if (number, custom_id) in done.duplicates:
-                self.summary.skipped += 1
-            else:
-                self._fail(
-                    number,
-                    custom_id,
-                    invalid(f"custom_id {custom_id[:200]!r} is that of an earlier line", "custom_id", DUPLICATE),
-                )
+            if (line.number, custom_id) not in done.duplicates:
+                raise invalid(f"custom_id {custom_id[:200]!r} is that of an earlier line", "custom_id", DUPLICATE)
+            self.summary.skipped += 1
             return
         self._seen.add(custom_id)
         if custom_id in done.ids:
+            if done.ids[custom_id] not in ("", line.digest):
+                raise ValueError(
+                    f"line {line.number} of the input ({custom_id[:200]!r}) is not the request that {self.output.path} "
+                    "has a line for: take that line out of it, or name another output file"
+                )
             self.summary.skipped += 1
             return
-        try:
-            if isinstance(entry, APIError):
-                raise entry
-            self._submit(number, custom_id, body_of(entry, self.options, self.prompts.max_model_len))
-        except APIError as error:
-            self._fail(number, custom_id, error)
+        if isinstance(line.entry, APIError):
+            raise line.entry
+        self._submit(line, body_of(line.entry, self.options, self.prompts.max_model_len))
 
-    def _submit(self, number: int, custom_id: str, body: GenerationRequest) -> None:
+    def _submit(self, line: Line, body: GenerationRequest) -> None:
         """Hand all prompts of a line to the engine, or none. Raises :class:`APIError`."""
         params = body.sampling_params(self.prompts.settings.default_sampling_params)
-        params = seeded(params, custom_id, self.options.seed)
+        params = seeded(params, line.custom_id, self.options.seed)
         try:
-            requests = self.prompts.requests(body, params, str(number))
+            requests = self.prompts.requests(body, params, str(line.number))
         except APIError as error:
             raise body.as_sent(error) from None
         for request in requests:
             self.engine.add(request)
         results = [RequestOutput.start(request) for request in requests]
-        self._pending[str(number)] = _Pending(number, custom_id, body, results)
+        self._pending[str(line.number)] = _Pending(line, body, results)
         self._unfinished += params.n * len(requests)
 
     def _take_output(self, output: StepOutput) -> None:
-        line, _, prompt = output.request_id.partition("-")
-        pending = self._pending.get(line)
+        number, _, prompt = output.request_id.partition("-")
+        pending = self._pending.get(number)
         if pending is None:  # another completion of its line has failed
             return
         pending.results[int(prompt)].add(output)
         if output.error is not None:
             self._abort(pending)
-            self._fail(pending.number, pending.custom_id, not_answered(output.error))
+            self._fail(pending.line, not_answered(output.error))
         elif all(result.finished for result in pending.results):
             self._forget(pending)
             self._write(pending)
 
     def _write(self, pending: _Pending) -> None:
-        name = hashlib.blake2b(pending.custom_id.encode(errors="surrogatepass"), digest_size=12).hexdigest()
+        line = pending.line
+        name = hashlib.blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=12).hexdigest()
         prefix = "chatcmpl" if isinstance(pending.body, ChatCompletionRequest) else "cmpl"
         body = response(pending.body, pending.results, self.options.model, self.prompts, f"{prefix}-{name}")
-        self.output.write(pending.number, pending.custom_id, 200, body)
+        self.output.write(line.number, line.custom_id, line.digest, 200, body)
         self.summary.completed += 1
         more, usage = usage_of(pending.results), self.summary.usage
         for item in dataclasses.fields(UsageCount):
             setattr(usage, item.name, getattr(usage, item.name) + getattr(more, item.name))
 
-    def _fail(self, number: int, custom_id: str, error: APIError) -> None:
+    def _fail(self, line: Line, error: APIError) -> None:
         told = {"code": error.code or error.type, "message": error.message}
-        self.output.write(number, custom_id, error.status, error.body(), told)
+        self.output.write(line.number, line.custom_id, line.digest, error.status, error.body(), told)
         self.summary.errors += 1
 
     def _abort(self, pending: _Pending) -> None:
@@ -294,5 +349,5 @@ class BatchRunner:
             self.engine.abort(result.request_id)
 
     def _forget(self, pending: _Pending) -> None:
-        del self._pending[str(pending.number)]
+        del self._pending[str(pending.line.number)]
         self._unfinished -= sum(len(result.outputs) for result in pending.results)

@@ -123,8 +123,8 @@ class Input:
 class Done:
     """Lines that the output has already."""
 
-    ids: set[str] = field(default_factory=set)
-    """Their ``custom_id``, without duplicates."""
+    ids: dict[str, str] = field(default_factory=dict)
+    """Their ``custom_id``, without duplicates, and the digest of the request; "" where an older version wrote none."""
     duplicates: set[tuple[int, str]] = field(default_factory=set)
     """Line number and ``custom_id`` of lines that got an error because their id was there before."""
     errors: int = 0
@@ -146,6 +146,13 @@ def _check_written(path: str | Path, number: int, line: bytes) -> tuple[int, dic
     if not (at.isdecimal() and len(at) < 19 and isinstance(custom, str) and isinstance(error, (dict, type(None)))):
         raise ValueError(f"{path}, line {number} is not a line that dmc batch writes; name another output file")
     return int(at), entry
+
+
+def _digest_of(entry: dict[str, Any]) -> str:
+    """Digest of the request in an entry that :meth:`Output.write` has written; "" in one of an older version."""
+    response = entry.get("response")
+    name = response.get("request_id") if isinstance(response, dict) else None
+    return name.rpartition("_")[2] if isinstance(name, str) and name.count("_") == 2 else ""
 
 
 class Output:
@@ -200,7 +207,7 @@ class Output:
                 if (entry["error"] or {}).get("code") == DUPLICATE:
                     self.done.duplicates.add((at, entry["custom_id"]))
                 else:
-                    self.done.ids.add(entry["custom_id"])
+                    self.done.ids[entry["custom_id"]] = _digest_of(entry)
                 self.done.errors += entry["error"] is not None
                 end += len(line)
         return end
@@ -218,16 +225,25 @@ class Output:
             )
 
     def write(
-        self, number: int, custom_id: str, status: int, body: dict[str, Any], error: Optional[dict[str, Any]] = None
+        self,
+        number: int,
+        custom_id: str,
+        digest: str,
+        status: int,
+        body: dict[str, Any],
+        error: Optional[dict[str, Any]] = None,
     ) -> None:
         """Append the response to input line ``number`` in OpenAI's form, in one write.
+
+        Args:
+            digest: of the request, for later runs.
 
         Raises:
             ValueError: the disk is full, or fails. The file ends with its last whole line then.
         """
         if self._fd is None:
             return
-        response = {"status_code": status, "request_id": f"req_{number}", "body": body}
+        response = {"status_code": status, "request_id": f"req_{number}_{digest}", "body": body}
         entry = {"id": f"{_PREFIX}{number}", "custom_id": custom_id, "response": response, "error": error}
         line = json.dumps(entry).encode() + b"\n"
         try:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron.dmc import flags
 from megatron.dmc.inference import Engine, EngineConfig
 from megatron.dmc.inference.text import load_tokenizer
-from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options
+from megatron.dmc.serving.batch import DRAIN, LEAVE, RUN, BatchRunner, Options, Summary, check_same_input
 from megatron.dmc.serving.batch_files import Input, Output
 from megatron.dmc.serving.config import BatchConfig
 from megatron.dmc.serving.prompts import Prompts, PromptSettings
@@ -78,10 +78,31 @@ def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str
     )
     if (defaults_of_model := prompt_settings.default_sampling_params) and first:
         flags.say(f"sampling parameters of lines without their own: {json.dumps(defaults_of_model)}", "stderr")
-    source = Input(config.input_file)
-    if os.path.exists(config.output_file) and os.path.samefile(config.input_file, config.output_file):
-        raise ValueError(f"{config.output_file} is the input; name another output file")
-    output = Output(config.output_file, True) if first else None  # before the weights are loaded: it may be in use
+    with contextlib.ExitStack() as files:
+        source = files.enter_context(contextlib.closing(Input(config.input_file)))
+        if os.path.exists(config.output_file) and os.path.samefile(config.input_file, config.output_file):
+            raise ValueError(f"{config.output_file} is the input; name another output file")
+        output = None
+        if first:  # before the weights are loaded: it may be in use, or another input's
+            output = files.enter_context(contextlib.closing(Output(config.output_file, True)))
+            check_same_input(config.input_file, output, config.shard)
+        summary = _complete(config, engine_config, defaults, stop, prompt_settings, source, output)
+    if first and not summary.complete:
+        flags.say("stopped before the end: run the same command again for the rest", "stderr")
+    return 0 if summary.complete else UNFINISHED
+
+
+def _complete(
+    config: BatchConfig,
+    engine_config: EngineConfig,
+    defaults: Mapping[str, Any],
+    stop: Stop,
+    prompt_settings: PromptSettings,
+    source: Input,
+    output: Optional[Output],
+) -> Summary:
+    """Load the model and complete the lines. ``output``: None on ranks other than the first."""
+    first = output is not None
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     engine = Engine(config.model, engine_config, tokenizer)
     output = _same_on_all_ranks(engine, output, config.output_file)
@@ -94,13 +115,10 @@ def _run(config: BatchConfig, engine_config: EngineConfig, defaults: Mapping[str
         summary = batch.run(source, progress)
     finally:
         done()
-        output.close()
-        source.close()
     if first:
+        output.close()
         flags.say(describe(summary, engine))
-        if not summary.complete:
-            flags.say("stopped before the end: run the same command again for the rest", "stderr")
-    return 0 if summary.complete else UNFINISHED
+    return summary
 
 
 def _same_on_all_ranks(engine: Engine, output: Optional[Output], path: str) -> Output:
