@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -131,14 +132,18 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys) -> None:
     for name in ("key", "plain"):
         add_tokenizer(tmp_path / name)
     (tmp_path / "latin.txt").write_bytes(b"\xe4\xf6\xfc")
+    (tmp_path / "bad.jsonl").write_text('{"text": "the"}\n{"txt": "quick"}\n')
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-9])
     text = ["--data", "t.txt", "--lengths", "4"]
     wrong = {
         "key has given up channels": ["key", *text],
         "plain is a plain model": ["plain", *text],
         "a vocabulary of 61 and": ["key", "--base", "plain", *text],
         "key decides by key channels": ["plain", "--base", "key", *text],
-        "t.txt: no document has 511 tokens": ["key", "--base", "plain", "--data", "t.txt"],
-        "latin.txt: it is no UTF-8 text": ["key", "--data", "latin.txt"],
+        "no document of {tmp}/t.txt has 511 tokens": ["key", "--base", "plain", "--data", "t.txt"],
+        "{tmp}/latin.txt is no UTF-8 text": ["key", "--data", "latin.txt"],
+        '{tmp}/bad.jsonl:2 is no JSON of the form {{"text"': ["key", "--data", "bad.jsonl"],
+        "{tmp}/bad.jsonl.gz:1: the gzip file is damaged": ["key", "--data", "bad.jsonl.gz"],
         "--heat-map is heads.jpg": ["key", *text, "--heat-map", "heads.jpg"],
         "--json is": ["key", "--base", "plain", *text, "--json", "plain"],
         "nowhere is not a directory": ["nowhere", *text],
@@ -146,4 +151,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys) -> None:
     }
     for message, arguments in wrong.items():
         assert main(["fidelity", *(str(tmp_path / a) if (tmp_path / a).exists() else a for a in arguments)]) == 2
-        assert message in capsys.readouterr().err, message
+        err = capsys.readouterr().err
+        assert message.format(tmp=tmp_path) in err, message
+        assert all(err.count(str(tmp_path / name)) <= 1 for name in ("t.txt", "latin.txt", "bad.jsonl")), err

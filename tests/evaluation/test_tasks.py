@@ -195,8 +195,8 @@ def test_identifiers_are_right_in_full_or_not() -> None:
 def test_windows_stay_inside_documents() -> None:
     assert windows([[1, 2, 3, 4, 5], [6], [7, 8]], 2).tolist() == [[1, 2], [3, 4], [7, 8]]
     assert windows([[1, 2, 3, 4]], 2, most=1).tolist() == [[1, 2]]
-    with pytest.raises(ValueError, match="no document has 9"):
-        windows([[1, 2]], 9)
+    with pytest.raises(ValueError, match="no document of some.jsonl has 9"):
+        windows([[1, 2]], 9, path="some.jsonl")
 
 
 def test_standard_error_of_the_mean() -> None:

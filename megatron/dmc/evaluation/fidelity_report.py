@@ -109,10 +109,7 @@ class Text:
 
         from megatron.dmc.evaluation.tasks import windows
 
-        try:
-            found = windows(map(self._encode, _documents(path)), length - len(self._bos), most)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        found = windows(map(self._encode, _documents(path)), length - len(self._bos), most, path)
         return F.pad(found, (1, 0), value=self._bos[0]) if self._bos else found
 
 
@@ -125,7 +122,7 @@ def _documents(path: str) -> Iterable[str]:
     try:
         return [Path(path).read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text ({error}); JSONL files have names that end in .jsonl") from None
+        raise ValueError(f"{path} is no UTF-8 text ({error}); JSONL files have names that end in .jsonl") from None
 
 
 def row(text: str, found: Fidelity, base: TeacherForced, model: TeacherForced) -> Row:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Self
 
 import torch
@@ -52,13 +53,16 @@ class Result:
     compression: Compression
 
 
-def windows(documents: Iterable[Sequence[int]], length: int, most: Optional[int] = None) -> Tensor:
+def windows(
+    documents: Iterable[Sequence[int]], length: int, most: Optional[int] = None, path: str | Path = "the text"
+) -> Tensor:
     """Cut documents into sequences of ``length`` tokens: int64 [n, length].
 
     A sequence never spans two documents; the rest of each document is dropped.
 
     Args:
         most: greatest number of sequences, after which no further document is read; None: all.
+        path: where the documents come from, for the message.
 
     Raises:
         ValueError: no document is as long.
@@ -66,7 +70,7 @@ def windows(documents: Iterable[Sequence[int]], length: int, most: Optional[int]
     cut = (ids[at : at + length] for ids in documents for at in range(0, len(ids) - length + 1, length))
     found = list(itertools.islice(cut, most))
     if not found:
-        raise ValueError(f"no document has {length} tokens; use shorter sequences")
+        raise ValueError(f"no document of {path} has {length} tokens; use shorter sequences")
     return torch.tensor(found, dtype=torch.long)
 
 

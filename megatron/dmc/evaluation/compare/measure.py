@@ -50,7 +50,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     policy = policy_of(spec["policy"], spec["ratio"])
     tokenizer, tasks = load_tokenizer(spec["tokenizer"]), spec["tasks"]
     documents = [tokenizer.encode(text) for text in read_texts(spec["valid"])]
-    tokens = windows(documents, spec["length"], tasks["windows"])
+    tokens = windows(documents, spec["length"], tasks["windows"], spec["valid"])
     material, batch = TextMaterial(tokenizer, documents), tasks["batch"]
     samples = {name: tasks[f"recall_{name}"] for name in ("lengths", "depths", "samples")}
     results = {

@@ -85,12 +85,12 @@ def make_tasks(config: ReleasedConfig, tokenizer: Tokenizer) -> Iterator[Task]:
         documents[kind] = [tokenizer.encode(document) for document in read_texts(path)]
     for kind, found in documents.items():
         for length in text.lengths:
-            rows = windows(found, length, max(1, text.tokens // length)).tolist()
+            rows = windows(found, length, max(1, text.tokens // length), text.files[kind]).tolist()
             yield Task("whole", kind, length, [Sample([], row) for row in rows])
     for kind, found in documents.items():
         for length in text.contexts:
             # The first token after the context is given: the tokens behind it are scored.
-            rows = windows(found, length + text.continuation + 1, text.samples).tolist()
+            rows = windows(found, length + text.continuation + 1, text.samples, text.files[kind]).tolist()
             yield Task("context", kind, length, [Sample(row[:length], row[length:]) for row in rows])
     for keys in config.recall.keys:
         for length in config.recall.lengths:
