@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Optional
 from unittest import mock
 
+from helpers.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 _starting = threading.Lock()
 
@@ -66,7 +68,9 @@ class Forked:
         self._process.join()
 
 
-def run_ranks(target: Path | str, count: int, args: Sequence[object], directory: Path, timeout: float = 120) -> str:
+def run_ranks(
+    target: Path | str, count: int, args: Sequence[object], directory: Path, timeout: float = PATIENCE
+) -> str:
     """Run ``target``, a script or the name of a module, as ``count`` ranks of one group, each with one thread. Returns
     what they say. Raises AssertionError with the end of it when one of them fails, or ``timeout`` seconds have passed.
     """
@@ -93,7 +97,7 @@ def run_ranks(target: Path | str, count: int, args: Sequence[object], directory:
     return said
 
 
-def run(command: Sequence[object], log: Path, timeout: float = 120, status: int = 0) -> str:
+def run(command: Sequence[object], log: Path, timeout: float = PATIENCE, status: int = 0) -> str:
     """Run one command, which begins with ``sys.executable``, with one thread. Returns what it says. Raises
     AssertionError with the end of it when it ends with another status, or not in time.
     """

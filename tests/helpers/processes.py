@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PATIENCE = 120.0
+"""Seconds after which a test gives up on what must come. Many, so that it means a fault and not a machine under load:
+where all is well they do not pass."""
 TAIL = 8000  # characters of each stream that a failure shows
 
 
@@ -44,7 +47,7 @@ def run_command(
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = PATIENCE,
     check: bool = True,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from helpers.engines import Model, all_back
+from helpers.processes import PATIENCE
 
 from megatron.dmc.inference import Engine, EngineConfig
 from megatron.dmc.inference.input_processor import InputProcessor
@@ -71,7 +72,7 @@ def make_prompts(
     return Prompts(InputProcessor(tokenizer, vocab_size, max_model_len, cache, 1.0, "the model"), settings)
 
 
-def until(true: Callable[[], object], seconds: float = 30) -> None:
+def until(true: Callable[[], object], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it has not come true"
@@ -128,15 +129,15 @@ class Running:
 
     def __enter__(self) -> Running:
         self._thread.start()
-        assert self._ready.wait(30)
-        deadline = time.monotonic() + 30
+        assert self._ready.wait(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
         while not self.server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self.server.stop)
-        self._thread.join(60)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
 
     def ask(
@@ -189,7 +190,7 @@ class Running:
 
     def settle(self) -> None:
         """Wait until nothing runs; then every page and every place in the queue must be free."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         runner = self.service.runner
         while (runner.unfinished or self.service.gate.in_flight) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -20,6 +20,7 @@ from typing import Optional
 
 import torch
 from helpers import forked
+from helpers.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 for folder in ("tools", "examples/dmc", "tests"):
@@ -27,6 +28,8 @@ for folder in ("tools", "examples/dmc", "tests"):
         sys.path.insert(0, str(ROOT / folder))
 
 VOCABULARY, SEQ = 512, 32
+GO_ON = "goes_on"
+"""Name of the file that ends a ``pause``."""
 MODEL = dict(
     num_layers=2,
     hidden_size=32,
@@ -114,7 +117,7 @@ class Run:
     ) -> None:
         self.log, self.spy, self.marker = directory / "log", directory / "spy", directory / "hangs"
         directory.mkdir(parents=True, exist_ok=True)
-        for path in (self.log, self.spy, self.marker):
+        for path in (self.log, self.spy, self.marker, self.marker.with_name(GO_ON)):
             path.unlink(missing_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -135,8 +138,13 @@ class Run:
 
     def signal(self, number: int, rank: int = 0) -> None:
         os.kill(self.ranks[rank].pid, number)
+        self.go_on()
 
-    def join(self, status: Optional[int] = 0, timeout: float = 60) -> Run:
+    def go_on(self) -> None:
+        """End a ``pause``."""
+        self.marker.with_name(GO_ON).touch()
+
+    def join(self, status: Optional[int] = 0, timeout: float = PATIENCE) -> Run:
         """Wait for the end; ``status`` is what every rank must exit with (None: anything)."""
         end = time.monotonic() + timeout
         for process in self.ranks:
@@ -150,10 +158,10 @@ class Run:
         assert status is None or codes == [status] * len(codes), f"exit status {codes}:\n{self.output()}"
         return self
 
-    def wait_for_hang(self, timeout: float = 60) -> None:
+    def wait_for_hang(self, timeout: float = PATIENCE) -> None:
         self.wait_for(self.marker.exists, timeout)
 
-    def wait_for(self, condition, timeout: float = 60) -> None:
+    def wait_for(self, condition, timeout: float = PATIENCE) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end and self.ranks[0].is_alive(), f"waited in vain:\n{self.output()}"
@@ -215,7 +223,7 @@ def _hang(where: str, marker: Path) -> None:
 
     step: between forward and backward of a training step. shards, metadata, manifest, rename: in the middle of a
     checkpoint's tensors, before its metadata.json, before its manifest, before it gets its name. pause: like step, but
-    goes on after two seconds (time for a signal to arrive in).
+    goes on when :meth:`Run.signal` has sent a signal, or :meth:`Run.go_on` says so.
     """
     import functools
 
@@ -243,7 +251,9 @@ def _hang(where: str, marker: Path) -> None:
         count += 1
         if count == int(wanted):
             marker.touch()
-            time.sleep(2 if name == "pause" else 600)
+            end = time.monotonic() + 600
+            while time.monotonic() < end and not (name == "pause" and marker.with_name(GO_ON).exists()):
+                time.sleep(0.01)
         return inner(*args, **named)
 
     setattr(owner, attribute, patched)

@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 from helpers.engines import Model
-from helpers.processes import ROOT, subprocess_env
+from helpers.processes import PATIENCE, ROOT, subprocess_env
 from helpers.serving import CHAT, COMPLETIONS, GREEDY, IGNORE, Running, client, make_model, samples, until
 
 from megatron.dmc import __version__
@@ -135,7 +135,7 @@ def test_the_examples_of_the_guide(server: Running, capsys: pytest.CaptureFixtur
     assert set(blocks) == {"bash", "python"}
     script, program = (blocks[name].replace("http://localhost:8000", server.url) for name in ("bash", "python"))
     env = subprocess_env({"DMC_API_KEY": "x"})
-    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=env)
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert json.loads(told.stdout)["usage"]["completion_tokens"] > 0, told
     exec(compile(program, "docs/serving.md", "exec"), {})
     assert float(capsys.readouterr().out.split()[-1]) > 1
@@ -168,7 +168,7 @@ def test_curl(server: Running, model: Model) -> None:
     """As the guide tells it."""
     body = json.dumps({"prompt": "one two", "stream": True} | GREEDY | IGNORE)
     command = ["curl", "-sN", server.url + COMPLETIONS, "-H", "Content-Type: application/json", "-d", body]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split("\n\n")
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of(model, "one two")
@@ -234,7 +234,7 @@ def test_chat_streaming_equals_whole(server: Running) -> None:
 
 def test_a_stream_comes_token_by_token(server: Running) -> None:
     """The first event is there long before the last token is."""
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
     body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 200, **IGNORE}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

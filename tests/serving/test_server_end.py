@@ -17,7 +17,7 @@ import psutil
 import pytest
 from helpers.engines import Model
 from helpers.forked import Forked
-from helpers.processes import subprocess_env
+from helpers.processes import PATIENCE, subprocess_env
 from helpers.serving import Running, make_model, until
 from test_server import COMPLETIONS, GREEDY, IGNORE, samples
 
@@ -80,7 +80,7 @@ def start(model: Model, log: Path, *options: str, **env: str) -> tuple[Forked, s
     """``dmc serve`` in a process of its own, and its URL."""
     command = [sys.executable, "-m", "megatron.dmc.cli", "serve", model.path, "--port", "0", *options]
     process = Forked(command, log, subprocess_env(env))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (found := re.search(r"on (http://\S+)\n", said := log.read_text() if log.exists() else "")):
         assert process.is_alive() and time.monotonic() < deadline, said
         time.sleep(0.01)
@@ -102,7 +102,7 @@ def follower_of(process: Forked) -> psutil.Process:
 
 def post(url: str, body: dict, key: str = "") -> tuple[int, str]:
     host, port = url.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
     try:
         connection.request(
             "POST",
@@ -150,7 +150,7 @@ def test_sigterm_under_load(model: Model, tmp_path: Path) -> None:
             process.terminate()
             for one in asking:
                 one.result()
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
         # Refused to connect, or told so; never a connection that was accepted and closed without an answer
         # (RemoteDisconnected).
         assert all(type(error) in (ConnectionRefusedError, ConnectionResetError) for error in refused), refused
@@ -186,7 +186,7 @@ def test_two_ranks(model: Model, tmp_path: Path) -> None:
         follower = follower_of(process)
         assert follower.is_running()
         process.terminate()
-        assert process.wait(60) == 0 and not follower.is_running()
+        assert process.wait(PATIENCE) == 0 and not follower.is_running()
     finally:
         process.kill()
     process, url = start(model, tmp_path / "2", "--tensor-parallel-size", "2")
@@ -199,7 +199,7 @@ def test_two_ranks(model: Model, tmp_path: Path) -> None:
             assert time.monotonic() < deadline, health
             time.sleep(0.1)
         process.terminate()
-        assert process.wait(60) == 1
+        assert process.wait(PATIENCE) == 1
     finally:
         process.kill()
 
@@ -209,7 +209,7 @@ def test_while_it_drains(model: Model) -> None:
     with Running(model.path) as server:
         step = server.engine.step
         server.engine.step = lambda: (time.sleep(0.01), step())[1]  # type: ignore[method-assign]
-        kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for _ in range(2)]
+        kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(2)]
         for connection in kept:
             connection.request("GET", "/health")
             assert connection.getresponse().read() == b"{}"
@@ -293,7 +293,7 @@ def test_an_engine_that_hangs_does_not_stop_the_end(model: Model, monkeypatch: p
     monkeypatch.setattr(async_engine, "LAST_STEP", 0.2)
     released = threading.Event()
     with Running(model.path, timeout=0.2) as server:
-        monkeypatch.setattr(server.engine, "step", lambda: released.wait(60) and [])
+        monkeypatch.setattr(server.engine, "step", lambda: released.wait(PATIENCE) and [])
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(server.ask, COMPLETIONS, {"prompt": "a"})
             until(lambda: server.service.runner.unfinished)
@@ -330,7 +330,7 @@ def test_sigterm_while_ranks_load(model: Model, tmp_path: Path) -> None:
     try:
         follower = follower_of(process)
         process.terminate()
-        assert process.wait(20) == -signal.SIGTERM
+        assert process.wait(PATIENCE) == -signal.SIGTERM
         until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE)
     finally:
         process.kill()
@@ -348,7 +348,7 @@ def test_a_rank_that_hangs(model: Model, tmp_path: Path) -> None:
             time.sleep(1)
             process.terminate()
             assert asked.result()[0] in (500, 503)
-        assert process.wait(60) == 1
+        assert process.wait(PATIENCE) == 1
         until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE)
     finally:
         process.kill()

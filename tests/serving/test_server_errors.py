@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from helpers.engines import Model
+from helpers.processes import PATIENCE
 from helpers.serving import CHAT, COMPLETIONS, IGNORE, Running, client, until
 
 from megatron.dmc.serving.async_engine import Limits
@@ -99,7 +100,7 @@ def test_keys_and_sizes(model: Model, caplog: pytest.LogCaptureFixture) -> None:
         status, _, text = server.ask(COMPLETIONS, raw=b" " * 2001, headers=right)
         assert status == 413 and json.loads(text)["error"]["code"] == "request_too_large"
         # A length that is not told.
-        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
         head += "Authorization: Bearer sk-first\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode() + b"3e8\r\n" + b" " * 1000 + b"\r\n" + b"5dc\r\n" + b" " * 1500 + b"\r\n")
@@ -127,7 +128,7 @@ def test_a_full_queue(model: Model) -> None:
 def test_a_client_that_leaves_frees_its_pages(server: Running, stream: bool) -> None:
     aborted = 'dmc:request_success_total{engine="0",finished_reason="abort",model_name="m"} '
     before = float(server.ask("/metrics")[2].split(aborted)[1].split()[0])
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
     body = json.dumps({"prompt": ["a", "b"], "stream": stream, "max_tokens": 254 - 10, **IGNORE}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.engines import Model
-from helpers.processes import ROOT
+from helpers.processes import PATIENCE, ROOT
 from helpers.serving import COMPLETIONS, IGNORE, Running, samples, until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -109,7 +109,7 @@ def test_metrics(model: Model) -> None:
 
 
 def test_metrics_of_what_runs(server: Running) -> None:
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
     body = json.dumps({"prompt": "a" * 100, "stream": True, "max_tokens": 150, **IGNORE}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

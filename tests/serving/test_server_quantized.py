@@ -7,13 +7,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from helpers.processes import PATIENCE
 from helpers.serving import GREEDY, IGNORE, make_model
 from test_server import samples
 from test_server_end import post, start
 
 
 def get(url: str, path: str) -> str:
-    with urllib.request.urlopen(url + path, timeout=60) as answer:
+    with urllib.request.urlopen(url + path, timeout=PATIENCE) as answer:
         return answer.read().decode()
 
 
@@ -35,7 +36,7 @@ def test_quantized_weights_and_cache(tmp_path: Path, ranks: int) -> None:
         (slot_bytes,) = (value for name, value in samples(metrics).items() if name.startswith("dmc:cache_slot_bytes"))
         assert slot_bytes == 2 * (model.exported.d + 2) and 'cache_dtype="int8"' in metrics
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()

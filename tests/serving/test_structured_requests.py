@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.processes import PATIENCE
 from helpers.serving import CHAT, COMPLETIONS, TEMPLATE, Running, client, until
 from helpers.structured import make_model
 from pydantic import BaseModel
@@ -174,7 +175,7 @@ def test_others_go_on_while_a_grammar_is_compiled(server: Running, monkeypatch: 
     def slow(self: grammar.GrammarCompiler, params: object) -> object:
         if threading.current_thread().name.startswith("dmc-grammars"):
             asked.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE)
         return compile_(self, params)
 
     monkeypatch.setattr(grammar.GrammarCompiler, "compile", slow)
@@ -185,7 +186,7 @@ def test_others_go_on_while_a_grammar_is_compiled(server: Running, monkeypatch: 
     until(asked.is_set)
     assert server.json(path, body | {"max_tokens": 4})["choices"][0]["finish_reason"] and not results
     go_on.set()
-    waiting.join(30)
+    waiting.join(PATIENCE)
     assert results[0]["choices"][0]["finish_reason"] == "stop"
 
 

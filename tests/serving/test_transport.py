@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import h11
 import pytest
 from helpers.engines import Model
+from helpers.processes import PATIENCE
 from helpers.serving import COMPLETIONS, Running, until
 
 from megatron.dmc.serving.bodies import default_max_body_bytes
@@ -35,7 +36,7 @@ def server(model: Model) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def connected(server: Running) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock:
         yield sock
 
 
@@ -65,7 +66,7 @@ def code_of(answer: tuple[int, dict | None]) -> tuple[int, str]:
 
 def test_segments_are_sent_at_once(server: Running) -> None:
     """Nagle's algorithm is off on accepted connections: with it, a response waits for the client's delayed ACK."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     try:
         connection.request("GET", "/health")
         assert connection.getresponse().read() == b"{}"

@@ -14,6 +14,7 @@ import time
 
 import pytest
 from helpers import tiny
+from helpers.processes import PATIENCE
 
 from megatron.dmc.training import disk, preemption, save_lock
 from megatron.dmc.training.save_lock import SaveLock
@@ -81,7 +82,7 @@ def _hold(save, says, held, leave):
         os.ftruncate(lock._descriptor, 0)
         os.pwrite(lock._descriptor, says.encode(), 0)
     held.set()
-    leave.wait(20)
+    leave.wait(PATIENCE)
     lock.release()
 
 
@@ -95,7 +96,7 @@ def holder(tmp_path):
         process = context.Process(target=_hold, args=(str(tmp_path), says, held, leave))
         started.append(process)
         process.start()
-        assert held.wait(20)
+        assert held.wait(PATIENCE)
         return process, leave
 
     yield start
@@ -154,6 +155,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(data, tmp_path):
     run = tiny.Run(command(data, save), tmp_path / "a", hang="pause:6")  # behind the first checkpoint
     run.wait_for_hang()
     resource.prlimit(run.ranks[0].pid, resource.RLIMIT_FSIZE, (60000, 60000))
+    run.go_on()
     run.join(1)
     assert f"error: writing {save} failed: File too large; look at the disk, then run" in run.output()
     assert "Traceback" not in run.output()

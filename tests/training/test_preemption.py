@@ -226,7 +226,7 @@ def test_a_signal_ends_an_evaluation(data, whole, tmp_path):
     )  # the 2nd batch of the evaluation
     run.wait_for_hang()
     run.signal(signal.SIGTERM)
-    run.join(0, timeout=30)
+    run.join(0)
     assert "validation at iteration 3 was left before its end" in run.output()
     assert "leaving at iteration 3 of 6: signal 15; saved at iteration 3" in run.output()
     tiny.run(command(data, tmp_path / "save"), tmp_path / "b")

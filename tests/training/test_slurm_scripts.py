@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.processes import PATIENCE
 
 from megatron.dmc.training import host_monitor
 
@@ -59,7 +60,8 @@ class Stand:
         self.command("srun", f'case "$*" in\n{cases}\nesac')
         self.calls_file.unlink(missing_ok=True)
         env = {"PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}", **BASE, **variables}
-        return subprocess.run(["bash", SCRIPTS / script, *args], env=env, text=True, capture_output=True, timeout=30)
+        command = ["bash", SCRIPTS / script, *args]
+        return subprocess.run(command, env=env, text=True, capture_output=True, timeout=PATIENCE)
 
     def calls(self, name: str) -> list[list[str]]:
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
