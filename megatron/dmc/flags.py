@@ -75,12 +75,13 @@ def _usage(action: argparse.Action) -> str:
     return f"{action.option_strings[-1]} {name}" if action.option_strings else f"{name} ..." if action.nargs else name
 
 
-def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Exception], ...] = (ValueError,)) -> int:
+def run(parser: Parser, argv: Optional[Sequence[str]]) -> int:
     """Parse a command line and call the ``run`` that the parser sets. Returns the exit status.
+
+    ``ValueError`` and what the system says of a file become one line on stderr and status 2.
 
     Args:
         argv: arguments, or None for those of the process.
-        refused: exceptions that become one line on stderr and status 2.
     """
     try:
         args = parser.parse_args(argv)
@@ -95,8 +96,8 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
             return 141  # as a shell reports a program that SIGPIPE has ended: whoever closed the pipe has had enough
         say(f"error: stdout cannot be written: {error.strerror}", "stderr")
         return 2
-    except refused as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: {parser.prog} {missing(error)}", file=sys.stderr)
@@ -105,9 +106,7 @@ def run(parser: Parser, argv: Optional[Sequence[str]], refused: tuple[type[Excep
         return 130
 
 
-def entry(
-    build_parser: Callable[[], Parser], refused: tuple[type[Exception], ...] = (ValueError,), unwinds: bool = False
-) -> Callable[[Optional[Sequence[str]]], int]:
+def entry(build_parser: Callable[[], Parser], unwinds: bool = False) -> Callable[[Optional[Sequence[str]]], int]:
     """The ``main`` of a command, which takes its arguments, or None for those of the process, as :func:`run` does.
 
     Args:
@@ -118,9 +117,18 @@ def entry(
     def main(argv: Optional[Sequence[str]] = None) -> int:
         if unwinds:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        return run(build_parser(), argv, refused)
+        return run(build_parser(), argv)
 
     return main
+
+
+def one_line(error: Exception) -> str:
+    """Message of an exception on one line; of the system's about a file, the file and what is wrong with it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        name = str(error.filename)
+        text = f"{name if len(name) <= 500 else name[:500] + '...'}: {error.strerror}"
+    return " ".join(text.splitlines())
 
 
 class _StdoutError(OSError):

@@ -203,8 +203,40 @@ def run(args):
     return 0
 parser = flags.Parser(prog="dmc")
 parser.set_defaults(run=run)
-sys.exit(flags.run(parser, [], (ValueError, OSError)))
+sys.exit(flags.run(parser, []))
 """
     line = f"set -o pipefail; {command.format(python=sys.executable, code=code)}"
     result = subprocess.run(["bash", "-c", line], env=subprocess_env(), capture_output=True, text=True, timeout=60)
     assert result.returncode == expected and result.stderr.strip() == says, result.stderr
+
+
+NOWHERE = "x" * 300
+"""A name that no file system takes: the system says so, whatever is asked of it."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"generate {NOWHERE} --prompt a",
+        f"serve {NOWHERE}",
+        f"batch -i {NOWHERE} -o out --model m",
+        f"bench throughput {NOWHERE}",
+        f"convert inspect {NOWHERE}",
+        f"convert import --hf {NOWHERE} --save out",
+        f"convert import --gguf {NOWHERE} --save out",
+        f"convert export --load {NOWHERE} --save out",
+        f"convert verify --hf {NOWHERE}",
+        f"data describe {NOWHERE} --tokenizer t",
+        f"eval fidelity {NOWHERE} --data t.txt",
+        f"compare {NOWHERE}",
+        f"plan {NOWHERE}",
+        f"train --config {NOWHERE}",
+        f"train --stage pretrain --train-iters 1 --save {NOWHERE} --tokenizer t --data-path d",
+        "plan llama2-7b --json /dev/null/x",
+    ],
+)
+def test_what_the_system_says_of_a_file_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1000
+    assert ("File name too long" if NOWHERE in command else "/dev/null/x: Not a directory") in err

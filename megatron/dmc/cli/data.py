@@ -24,7 +24,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-main = flags.entry(build_parser, refused=(ValueError, OSError), unwinds=True)
+main = flags.entry(build_parser, unwinds=True)
 
 
 def _describe(config: DescribeConfig) -> int:

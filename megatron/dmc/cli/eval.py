@@ -35,7 +35,7 @@ def build_parser() -> flags.Parser:
     return parser
 
 
-main = flags.entry(build_parser, refused=(ValueError, OSError))
+main = flags.entry(build_parser)
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def serving_report(s: dict[str, Any]) -> str:
     )
 
 
-main = flags.entry(build_parser, refused=(ValueError, OSError))
+main = flags.entry(build_parser)
 
 
 def _run(args: PlanConfig) -> int:

@@ -16,7 +16,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Optional
 
-from megatron.dmc import schedule
+from megatron.dmc import flags, schedule
 from megatron.dmc.config import RunConfig
 from megatron.dmc.training.disk import DiskError
 from megatron.dmc.training.save_lock import SaveLock
@@ -69,7 +69,9 @@ def _main(argv: Optional[list[str]]) -> int:
         lock.acquire(start.path if start is not None and start.resumes else None)
         if lock.warning:
             warned.append(lock.warning)
-    except ValueError as error:
+    except DiskError:
+        raise
+    except (ValueError, OSError) as error:
         return _refuse(error)
     try:
         return _run(config, tokenizer, start, restarts, warned)
@@ -161,12 +163,12 @@ def _check_packages(config: RunConfig) -> None:
     resolve_transformer_impl(config.training.transformer_impl)
 
 
-def _refuse(error: ValueError) -> int:
+def _refuse(error: ValueError | OSError) -> int:
     """Print one message for all ranks. The others wait: a launcher ends rank 0 as soon as another rank has ended."""
     from megatron.dmc.training import initialize
 
     if initialize.is_rank_0():
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+        print(f"error: {flags.one_line(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     return 2
