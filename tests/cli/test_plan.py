@@ -5,6 +5,7 @@ bad input.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny  # puts tools/ on the path
+from helpers import families, tiny  # tiny puts tools/ on the path
 from helpers.in_process import megatron_in_process, run_config
 
+from megatron.dmc.checkpoint import convert
 from megatron.dmc.cli import plan
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
@@ -438,6 +440,7 @@ def test_the_nearest_layout_comes_first(capsys):
         ("{tmp}/broken.json", "cannot be read"),
         ("{tmp}/list.json", "must be a mapping"),
         ("{tmp}/gpt2.json", "gpt2"),
+        ("{tmp}", "has no config.json, and is no checkpoint"),
     ],
 )
 def test_bad_input_is_one_message(arguments, says, tmp_path, capsys):
@@ -481,6 +484,17 @@ def test_a_hugging_face_config(tmp_path, capsys):
         assert estimates.parameters(model) == estimates.parameters(ours)
     assert plan.main([str(tmp_path), "--gpus", "8", "--tp", "4"]) == 0
     assert "8.03B parameters" in capsys.readouterr().out
+
+
+def test_a_checkpoint(tmp_path, capsys):
+    """What ``dmc convert import`` has written, and a --save directory around it."""
+    families.make("llama3.1", tmp_path / "hf")
+    convert.import_hf(tmp_path / "hf", tmp_path / "save" / "iter_0000000", progress=convert.Progress(lambda text: None))
+    wanted = plan.load_model(str(tmp_path / "hf"))
+    for name in ("save", "save/iter_0000000"):
+        assert plan.load_model(str(tmp_path / name)) == wanted
+    assert plan.main([str(tmp_path / "save"), "--gpus", "1"]) == 0
+    assert re.search(r"^model +0\.\d\dM parameters: attention 0\.\d\dM", capsys.readouterr().out)
 
 
 def test_as_a_script_with_json_and_without_torch(tmp_path):

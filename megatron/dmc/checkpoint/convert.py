@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron.dmc.checkpoint import checksums, mapping
 from megatron.dmc.checkpoint.formats import adapter, gguf, hf, legacy, megatron, torch_dist
-from megatron.dmc.checkpoint.formats.base import Format, Given, Source
+from megatron.dmc.checkpoint.formats.base import Format, Given, Source, count
 from megatron.dmc.checkpoint.manifest import write_files, write_hf_files
 from megatron.dmc.checkpoint.model_card import REMOTE_CODE, model_card, tokenizer_files
 from megatron.dmc.checkpoint.staging import staged
@@ -72,7 +72,7 @@ def announce(what: str, tensors: Mapping[str, Lazy], target: Path, progress: Pro
     # Blocks are at most a chunk (rows that alone are larger come whole); a few are in flight, and of each size.
     memory = 2 * Buffers.DEPTH * min(largest, torch_dist.CHUNK_BYTES) + (256 << 20)
     progress.say(
-        f"{what}: {len(tensors)} tensors, {elements / 1e9:.2f} billion parameters, {_size(nbytes)} to read and write; "
+        f"{what}: {len(tensors)} tensors, {count(elements)} parameters, {_size(nbytes)} to read and write; "
         f"at most {_size(memory)} of memory beside the interpreter's; {_size(free)} free on disk; about "
         f"{nbytes / 5e8 / 60:.0f} min at 0.5 GB/s"
     )

@@ -24,7 +24,8 @@ class PlanConfig:
     """Model, layout and hardware of a plan."""
 
     model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
-    """Shipped configuration (such as llama2-7b), configuration file, or Hugging Face config.json or its directory."""
+    """Shipped configuration (such as llama2-7b), configuration file, Hugging Face config.json or its directory, or
+    directory of a checkpoint."""
     json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
     """File to write all figures to, in bytes and fractions."""
 
@@ -98,7 +99,8 @@ def shipped() -> dict[str, Path]:
 
 
 def load_model(name: str) -> RunConfig:
-    """Run of a shipped configuration, a configuration file, or a Hugging Face config.json or its directory.
+    """Run of a shipped configuration, a configuration file, a Hugging Face config.json or its directory, or a
+    checkpoint, of which the model and the method count.
 
     Raises:
         ValueError: no such model, or a file that cannot be read.
@@ -108,6 +110,8 @@ def load_model(name: str) -> RunConfig:
         return RunConfig.from_dict(load_file(shipped()[name]))
     if not path.exists():
         raise ValueError(f"model {name} is no file and none of the shipped ones: {', '.join(sorted(shipped()))}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        return _of_checkpoint(path)
     path = path / "config.json" if path.is_dir() else path
     data = load_file(path)
     if path.suffix != ".json" or not isinstance(data, dict) or isinstance(data.get("model"), dict):
@@ -115,7 +119,23 @@ def load_model(name: str) -> RunConfig:
     from megatron.dmc.checkpoint.formats import dms
     from megatron.dmc.checkpoint.mapping import from_hf_config
 
-    run = RunConfig(model=from_hf_config(dms.canonical_config(path.parent, data)[0]))
+    return _with_defaults(RunConfig(model=from_hf_config(dms.canonical_config(path.parent, data)[0])))
+
+
+def _of_checkpoint(path: Path) -> RunConfig:
+    """Run with the model and the method of a checkpoint, or of the newest one of a --save directory."""
+    from megatron.dmc.checkpoint.manifest import resolve_checkpoint
+
+    try:
+        saved = RunConfig.from_dict(load_file(resolve_checkpoint(path) / "config.yaml"))
+    except ValueError as error:
+        raise ValueError(f"{path} has no config.json, and is no checkpoint: {error}") from None
+    run = RunConfig(model=saved.model, dmc=saved.dmc)
+    run.training.freeze_base = saved.training.freeze_base
+    return _with_defaults(run)
+
+
+def _with_defaults(run: RunConfig) -> RunConfig:
     run.parallel.use_distributed_optimizer = run.training.bf16 = True
     run.data.seq_length = min(run.data.seq_length, run.model.max_position_embeddings)
     return run
@@ -214,7 +234,7 @@ def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]
         for name, f in times.items()
     ]
     counts, batch = figures["parameters"], run.training.global_batch_size
-    parts = ", ".join(f"{name} {n / 1e9:.2f}B" for name, n in counts.items() if name != "total" and n > 5e6)
+    parts = ", ".join(f"{k} {_count(n)}" for k, n in counts.items() if k != "total" and n > counts["total"] / 1000)
     tensor = f"TP {tp}{' with SP' if p.sequence_parallel else ''}"
     pipeline = f"PP {pp}{f' ({v} chunks each)' if v > 1 else ''}"
     sharing = "optimizer sharded over DP" if p.use_distributed_optimizer else "optimizer whole on every rank"
@@ -224,7 +244,7 @@ def training_report(run: RunConfig, gpus: int, fit: Fit, figures: dict[str, Any]
         trained, zero_out = f"; {adapters / 1e6:.2f}M in adapters{frozen}", ""
     return "\n".join(
         [
-            f"model       {counts['total'] / 1e9:.2f}B parameters: {parts}{trained}",
+            f"model       {_count(counts['total'])} parameters: {parts}{trained}",
             f"layout      {gpus} GPUs = {tensor} x {pipeline} x DP {figures['dp']}; {sharing}; "
             f"recomputation {recomputation(run)}",
             f"batch       {batch} sequences x {run.data.seq_length} = {figures['tokens_per_step']:,} tokens/step"
@@ -294,6 +314,10 @@ def _run(args: PlanConfig) -> int:
     if wrong:
         _refuse(wrong, nearest, fit)
     return 2 if wrong else 0
+
+
+def _count(parameters: float) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.2f}M"
 
 
 def _refuse(wrong: str, nearest: Sequence[tuple[RunConfig, int]], fit: Fit) -> None:

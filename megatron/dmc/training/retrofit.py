@@ -53,6 +53,7 @@ def _main(argv: Optional[list[str]]) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
     warnings.filterwarnings("ignore", message=".*full scope is deprecated.*")
+    warnings.filterwarnings("ignore", message="Please use DTensor instead")  # torch's, of megatron-core's checkpoints
     from megatron.dmc.training import initialize
     from megatron.dmc.training.preemption import RestartGuard
 

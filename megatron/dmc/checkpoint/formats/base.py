@@ -134,8 +134,12 @@ def weight_row(tensors: Iterable[Lazy]) -> Row:
     nbytes = sum(t.nbytes for t in tensors)
     elements = sum(t.nbytes // t.dtype.itemsize for t in tensors)
     types = Counter(str(t.dtype).removeprefix("torch.") for t in tensors)
-    size = f"{elements / 1e9:.2f} billion" if elements >= 1e8 else f"{elements:,}"
-    return ("weights", f"{len(tensors)} tensors, {size} parameters, {nbytes:,} bytes, {', '.join(types)}")
+    return ("weights", f"{len(tensors)} tensors, {count(elements)} parameters, {nbytes:,} bytes, {', '.join(types)}")
+
+
+def count(parameters: int) -> str:
+    """Number of parameters for people."""
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e8 else f"{parameters:,}"
 
 
 def decision_rows(dmc: DMCConfig) -> list[Row]:
