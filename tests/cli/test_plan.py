@@ -23,6 +23,7 @@ from megatron.dmc.model import DMCGPTModel, DMCStep
 from megatron.dmc.planning import estimates
 from megatron.dmc.planning.layouts import with_layout
 from megatron.dmc.training.distillation import Teacher
+from megatron.dmc.training.distillation_loss import Distillation
 from megatron.dmc.training.metrics import flops_per_token
 from megatron.dmc.training.model import transformer_config
 
@@ -306,7 +307,7 @@ def test_peak_memory_of_a_step_on_a_frozen_base_stays_below_the_estimate(options
     """Teacher, student and divergence."""
     run = small_run(**{**EVICTING, "window": 100, "seq": 512, "hidden_size": 256, "ffn_hidden_size": 688, **options})
     model, _ = forward(run, True, monkeypatch)
-    teacher, length = Teacher(model, DMCStep(compress=False), 1.0, 1.0), run.data.seq_length
+    teacher, length = Teacher(model, DMCStep(compress=False), Distillation()), run.data.seq_length
     ids = torch.randint(run.model.vocab_size, (2, length))
     batch = dict(tokens=ids, labels=ids, position_ids=torch.arange(length).expand(2, -1))
 

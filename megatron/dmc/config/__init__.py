@@ -10,4 +10,4 @@ from megatron.dmc.config.files import build, load_file
 from megatron.dmc.config.model import DMCConfig, ModelConfig
 from megatron.dmc.config.run import RunConfig
 from megatron.dmc.config.stage import COMPRESSING, STAGES, OptimizerConfig, StageConfig, predecessors
-from megatron.dmc.config.training import DataConfig, ParallelConfig, TrainingConfig
+from megatron.dmc.config.training import DISTILLED_TOKENS, DataConfig, ParallelConfig, TrainingConfig

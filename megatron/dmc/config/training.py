@@ -5,6 +5,10 @@ from typing import Literal, Optional
 
 from megatron.dmc.config.checks import not_negative, positive, require
 
+DISTILLED_TOKENS = 256
+"""Tokens whose logits exist at once in the loss of a run with a teacher. Fewer make slow products, since the output
+layer's weight is read for each part."""
+
 
 @dataclass
 class ParallelConfig:

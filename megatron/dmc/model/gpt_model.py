@@ -1,6 +1,7 @@
 """Megatron's GPTModel with DMC attention; its last stage also returns the slots that the whole model kept."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -70,18 +71,20 @@ class DMCGPTModel(GPTModel):
         labels: Optional[Tensor] = None,
         *,
         step: Optional[DMCStep] = None,
-        loss_function: Optional[Callable[[Tensor, Tensor], Tensor]] = None,
+        head: Optional[Callable[[Tensor], Tensor]] = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run one micro-batch through this stage.
 
         Args:
             input_ids, position_ids, labels: int64 [b, s]; stages that do not need them ignore them.
             step: see :class:`DMCStep`; may be left out in eval mode.
-            loss_function: labels [b, s], logits [s, b, vocab / tp] -> losses; None: cross-entropy, fp32 [b, s].
+            head: what the last stage makes of the hidden state in front of the output layer, [s, b, h] ([s / tp, b, h]
+                under sequence parallelism). None: cross-entropy, fp32 [b, s], or without labels the logits,
+                [b, s, vocab / tp].
 
         Returns:
-            On the last stage losses with labels, else logits [b, s, vocab / tp]; with ``carry`` a tuple of that and
-            the slots kept by the whole model, fp64 [b]. On other stages the hidden state [s (+ 1), b, h].
+            On the last stage what ``head`` returns; with ``carry`` a tuple of that and the slots kept by the whole
+            model, fp64 [b]. On other stages the hidden state [s (+ 1), b, h].
         """
         hidden, rotary_pos_emb, *_ = self._preprocess(
             input_ids, position_ids, self._embed(input_ids, position_ids) if self.pre_process else None
@@ -90,11 +93,12 @@ class DMCGPTModel(GPTModel):
         hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary_pos_emb, attention_bias=step)
         if not self.post_process:
             return hidden
+        head = head or partial(self._head, labels)
         if not self.carry:
-            return self._head(hidden, labels, loss_function)
+            return head(hidden)
         # Each tensor-parallel rank has counted its own heads.
         kept = reduce_from_tensor_model_parallel_region(read_count(hidden[-1:]), group=self.pg_collection.tp)
-        return self._head(hidden[:-1], labels, loss_function), kept
+        return head(hidden[:-1]), kept
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[b, s] -> [s, b, h], with ``carry`` [s + 1, b, h], whose last row counts 0 slots."""
@@ -107,13 +111,34 @@ class DMCGPTModel(GPTModel):
             hidden.requires_grad_()
         return hidden
 
-    def _head(self, hidden: Tensor, labels: Optional[Tensor], loss_function: Optional[Callable]) -> Tensor:
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
+    def _head(self, labels: Optional[Tensor], hidden: Tensor) -> Tensor:
+        logits = self.logits(hidden)
         if labels is None:
             # [s, b, vocab / tp] -> [b, s, vocab / tp]
             return logits.transpose(0, 1).contiguous()
-        return (loss_function or self.compute_language_model_loss)(labels, logits)
+        return self.compute_language_model_loss(labels, logits)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output layer: [s, b, h] ([s / tp, b, h] under sequence parallelism) -> [s, b, vocab / tp]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, weight=weight)[0]
+
+    @torch.no_grad()
+    def logits_of_gathered(self, hidden: Tensor) -> Tensor:
+        """Output layer without a gradient, for tokens whose hidden state all tensor-parallel ranks have whole, also
+        under sequence parallelism: [..., h] -> [..., vocab / tp]."""
+        layer = self.output_layer
+        gathers, layer.sequence_parallel = layer.sequence_parallel, False
+        try:
+            return self.logits(hidden)
+        finally:
+            layer.sequence_parallel = gathers
+
+    def output_weight(self) -> Tensor:
+        """Weight of the output layer, this rank's rows: [vocab / tp, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def attention_layers(self) -> list[DMCSelfAttention]:
         """Attention modules of this stage, in layer order."""

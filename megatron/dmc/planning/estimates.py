@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 from megatron.dmc import schedule
-from megatron.dmc.config import ModelConfig, ParallelConfig, RunConfig, StageConfig
+from megatron.dmc.config import DISTILLED_TOKENS, ModelConfig, ParallelConfig, RunConfig, StageConfig
 
 GB = 1e9
 SERVING_CRS = (1, 2, 4, 8)
@@ -292,10 +292,12 @@ def stage_memory(run: RunConfig, gpus: int, rank: int, fit: Fit, compress: bool 
     if rank == pp - 1:
         logits = tokens * m.padded_vocab_size / tp
         if t.freeze_base:
-            # The divergence's gradient stays for the backward pass; beside it the logits of student and teacher, and
-            # fp32 copies of a part of them.
-            activations += logits * e + layer.boundary
-            work = max(work, 2 * (logits * e + layer.boundary) + 6 * 4 * min(logits, 1 << 24))
+            # The hidden state's gradient stays for the backward pass. While the loss is made, there are the teacher's
+            # hidden state and, of a part of the tokens, logits of student and teacher in both formats and what their
+            # softmaxes take.
+            activations += 2 * layer.boundary
+            part = min(tokens, DISTILLED_TOKENS) * m.padded_vocab_size / tp
+            work = max(work, 2 * layer.boundary + (2 * e + 4 * 4) * part)
         else:
             # The softmax in fp32 stays for the backward pass; the logits, then their gradient, in the model's format.
             activations += logits * 4 + layer.frame / 2

@@ -30,7 +30,6 @@ from torch import Tensor, distributed
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCGPTModel
 from megatron.dmc.ops import logistic_noise
-from megatron.dmc.training.distillation import CHUNK
 
 RIDGE = 0.02
 """Penalty of the fit, as a share of the mean square of what adapters read, per row."""
@@ -41,6 +40,8 @@ SHARPNESS = 2.0
 the noise of later training can turn does: logits some units from the threshold are decided, those near it are open."""
 COUNTING = 8
 """One batch in so many is not fitted to, but finds the threshold."""
+CHUNK = 1 << 24
+"""Logits that are in fp32 at once while labels are drawn."""
 _BINS, _LOW, _HIGH = 1 << 14, -64.0, 64.0
 """Histogram of predicted log costs."""
 
@@ -97,8 +98,9 @@ class Calibration:
         self.fitted = False
         self._histogram = torch.zeros(_BINS, dtype=torch.float64, device=device)
 
-    def loss(self, model: DMCGPTModel, sample_ids: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
-        """Loss of labels that are drawn from the logits [s, b, V / tp], in place of ``labels`` [b, s]: fp32 [b, s]."""
+    def loss(self, model: DMCGPTModel, sample_ids: Tensor, labels: Tensor, hidden: Tensor) -> Tensor:
+        """Loss of labels that are drawn from the model's logits, in place of ``labels`` [b, s]: fp32 [b, s]."""
+        logits = model.logits(hidden)  # [s, b, V / tp]
         if self.fitted:  # nothing depends on it
             return model.compute_language_model_loss(labels, logits)
         # Layer 0 has no heads: noise that no decision has.

@@ -1,4 +1,4 @@
-"""Logit distillation: which checkpoint may be the teacher, how it runs beside the student, and the loss.
+"""Logit distillation: which checkpoint may be the teacher, and how it runs beside the student.
 
 Every pipeline chunk of the student has the teacher's chunk of the same stage beside it. Between stages the teacher's
 rows of the hidden state travel below the student's, in one message. A frozen model is its own teacher: the same chunk
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
 
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_checkpoint
 from megatron.dmc.config import COMPRESSING, ModelConfig, RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
 from megatron.dmc.training import arguments, checkpointing
+from megatron.dmc.training.distillation_loss import Distillation, distillation_loss
 from megatron.dmc.training.model import build_chunk, transformer_config, unwrap
 
-CHUNK = 1 << 24
-"""Logits that are in fp32 at once, of the student and of the teacher."""
 _FREE = ("max_position_embeddings", "init_method_std")
 """Model settings that do not change what the teacher computes on the run's sequences."""
 
@@ -71,9 +71,9 @@ def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teache
     """
     if config.stage.stage == "calibrate":
         return []
+    mixture = Distillation(config.training.distill_weight, config.training.distill_temperature)
     if config.training.freeze_base:
-        t, step = config.training, DMCStep(compress=False)
-        return [Teacher(student, step, t.distill_weight, t.distill_temperature) for student in students]
+        return [Teacher(student, DMCStep(compress=False), mixture) for student in students]
     if config.training.distill_from is None:
         return []
     path, manifest = find_teacher(config)
@@ -87,7 +87,7 @@ def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teache
     checkpointing.load(path, models, verify=t.verify_checkpoints)
     # The original model's last channel is an ordinary one; after zero_out it is out of attention.
     step = DMCStep(compress=False, neuron_scale=0.0 if manifest.stage == "zero_out" else 1.0)
-    return [Teacher(model, step, t.distill_weight, t.distill_temperature) for model in models]
+    return [Teacher(model, step, mixture) for model in models]
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class Teacher:
     """The student itself, where its base is frozen."""
     step: DMCStep
     """State that the teacher runs with."""
-    weight: float
-    temperature: float
+    mixture: Distillation
 
     def forward_beside(self, chunk: torch.nn.Module, batch: Mapping[str, Tensor], step: DMCStep) -> Any:
         """Run one micro-batch through the teacher, then through ``chunk``, the student in Megatron's wrappers.
@@ -119,114 +118,37 @@ class Teacher:
             rows = (received.size(0) + int(student.carry) - int(self.model.carry)) // 2
             self.model.set_input_tensor(received[rows:].detach())
         with torch.no_grad():
-            output = self.model(tokens, positions, step=self.step)
+            output = self.model(tokens, positions, step=self.step, head=_hidden_state)
         if not student.pre_process:
             student.set_input_tensor(received[:rows])
         if self.model.carry and self.model.post_process:
             output, _ = output
         if not student.post_process:
             return torch.cat((chunk(tokens, positions, step=step), output))
-        # The model gives logits as [b, s, vocab / tp] -> [s, b, vocab / tp]
-        loss = partial(self._loss, output.transpose(0, 1), student.pg_collection.tp)
-        return chunk(tokens, positions, labels=batch["labels"], step=step, loss_function=loss)
+        return chunk(tokens, positions, step=step, head=partial(self._loss, student, output, batch["labels"].t()))
 
-    def _loss(self, teacher: Tensor, group: Any, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, vocab / tp] -> [3, b, s]."""
-        losses = distillation_loss(logits, teacher, labels.t(), self.weight, self.temperature, group)
+    def _loss(self, student: DMCGPTModel, teacher: Tensor, labels: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states in front of the output layers [s, b, h] (s / tp under sequence parallelism), labels [s, b] ->
+        [3, b, s]."""
+        group = student.pg_collection.tp
+        if student.config.sequence_parallel:
+            # Backward sums the parts of the gradient that the ranks' rows of the vocabulary make, and scatters.
+            hidden, teacher = (gather_from_sequence_parallel_region(x, group=group) for x in (hidden, teacher))
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        losses = distillation_loss(
+            hidden,
+            student.output_weight(),
+            teacher,
+            labels,
+            self.mixture,
+            student.logits_of_gathered,
+            self.model.logits_of_gathered,
+            group,
+        )
         return losses.transpose(1, 2).contiguous()  # [3, s, b] -> [3, b, s]
 
 
-def distillation_loss(
-    logits: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    weight: float,
-    temperature: float = 1.0,
-    group: Optional[Any] = None,
-) -> Tensor:
-    """``(1 - weight) CE + weight T^2 KL(teacher || student)`` per token (Hinton et al., arXiv 1503.02531, section 2).
-
-    Both softmaxes run over all rows of the (padded) vocabulary, as Megatron's own loss does. What is kept for the
-    backward pass is the gradient alone, in the dtype of ``logits``; fp32 copies are made of ``CHUNK`` logits at a time.
-
-    Args:
-        logits: the student's logits over this rank's part of the vocabulary, [s, b, V / tp], any float dtype.
-        teacher: the teacher's logits, same shape; no gradient.
-        labels: int64 [s, b], global ids.
-        weight: share of the divergence, in [0, 1].
-        temperature: T of both softmaxes in the divergence.
-        group: the tensor-parallel ranks; None: this process has the whole vocabulary.
-
-    Returns:
-        fp32 [3, s, b]: the loss, which has the gradient, and for logging its parts CE and KL (at temperature T, nats).
-    """
-    assert logits.shape == teacher.shape and labels.shape == logits.shape[:2]
-    loss, ce, kl = _Distill.apply(logits, teacher.detach(), labels, weight, temperature, group)
-    return torch.stack((loss, ce, kl))
-
-
-def _reduce(x: Tensor, operation: Any, group: Optional[Any]) -> Tensor:
-    if group is not None and group.size() > 1:
-        distributed.all_reduce(x, operation, group=group)
-    return x
-
-
-class _Distill(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, teacher, labels, weight, temperature, group):
-        s, _, part = logits.shape
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        rank = group.rank() if group is not None else 0
-        local = labels - rank * part
-        here = (local >= 0) & (local < part)
-        local = local.masked_fill(~here, 0)[..., None]
-        rows = max(1, CHUNK // (part * logits.size(1)))
-        chunks = [slice(start, min(start + rows, s)) for start in range(0, s, rows)]
-
-        # The largest logit of the student and of the teacher, over the whole vocabulary.
-        top = torch.stack((logits.amax(dim=-1), teacher.amax(dim=-1))).to(wide)
-        top = _reduce(top, distributed.ReduceOp.MAX, group)[..., None]  # [2, s, b, 1]
-
-        def shifted(at: slice) -> tuple[Tensor, Tensor]:
-            return logits[at].to(wide) - top[0, at], teacher[at].to(wide) - top[1, at]
-
-        # With z the student's logits and t the teacher's, less their maxima, the sums over the vocabulary of: exp(z),
-        # exp(z / T), exp(t / T), exp(t / T) (t - z) / T, and z of the label. One tensor, for one reduction.
-        sums = torch.empty(5, *labels.shape, dtype=wide, device=logits.device)
-        plain_sums, student_sums, teacher_sums, cross, label = sums
-        for at in chunks:
-            z, t = shifted(at)
-            label[at] = z.gather(-1, local[at])[..., 0].masked_fill_(~here[at], 0.0)
-            difference = t.sub(z).div_(temperature)
-            plain_sums[at] = z.exp().sum(dim=-1)
-            student_sums[at] = z.div_(temperature).exp_().sum(dim=-1)
-            weights = t.div_(temperature).exp_()
-            teacher_sums[at] = weights.sum(dim=-1)
-            cross[at] = weights.mul_(difference).sum(dim=-1)
-        _reduce(sums, distributed.ReduceOp.SUM, group)  # in place
-        ce = plain_sums.log() - label
-        kl = cross / teacher_sums - teacher_sums.log() + student_sums.log()
-        loss = (1 - weight) * ce + weight * temperature**2 * kl
-
-        if ctx.needs_input_grad[0]:
-            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            for at in chunks:
-                z, t = shifted(at)
-                # d CE / dz = p - onehot; d (T^2 KL) / dz = T (p_T - q_T)
-                total = t.div_(temperature).exp_().div_(teacher_sums[at, :, None]).mul_(-weight * temperature)
-                total.add_((z / temperature).exp_().div_(student_sums[at, :, None]), alpha=weight * temperature)
-                if weight < 1:
-                    total.add_(z.exp_().div_(plain_sums[at, :, None]), alpha=1 - weight)
-                    total.scatter_add_(-1, local[at], here[at, :, None].to(wide) * (weight - 1))
-                grad[at] = total
-            ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        (grad,) = ctx.saved_tensors
-        # Written into a tensor of its own: a product's strides are free where b is 1, and with odd ones matmul repeats
-        # a frozen output layer's weight for every token.
-        out = torch.empty_like(grad)
-        return torch.mul(grad, upstream[..., None].to(grad.dtype), out=out), None, None, None, None, None
+def _hidden_state(hidden: Tensor) -> Tensor:
+    """Head of a teacher, whose logits are computed where the loss is."""
+    return hidden

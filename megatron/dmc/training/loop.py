@@ -181,7 +181,7 @@ class Trainer:
         else:
             more = {}
             if calibration is not None:
-                more["loss_function"] = partial(calibration.loss, unwrap(chunk), batch["sample_ids"])
+                more["head"] = partial(calibration.loss, unwrap(chunk), batch["sample_ids"], batch.get("labels"))
             output = chunk(
                 batch.get("tokens"), batch.get("position_ids"), labels=batch.get("labels"), step=step, **more
             )
