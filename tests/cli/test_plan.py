@@ -105,7 +105,7 @@ def test_every_shipped_configuration_is_planned():
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_of_8b_fit_one_gpu_of_80_gb_and_with_recomputation_one_of_48(name, capsys):
+def test_adapters_of_8b_fit_one_gpu_of_80_gb_and_with_recomputation_one_of_32(name, capsys):
     run, (total, adapters) = plan.load_model(name), ADAPTERS[name]
     assert (sum(estimates.parameters(run.model).values()), estimates.adapter_parameters(run)) == (total, adapters)
     assert plan.main([name, "--gpus", "1"]) == 0
@@ -113,7 +113,7 @@ def test_adapters_of_8b_fit_one_gpu_of_80_gb_and_with_recomputation_one_of_48(na
     assert "M in adapters; the rest is frozen" in out and "zero_out" not in out and "retrofit  1,000" in out
     assert plan.main([name, "--gpus", "1", "--gpu-memory-gb", "48"]) == 2
     assert "--recompute selective:" in capsys.readouterr().err
-    assert plan.main([name, "--gpus", "1", "--gpu-memory-gb", "48", "--recompute", "full"]) == 0
+    assert plan.main([name, "--gpus", "1", "--gpu-memory-gb", "32", "--recompute", "full"]) == 0
     parts = memory(run, 1)
     assert parts["weights"] == 2 * (total + adapters)
     assert (parts["gradients"], parts["optimizer"]) == (4 * adapters, 12 * adapters)
@@ -304,8 +304,8 @@ def test_peak_memory_of_a_step_stays_below_the_estimate(options, compress, monke
 
 @pytest.mark.parametrize("options", [{}, dict(vocab_size=4096)], ids=str)
 def test_peak_memory_of_a_step_on_a_frozen_base_stays_below_the_estimate(options, monkeypatch):
-    """Teacher, student and divergence."""
-    run = small_run(**{**EVICTING, "window": 100, "seq": 512, "hidden_size": 256, "ffn_hidden_size": 688, **options})
+    """Teacher, student and divergence. The window is one whose blocks the CPU's kernel does not take in fp32."""
+    run = small_run(**{**EVICTING, "window": 256, "seq": 512, "hidden_size": 256, "ffn_hidden_size": 688, **options})
     model, _ = forward(run, True, monkeypatch)
     teacher, length = Teacher(model, DMCStep(compress=False), Distillation()), run.data.seq_length
     ids = torch.randint(run.model.vocab_size, (2, length))

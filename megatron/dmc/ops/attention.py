@@ -36,11 +36,18 @@ class Backend(NamedTuple):
     """(do, q, k, v, o, lse, *rest, scale=None) -> (dq, dk, dv)"""
 
 
+_SHORT = 128
+"""Rows up to which the CPU kernel's backward pass is twice as fast in fp32 as in bf16, conversions included (measured
+with torch 2.13 on a CPU without AMX)."""
+
+
 def _cpu_forward(q, k, v, scale=None):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def _cpu_backward(do, q, k, v, o, lse, scale=None):
+    if q.dtype == torch.bfloat16 and q.size(2) <= _SHORT:
+        return tuple(x.bfloat16() for x in _cpu_backward(*(x.float() for x in (do, q, k, v, o)), lse, scale))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, lse, 0.0, True, scale=scale
     )

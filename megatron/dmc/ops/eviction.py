@@ -1,15 +1,17 @@
 """Training attention of DMS (arXiv 2506.05345) in O(S) memory: a column is masked only for queries beyond a window.
 
 Decisions are as in DMC, but a marked token is evicted instead of merged. The ``window`` queries after it still see it,
-whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha)``. The two parts of a
-row are two attentions over disjoint columns:
+whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha)``. The columns of a
+row are those of three attentions, all by the stock causal kernel:
 
-- near, ages 0...window: a band, in blocks of rows, by plain matrix products;
-- far, j <= t - window - 1: the stock causal kernel with the queries moved up by ``window + 1``, the mask in a channel
-  (see :mod:`megatron.dmc.ops.attention`): the one that the decision neuron has freed, or, where all channels of keys
-  are in use, one of eight that the far part gets in addition. Kernels take head dimensions in multiples of eight.
+- near, ages 0...window, in blocks of ``window`` rows: the columns of the row's own block up to itself; and of the block
+  before, those from its own place in the block on, which is causal once queries and keys are in reverse order. Both are
+  one call on a batch of blocks;
+- far, j <= t - window - 1: all rows with the queries moved up by ``window + 1``, the mask in a channel (see
+  :mod:`megatron.dmc.ops.attention`): the one that the decision neuron has freed, or, where all channels of keys are in
+  use, one of eight that the far part gets in addition. Kernels take head dimensions in multiples of eight.
 
-The row statistics of both parts combine them. Backward calls the stock kernel's backward with the final output and
+The row statistics of the parts combine them. Backward calls the stock kernel's backward with the final output and
 statistics, which makes its ``delta`` and probabilities those of the whole row.
 """
 
@@ -26,40 +28,29 @@ EXTRA = 8
 """Channels that are added to the far part's heads to take a mask: as few as kernels allow."""
 
 
-def _rows(window: int) -> int:
-    """Rows of a block of the band: at least the window, so that a block's columns are its own and its predecessor's."""
-    return max(64, 1 << (window - 1).bit_length())
+def _pairs(x: Tensor, rows: int, keys: bool = False) -> Tensor:
+    """Near part as a batch of causal problems: every block of rows beside itself, then, in reverse order, every block
+    but the first beside its predecessor.
 
+    Args:
+        x: queries or what belongs to them, with ``keys`` keys or values: [b, heads, s, D].
+        rows: of a block; zeros follow the last token.
 
-def _blocks(x: Tensor, rows: int) -> Tensor:
-    """Blocks of rows, zeros behind the last: [..., s, D] -> [..., blocks, rows, D]."""
-    x = F.pad(x, (0, 0, 0, -x.size(-2) % rows))
-    return x.unflatten(-2, (-1, rows))
-
-
-def _columns(x: Tensor, rows: int, window: int) -> Tensor:
-    """Rows of each block after the ``window`` before them: [..., s, D] -> [..., blocks, window + rows, D], zeros in
-    front.
+    Returns:
+        [b * (2 * blocks - 1), heads, rows, D].
     """
-    own = _blocks(x, rows)
-    before = F.pad(own[..., :-1, rows - window :, :], (0, 0, 0, 0, 1, 0))
-    return torch.cat((before, own), dim=-2)
+    x = F.pad(x, (0, 0, 0, -x.size(2) % rows)).unflatten(2, (-1, rows))
+    before = x[:, :, :-1] if keys else x[:, :, 1:]
+    return torch.cat((x, before.flip(3)), dim=2).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _fold(x: Tensor, window: int, s: int) -> Tensor:
-    """Transpose of :func:`_columns`, which sums what overlaps: [..., blocks, window + rows, D] -> [..., s, D]."""
-    own = x[..., window:, :].clone()
-    own[..., :-1, own.size(-2) - window :, :] += x[..., 1:, :window, :]
-    return own.flatten(-3, -2)[..., :s, :]
-
-
-def _band(s: int, rows: int, window: int, device: torch.device) -> Tensor:
-    """Mask of ages 0...window, of tokens that exist: bool [blocks, rows, window + rows]."""
-    block = torch.arange(-(-s // rows), device=device)[:, None, None] * rows
-    row = torch.arange(rows, device=device)[:, None]
-    column = torch.arange(window + rows, device=device) - window
-    age = row - column
-    return (age >= 0) & (age <= window) & (block + column >= 0)
+def _unpair(x: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Undo :func:`_pairs`: [b * (2 * blocks - 1), heads, rows, ...] -> [b, heads, blocks * rows, ...] of the blocks
+    beside themselves, and [b, heads, (blocks - 1) * rows, ...] of those beside their predecessors.
+    """
+    x = x.unflatten(0, (b, -1)).transpose(1, 2)
+    blocks = (x.size(2) + 1) // 2
+    return x[:, :, :blocks].flatten(2, 3), x[:, :, blocks:].flip(3).flatten(2, 3)
 
 
 def _far(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,77 +72,78 @@ def _far(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], window: int) -
 
 class _EvictingAttention(torch.autograd.Function):
     @staticmethod
-    def _near(q: Tensor, k: Tensor, window: int, channels: int) -> tuple[Tensor, Tensor]:
-        """Scores of the band in fp32, -inf outside, and the keys' blocks. Of the last axis only the first ``channels``
-        count: the far part's mask is left out.
-        """
-        s, d, rows, groups = q.size(2), q.size(3), _rows(window), k.size(1)
-        # [b, np, s, D] -> [b, ng, g, blocks, rows, D]; [b, ng, s, D] -> [b, ng, 1, blocks, columns, D]
-        queries = _blocks(q.unflatten(1, (groups, -1)), rows)
-        keys = _columns(k, rows, window).unsqueeze(2)
-        scores = queries[..., :channels] @ keys[..., :channels].transpose(-1, -2)
-        scores = scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32) / math.sqrt(d)
-        return scores.masked_fill_(~_band(s, rows, window, q.device), float("-inf")), keys
-
-    @staticmethod
     def forward(ctx, q, k, v, mask, window):
-        (b, heads, s, d), groups, rows = q.shape, k.size(1), _rows(window)
-        shape = (b, groups, heads // groups, s)
-        scores, _ = _EvictingAttention._near(q, k, window, d - (mask is None))
-        lse = scores.logsumexp(dim=-1).flatten(-2)[..., :s].reshape(b, heads, s)
-        far = max(0, s - window - 1)
-        ctx.backend, ctx.rest = attention_backend(q.device.type, q.dtype), []
-        if far:
-            out, far_lse, *ctx.rest = ctx.backend.forward(*_far(q, k, v, mask, window), scale=1 / math.sqrt(d))
-            lse = torch.cat(
-                (lse[..., : window + 1], torch.logaddexp(lse[..., window + 1 :], far_lse.to(lse.dtype))), dim=-1
-            )
-        p = torch.exp(scores - _blocks(lse.view(*shape, 1), rows))
-        total = (
-            (p.to(v.dtype) @ _columns(v, rows, window).unsqueeze(2)).flatten(-3, -2)[..., :s, :].reshape(b, heads, s, d)
-        )
-        if far:
-            weight = torch.exp(far_lse.to(lse.dtype) - lse[..., window + 1 :]).unsqueeze(-1)
-            total[:, :, window + 1 :] += (out[..., :d] * weight).to(total.dtype)
-        ctx.window = window
-        ctx.save_for_backward(q, k, v, mask, total, lse)
-        return total
+        b, _, s, d = q.shape
+        rows, scale = min(window, s), 1 / math.sqrt(d)
+        backend = attention_backend(q.device.type, q.dtype)
+        near = q if mask is not None else _without_mask(q)
+        pairs = _pairs(near, rows), _pairs(k, rows, keys=True), _pairs(v, rows, keys=True)
+        out, lse, *ctx.rest = backend.forward(*pairs, scale=scale)
+        # (first row, output, row statistics) of each part
+        near_parts = zip((0, rows), _unpair(out, b), _unpair(lse, b), strict=True)
+        parts = [(start, *(x[:, :, : s - start] for x in part)) for start, *part in near_parts]
+        ctx.far_rest = []
+        if s > window + 1:
+            out, lse, *ctx.far_rest = backend.forward(*_far(q, k, v, mask, window), scale=scale)
+            parts.append((window + 1, out[..., :d], lse))
+        total = parts[0][2].clone()
+        for start, _, lse in parts[1:]:
+            total[:, :, start:] = torch.logaddexp(total[:, :, start:], lse)
+        whole = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for start, out, lse in parts:
+            share = torch.exp(lse - total[:, :, start:]).to(q.dtype)
+            whole[:, :, start:].addcmul_(out, share.unsqueeze(-1))
+        ctx.backend, ctx.window = backend, window
+        ctx.save_for_backward(q, k, v, mask, whole, total)
+        return whole
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, mask, out, lse = ctx.saved_tensors
-        (b, heads, s, d), groups, window, rows = q.shape, k.size(1), ctx.window, _rows(ctx.window)
-        shape = (b, groups, heads // groups, s)
-        scores, keys = _EvictingAttention._near(q, k, window, d - (mask is None))
-        values = _columns(v, rows, window).unsqueeze(2)
-        # Rows behind the end have no gradient, and lse 0 there: exp(0 - 0), times nothing.
-        p = torch.exp(scores - _blocks(lse.view(*shape, 1), rows))
-        do = _blocks(grad.reshape(*shape, d), rows)
-        delta = _blocks((grad * out).sum(dim=-1, dtype=p.dtype).view(*shape, 1), rows)
-        ds = (p * ((do @ values.transpose(-1, -2)).to(p.dtype) - delta) / math.sqrt(d)).to(q.dtype)
-        dq = (ds @ keys).flatten(-3, -2)[..., :s, :].reshape(q.shape)
-        dk = _fold((ds.transpose(-1, -2) @ _blocks(q.view(*shape, d), rows)).sum(dim=2), window, s)
-        dv = _fold((p.to(v.dtype).transpose(-1, -2) @ do).sum(dim=2), window, s)
+        (b, _, s, d), window, backend = q.shape, ctx.window, ctx.backend
+        rows, scale = min(window, s), 1 / math.sqrt(d)
+        near = q if mask is not None else _without_mask(q)
+        found = backend.backward(
+            _pairs(grad, rows),
+            _pairs(near, rows),
+            _pairs(k, rows, keys=True),
+            _pairs(v, rows, keys=True),
+            _pairs(out, rows),
+            _pairs(lse.unsqueeze(-1), rows).squeeze(-1),  # rows behind the end have no gradient
+            *ctx.rest,
+            scale=scale,
+        )
+        gradients = []
+        for start, part in zip((rows, 0, 0), found, strict=True):  # the second blocks' queries are not the first ones
+            own, before = _unpair(part, b)
+            own, before = own[:, :, :s], before[:, :, : s - start]
+            own[:, :, start : start + before.size(2)] += before
+            gradients.append(own)
+        dq, dk, dv = gradients
         if mask is None:
             dq[..., -1], dk[..., -1] = 0, 0
         dmask = None if mask is None else torch.zeros_like(mask)
-        far = max(0, s - window - 1)
-        if far:
-            late, early = slice(window + 1, None), slice(None, far)
+        if s > window + 1:
+            late, early = slice(window + 1, None), slice(None, s - window - 1)
             extra = 0 if mask is None else EXTRA
-            parts = ctx.backend.backward(
+            parts = backend.backward(
                 F.pad(grad[:, :, late], (0, extra)).contiguous(),
                 *_far(q, k, v, mask, window),
                 F.pad(out[:, :, late], (0, extra)).contiguous(),
-                (lse.to(torch.float32) if q.dtype != torch.float64 else lse)[:, :, late].contiguous(),
-                *ctx.rest,
-                scale=1 / math.sqrt(d),
+                lse[:, :, late].contiguous(),
+                *ctx.far_rest,
+                scale=scale,
             )
-            for whole, part, where in zip((dq, dk, dv), parts, (late, early, early), strict=True):
+            for whole, part, where in zip(gradients, parts, (late, early, early), strict=True):
                 whole[:, :, where] += part[..., :d]
             if dmask is not None:
                 dmask[:, :, early] = parts[1][..., d] * mask_unit(d)
         return dq, dk, dv, dmask, None
+
+
+def _without_mask(q: Tensor) -> Tensor:
+    """Queries that do not see the mask in the keys' last channel."""
+    return torch.cat((q[..., :-1], torch.zeros_like(q[..., :1])), dim=-1)
 
 
 def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Optional[Tensor] = None) -> Tensor:

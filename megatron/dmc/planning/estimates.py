@@ -180,10 +180,11 @@ def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
     attention += qkv if keeps_qkv else kv
     dmc, work = 0.0, 5 * q + 4 * kv
     if compress and run.dmc.evicts:
-        dmc, band = _eviction_bytes(run, n, heads, groups)
-        work += band
-        if run.dmc.neuron != "all":
-            work += 8 * (5 * q + 4 * kv) // d  # the far part's heads, with the mask's channels
+        dmc = 5 * 4 * n * groups  # decisions and mask in fp32
+        # In the backward pass, the near part: blocks of rows twice, of what goes in and of the gradients. The far part,
+        # with the near part's gradients: its heads have eight channels more where the mask has no channel among them.
+        far = work * (1 if run.dmc.neuron == "all" else (d + 8) / d)
+        work = max(9 * q + 8 * kv, far + 2 * q + 2 * kv)
     elif compress:
         # Diagonal weights of the attention; alpha, its logits' and mask's terms, importance: fp32 vectors.
         dmc = 2 * 4 * n * heads + 7 * 4 * n * groups
@@ -203,16 +204,6 @@ def layer_bytes(run: RunConfig, compress: bool) -> LayerBytes:
         core_input += e * n * groups
     row, mlp_input = e * b * h if compress else 0, hidden if run.training.freeze_base else 0
     return LayerBytes(frame, attention, mlp, dmc, hidden, row, core_input, mlp_input, max(work, mlp_work))
-
-
-def _eviction_bytes(run: RunConfig, n: int, heads: int, groups: int) -> tuple[float, float]:
-    """What eviction keeps in a layer, and its workspace: decisions and mask in fp32; scores of the band, their
-    probabilities and gradients.
-    """
-    window = run.dmc.window or 1
-    rows = max(64, 1 << (window - 1).bit_length())  # as ops/eviction.py blocks the band
-    e = 2 if run.training.bf16 else 4
-    return 5 * 4 * n * groups, n * heads * (window + rows) * (3 * 4 + 2 * e)
 
 
 def in_flight(run: RunConfig, gpus: int, rank: int) -> float:
