@@ -25,6 +25,7 @@ from megatron.dmc.checkpoint.megatron_export import export_megatron
 from megatron.dmc.checkpoint.verify import verify
 from megatron.dmc.cli.convert import main
 from megatron.dmc.config import DMCConfig
+from megatron.dmc.evaluation.logits import compare_logits
 from megatron.dmc.inference import LLM, SamplingParams
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.weights import read_info
@@ -81,6 +82,8 @@ def test_there_and_back(made: Path, name: str, tmp_path: Path) -> None:
     convert.import_hf(tmp_path / "out", tmp_path / "again", progress=quiet())
     assert "identical" in verify(tmp_path / "out", tmp_path / "mg", quiet())
     assert read_run_config(tmp_path / "again").dmc == WANTED[name]
+    for directory in (made / name, tmp_path / "out"):
+        assert "same most likely token 100.00%" in compare_logits(directory, tmp_path / "mg")
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -210,6 +213,9 @@ def test_adapters_alone_make_the_same_model(alone: Path, name: str, tmp_path: Pa
     convert.import_hf(base, tmp_path / "mg", adapters=adapters, progress=quiet())
     assert "identical" in verify(alone / name, tmp_path / "mg", quiet())
     assert "identical" in verify(base, tmp_path / "mg", quiet(), adapters=adapters)
+    assert "same most likely token 100.00%" in compare_logits(base, tmp_path / "mg", adapters)
+    with pytest.raises(ValueError, match="does not compute what"):
+        compare_logits(base, tmp_path / "mg")
     convert.merge_adapter(base, adapters, tmp_path / "merged", progress=quiet())
     assert "identical" in verify(tmp_path / "merged", tmp_path / "mg", quiet())
     text = describe(adapters)

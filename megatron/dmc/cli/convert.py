@@ -256,7 +256,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.logits:
         from megatron.dmc.evaluation.logits import compare_logits
 
-        print(compare_logits(args.hf, args.load))
+        print(compare_logits(args.hf, args.load, args.adapter, given))
     return 0
 
 

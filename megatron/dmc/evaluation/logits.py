@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Optional, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.checkpoint.formats import dms, hf
+from megatron.dmc.checkpoint.formats import adapter, hf
+from megatron.dmc.checkpoint.formats.base import Given
 from megatron.dmc.evaluation.load import load_checkpoint
 from megatron.dmc.inference.text import load_tokenizer
 
@@ -63,31 +64,42 @@ def prompts(directory: Path, vocab_size: int, longest: int) -> list[Tensor]:
     return found
 
 
-@torch.no_grad()
-def compare_logits(source: str | Path, load: str | Path) -> str:
-    """Run both models in fp32 over fixed prompts and describe the difference. Both must fit into memory.
-
-    Raises:
-        ValueError: the difference is more than rounding (``TOLERANCE``), or transformers cannot load ``source``.
-    """
+def _reference(directory: hf.HFDirectory) -> torch.nn.Module:
+    """The directory's model in fp32, by transformers with its own code or with this package's modelling file."""
     from transformers import AutoModelForCausalLM
 
     from megatron.dmc.checkpoint.remote_code.modeling_dmc import DMCForCausalLM
 
+    # This package's own modelling file, not the copy in the directory: that could be anybody's.
+    model_class = DMCForCausalLM if "dmc" in directory.config else AutoModelForCausalLM
+    place: Optional[Path] = directory.path
+    options: dict[str, Any] = dict(dtype=torch.float32, local_files_only=True)
+    if directory.foreign is not None or directory.adapter is not None:
+        # Another program's description, or adapters beside the model: the modelling file reads a ``dmc`` block.
+        place, options["config"] = None, DMCForCausalLM.config_class.from_dict(directory.config)
+        options["state_dict"] = {name: tensor.read() for name, tensor in directory.tensors.items()}
+    return model_class.from_pretrained(place, trust_remote_code=False, **options)
+
+
+@torch.no_grad()
+def compare_logits(
+    source: str | Path, load: str | Path, adapters: Optional[str | Path] = None, given: Given = Given()
+) -> str:
+    """Run both models in fp32 over fixed prompts and describe the difference. Both must fit into memory.
+
+    Args:
+        source: Hugging Face directory: a plain model, one of this package, or another program's DMS model.
+        load: checkpoint.
+        adapters: directory of DMS adapters for ``source``.
+        given: what the caller says of another program's model.
+
+    Raises:
+        ValueError: the difference is more than rounding (``TOLERANCE``), or ``source`` cannot be loaded.
+    """
     source = Path(source)
-    config, foreign = dms.canonical_config(source, hf.read_json(source / "config.json"))
-    if foreign:
-        raise ValueError(
-            f"{source} is a DMS model described by {foreign.origin}, which transformers runs with that program's code; "
-            "compare logits with what dmc convert export writes"
-        )
-    is_dmc = "dmc" in config
+    directory = adapter.open_directory(source, adapters, given)
     try:
-        # This package's own modelling file, not the copy in the directory: that could be anybody's.
-        model_class = DMCForCausalLM if is_dmc else AutoModelForCausalLM
-        reference = model_class.from_pretrained(
-            source, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        reference = _reference(directory)
     except Exception as error:  # transformers raises many types
         raise ValueError(f"transformers cannot load {source}: {' '.join(str(error).split())}") from error
     loaded = load_checkpoint(load)
