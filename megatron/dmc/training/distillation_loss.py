@@ -8,8 +8,6 @@ trained needs the logits' gradient once more in the backward pass, where the wei
 there it is kept in the model's format.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
