@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.inference import InvalidRequest, SamplingParams
-from megatron.dmc.inference.sampler import Sampler, SamplerState, constrain, logprobs, truncate
+from megatron.dmc.inference.sampler import Sampler, SamplerState, argmax, constrain, logprobs, truncate
 
 SIZE = 12
 
@@ -251,3 +251,14 @@ def test_a_token_that_no_model_has_is_shown_in_short() -> None:
     with pytest.raises(InvalidRequest, match="the model has 10 tokens") as refused:
         SamplingParams(stop_token_ids=[10**5000]).check_vocabulary(10)
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("size", [2, 255, 256, 300, 49_152])
+def test_argmax_is_the_first_maximum(size: int) -> None:
+    """In rows of many equal numbers, at both ends, and where a row holds NaN or nothing but -inf."""
+    logits = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
+    logits[1] = logits[1].round()
+    logits[2, -1] = logits[3, 0] = 9
+    logits[4, size // 2] = math.nan
+    logits[5] = -math.inf
+    assert torch.equal(argmax(logits), torch.from_numpy(logits.numpy().argmax(1)))
