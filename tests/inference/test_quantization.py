@@ -14,7 +14,7 @@ from megatron.dmc.inference import LLM, EngineConfig, SamplingParams, dummy
 from megatron.dmc.inference.engine import Engine
 from megatron.dmc.inference.model import Model
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.quantization import Int4Linear, Int8Linear, Quantization
+from megatron.dmc.inference.quantization import Quantization, int4_linear, int8_linear
 from megatron.dmc.inference.weights import read_info
 
 CONFIG = {
@@ -34,9 +34,11 @@ CONFIG = {
     "hidden_act": "silu",
     "rope_theta": 5e4,
 }
-LAYERS = {"int8": Int8Linear, "int4": lambda weight, bias: Int4Linear(weight, 32, bias)}
+LAYERS = {"int8": int8_linear, "int4": lambda weight, bias: int4_linear(weight, 32, bias)}
 ERROR = {"int8": 0.012, "int4": 0.12}
-"""Largest relative error of a product with normal weights: of rounding to 255 values, and to 16 in a group of 32."""
+"""Largest relative error of a product with normal weights: of rounding them to 255 values, and to 16 in a group of 32
+with rows rounded to 255 values in a group.
+"""
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-@pytest.mark.parametrize("inputs", [64, 40])
+@pytest.mark.parametrize("inputs", [64, 72])
 @pytest.mark.parametrize("method", LAYERS)
 def test_layers_take_any_number_of_rows(method: str, inputs: int) -> None:
     """x W^T + b within the rounding of the weight, contiguous; x stays as it was, and zero weights stay zero."""
@@ -130,7 +132,6 @@ def test_ranks_hold_parts_of_a_layer(path: Path, quantization: Quantization | No
     [
         ({"quantization": "int3"}, ["quantization is 'int3'", "int8 or int4"]),
         ({"quantization": "int4", "quantization_group_size": 48}, ["quantization_group_size is 48", "32, 64, 128"]),
-        ({"quantization": "int8", "dtype": "float32"}, ["quantization int8", "dtype is float32", "bfloat16"]),
         (
             {"quantization": "int4", "quantization_group_size": 128},
             ["model.layers.0.self_attn.qkv_proj has 64 inputs", "128", "int8"],
@@ -143,8 +144,6 @@ def test_what_is_refused(path: Path, settings: dict, words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_outputs_that_int4_does_not_take_and_gpus_are_refused() -> None:
-    with pytest.raises(ValueError, match="x has 40 outputs on a rank; int4 takes multiples of 16"):
-        Quantization("int4").layer("x", torch.zeros(40, 64))
+def test_gpus_are_refused() -> None:
     with pytest.raises(ValueError, match="quantization int8 runs on CPUs, and device is cuda"):
-        Quantization("int8").check(torch.device("cuda"), torch.bfloat16)
+        Quantization("int8").check(torch.device("cuda"))

@@ -175,8 +175,8 @@ def test_every_instruction_set(tmp_path) -> None:
     usable, every = build.usable_instruction_sets(), list(build.instruction_sets())
     build.build_cpu(every, tmp_path / "megatron-dmc" / "kernels", unoptimized=set(every) - set(usable[1:]))
     chosen = "shapes_equal or equal_the_oracle and not reference or head_dims or precision or plain or unequal"
-    chosen = f"cpp and ({chosen})"
-    names = ("test_kernels.py", "test_evicting.py", "test_evicting_shapes.py", "test_quantized.py")
+    chosen = f"cpp and ({chosen}) or codes"
+    names = ("test_kernels.py", "test_evicting.py", "test_evicting_shapes.py", "test_quantized.py", "test_linear.py")
     tests = [str(ROOT / "tests" / "kernels" / name) for name in names]
     for name in usable[1:]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]

@@ -26,7 +26,6 @@ from megatron.dmc.inference.sampling_params import SamplingParams
 LINEAR_OPS = frozenset(
     {
         *("aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "mkldnn::_linear_pointwise"),
-        *("aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu"),
         *("dmc::packed_linear", "dmc::between_attention"),  # the latter with the two norms among its products
     }
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.dmc import kernels
 from megatron.dmc.kernels import cpu_tuning
 from megatron.dmc.kernels.panels import pack_weight, weight_rows
+from megatron.dmc.kernels.params import PackedWeight
 
 
 class Linear(Protocol):
@@ -70,20 +71,16 @@ class PanelLinear:
     0.74, 0.78, 0.88, 0.91, 1.02. With AVX2 alone it is faster than what ran there before (docs/lab_book.md).
     """
 
-    form = "packed in panels"
-
-    def __init__(self, weight: Tensor, bias: Optional[Tensor] = None, *, gated: bool = False) -> None:
-        """gated: the first half of the outputs are gates, and the layer returns ``silu(gates) * ups``: [T, out / 2]."""
-        self.weight, self.bias, self.gated = pack_weight(weight, gated), bias, gated
-        self.outputs = weight.size(0) // 2 if gated else weight.size(0)
-        self.nbytes = self.weight.nbytes + (0 if bias is None else bias.nbytes)
+    def __init__(self, packed: PackedWeight, form: str = "packed in panels") -> None:
+        """packed: numbers, or codes (see ``quantization.py``). A gated layer returns ``silu(gates) * ups``."""
+        self.packed, self.form, self.nbytes = packed, form, packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.packed_linear(x, self.weight, self.bias, self.outputs, self.gated)
+        return kernels.packed_linear(x, self.packed)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight: int64 [T] -> [T, in]."""
-        return weight_rows(self.weight, ids)
+        """Rows of a weight of numbers: int64 [T] -> [T, in]."""
+        return weight_rows(self.packed, ids)
 
 
 class GatedLinear:
@@ -106,11 +103,11 @@ def takes_panels(weight: Tensor) -> bool:
 def make_linear(weight: Tensor, bias: Optional[Tensor] = None) -> Linear:
     """Linear layer of a weight [out, in] and a bias [out] in the fastest form. A packed layer keeps no plain weight."""
     if takes_panels(weight):
-        return PanelLinear(weight, bias)
+        return PanelLinear(pack_weight(weight, bias))
     packed = weight.device.type == "cpu" and weight.numel() > 0 and cpu_tuning.onednn_multiplies(weight.dtype)
     return PackedLinear(weight, bias) if packed else PlainLinear(weight, bias)
 
 
 def make_gated(weight: Tensor) -> Linear:
     """Layer ``silu(gates) * ups`` of a weight [gates, ups], [out, in], in the fastest form: [T, in] -> [T, out / 2]."""
-    return PanelLinear(weight, gated=True) if takes_panels(weight) else GatedLinear(make_linear(weight))
+    return PanelLinear(pack_weight(weight, gated=True)) if takes_panels(weight) else GatedLinear(make_linear(weight))

@@ -15,17 +15,9 @@ from torch import Tensor
 from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference.attention import CompressedAttention
-from megatron.dmc.inference.linear import (
-    GatedLinear,
-    Linear,
-    PanelLinear,
-    PlainLinear,
-    make_gated,
-    make_linear,
-    takes_panels,
-)
+from megatron.dmc.inference.linear import Linear, PanelLinear, PlainLinear, make_gated, make_linear, takes_panels
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.quantization import Int8Linear, Quantization
+from megatron.dmc.inference.quantization import Quantization, int8_linear
 from megatron.dmc.inference.weights import ModelInfo, Reader
 from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
@@ -102,7 +94,7 @@ def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool, quantization:
         return make_linear(weight, bias) if quantization is None else quantization.layer(names, weight, bias)
 
     def make_gate_up(names: str, weight: Tensor) -> Linear:
-        return make_gated(weight) if quantization is None else GatedLinear(quantization.layer(names, weight))
+        return make_gated(weight) if quantization is None else quantization.layer(names, weight, gated=True)
 
     qkv_bias = reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None
     return Layer(
@@ -143,7 +135,7 @@ class Model:
         """Load this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
         parallel.check(info.model)
         if quantization is not None:
-            quantization.check(device, dtype)
+            quantization.check(device)
         self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
         c = info.model
         self.heads, self.kv_heads, self.head_dim = (
@@ -165,7 +157,7 @@ class Model:
         self.shares_embedding = tied and quantization is None
         """The output layer multiplies by the weight in which tokens are looked up."""
         if quantization is not None:  # in 4 bits neither: every logit depends on it alone
-            self.head: Linear = Int8Linear(output)
+            self.head: Linear = int8_linear(output)
         elif tied and not takes_panels(output):  # rows of oneDNN's blocks cannot be looked up
             self.head = PlainLinear(output)
         else:
@@ -179,26 +171,14 @@ class Model:
         """Weights between the attention of two layers as one call takes them; None where there are several calls: ranks
         that sum up in between, weights that are not in panels.
         """
-        out, gate_up, down, qkv = layer.out, layer.gate_up, layer.down, following.qkv
-        if (
-            self.parallel.size > 1
-            or not isinstance(out, PanelLinear)
-            or not isinstance(gate_up, PanelLinear)
-            or not isinstance(down, PanelLinear)
-            or not isinstance(qkv, PanelLinear)
-        ):
+        weights = [
+            x.packed for x in (layer.out, layer.gate_up, layer.down, following.qkv) if isinstance(x, PanelLinear)
+        ]
+        if self.parallel.size > 1 or len(weights) < 4:
             return None
-        return kernels.BetweenAttention(
-            out.weight,
-            layer.mlp_norm,
-            gate_up.weight,
-            down.weight,
-            following.input_norm,
-            qkv.weight,
-            qkv.bias,
-            qkv.outputs,
-            self.info.model.norm_epsilon,
-        )
+        out, gate_up, down, qkv = weights
+        norms = layer.mlp_norm, following.input_norm
+        return kernels.BetweenAttention(out, norms[0], gate_up, down, norms[1], qkv, self.info.model.norm_epsilon)
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron.dmc.kernels import dispatch
 from megatron.dmc.kernels.dispatch import active_backend, use_backend
-from megatron.dmc.kernels.params import Appended, AppendParams, BetweenAttention, EvictParams
+from megatron.dmc.kernels.params import Appended, AppendParams, BetweenAttention, EvictParams, PackedWeight
 from megatron.dmc.kernels.state import CacheState, make_state
 from megatron.dmc.kernels.torch_ops import call
 
@@ -180,20 +180,21 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return call("silu_and_mul", x.device, x)
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, gated: bool = False) -> Tensor:
+def packed_linear(x: Tensor, packed: PackedWeight) -> Tensor:
     """Linear layer on a CPU: ``x W^T + b``, or of a gated layer ``silu(x G^T) * (x U^T)``, rounded where the separate
     steps round.
 
+    Rows are rounded before they meet codes, each group of inputs by itself: to the nearest multiple of its largest
+    magnitude / 127 for codes of 4 bits, / 32,767 for those of 8. A group is that of the weight's scales, or 32 inputs
+    where the weight has a scale for each output. Products of a group are sums of integers.
+
     Args:
-        x: [T, K] of fp32 or bf16, contiguous.
-        weight: of :func:`megatron.dmc.kernels.panels.pack_weight`, of x's dtype.
-        bias: [outputs]; None for a gated layer.
-        outputs: N, or N / 2 of a gated layer.
+        x: [T, K] of fp32 or bf16, contiguous; of the weight's dtype, unless that is of codes.
 
     Returns:
         [T, outputs], contiguous.
     """
-    return dispatch.call("packed_linear", x.device.type, x, weight, bias, outputs, gated)
+    return dispatch.call("packed_linear", x.device.type, x, packed)
 
 
 def between_attention(weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

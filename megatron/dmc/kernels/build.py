@@ -49,7 +49,9 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _AVX512_CPU = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 X86 = {  # best first
-    "avx512bf16": InstructionSet((*_AVX512, "-mavx512bf16"), _AVX512_CPU | {"avx512_bf16"}),
+    "avx512bf16": InstructionSet(
+        (*_AVX512, "-mavx512bf16", "-mavx512vnni"), _AVX512_CPU | {"avx512_bf16", "avx512_vnni"}
+    ),
     "avx512": InstructionSet(_AVX512, _AVX512_CPU),
     "avx2": InstructionSet(_AVX2, frozenset({"avx2", "fma", "f16c"})),
     "base": InstructionSet((), frozenset()),

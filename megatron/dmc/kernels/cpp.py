@@ -2,7 +2,7 @@
 
 import sys
 from functools import cache
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import tvm_ffi
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.dmc.kernels import build
 from megatron.dmc.kernels.compiled import CompiledKernels
-from megatron.dmc.kernels.params import BetweenAttention
+from megatron.dmc.kernels.params import BetweenAttention, PackedWeight
 
 
 class CppKernels(CompiledKernels):
@@ -21,15 +21,16 @@ class CppKernels(CompiledKernels):
     def __init__(self, library: Any) -> None:
         super().__init__(library)
         self._packed_linear = library["packed_linear"]
+        self._bind_linear = library["bind_linear"]
         self._bind_between, self._between = library["bind_between"], library["between_attention"]
 
     def threads(self) -> int:
         return torch.get_num_threads()
 
-    def packed_linear(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], outputs: int, gated: bool) -> Tensor:
+    def packed_linear(self, x: Tensor, packed: PackedWeight) -> Tensor:
         """See :func:`megatron.dmc.kernels.packed_linear`."""
-        out = x.new_empty((x.size(0), outputs))
-        self._packed_linear(x, weight, x.new_empty(0) if bias is None else bias, gated, out, self.threads())
+        out = x.new_empty((x.size(0), packed.outputs))
+        self._packed_linear(x, *packed, out, self.threads())
         return out
 
     def between_attention(self, weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,15 +38,14 @@ class CppKernels(CompiledKernels):
         bound = weights.bound.get(self)
         if bound is None:
             bound = weights.bound[self] = self._bound(weights)
-        total, qkv = torch.empty_like(x), x.new_empty((x.size(0), weights.qkv_outputs))
+        total, qkv = torch.empty_like(x), x.new_empty((x.size(0), weights.qkv.outputs))
         self._between(bound, mixed, x, total, qkv, self.threads())
         return total, qkv
 
     def _bound(self, w: BetweenAttention) -> bytes:
-        none = w.out.new_empty(0)
-        bias = none if w.qkv_bias is None else w.qkv_bias
-        tensors = (w.out, w.mlp_norm, w.gate_up, w.down, w.next_norm, w.qkv, bias)
-        return self._bind_between(*tensors, w.qkv_outputs, w.epsilon, none)
+        bf16 = w.mlp_norm.dtype == torch.bfloat16
+        out, gate_up, down, qkv = (self._bind_linear(*packed, bf16) for packed in (w.out, w.gate_up, w.down, w.qkv))
+        return self._bind_between(out, w.mlp_norm, gate_up, down, w.next_norm, qkv, w.epsilon)
 
 
 @cache

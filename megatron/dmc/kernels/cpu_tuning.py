@@ -110,7 +110,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.dtype != torch.float32:
         widen = rows > HALF_ROWS and not onednn_multiplies(x.dtype)
-        return blocked_linear(x, weight, bias=bias) if widen else F.linear(x, weight, bias)
+        return blocked_linear(x, weight, bias) if widen else F.linear(x, weight, bias)
     if rows > FEW_ROWS or (rows <= IN_PLACE_ROWS and is_intel()):
         return F.linear(x, weight, bias)
     if rows == 1 and x.size(1) > VECTOR_INPUTS:
@@ -120,28 +120,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def blocked_linear(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """``x (s W)^T + b`` with a weight of a type that is not multiplied as it lies, rounded once at the end.
+def blocked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` with a weight of a type that is not multiplied as it lies, rounded once at the end.
 
-    Blocks of the weight are converted, one after the other, to x's type where the CPU has instructions for it, else to
-    fp32. torch's own product of a 16-bit type takes 0.2 ms of a core of the EPYC in bf16 for each row and million
-    weights, however many rows there are; this one, over the layers of SmolLM2-135M, 0.76 times as long at 4 rows, 0.53
-    at 8, 0.4 at 16.
+    Blocks of the weight are converted to fp32, one after the other. torch's own product of a 16-bit type takes 0.2 ms
+    of a core of the EPYC in bf16 for each row and million weights, however many rows there are; this one, over the
+    layers of SmolLM2-135M, 0.76 times as long at 4 rows, 0.53 at 8, 0.4 at 16.
 
     Args:
         x: [T, in].
-        weight: [out, in], of a 16-bit type or int8.
-        scales, bias: [out]; None: 1 and 0.
+        weight: [out, in], of a 16-bit type.
+        bias: [out].
 
     Returns:
         [T, out], contiguous, of x's type.
     """
-    dtype = x.dtype if onednn_multiplies(x.dtype) else torch.float32
-    converted, y = x.to(dtype), torch.empty(x.size(0), weight.size(0), dtype=dtype)
+    converted, y = x.float(), torch.empty(x.size(0), weight.size(0))
     step = max(1, CONVERTED // max(1, weight.size(1)))
     for rows, out in zip(weight.split(step), y.split(step, dim=1), strict=True):
-        torch.mm(converted, rows.to(dtype).t(), out=out)
-    y = y.float()
-    if scales is not None:
-        y.mul_(scales)
+        torch.mm(converted, rows.float().t(), out=out)
     return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -1,46 +1,94 @@
-"""Weights of linear layers in panels, the form that the C++ kernel for CPUs (``csrc/cpu_linear.cpp``) reads."""
+"""Weights of linear layers in panels of 32 outputs, the form that the C++ kernels for CPUs read, as numbers
+(``csrc/cpu_linear.cpp``) or as codes of 8 or 4 bits (``csrc/cpu_quantized.cpp``).
+"""
 
+from typing import Optional
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
+from megatron.dmc.kernels.params import PackedWeight
 
 PANEL = 32
 """Outputs of a panel."""
+UNIT = 32
+"""Inputs of which codes have whole multiples."""
+ZEROS = {4: 8, 8: 128}
+"""Code of 0, by bits."""
 
 
-def pack_weight(weight: Tensor, gated: bool = False) -> Tensor:
-    """Weight [N, K] of fp32 or bf16 in the panels that :func:`packed_linear` reads: [N / 32, K / pair, 32, pair], where
-    a pair is two numbers of bf16 or one of fp32, and N is filled up with zeros. gated: the first half of the outputs
-    are gates of the second; every panel has 16 of each, and N / 2 is filled up to a multiple of 16.
+def _in_panels(x: Tensor, gated: bool) -> Tensor:
+    """[N, ...] -> [N / 32, 32, ...], filled up with zeros. gated: every panel has 16 rows of the first half of x and
+    the same 16 of the second.
+    """
+    each = PANEL // 2 if gated else PANEL
+    parts = []
+    for part in x.chunk(2) if gated else (x,):
+        missing = -part.size(0) % each
+        filled = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+        parts.append(filled.unflatten(0, (-1, each)))
+    return torch.cat(parts, dim=1) if gated else parts[0]
+
+
+def _copied(x: Tensor) -> Tensor:
+    return empty_in_huge_pages(x.shape, x.dtype, x.device).copy_(x)
+
+
+def pack_weight(weight: Tensor, bias: Optional[Tensor] = None, gated: bool = False) -> PackedWeight:
+    """Panels of a weight [N, K] of fp32 or bf16. gated: the first half of the outputs are gates of the second.
 
     Raises:
         ValueError: an odd K in bf16.
     """
-    pair = 4 // weight.element_size()
+    pair, none = 4 // weight.element_size(), weight.new_empty(0)
     if weight.size(1) % pair:
         raise ValueError(f"a weight of {tuple(weight.shape)} in {weight.dtype} has no pairs of inputs")
-    parts = [
-        F.pad(part, (0, 0, 0, -part.size(0) % each)).unflatten(0, (-1, each))
-        for part, each in ([(half, PANEL // 2) for half in weight.chunk(2)] if gated else [(weight, PANEL)])
-    ]
-    count, inputs = parts[0].size(0), weight.size(1)
-    panels = empty_in_huge_pages((count, inputs // pair, PANEL, pair), weight.dtype, weight.device)
-    offset = 0
-    for part in parts:
-        # [N / each, each, K] -> [N / each, K / pair, each, pair]
-        panels[:, :, offset : offset + part.size(1)].copy_(part.unflatten(2, (-1, pair)).transpose(1, 2))
-        offset += part.size(1)
-    return panels
+    # [N / 32, 32, K] -> [N / 32, K / pair, 32, pair]
+    panels = _copied(_in_panels(weight, gated).unflatten(2, (-1, pair)).transpose(1, 2))
+    outputs = weight.size(0) // 2 if gated else weight.size(0)
+    return PackedWeight(panels, none, none if bias is None else bias, weight.size(1), outputs, gated)
 
 
-def unpack_weight(panels: Tensor) -> Tensor:
-    """Weight [N, K], N rounded up to whole panels, of panels that are not gated."""
-    # [N / 32, K / pair, 32, pair] -> [N / 32, 32, K]
-    return panels.transpose(1, 2).flatten(2).flatten(0, 1)
+def pack_codes(codes: Tensor, scales: Tensor, bias: Optional[Tensor], bits: int, gated: bool = False) -> PackedWeight:
+    """Panels of the codes of a weight.
+
+    Args:
+        codes: uint8 [N, K]; with 4 bits K is a multiple of 32.
+        scales: of 8 bits [N]; of 4 bits [N, K / group, 2], scales and offsets. Rounded to bf16.
+        bits: 8, ``w = scale (code - 128)``, or 4, ``w = scale (code - 8) + offset``.
+        gated: see :func:`pack_weight`.
+    """
+    rows, scales = _in_panels(codes, gated), _in_panels(scales.bfloat16(), gated)
+    if bits == 4:
+        # [N / 32, 32, K] -> [N / 32, 32, K / 8, 2, 4] -> [N / 32, 32, K / 8, 4]
+        low, high = rows.unflatten(2, (-1, 2, 4)).unbind(3)
+        words = low | high << 4
+        scales = scales.permute(0, 2, 3, 1)  # [N / 32, 32, K / group, 2] -> [N / 32, K / group, 2, 32]
+    else:
+        words = F.pad(rows, (0, -rows.size(2) % UNIT)).unflatten(2, (-1, 2, 2)).transpose(3, 4).flatten(3)
+    outputs = codes.size(0) // 2 if gated else codes.size(0)
+    none = scales.new_empty(0) if bias is None else bias
+    return PackedWeight(_copied(words.transpose(1, 2)), scales.contiguous(), none, codes.size(1), outputs, gated)
 
 
-def weight_rows(panels: Tensor, ids: Tensor) -> Tensor:
-    """Rows ``ids`` [T] of a weight in panels: [T, K]."""
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """Weight in its panels [N / 32, 32, K]: of its dtype, or what codes stand for in fp32."""
+    # [N / 32, K / pair, 32, pair] -> [N / 32, 32, K / pair, pair]
+    words, scales = packed.weight.transpose(1, 2), packed.scales.float()
+    if not packed.bits:
+        return words.flatten(2)
+    if packed.bits == 8:
+        words = words.unflatten(3, (2, 2)).transpose(3, 4)
+        return (words.flatten(2)[..., : packed.inputs].float() - ZEROS[8]) * scales[..., None]
+    codes = torch.stack([words & 15, words >> 4], dim=3).flatten(2).float() - ZEROS[4]
+    # [N / 32, K / group, 2, 32] -> [N / 32, 32, K / group] each
+    scale, offset = scales.permute(2, 0, 3, 1)
+    return (codes.unflatten(2, (scale.size(2), -1)) * scale[..., None] + offset[..., None]).flatten(2)
+
+
+def weight_rows(packed: PackedWeight, ids: Tensor) -> Tensor:
+    """Rows ``ids`` [T] of a weight of numbers that is not gated: [T, K]."""
     # [N / 32, K / pair, 32, pair] -> [T, K / pair, pair]
-    return panels[ids // PANEL, :, ids % PANEL].flatten(1)
+    return packed.weight[ids // PANEL, :, ids % PANEL].flatten(1)

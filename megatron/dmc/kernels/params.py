@@ -96,28 +96,57 @@ class Appended(NamedTuple):
     """
 
 
-@dataclass(frozen=True, eq=False)
-class BetweenAttention:
-    """Weights of all that lies between the attention of one layer and that of the next, linear layers in panels (see
-    ``panels.py``). They are checked once: no tensor may be replaced or moved.
+class PackedWeight(NamedTuple):
+    """Weight of a linear layer of N outputs and K inputs in panels of 32 outputs, with its bias; see ``panels.py``. N
+    is filled up to whole panels.
     """
 
-    out: Tensor
-    """Panels of [h, Hq D]."""
+    weight: Tensor
+    """Numbers: [N / 32, K / pair, 32, pair], where a pair is two of bf16 or one of fp32. Codes: uint8, of 4 bits
+    [N / 32, K / 8, 32, 4], input i + 4 in the upper half of the byte of input i; of 8 bits [N / 32, K / 4, 32, 4], of
+    four inputs 0, 2, 1, 3, K filled up to a multiple of 32.
+    """
+    scales: Tensor
+    """bf16, of codes of 4 bits [N / 32, K / group, 2, 32], scales and offsets; of 8 bits [N / 32, 32]. Of numbers
+    empty.
+    """
+    bias: Tensor
+    """[N] of the activations' dtype, or empty."""
+    inputs: int
+    """K"""
+    outputs: int
+    """N, or N / 2 of a gated layer."""
+    gated: bool
+    """The first half of the outputs are gates of the second: every panel has 16 of each."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 for numbers."""
+        return {1: 0, 2: 8, 4: 4}[self.scales.ndim]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes + self.bias.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class BetweenAttention:
+    """Weights of all that lies between the attention of one layer and that of the next. They are checked once: no
+    tensor may be replaced or moved.
+    """
+
+    out: PackedWeight
+    """[h, Hq D]"""
     mlp_norm: Tensor
     """[h]"""
-    gate_up: Tensor
-    """Gated panels of [2 F, h]."""
-    down: Tensor
-    """Panels of [h, F]."""
+    gate_up: PackedWeight
+    """[2 F, h], gated."""
+    down: PackedWeight
+    """[h, F]"""
     next_norm: Tensor
     """[h], of the next layer's input."""
-    qkv: Tensor
-    """Panels of [(Hq + 2 H) D, h], the next layer's."""
-    qkv_bias: Optional[Tensor]
-    """[(Hq + 2 H) D]"""
-    qkv_outputs: int
-    """(Hq + 2 H) D"""
+    qkv: PackedWeight
+    """[(Hq + 2 H) D, h], the next layer's."""
     epsilon: float
     """Epsilon of both norms."""
     bound: dict[Any, bytes] = field(default_factory=dict)

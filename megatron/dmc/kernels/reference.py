@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.dmc.kernels.panels import unpack_weight
-from megatron.dmc.kernels.params import Appended, AppendParams, BetweenAttention
+from megatron.dmc.kernels.panels import UNIT, unpack_weight
+from megatron.dmc.kernels.params import Appended, AppendParams, BetweenAttention, PackedWeight
 from megatron.dmc.kernels.reference_evict import append_evicting, recent_slots, window_of_queries
 from megatron.dmc.kernels.reference_pages import Layout, Slots, check_room, give_back, kept_slots, rotate, take
 from megatron.dmc.kernels.state import CacheState
@@ -286,19 +286,31 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], outputs: int, gated: bool) -> Tensor:
+def packed_linear(x: Tensor, packed: PackedWeight) -> Tensor:
     """See :func:`megatron.dmc.kernels.packed_linear`."""
-    if not gated:
-        return F.linear(x, unpack_weight(weight)[:outputs], bias)
-    # [N / 32, K / pair, 16, pair] each
-    gates, ups = (unpack_weight(half)[:outputs] for half in weight.chunk(2, dim=2))
-    return silu_and_mul(torch.cat((F.linear(x, gates), F.linear(x, ups)), dim=1))
+    rows, panels = x, unpack_weight(packed)
+    if packed.bits:
+        group, largest = (packed.inputs // packed.scales.size(1), 127) if packed.bits == 4 else (UNIT, 32767)
+        rows = _round_rows(x.float(), group, largest)
+    each = panels.chunk(2, dim=1) if packed.gated else (panels,)
+    bias = packed.bias if packed.bias.numel() else None
+    products = [F.linear(rows, part.flatten(0, 1)[: packed.outputs]) for part in each]
+    y = torch.cat(products, dim=1)
+    y = (y if bias is None else y + bias).to(x.dtype)
+    return silu_and_mul(y) if packed.gated else y
+
+
+def _round_rows(x: Tensor, group: int, largest: int) -> Tensor:
+    """Rows [T, K] in fp32, each group of inputs rounded to a multiple of its largest magnitude / ``largest``."""
+    groups = F.pad(x, (0, -x.size(1) % group)).unflatten(1, (-1, group))
+    scale = groups.abs().amax(2, keepdim=True) * (1 / largest)
+    inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, 1 / scale)
+    return ((groups * inverse).round() * scale).flatten(1)[:, : x.size(1)]
 
 
 def between_attention(weights: BetweenAttention, mixed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`megatron.dmc.kernels.between_attention`."""
-    w, hidden, inner = weights, x.size(1), weights.down.size(1) * weights.down.size(3)
-    x, y = add_rms_norm(x, packed_linear(mixed, w.out, None, hidden, False), w.mlp_norm, w.epsilon)
-    delta = packed_linear(packed_linear(y, w.gate_up, None, inner, True), w.down, None, hidden, False)
-    x, y = add_rms_norm(x, delta, w.next_norm, w.epsilon)
-    return x, packed_linear(y, w.qkv, w.qkv_bias, w.qkv_outputs, False)
+    w = weights
+    x, y = add_rms_norm(x, packed_linear(mixed, w.out), w.mlp_norm, w.epsilon)
+    x, y = add_rms_norm(x, packed_linear(packed_linear(y, w.gate_up), w.down), w.next_norm, w.epsilon)
+    return x, packed_linear(y, w.qkv)

@@ -41,7 +41,8 @@ struct Kernels {
   void (*evict_write)(const EvictParams&);   // everything else
   void (*norm)(const NormParams&);
   void (*silu)(const SiluParams&);
-  void (*linear)(const LinearParams&);
+  void (*linear)(const LinearParams&);     // over numbers
+  int (*quantized)(const LinearParams&);   // over codes; 0, or 1: out of memory
 };
 
 }  // namespace dmc

@@ -20,6 +20,7 @@
   void dmc_norm_##isa(const dmc::NormParams&);                                                  \
   void dmc_silu_##isa(const dmc::SiluParams&);                                                  \
   void dmc_linear_##isa(const dmc::LinearParams&);                                              \
+  int dmc_quantized_##isa(const dmc::LinearParams&);                                            \
   }                                                                                             \
   static const dmc::Kernels table_##isa = {#isa,                                                \
                                            dmc_decode_##isa,                                    \
@@ -30,7 +31,8 @@
                                            dmc_evict_write_##isa,                               \
                                            dmc_norm_##isa,                                      \
                                            dmc_silu_##isa,                                      \
-                                           dmc_linear_##isa};
+                                           dmc_linear_##isa,                                    \
+                                           dmc_quantized_##isa};
 
 #ifdef DMC_WITH_avx512bf16
 DMC_TABLE(avx512bf16)
@@ -57,7 +59,7 @@ const Kernels& kernels() {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
 #ifdef DMC_WITH_avx512bf16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back(&table_avx512bf16);
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) usable.push_back(&table_avx512bf16);
 #endif
 #ifdef DMC_WITH_avx512
     // In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many products.
@@ -97,7 +99,7 @@ void check_offsets(const int32_t* cu_seqlens, int64_t n, int64_t tokens) {
 }
 
 void done(int failed) {
-  if (failed) TVM_FFI_THROW(MemoryError) << "no memory for the scratch of attention";
+  if (failed) TVM_FFI_THROW(MemoryError) << "no memory for what a kernel keeps beside its operands";
 }
 
 void run(AppendParams& p, const Optional<TensorView>&) {
@@ -170,31 +172,61 @@ void run(const NormParams& p) { kernels().norm(p); }
 
 void run(const SiluParams& p) { kernels().silu(p); }
 
-// A weight in panels, and what follows from it; `gated`: see cpu_linear.cpp.
-LinearParams panels(const TensorView& weight, const TensorView& bias, int64_t outputs, bool gated, const char* name) {
+// A weight in panels, and what follows from it; see LinearParams. `scales` of no elements: numbers of the dtype of x; else codes.
+LinearParams panels(const TensorView& weight, const TensorView& scales, const TensorView& bias, int64_t inputs, int64_t outputs, bool gated,
+                    Dtype dtype) {
   LinearParams p = {};
-  p.dtype = dtype_of(weight), p.outputs = outputs, p.gated = gated;
-  int64_t pair = p.dtype == kBF16 ? 2 : 1, each = gated ? 16 : 32;
-  bool ok = here(weight) && p.dtype != kF16 && weight.ndim() == 4 && weight.size(0) == (outputs + each - 1) / each &&
-            weight.size(2) == 32 && weight.size(3) == pair && contiguous(weight);
-  check(ok, name, weight, "[N / 32, K / pair, 32, pair] of fp32 or bf16, contiguous; a pair is 2 numbers of bf16, 1 of fp32");
-  p.inputs = weight.size(1) * pair, p.weight = weight.data_ptr();
+  p.dtype = dtype, p.inputs = inputs, p.outputs = outputs, p.gated = gated, p.weight = weight.data_ptr();
+  int64_t each = gated ? 16 : 32, panels = (outputs + each - 1) / each;
+  bool ok = here(weight) && weight.ndim() == 4 && weight.size(0) == panels && weight.size(2) == 32 && contiguous(weight);
+  if (scales.numel()) {
+    p.bits = scales.ndim() == 4 ? 4 : 8, p.scales = scales.data_ptr();
+    int64_t filled = (inputs + 31) / 32 * 32;
+    ok = ok && is(weight, kDLUInt, 8) && weight.size(3) == 4 && weight.size(1) * (32 / p.bits) == filled;
+    check(ok && (p.bits == 8 || filled == inputs), "weight", weight,
+          "uint8 [N / 32, K / (32 / bits), 32, 4], contiguous, K a multiple of 32 or, of 8 bits, filled up to one");
+    bool fits = here(scales) && dtype_of(scales) == kBF16 && contiguous(scales) && scales.size(0) == panels;
+    if (p.bits == 4) {
+      fits = fits && scales.size(2) == 2 && scales.size(3) == 32 && inputs % (32 * scales.size(1)) == 0;
+      if (fits) p.group = (int)(inputs / scales.size(1));
+    } else {
+      fits = fits && scales.ndim() == 2 && scales.size(1) == 32;
+    }
+    check(fits, "scales", scales, "bf16, contiguous, of 4 bits [N / 32, K / group, 2, 32], of 8 bits [N / 32, 32]");
+  } else {
+    int64_t pair = dtype == kBF16 ? 2 : 1;
+    check(ok && dtype_of(weight) == dtype && weight.size(3) == pair && weight.size(1) * pair == inputs, "weight", weight,
+          "[N / 32, K / pair, 32, pair] of the dtype of x, contiguous; a pair is 2 numbers of bf16, 1 of fp32");
+  }
   if (bias.numel()) {
-    bool fits = here(bias) && !gated && bias.ndim() == 1 && bias.size(0) == outputs && contiguous(bias) && dtype_of(bias) == p.dtype;
-    check(fits, "bias", bias, "[N], of the weight's dtype; none of a gated layer");
+    bool fits = here(bias) && !gated && bias.ndim() == 1 && bias.size(0) == outputs && contiguous(bias) && dtype_of(bias) == dtype;
+    check(fits, "bias", bias, "[N], of the dtype of x; none of a gated layer");
     p.bias = bias.data_ptr();
   }
   return p;
 }
 
-// `bias` of no elements: none.
-void packed_linear(TensorView x, TensorView weight, TensorView bias, bool gated, TensorView out, int64_t threads) {
-  check(out.ndim() == 2, "out", out, "[T, N]");
-  LinearParams p = panels(weight, bias, out.size(1), gated, "weight");
-  p.rows = out.size(0), p.threads = (int)threads;
-  p.x = matrix(x, p.rows, p.inputs, p.dtype, "x", "[T, K], contiguous, of the weight's dtype");
-  p.out = matrix(out, p.rows, p.outputs, p.dtype, "out", "[T, N], contiguous, of the weight's dtype");
-  kernels().linear(p);
+void multiply(const LinearParams& p) {
+  if (p.bits) done(kernels().quantized(p));
+  else kernels().linear(p);
+}
+
+// `scales` and `bias` of no elements: none.
+void packed_linear(TensorView x, TensorView weight, TensorView scales, TensorView bias, int64_t inputs, int64_t outputs, bool gated,
+                   TensorView out, int64_t threads) {
+  Dtype dtype = dtype_of(x);
+  check(x.ndim() == 2 && dtype != kF16, "x", x, "[T, K] of fp32 or bf16");
+  LinearParams p = panels(weight, scales, bias, inputs, outputs, gated, dtype);
+  p.rows = x.size(0), p.threads = (int)threads;
+  p.x = matrix(x, p.rows, p.inputs, p.dtype, "x", "[T, K], contiguous");
+  p.out = matrix(out, p.rows, p.outputs, p.dtype, "out", "[T, N], contiguous, of the dtype of x");
+  multiply(p);
+}
+
+// A linear layer of BetweenAttention in params.py.
+Bytes bind_linear(TensorView weight, TensorView scales, TensorView bias, int64_t inputs, int64_t outputs, bool gated, bool bf16) {
+  LinearParams p = panels(weight, scales, bias, inputs, outputs, gated, bf16 ? kBF16 : kF32);
+  return Bytes((const char*)&p, sizeof p);
 }
 
 // Everything between the attention of a layer and that of the next, but for rows and threads.
@@ -203,33 +235,42 @@ struct Between {
   NormParams mlp_norm, next_norm;
 };
 
+template <class P> P bound_as(const Bytes& bound) {
+  P p;
+  if (bound.size() != sizeof p) TVM_FFI_THROW(ValueError) << "weights are of " << bound.size() << " bytes; they must be what was bound";
+  memcpy(&p, bound.data(), sizeof p);
+  return p;
+}
+
 NormParams norm_of(const TensorView& weight, const LinearParams& like, double epsilon, const char* name) {
   NormParams p = {};
   bool ok = here(weight) && weight.ndim() == 1 && weight.size(0) == like.outputs && contiguous(weight) && dtype_of(weight) == like.dtype;
-  check(ok, name, weight, "[h], of the weights' dtype");
+  check(ok, name, weight, "[h], of the dtype of x");
   p.width = like.outputs, p.dtype = like.dtype, p.epsilon = (float)epsilon, p.weight = weight.data_ptr();
   return p;
 }
 
-// Checks the weights, in the order of BetweenAttention in params.py, once.
-Bytes bind_between(TensorView out, TensorView mlp_norm, TensorView gate_up, TensorView down, TensorView next_norm, TensorView qkv,
-                   TensorView qkv_bias, int64_t outputs, double epsilon, TensorView none) {
+void check_width(const char* name, int64_t have, int64_t want) {
+  if (have != want) TVM_FFI_THROW(ValueError) << name << " is of width " << have << "; it must be " << want << ", as the layers beside it";
+}
+
+// Checks how the weights fit together, in the order of BetweenAttention in params.py, once.
+Bytes bind_between(const Bytes& out, TensorView mlp_norm, const Bytes& gate_up, const Bytes& down, TensorView next_norm, const Bytes& qkv,
+                   double epsilon) {
   Between b;
-  check(mlp_norm.ndim() == 1, "mlp_norm", mlp_norm, "[h]");
-  int64_t hidden = mlp_norm.size(0);
-  b.out = panels(out, none, hidden, false, "out"), b.down = panels(down, none, hidden, false, "down");
-  b.gate_up = panels(gate_up, none, b.down.inputs, true, "gate_up"), b.qkv = panels(qkv, qkv_bias, outputs, false, "qkv");
-  bool ok = b.gate_up.inputs == hidden && b.qkv.inputs == hidden && b.down.dtype == b.out.dtype && b.gate_up.dtype == b.out.dtype &&
-            b.qkv.dtype == b.out.dtype;
-  check(ok, "gate_up", gate_up, "of h inputs, like qkv, and all weights of one dtype");
+  b.out = bound_as<LinearParams>(out), b.gate_up = bound_as<LinearParams>(gate_up);
+  b.down = bound_as<LinearParams>(down), b.qkv = bound_as<LinearParams>(qkv);
+  int64_t hidden = b.out.outputs;
+  check_width("gate_up", b.gate_up.inputs, hidden), check_width("qkv", b.qkv.inputs, hidden);
+  check_width("down", b.down.outputs, hidden), check_width("down", b.down.inputs, b.gate_up.outputs);
+  for (const LinearParams* p : {&b.gate_up, &b.down, &b.qkv})
+    if (p->dtype != b.out.dtype) TVM_FFI_THROW(ValueError) << "weights are of several dtypes; they must be of one";
   b.mlp_norm = norm_of(mlp_norm, b.out, epsilon, "mlp_norm"), b.next_norm = norm_of(next_norm, b.out, epsilon, "next_norm");
   return Bytes((const char*)&b, sizeof b);
 }
 
 void between_attention(const Bytes& bound, TensorView mixed, TensorView x, TensorView sum, TensorView qkv, int64_t threads) {
-  Between b;
-  if (bound.size() != sizeof b) TVM_FFI_THROW(ValueError) << "weights are of " << bound.size() << " bytes; they must be what bind_between() returned";
-  memcpy(&b, bound.data(), sizeof b);
+  Between b = bound_as<Between>(bound);
   check(x.ndim() == 2, "x", x, "[T, h]");
   Dtype dtype = b.out.dtype;
   int64_t rows = x.size(0), hidden = b.out.outputs, inner = b.down.inputs, size = element_size(dtype);
@@ -245,12 +286,12 @@ void between_attention(const Bytes& bound, TensorView mixed, TensorView x, Tenso
   b.qkv.out = matrix(qkv, rows, b.qkv.outputs, dtype, "qkv", "[T, (Hq + 2 H) D], contiguous, of the weights' dtype");
   b.out.out = b.down.out = delta, b.mlp_norm.sum = total, b.next_norm.x = total;
   b.gate_up.x = b.qkv.x = normed, b.gate_up.out = gated, b.down.x = gated;
-  kernels().linear(b.out);
+  multiply(b.out);
   kernels().norm(b.mlp_norm);
-  kernels().linear(b.gate_up);
-  kernels().linear(b.down);
+  multiply(b.gate_up);
+  multiply(b.down);
   kernels().norm(b.next_norm);
-  kernels().linear(b.qkv);
+  multiply(b.qkv);
 }
 
 tvm::ffi::String isa() { return kernels().name; }
@@ -258,6 +299,7 @@ tvm::ffi::String isa() { return kernels().name; }
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_linear, packed_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_linear, bind_linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_between, bind_between);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(between_attention, between_attention);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(isa, isa);

@@ -3,16 +3,9 @@
 // A block of rows times a panel stays in registers from the first input to the last: each vector of weights is multiplied by a number
 // (or a pair) of every row, which is broadcast. So few rows read the weight once, in order, at the speed of memory, and many rows
 // multiply at that of the arithmetic units. A row's result does not depend on the rows beside it.
-//
-// A gated layer's panels hold 16 gates and the 16 values that these scale; both are rounded as without this fusion.
-#include "cpu_vec.h"
+#include "cpu_panels.h"
 
 namespace {
-
-constexpr int kPanel = 32;          // outputs of a panel
-constexpr int NV = kPanel / VW;     // vectors of a panel
-constexpr int64_t kRowsOfTask = 96; // rows that a panel is multiplied with while it is in L2
-constexpr int64_t kWorth = 1 << 16; // products from which on another thread saves more than it costs
 
 #if defined(__AVX512F__)
 template <class T> constexpr int kBlock = 12;  // rows of a block: 24 vectors of sums, of 32 registers
@@ -93,73 +86,24 @@ template <int R, bool next> INLINE void multiply(const bf16* x, int64_t stride, 
   }
 }
 
-// Up to VW outputs of R rows from column `first` on.
-template <class T, int R> INLINE void write(const LinearParams& p, int64_t row, int64_t first, const vf* value, int64_t step) {
-  int64_t here = p.outputs - first;
-  if (here <= 0) return;
-  T* out = (T*)p.out + row * p.outputs + first;
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    if (here >= VW) store(out + r * p.outputs, value[r * step]);
-    else store_some(out + r * p.outputs, value[r * step], (int)here);
-  }
-}
-
 // R rows of x with panel n.
 template <class T, int R, bool next> void block(const LinearParams& p, int64_t row, int64_t n) {
   vf sum[R][NV] = {};
   const T* w = (const T*)p.weight + n * kPanel * p.inputs;
   multiply<R, next>((const T*)p.x + row * p.inputs, p.inputs, w, p.inputs, sum);
-  if (p.gated) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV / 2; v++) {
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++)
-        sum[r][v] = rounded(silu(rounded(sum[r][v], T{})), T{}) * rounded(sum[r][NV / 2 + v], T{});
-      write<T, R>(p, row, n * kPanel / 2 + v * VW, &sum[0][v], NV);
-    }
-    return;
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < NV; v++) {
-    int64_t first = n * kPanel + v * VW, here = p.outputs - first;
-    if (p.bias && here > 0) {
-      const T* bias = (const T*)p.bias + first;
-      vf add = here >= VW ? load(bias) : load_some(bias, (int)here);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) sum[r][v] += add;
-    }
-    write<T, R>(p, row, first, &sum[0][v], NV);
-  }
+  finish<T, R>(p, row, n, sum);
 }
 
-// `rows` <= R rows.
-template <class T, int R, bool next> INLINE void block_of(const LinearParams& p, int64_t row, int64_t rows, int64_t n) {
-  if (rows == R) return block<T, R, next>(p, row, n);
-  if constexpr (R > 1) block_of<T, R - 1, next>(p, row, rows, n);
-}
+template <class T> struct Plain {
+  static constexpr int kRows = kBlock<T>;
+  const LinearParams& p;
 
-template <class T> void linear(const LinearParams& p) {
-  constexpr int R = kBlock<T>;
-  int64_t each = p.gated ? kPanel / 2 : kPanel, panels = (p.outputs + each - 1) / each;
-  int64_t groups = (p.rows + kRowsOfTask - 1) / kRowsOfTask, tasks = groups * panels;
-  int threads = p.rows * p.inputs * p.outputs < kWorth ? 1 : p.threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t task = 0; task < tasks; task++) {
-    int64_t group = task / panels, row = group * p.rows / groups, rows = (group + 1) * p.rows / groups - row;
-    int64_t blocks = (rows + R - 1) / R;  // of about as many rows each
-    for (int64_t b = 0; b < blocks; b++) {
-      int64_t begin = b * rows / blocks, end = (b + 1) * rows / blocks;
-      // Of several blocks only the first waits for memory: the last asks for the next panel while it computes.
-      if (b && b + 1 == blocks) block_of<T, R, true>(p, row + begin, end - begin, task % panels);
-      else block_of<T, R, false>(p, row + begin, end - begin, task % panels);
-    }
-  }
-}
+  template <int R, bool next> INLINE void run(const Plain& self, int64_t row, int64_t n) { block<T, R, next>(self.p, row, n); }
+};
 
 void linear_any(const LinearParams& p) {
-  if (p.dtype == kF32) linear<float>(p);
-  else linear<bf16>(p);
+  if (p.dtype == kF32) each_block(p, Plain<float>{p});
+  else each_block(p, Plain<bf16>{p});
 }
 
 }  // namespace

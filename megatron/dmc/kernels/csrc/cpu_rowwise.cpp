@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int64_t kElements = 1 << 14;  // below, another thread costs more than it saves
-
 template <class T> INLINE vf load_upto(const T* p, int64_t left) { return left >= VW ? load(p) : load_some(p, (int)left); }
 template <class T> INLINE void store_upto(T* p, vf x, int64_t left) {
   if (left >= VW) store(p, x);

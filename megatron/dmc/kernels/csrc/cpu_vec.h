@@ -134,17 +134,32 @@ INLINE void store(f16* p, vf x) {
   }
 #endif
 }
+// The low bytes of all lanes.
+INLINE void store_bytes(void* p, vi x) {
+#if defined(__AVX512F__)  // the compiler would do one after the other
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  *(vbu*)p = (vbu)__builtin_convertvector(x, vb);
+#endif
+}
+// The low 16 bits of all lanes.
+INLINE void store_halves(void* p, vi x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+  *(vhu*)p = (vhu)__builtin_convertvector(x, vh);
+#endif
+}
 // To nearest, ties to even; |x| up to 127 and 448.
 INLINE void store(i8* p, vf x) {
-  vi code = (vi)(x + splat(12582912.0f)) - 0x4b400000;  // 1.5 * 2^23: the low bits are the nearest integer
-  *(vbu*)p = (vbu)__builtin_convertvector(code, vb);
+  store_bytes(p, (vi)(x + splat(12582912.0f)) - 0x4b400000);  // 1.5 * 2^23: the low bits are the nearest integer
 }
 INLINE void store(f8* p, vf x) {
   vf a = (vf)((vi)x & 0x7fffffff);
   vi bits = (vi)a, normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
   vi small = (vi)(a + splat(0x1p14f)) - 0x46800000;  // denormals: multiples of 2^-9, the low bits of 2^14 + a
   vi below = a < splat(0x1p-6f), code = (below & small) | (~below & normal) | (((vi)x >> 24) & 0x80);
-  *(vbu*)p = (vbu)__builtin_convertvector(code, vb);
+  store_bytes(p, code);
 }
 template <class T> INLINE void store_some(T* p, vf x, int n) {
   T buffer[VW];
@@ -208,16 +223,19 @@ INLINE vf silu(vf x) {
   return x / (splat(1.0f) + vexp2(select(power > splat(126.0f), splat(126.0f), power)));
 }
 
-// Element i + w to the place of i; the others are of no interest.
-INLINE vf shifted(vf x, int w) {
-#if defined(__clang__)
-  vf y = x;
-  for (int i = 0; i + w < VW; i++) y[i] = x[i + w];
-  return y;
+// Element i + w to the place of i for i < w; the others are of no interest.
+template <int w> INLINE vf shifted(vf x) {
+#if defined(__AVX512F__)  // the compiler makes such an index at run time
+  if constexpr (w == 8) return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4e);
+  if constexpr (w == 4) return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xb1);
+  return (vf)_mm512_permute_ps((__m512)x, w == 2 ? 0x4e : 0xb1);
+#elif defined(__AVX2__)
+  if constexpr (w == 4) return (vf)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
+  return (vf)_mm256_permute_ps((__m256)x, w == 2 ? 0x4e : 0xb1);
 #else
-  vi index;
-  for (int i = 0; i < VW; i++) index[i] = (i + w) % VW;
-  return __builtin_shuffle(x, index);
+  vf y = x;
+  for (int i = 0; i < w; i++) y[i] = x[i + w];
+  return y;
 #endif
 }
 
@@ -297,16 +315,18 @@ INLINE void transpose(vf* x) {
 #endif
 }
 
-INLINE float vsum(vf x) {
-#pragma GCC unroll 4
-  for (int w = VW / 2; w; w /= 2) x += shifted(x, w);
+template <int w = VW / 2> INLINE float vsum(vf x) {
+  x += shifted<w>(x);
+  if constexpr (w > 1) return vsum<w / 2>(x);
   return x[0];
 }
-INLINE float vtop(vf x) {
-#pragma GCC unroll 4
-  for (int w = VW / 2; w; w /= 2) x = vmax(x, shifted(x, w));
+template <int w = VW / 2> INLINE float vtop(vf x) {
+  x = vmax(x, shifted<w>(x));
+  if constexpr (w > 1) return vtop<w / 2>(x);
   return x[0];
 }
+
+constexpr int64_t kElements = 1 << 14;  // of rows; below, another thread costs more than it saves
 
 constexpr int64_t align_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

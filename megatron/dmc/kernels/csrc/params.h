@@ -133,12 +133,16 @@ struct NormParams {
 
 struct LinearParams {
   const void* x;       // [T, K]
-  const void* weight;  // [N / 32, K / pair, 32, pair], N rounded up; a pair is 2 numbers of bf16, or 1
+  const void* weight;  // [N / 32, K / pair, 32, pair], N rounded up; a pair is 2 numbers of bf16, or 1. Of codes: see `bits`
   const void* bias;    // [N], or null
   void* out;           // [T, N]; of a gated layer [T, N / 2]
   int64_t rows, inputs, outputs;  // T, K, columns of out
   bool gated;
-  Dtype dtype;  // fp32 or bf16
+  Dtype dtype;         // of x, bias and out: fp32 or bf16
+  int bits;            // 0: `weight` is of `dtype`. 4: [N / 32, K / 8, 32, 4], input i + 4 in the upper half of the byte of input i.
+                       // 8: [N / 32, K / 4, 32, 4], of four inputs 0, 2, 1, 3, K rounded up to a multiple of 32
+  const void* scales;  // bf16. Of 4 bits [N / 32, K / group, 2, 32]: scales, offsets; of 8 bits [N / 32, 32]
+  int group;           // inputs that share a scale, of 4 bits: a multiple of 32
   int threads;
 };
 
