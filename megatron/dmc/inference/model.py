@@ -201,14 +201,15 @@ class Model:
             if few and fused is not None:
                 x, qkv = kernels.between_attention(fused, mixed, x)
                 continue
+            if following is None:  # behind the last attention only tokens whose logits are wanted count
+                mixed, x = mixed[batch.logits_at], x[batch.logits_at]
             delta = self.parallel.sum(layer.out(mixed))
             x, y = kernels.add_rms_norm(x, delta, layer.mlp_norm, epsilon)
             delta = self.parallel.sum(layer.down(layer.gate_up(y)))
             if following is not None:
                 x, y = kernels.add_rms_norm(x, delta, following.input_norm, epsilon)
                 qkv = following.qkv(y)
-        at = batch.logits_at
-        return self._logits(kernels.add_rms_norm(x[at], delta[at], self.norm, epsilon)[1])
+        return self._logits(kernels.add_rms_norm(x, delta, self.norm, epsilon)[1])
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.info.model.norm_epsilon)
