@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -75,21 +76,21 @@ def evaluate_rows(config: ReportConfig) -> list[dict]:
     return results
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
 def table(results: list[dict]) -> str:
-    """Rows as a Markdown table."""
-    lines = [
-        "| model | perplexity | vs | ratio | CR measured (target) | KV bytes/token (bf16) |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Rows as a Markdown table, and warnings below it."""
+    head, rows = ["model", "perplexity", "vs", "ratio", "CR measured (target)", "KV bytes/token (bf16)"], []
     for r in results:
         cr = f"{r['cr']:.2f} ({r['target_cr']:.2f})" if r["target_cr"] > 1 else "1"
         ratio = f"{r['perplexity_ratio']:.3f}" if r["perplexity_ratio"] else ""
-        lines.append(
-            f"| {r['name']} | {r['perplexity']:.2f} | {r['baseline'] or ''} | {ratio} | {cr} | "
-            f"{r['kv_bytes_per_token']:.0f} |"
-        )
+        row = [r["name"], f"{r['perplexity']:.2f}", r["baseline"] or "", ratio, cr, f"{r['kv_bytes_per_token']:.0f}"]
+        rows.append(row)
     warnings = dict.fromkeys(warning for r in results for warning in r["warnings"])
-    return "\n".join([*lines, *(f"\nWARNING: {warning}" for warning in warnings)])
+    return "\n".join([markdown(head, rows), *(f"\nWARNING: {warning}" for warning in warnings)])
 
 
 def read_curves(directories: list[str]) -> dict[str, list[tuple[int, float]]]:

@@ -246,11 +246,7 @@ def build_cuda(directory: Path) -> Path:
         code.append(f"--threads={len(CUDA_ARCHITECTURES)}")  # compile for these at the same time
         jobs = [_launcher(cxx, CUDA_LAUNCHER, [], f"{scratch}/launch.o")]
         for source in CUDA_SOURCES:
-            # Code for one architecture takes as long as that for the other: at the same time.
-            together = ["--threads", str(len(CUDA_ARCHITECTURES))]
-            jobs.append(
-                [nvcc, *CUDA_FLAGS, *together, *code, "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.o"]
-            )
+            jobs.append([nvcc, *CUDA_FLAGS, *code, "-c", str(SOURCES / source), "-o", f"{scratch}/{source}.o"])
         _run_all(jobs)
         # CUDA's runtime goes into the library: it need not be the one that torch has.
         _run([nvcc, "-shared", "-cudart", "static", *(job[-1] for job in jobs), "-o", f"{scratch}/out.so"])

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from megatron.dmc.evaluation.compare.config import CompareConfig
 from megatron.dmc.evaluation.compare.jobs import JobGraph, Row
+from megatron.dmc.evaluation.report import markdown
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
     shown = columns(config, measured)
     head = ["method", "cache asked", "cache measured: end, reads", "steps", "perplexity / control's"]
     head += [column.title for column in shown]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for (method, ratio, steps), rows in groups(measured, name).items():
         relatives = [r for r in (relative(measured, m) for m in rows) if r is not None]
         cells = [
@@ -120,8 +121,8 @@ def table(config: CompareConfig, measured: list[Measured], name: str) -> str:
             spread(relatives, 3) if relatives else "",
             *(spread([c.value(m) for m in rows], c.digits) for c in shown),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 def to_json(config: CompareConfig, measured: list[Measured], machine: dict[str, Any]) -> dict[str, Any]:

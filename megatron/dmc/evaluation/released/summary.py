@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional, Self
 from megatron.dmc.evaluation.released.config import ORIGINAL, THEIRS, ReleasedConfig
 from megatron.dmc.evaluation.released.measure import Layout
 from megatron.dmc.evaluation.released.samples import Task
+from megatron.dmc.evaluation.report import markdown
 
 RECALLS = ("needle", "multi-key")
 
@@ -101,10 +102,6 @@ def read(output: Path, methods: list[str]) -> Results:
     if not any(method == ORIGINAL for method, _ in cells):
         raise ValueError(f"the original has not been measured yet under {output}; figures are relative to it")
     return Results(methods, tasks, cells)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def fidelity_table(results: Results, tasks: list[Task]) -> str:
