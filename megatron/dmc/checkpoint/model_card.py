@@ -10,7 +10,7 @@ from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.formats.base import Source
 from megatron.dmc.checkpoint.manifest import SHARDS_FILE
 from megatron.dmc.checkpoint.sentencepieces import begin_and_end, fast_tokenizer, from_model_file
-from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES, sentencepiece_adds_bos
+from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES, load_sentencepiece, sentencepiece_adds_bos
 from megatron.dmc.checkpoint.tokenizer_files import tokenizer_files as pretrained_files
 
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -40,12 +40,7 @@ def tokenizer_files(source: Source, tokenizer: Optional[str | Path], say: Callab
 
 def _sentencepiece_files(path: Path, say: Callable[[str], None]) -> dict[str, bytes]:
     """Files for transformers from a sentencepiece model: the model, and which special tokens it has."""
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+    model = load_sentencepiece(path)
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
     ids = {name: number for name, number in ids.items() if number >= 0}
     tokens = {f"{name}_token": model.id_to_piece(number) for name, number in ids.items()}

@@ -39,6 +39,16 @@ def sentencepiece_adds_bos(path: Path) -> bool:
     return not config.is_file() or Fields(read_json(config), f"{config}: ").flag("add_bos_token") is not False
 
 
+def load_sentencepiece(path: Path) -> Any:
+    """sentencepiece's processor of a model file. Raises ``ValueError`` when the file is none."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+
+
 def load_pretrained(path: Path, config: Optional[Any] = None) -> Any:
     """transformers' tokenizer of a directory, from local files and without code of its own.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron.dmc.checkpoint.tokenizer_files import load_pretrained, sentencepiece_adds_bos
+from megatron.dmc.checkpoint.tokenizer_files import load_pretrained, load_sentencepiece, sentencepiece_adds_bos
 
 # The files of a Hugging Face directory that decide which text becomes which ids. tokenizer_config.json is left out on
 # purpose: chat templates and library versions in it change without the ids changing.
@@ -83,12 +83,7 @@ class Tokenizer(ABC):
 
 class _SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"tokenizer {path} is not a sentencepiece model: {error}") from error
+        self._model = load_sentencepiece(path)
         self.path = str(path)
         self.vocab_size = self._model.get_piece_size()
         # sentencepiece says -1 for a token that the model was trained without.
@@ -107,13 +102,6 @@ class _SentencePieceTokenizer(Tokenizer):
 
 class _HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
-        try:
-            import transformers  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                f"tokenizer {path} is a Hugging Face directory, which needs the transformers package: "
-                "pip install transformers"
-            ) from error
         files = [path / name for name in _DEFINING_FILES if (path / name).is_file()]
         if not files:
             raise ValueError(

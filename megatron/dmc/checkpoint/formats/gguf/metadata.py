@@ -75,13 +75,10 @@ def open_file(path: Path) -> Metadata:
     """Read the header of a GGUF file; its weights stay in the file.
 
     Raises:
-        ValueError: it is no GGUF file, is truncated or damaged, is one part of several, or the ``gguf`` library is
-            missing.
+        ValueError: it is no GGUF file, is truncated or damaged, or is one part of several.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ValueError("reading GGUF files needs the gguf library: pip install gguf") from error
+    from gguf import GGUFReader  # an extra
+
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name a GGUF file")
     with path.open("rb") as file:

@@ -15,7 +15,6 @@ Sources: ``megatron/training/checkpointing.py`` (generate_state_dict, load_args_
 github.com/NVIDIA/Megatron-LM, commit d98e8a6 (August 2026) and megatron-core 0.16.1.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from typing import Optional
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from megatron.dmc.checkpoint import foreign, mapping
+from megatron.dmc.checkpoint.fields import read_json
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.base import Given, Row, Source
 from megatron.dmc.checkpoint.formats.megatron.arguments import (
@@ -132,10 +132,7 @@ def _check_backend(checkpoint: Path) -> None:
             f"{checkpoint} has no metadata.json: it was saved as torch_dcp or fsdp_dtensor, which is not supported; "
             "save it as torch_dist (Megatron-LM: --ckpt-convert-format torch_dist)"
         )
-    try:
-        backend = json.loads(path.read_text()).get("sharded_backend")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    backend = read_json(path).get("sharded_backend")
     if backend != "torch_dist":
         raise wrong(f"{path}: sharded_backend", f"is {backend!r}", "torch_dist")
 
