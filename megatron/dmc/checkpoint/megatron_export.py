@@ -238,8 +238,6 @@ def export_megatron(
 
 
 _BASE = "the adapters are left out: the model that they were trained on, bit by bit, which compresses nothing"
-
-
 _PLAIN = (
     "the decision neuron is taken out of the weights: an ordinary model, which compresses nothing and differs a little "
     "from the retrofitted one (docs/conversion.md)"

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Optional
 
@@ -61,8 +61,6 @@ def _probe(directory: Path) -> Optional[int]:
     except OSError as error:
         return error.errno if error.errno in _DISK else None
     finally:
-        try:
+        with suppress(OSError):
             path.unlink(missing_ok=True)
-        except OSError:
-            pass
     return None

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Self
 
@@ -232,10 +233,8 @@ class HostMonitor:
             return
 
         def write() -> None:
-            try:
+            with suppress(OSError):  # it is on stderr
                 (Path(self._save) / LOST_HOST_FILE).write_text(message + "\n")
-            except OSError:
-                pass  # it is on stderr
 
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
@@ -276,10 +275,8 @@ def _keep_alive(peer: socket.socket, seconds: int) -> None:
 
 
 def _send_line(peer: socket.socket, line: str) -> None:
-    try:
+    with suppress(OSError):  # it is the one that is lost
         peer.sendall(line.encode() + b"\n")
-    except OSError:
-        pass  # it is the one that is lost
 
 
 def _read_line(peer: socket.socket) -> str:
