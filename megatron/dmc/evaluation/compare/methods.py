@@ -82,13 +82,10 @@ class SeedBuilder:
         self.config, self.graph, self.seed = config, graph, seed
         self.output = Path(config.output)
         self.data = self.output / "data"
-        own, corpus = (
-            [str(self.data / name) for name in ("train.jsonl", "valid.jsonl", "tokenizer.model")],
-            config.corpus,
-        )
-        self.train_text = corpus.train or own[0]
-        self.valid_text = corpus.valid or own[1]
-        self.tokenizer = corpus.tokenizer or own[2]
+        corpus = config.corpus
+        self.train_text = corpus.train or str(self.data / "train.jsonl")
+        self.valid_text = corpus.valid or str(self.data / "valid.jsonl")
+        self.tokenizer = corpus.tokenizer or str(self.data / "tokenizer.model")
         self.original = f"seed{seed}/original"
         self.zeroed = f"seed{seed}/zero_out"
         self.controls: dict[float, str] = {}
@@ -205,7 +202,7 @@ class SeedBuilder:
             start = f"{self.zeroed}-query"
             if start not in self.graph.jobs:
                 self._zero_out(start, self.original, **self._method_flags(method))
-        return Chain(method, start, stem, self._teacher(method), share)
+        return Chain(method, start, stem, self.original if "distillation" in method else None, share)
 
     def _gqa(self, ratio: int) -> str:
         """Mean-pooled heads, then as many tokens as DMC takes to the same ratio (Ainslie et al. 2023)."""
@@ -260,9 +257,6 @@ class SeedBuilder:
         recipe = self.config.recipe
         schedule = dict(lr=float(recipe.lr), lr_decay_style="cosine", min_lr=float(recipe.min_lr))
         return self._train(name, stage, iters, init, schedule, seed=100 * self.seed + 99, **more)
-
-    def _teacher(self, method: str) -> Optional[str]:
-        return self.original if "distillation" in method else None
 
     def _method_flags(self, method: str) -> dict[str, Any]:
         dmc, recipe, source = self.config.run.dmc, self.config.recipe, decision_source(method)
