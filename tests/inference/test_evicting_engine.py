@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from megatron.dmc import kernels
 from megatron.dmc.inference import SamplingParams
-from megatron.dmc.inference.cache import make_cache
+from megatron.dmc.inference.cache import PagedCache
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.recent_pages import RecentPages, Window
+from megatron.dmc.kernels.state import make_state
 
 HEADS = LAYERS * GROUPS
 
@@ -113,16 +114,8 @@ def test_shared_recent_pages_are_counted_once(actions: list, size: int) -> None:
 
 def sequences_that_fit(num_pages: int, context: int, chunk: int, **options: object) -> int:
     """Sequences of ``context`` tokens that a pool of one layer and two heads takes, each by the ops themselves."""
-    cache = make_cache(
-        parallel=TensorParallel(),
-        num_pages=num_pages,
-        max_seqs=128,
-        num_layers=1,
-        num_kv_heads=2,
-        head_dim=8,
-        max_slots=context,
-        **options,
-    )
+    sizes = dict(num_pages=num_pages, max_seqs=128, num_layers=1, num_kv_heads=2, head_dim=8, max_slots=context)
+    cache = PagedCache(make_state(**sizes, **options), TensorParallel())
     generator = torch.Generator().manual_seed(0)
     inv_freq, count = torch.ones(4), 0
     while True:

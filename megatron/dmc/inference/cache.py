@@ -19,7 +19,7 @@ import torch
 from megatron.dmc import kernels
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.recent_pages import RecentPages, Window
-from megatron.dmc.kernels.state import REFUSED, CacheState, make_state
+from megatron.dmc.kernels.state import REFUSED, CacheState
 
 
 @dataclass(frozen=True)
@@ -338,13 +338,6 @@ class PagedCache:
                 raise RuntimeError(f"{there} pages are {what}, the host counts {int(counted[rank])}")
         if self.live[self._free_rows].any() or self.lengths[self._free_rows].any():
             raise RuntimeError("a free row holds something")
-
-
-def make_cache(*, parallel: TensorParallel, **shape: object) -> PagedCache:
-    """Make an empty cache. ``shape``: see :func:`megatron.dmc.kernels.state.make_state`;
-    heads are those of one rank.
-    """
-    return PagedCache(make_state(**shape), parallel)  # type: ignore[arg-type]
 
 
 def page_bytes(page_size: int, head_dim: int, dtype: torch.dtype, kv_dtype: Optional[torch.dtype] = None) -> int:

@@ -16,7 +16,7 @@ from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import adapter, hf
 from megatron.dmc.config.checks import shown
 from megatron.dmc.inference import parallel as tp
-from megatron.dmc.inference.cache import PagedCache, make_cache
+from megatron.dmc.inference.cache import PagedCache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
 from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.grammar import GrammarCompiler
@@ -129,8 +129,7 @@ class Engine:
 
     def _make_cache(self, dtype: torch.dtype) -> PagedCache:
         info, model, sizes = self.info, self.model, self.sizes
-        return make_cache(
-            parallel=self.parallel,
+        state = kernels.make_state(
             num_pages=sizes.num_pages,
             max_seqs=sizes.max_num_seqs + sizes.max_prefix_snapshots,
             num_layers=info.model.num_layers,
@@ -143,6 +142,7 @@ class Engine:
             kv_dtype=self.config.kv_dtype(),
             device=self.device,
         )
+        return PagedCache(state, self.parallel)
 
     def _takes_graphs(self) -> bool:
         """Whether decode steps are captured as CUDA graphs:
