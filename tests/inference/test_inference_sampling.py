@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.inference import InvalidRequest, SamplingParams
-from megatron.dmc.inference.sampler import Sampler, SamplerState, argmax, constrain, logprobs, truncate
+from megatron.dmc.inference.sampler import (
+    CANDIDATES,
+    Sampler,
+    SamplerState,
+    _top_sorted,
+    argmax,
+    constrain,
+    logprobs,
+    truncate,
+)
 
 SIZE = 12
 
@@ -262,3 +271,18 @@ def test_argmax_is_the_first_maximum(size: int) -> None:
     logits[4, size // 2] = math.nan
     logits[5] = -math.inf
     assert torch.equal(argmax(logits), torch.from_numpy(logits.numpy().argmax(1)))
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 8.0])
+def test_candidates_leave_what_a_sort_of_all_leaves(spread: float) -> None:
+    """Nuclei of a few tokens and of most, any top_k, both; many logits are equal, and the first of them is taken."""
+    size, settings = 4 * CANDIDATES + 3, [(0, 0.5), (0, 0.99), (1, 1.0), (50, 1.0), (50, 0.9), (CANDIDATES + 9, 0.9999)]
+    for seed in range(4):
+        logits = torch.randn(len(settings), size, generator=torch.Generator().manual_seed(seed)) * spread
+        logits = logits.bfloat16().float()
+        got = truncate(logits, [SamplingParams(top_k=k, top_p=p) for k, p in settings])
+        top_k = torch.tensor([[k or size] for k, _ in settings])
+        top_p = torch.tensor([[p if p < 1 else math.inf] for _, p in settings])
+        want = _top_sorted(logits, top_k, top_p)
+        assert torch.equal(got > 0, want > 0)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.token_masks import TokenMask
 
-ARGMAX_BLOCK = 128  # tokens whose maximum is taken at a time
+BLOCK = 128  # tokens of which a CPU takes the maximum before it looks at them one by one
+CANDIDATES = 256  # tokens among which a CPU looks for those that top_k and top_p leave, before it sorts all
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,14 @@ def argmax(logits: Tensor) -> Tensor:
     By maxima of blocks it takes 0.08 ms; for a single row the calls cost as much as they save.
     """
     rows, size = logits.shape
-    if logits.device.type != "cpu" or rows == 1 or size < 2 * ARGMAX_BLOCK:
+    if logits.device.type != "cpu" or rows == 1 or size < 2 * BLOCK:
         return logits.argmax(dim=-1)
-    whole = size // ARGMAX_BLOCK * ARGMAX_BLOCK
-    tops = logits[:, :whole].unflatten(1, (-1, ARGMAX_BLOCK)).amax(2)
+    whole = size // BLOCK * BLOCK
+    tops = logits[:, :whole].unflatten(1, (-1, BLOCK)).amax(2)
     if whole < size:
         tops = torch.cat([tops, logits[:, whole:].amax(1, keepdim=True)], dim=1)
-    # [n] -> [n, ARGMAX_BLOCK]; past the end the last one again, which is no first maximum
-    ids = (tops.argmax(1, keepdim=True) * ARGMAX_BLOCK + torch.arange(ARGMAX_BLOCK)).clamp_max_(size - 1)
+    # [n] -> [n, BLOCK]; past the end the last one again, which is no first maximum
+    ids = (tops.argmax(1, keepdim=True) * BLOCK + torch.arange(BLOCK)).clamp_max_(size - 1)
     return ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))[:, 0]
 
 
@@ -254,12 +255,47 @@ def truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if cut:  # only these: a row must not be rounded otherwise because of its neighbours
         top_k = _column([params[row].top_k if params[row].top_k > 0 else size for row in cut], device, torch.long)
         top_p = _column([params[row].top_p if params[row].top_p < 1 else math.inf for row in cut], device)
-        probability[cut] = _top(logits[cut], top_k, top_p)
+        probability[cut] = _top(logits[cut], probability[cut], top_k, top_p)
     return probability
 
 
-def _top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Probabilities [n, vocabulary] that ``top_k`` and then ``top_p`` ([n, 1] each) leave."""
+def _top(logits: Tensor, probability: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Probabilities [n, vocabulary] that ``top_k`` and then ``top_p`` ([n, 1] each) leave.
+
+    A core of an AMD EPYC takes 54 ms to sort 16 rows of 49,152, and 2 to find the most likely candidates. Rows that
+    need more are sorted; whether one does depends on it alone.
+    """
+    if logits.device.type != "cpu" or logits.size(-1) <= CANDIDATES:
+        return _top_sorted(logits, top_k, top_p)
+    p, complete = _top_candidates(logits, probability, top_k, top_p)
+    rows = (~complete).nonzero()[:, 0]
+    if rows.numel():
+        p[rows] = _top_sorted(logits[rows], top_k[rows], top_p[rows])
+    return p
+
+
+def _top_candidates(logits: Tensor, probability: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of :func:`_top_sorted` by the most likely candidates, and of which rows it is: bool [n].
+
+    Args:
+        probability: softmax of the logits.
+    """
+    # The first of equally likely tokens first, as by a stable sort of all.
+    ids = logits.topk(CANDIDATES, dim=-1).indices.sort(dim=-1).values
+    ordered, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    ids, rank = ids.gather(1, order), torch.arange(CANDIDATES)
+    within = rank < top_k
+    p = torch.softmax(ordered.masked_fill(~within, -math.inf), dim=-1)
+    p = torch.where(top_k < logits.size(-1), p, probability.gather(1, ids))
+    kept = (within & (p.cumsum(-1) - p < top_p)) | (rank == 0)
+    # The last candidate is less likely than all that are kept, and so are those that are none.
+    complete = ordered[:, -1] < ordered.masked_fill(~kept, math.inf).amin(1)
+    complete &= ((top_k <= CANDIDATES) | (top_k == logits.size(-1)))[:, 0]  # else p is not of all that count
+    return torch.zeros_like(logits).scatter_(-1, ids, p * kept), complete
+
+
+def _top_sorted(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Probabilities [n, vocabulary] that ``top_k`` and then ``top_p`` ([n, 1] each) leave, by a sort of all."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.size(-1), device=logits.device)
     p = torch.softmax(ordered.masked_fill(rank >= top_k, -math.inf), dim=-1)
