@@ -27,9 +27,20 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "flash
 def arguments(doc: str | None) -> argparse.ArgumentParser:
     """Parser with the script's docstring as its help and the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="file for the figures, hardware, versions and commit")
+    parser.add_argument(
+        "--json", metavar="FILE", type=flags.new_file, help="file for the figures, hardware, versions and commit"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 when a target of the text above is missed")
     return parser
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's ``main``. What it refuses, and what the system says of a file, is one line and status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {flags.one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +172,6 @@ def finish(args: argparse.Namespace, name: str, figures: object, missed: Sequenc
     options = {k: [name_of(v) for v in o] if isinstance(o, list) else name_of(o) for k, o in vars(args).items()}
     seconds = round(time.perf_counter() - start, 1)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         record = {"benchmark": name, "options": options, "seconds": seconds, "missed": list(missed)}
         args.json.write_text(json.dumps({**record, "machine": machine(), "figures": figures}, indent=2) + "\n")
     info = machine()

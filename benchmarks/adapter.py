@@ -13,18 +13,19 @@ Target (--check): at least 0.9 times as many tokens per second as there is compr
 import argparse
 import gc
 import itertools
-import json
 import math
 import time
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, quartiles, ratio, resolve_device, table
+from _common import add_device, arguments, finish, quartiles, ratio, resolve_device, run_script, table
 from engine import budget, decode_in_turn, fill, room
 
+from megatron.dmc import flags
+from megatron.dmc.checkpoint.formats.adapter import open_directory
 from megatron.dmc.evaluation.fidelity_report import Text
 from megatron.dmc.inference import LLM
-from megatron.dmc.inference.weights import describe
+from megatron.dmc.inference.weights import read_info
 
 READ = 2048  # tokens of a step while texts are read
 MOST = 8  # times the plain model's sequences that are tried with adapters
@@ -41,7 +42,7 @@ def texts(args: argparse.Namespace, length: int, count: int) -> list[list[int]]:
 
 def measure(context: int, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
     """Figures at one length, of both engines."""
-    model = describe(args.model, json.loads((args.model / "config.json").read_text()), dtype).model
+    model = read_info(open_directory(args.model, args.adapter)).model
     new = room(context, MOST * args.sequences, READ)
     heads = model.num_layers * model.kv_heads
     memory = budget(context + new, args.sequences, heads, model.head_dim, dtype)
@@ -75,11 +76,16 @@ def main() -> None:
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="FILE", help="texts, as dmc eval fidelity"
     )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4096], help="tokens of each text (default: 4096)")
     parser.add_argument(
-        "--sequences", type=int, default=8, help="sequences of the plain model that the cache holds (default: 8)"
+        "--contexts", type=flags.number(int, 2), nargs="+", default=[4096], help="tokens of each text (default: 4096)"
     )
-    parser.add_argument("--seconds", type=float, default=60, help="of each comparison (default: 60)")
+    parser.add_argument(
+        "--sequences",
+        type=flags.number(int, 1),
+        default=8,
+        help="sequences of the plain model that the cache holds (default: 8)",
+    )
+    parser.add_argument("--seconds", type=flags.number(float, 0), default=60, help="of each comparison (default: 60)")
     args = parser.parse_args()
     start = time.perf_counter()
     device, dtype = resolve_device(args)
@@ -100,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

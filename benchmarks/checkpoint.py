@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, ratio, resolve_device, run_script, spread, table
 from _data import VOCABULARY, RandomIds, run_config, write_random_dataset
 
 from megatron.dmc.checkpoint import checksums, manifest
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from _common import ROOT, arguments, finish, ratio, spread, table
+from _common import ROOT, arguments, finish, ratio, run_script, spread, table
 
 MEMORY_TARGET, SPEED_TARGET = 2e9, 0.6
 
@@ -167,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -35,7 +35,18 @@ from functools import partial
 
 import _flashinfer
 import torch
-from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
+from _common import (
+    add_device,
+    arguments,
+    finish,
+    interleave,
+    quartiles,
+    ratio,
+    record_table,
+    resolve_device,
+    run_script,
+    spread,
+)
 
 from megatron.dmc import kernels
 from megatron.dmc.inference.config import KV_CACHE_DTYPES
@@ -335,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, ratio, resolve_device, run_script, spread, table
 
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.config import DMCConfig
@@ -429,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,7 +20,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, interleave, peak_bytes, ratio, resolve_device, spread, table
+from _common import (
+    add_device,
+    arguments,
+    finish,
+    interleave,
+    peak_bytes,
+    ratio,
+    resolve_device,
+    run_script,
+    spread,
+    table,
+)
 from _data import RandomIds, write_random_dataset
 
 from megatron.dmc.config import DataConfig, DMCConfig, ModelConfig, RunConfig, StageConfig, TrainingConfig
@@ -138,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,18 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from _common import add_device, arguments, finish, interleave, quartiles, ratio, record_table, resolve_device, spread
+from _common import (
+    add_device,
+    arguments,
+    finish,
+    interleave,
+    quartiles,
+    ratio,
+    record_table,
+    resolve_device,
+    run_script,
+    spread,
+)
 
 from megatron.dmc import kernels
 from megatron.dmc.kernels.params import NEURON_ALL
@@ -170,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, ratio, resolve_device, run_script, spread, table
 from engine import prompts, write_model
 
 from megatron.dmc.inference import LLM, SamplingParams
@@ -126,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

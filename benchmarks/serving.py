@@ -54,7 +54,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from _common import ROOT, arguments, finish, ratio, spread, table
+from _common import ROOT, arguments, finish, ratio, run_script, spread, table
 from _http import load, post, tokens_of
 from _streams import Times, http, offline
 from _vllm_server import vllm_served
@@ -408,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,7 +29,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import add_device, arguments, finish, interleave, quartiles, record_table, resolve_device, spread
+from _common import (
+    add_device,
+    arguments,
+    finish,
+    interleave,
+    quartiles,
+    record_table,
+    resolve_device,
+    run_script,
+    spread,
+)
 
 from megatron.dmc.checkpoint.mapping import to_hf_config
 from megatron.dmc.config import DMCConfig, ModelConfig
@@ -298,4 +308,4 @@ def prefill_cells(f: dict, rows: list[dict]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from _common import (
     ratio,
     record_table,
     resolve_device,
+    run_script,
     spread,
 )
 from torch import Tensor
@@ -191,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,18 @@ import time
 from pathlib import Path
 
 import torch
-from _common import add_device, arguments, finish, interleave, quartiles, ratio, resolve_device, spread, table
+from _common import (
+    add_device,
+    arguments,
+    finish,
+    interleave,
+    quartiles,
+    ratio,
+    resolve_device,
+    run_script,
+    spread,
+    table,
+)
 from _data import VOCABULARY, RandomIds, run_config, write_random_dataset
 
 from megatron.dmc.config import StageConfig
@@ -73,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

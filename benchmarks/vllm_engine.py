@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import add_device, arguments, finish, interleave, ratio, resolve_device, spread, table
+from _common import add_device, arguments, finish, interleave, ratio, resolve_device, run_script, spread, table
 from engine import ROUNDS, STEPS, StandIn, filled, prompts, room, write_model
 
 PLAIN, WITHOUT = "vllm plain", "vllm plain, no plugin"
@@ -331,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 
@@ -325,6 +326,21 @@ def numbers(kind: type, least: float) -> Callable[[str], list]:
         return values
 
     return parse
+
+
+def new_file(text: str) -> Path:
+    """Parser of a file to write when the work is done: whether it can be is tried before. What is in it stays."""
+    path = Path(text)
+    try:
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {error.strerror}") from None
+    if not there:
+        path.unlink()
+    return path
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1, rule: bool = True) -> str:

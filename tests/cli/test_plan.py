@@ -437,7 +437,7 @@ def test_the_nearest_layout_comes_first(capsys):
         ("llama2-7b --serving-tp 3", "--serving-tp 3"),
         ("llama2-70b --gpus 64 --serving-tp 1", "use --serving-tp 2"),
         ("llama2-7b --gpus many", "--help lists all flags"),
-        ("llama2-7b --json {tmp}/no/such/place.json", "No such file or directory"),
+        ("llama2-7b --json {tmp}/list.json/place.json", "cannot be written"),
         ("{tmp}/broken.json", "cannot be read"),
         ("{tmp}/list.json", "must be a mapping"),
         ("{tmp}/gpt2.json", "gpt2"),

@@ -145,7 +145,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys) -> None:
         '{tmp}/bad.jsonl:2 is no JSON of the form {{"text"': ["key", "--data", "bad.jsonl"],
         "{tmp}/bad.jsonl.gz:1: the gzip file is damaged": ["key", "--data", "bad.jsonl.gz"],
         "--heat-map is heads.jpg": ["key", *text, "--heat-map", "heads.jpg"],
-        "--json is": ["key", "--base", "plain", *text, "--json", "plain"],
+        "argument --json: {tmp}/plain cannot be written: Is a directory": ["key", *text, "--json", "plain"],
+        "argument --heat-map: /dev/null/x.png cannot": ["key", *text, "--heat-map", "/dev/null/x.png"],
         "nowhere is not a directory": ["nowhere", *text],
         "below 2": ["key", "--data", "t.txt", "--lengths", "1"],
     }

@@ -30,3 +30,19 @@ def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     run([sys.executable, script, *COMMANDS[name].split(), "--threads", "1", "--json", out], tmp_path / "log")
     record = json.loads(out.read_text())
     assert record["benchmark"] == name and record["figures"] and record["machine"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--model {tmp}/none --adapter {tmp} --data t.txt", "none is not a directory; name a Hugging Face model"),
+        ("--model {tmp} --adapter {tmp} --data t.txt", "config.json cannot be read: No such file"),
+        ("--model {tmp} --adapter {tmp} --data t.txt --contexts 0", "--contexts: 0 is not a number of at least 2"),
+        ("--model {tmp} --adapter {tmp} --data t.txt --json {tmp}", "cannot be written: Is a directory"),
+    ],
+)
+def test_what_a_benchmark_is_given_wrong_is_named(options: str, says: str, tmp_path: Path) -> None:
+    """Before anything is measured: no traceback, and status 2."""
+    command = [sys.executable, ROOT / "benchmarks" / "adapter.py", *options.format(tmp=tmp_path).split()]
+    said = run(command, tmp_path / "log", status=2)
+    assert says in said and "Traceback" not in said

@@ -26,7 +26,7 @@ class PlanConfig:
     model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
     """Shipped configuration (such as llama2-7b), configuration file, Hugging Face config.json or its directory, or
     directory of a checkpoint."""
-    json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
+    json: Optional[Path] = field(default=None, metadata={"metavar": "FILE", "type": flags.new_file})
     """File to write all figures to, in bytes and fractions."""
 
     gpus: Optional[int] = field(default=None, metadata={"group": "layout"})

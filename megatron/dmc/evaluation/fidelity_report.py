@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from megatron.dmc.flags import number, numbers
+from megatron.dmc.flags import new_file, number, numbers
 
 if TYPE_CHECKING:  # flags and help need no torch
     from torch import Tensor
@@ -44,9 +44,9 @@ class FidelityConfig:
     """Largest number of sequences of each length from each file."""
     dtype: str = field(default="float32", metadata={"choices": ["auto", "float32", "bfloat16", "float16"]})
     """Data type of weights and activations; auto: that of the files."""
-    json: Optional[str] = field(default=None, metadata={"metavar": "FILE"})
+    json: Optional[Path] = field(default=None, metadata={"metavar": "FILE", "type": new_file})
     """File to write with all figures, those of every KV head among them."""
-    heat_map: Optional[str] = field(default=None, metadata={"metavar": "FILE"})
+    heat_map: Optional[Path] = field(default=None, metadata={"metavar": "FILE", "type": new_file})
     """PNG file to write: compression ratio by layer and KV head, over all text at the greatest length."""
 
 
@@ -185,13 +185,8 @@ def _load(config: FidelityConfig) -> tuple[TeacherForced, TeacherForced]:
 
 def run(config: FidelityConfig) -> int:
     """Measure and print the table, and write what was asked for. Returns the exit status."""
-    if config.heat_map is not None and not config.heat_map.lower().endswith(".png"):
+    if config.heat_map is not None and config.heat_map.suffix.lower() != ".png":
         raise ValueError(f"--heat-map is {config.heat_map}; give a name that ends in .png")
-    for name, path in (("--json", config.json), ("--heat-map", config.heat_map)):
-        if path is not None:
-            if Path(path).is_dir():
-                raise ValueError(f"{name} is {path}, a directory; name a file to write")
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
     from megatron.dmc.checkpoint.formats import hf
     from megatron.dmc.evaluation.fidelity import Candidate, Fidelity, fidelity
 
@@ -211,16 +206,14 @@ def run(config: FidelityConfig) -> int:
     print(table(rows))
     if config.json is not None:
         settings = {name: getattr(config, name) for name in ("model", "adapter", "base", "dtype")}
-        Path(config.json).write_text(json.dumps({**settings, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
+        config.json.write_text(json.dumps({**settings, "rows": [asdict(r) for r in rows]}, indent=2) + "\n")
     if config.heat_map is not None:
         from megatron.dmc.evaluation.report import plot_heads
 
         longest = max(config.lengths)
         joined = Fidelity.cat([part for (_, length), part in found.items() if length == longest])
         whole = asdict(row(Path(config.model).name, joined, base, model))
-        plot_heads(
-            [whole | {"name": f"{whole['text']}, {longest} tokens", "target_cr": whole["cr"]}], Path(config.heat_map)
-        )
+        plot_heads([whole | {"name": f"{whole['text']}, {longest} tokens", "target_cr": whole["cr"]}], config.heat_map)
     return 0
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from megatron.dmc.environment import machine
-from megatron.dmc.flags import number, numbers, table
+from megatron.dmc.flags import new_file, number, numbers, table
 from megatron.dmc.inference import bench, dummy
 from megatron.dmc.inference.config import EngineConfig
 from megatron.dmc.inference.engine import Engine
@@ -57,13 +57,11 @@ class BenchConfig:
     """Number of timed iterations."""
     disable_detokenize: bool = field(default=False, metadata={"action": "store_true"})
     """Leave the sampled tokens as ids, without text."""
-    output_json: Optional[Path] = field(default=None, metadata={"metavar": "FILE"})
+    output_json: Optional[Path] = field(default=None, metadata={"metavar": "FILE", "type": new_file})
     """JSON file to write the measurements to."""
 
     def subjects(self, engine: EngineConfig) -> list["Subject"]:
-        """Models to measure. Raises ``ValueError`` for a compression ratio of trained weights, or no file to write."""
-        if self.output_json is not None and self.output_json.is_dir():
-            raise ValueError(f"--output-json is {self.output_json}, a directory; name a file to write")
+        """Models to measure. Raises ``ValueError`` for a compression ratio of trained weights."""
         if self.compression_ratio is None:
             if self.method is not None:
                 raise ValueError(f"--method is {self.method}; it goes with --compression-ratio, of random weights")
@@ -329,7 +327,6 @@ def _finish(config: BenchConfig, device: str, rows: list[Figures], columns: Colu
         f"[quartiles] of {config.num_iters}; " + ", ".join(f"{key} {value}" for key, value in environment.items())
     )
     if config.output_json is not None:
-        config.output_json.parent.mkdir(parents=True, exist_ok=True)
         # vLLM's keys at the top are those of the first row.
         everything = {**rows[0], "results": rows, "environment": environment}
         config.output_json.write_text(json.dumps(everything, indent=2) + "\n")
