@@ -247,6 +247,12 @@ def test_an_empty_configuration_is_refused(tmp_path, capsys) -> None:
         ("names of methods are not different", {"adapters": {"TOVA": "x", ADAPTER: "y"}}),
         ("unknown configuration key recall.places", {"recall": {"places": 1}}),
         ("nowhere is not a directory", {"model": "nowhere"}),
+        ("nowhere.jsonl is not a file", {"text": {"files": {"prose": "nowhere.jsonl"}}}),
+        (r"text.contexts is \[0\]", {"text": {"files": {"prose": "x"}, "contexts": [0]}}),
+        (r"text.lengths is \[1\]", {"text": {"files": {"prose": "x"}, "lengths": [1]}}),
+        (r"recall.lengths is \[-5\]", {"recall": {"lengths": [-5]}}),
+        ("recall.question is 'who.*must have {place}", {"recall": {"question": "who {plac}"}}),
+        ("recall.question is 'who'; it must have", {"recall": {"question": "who"}}),
     ],
 )
 def test_wrong_configurations_are_refused(made, message, changes, tmp_path, capsys) -> None:
@@ -309,3 +315,26 @@ def test_the_whole_comparison_by_its_command_and_again(made, tmp_path, monkeypat
     assert command.main([*run, "--report"]) == 0
     text = (tmp_path / "report/report.md").read_text()
     assert re.search(r"\*\*Where one of them does better:\*\*.*prose, 64 tokens, whole text: TOVA", text)
+    # Figures of other texts are not reported as those of the configuration.
+    changed = load(made, tmp_path, policies=["TOVA"], humaneval={"problems": 0, "context": 100})
+    assert changed.humaneval.context == 100 and command.main([*run, "--report"]) == 2
+    assert "was measured with another humaneval; run it without --report" in capsys.readouterr().err
+
+
+def test_samples_of_another_configuration_are_not_measured(made, tmp_path) -> None:
+    """They lie in the same directory, and are made again when a text has changed."""
+    names = []
+    for length in (64, 32):
+        config = load(made, tmp_path, text={"files": {"prose": str(made / "prose.jsonl")}, "lengths": [length]})
+        config.text.contexts, config.text.tokens, config.recall.keys = [], 64, []
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        making.write_all(str(tmp_path / "config.json"), str(tmp_path / "samples"))
+        names.append([path.stem for path in Layout(tmp_path).tasks()])
+    assert names == [["whole-prose-64"], ["whole-prose-32"]]
+    text = tmp_path / "own.jsonl"
+    digests = []
+    for words in ("some text", "another text"):
+        text.write_text(json.dumps({"text": words}))
+        graph = build_graph(load(made, tmp_path, text={"files": {"prose": str(text)}}))
+        digests.append(graph.digest("samples"))
+    assert digests[0] != digests[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import megatron.dmc
+from megatron.dmc.flags import one_line
 
 ROOT = Path(megatron.dmc.__file__).resolve().parents[2]
 
@@ -105,10 +106,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def run(job: Callable[..., None]) -> NoReturn:
-    """Run a job with the arguments of the command line, and exit. A ``ValueError`` is printed; the status is 2 then."""
+    """Run a job with the arguments of the command line, and exit. A ``ValueError``, and what the system says of a file,
+    is printed; the status is 2 then.
+    """
     try:
         job(*sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -37,6 +37,9 @@ class TextConfig:
 
     def check(self) -> None:
         positive(self, "tokens", "continuation", "samples")
+        least = {"lengths": (self.lengths, 2), "contexts": (self.contexts, 1)}
+        for name, (found, low) in least.items():
+            require(all(n >= low for n in found), f"text.{name} is {found}; each must be {low} at least")
         require(bool(self.files), "text.files names no text; give a JSONL file by the kind of its text")
 
 
@@ -62,7 +65,13 @@ class RecallConfig:
 
     def check(self) -> None:
         positive(self, "samples")
-        require(all(n >= 1 for n in self.keys), f"recall.keys {self.keys} must be 1 at least")
+        for name, found in (("keys", self.keys), ("lengths", self.lengths)):
+            require(all(n >= 1 for n in found), f"recall.{name} is {found}; each must be 1 at least")
+        try:
+            asked = self.question.format(place="Lisbon")
+        except (KeyError, IndexError, ValueError):
+            asked = self.question
+        require("Lisbon" in asked, f"recall.question is {self.question!r}; it must have {{place}}, and no other braces")
 
 
 @dataclass

@@ -43,7 +43,8 @@ def build_graph(config: ReleasedConfig) -> JobGraph:
         run = (sys.executable,) if words[0].endswith(".py") else ()
         prepared.append(graph.add(Job(f"prepare-{i}", ((*run, *words),), tuple(prepared))))
     tasks = {name: value for name, value in config.to_dict().items() if name in ("text", "recall", "humaneval", "seed")}
-    command, inputs = module("samples", files, str(output / "samples")), (str(tasks), fingerprint(Path(config.model)))
+    command = module("samples", files, str(output / "samples"))
+    inputs = (str(tasks), *(fingerprint(Path(path)) for path in (config.model, *config.text.files.values())))
     samples = graph.add(Job("samples", (command,), tuple(prepared), inputs=inputs))
     original = graph.add(Job(ORIGINAL, (module("measure", files, ORIGINAL),), (samples,), 1.0))
     before = (original,)

@@ -52,14 +52,16 @@ class Layout:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a model's directory: of its checksums, or of its files' names, sizes and times; "absent" without one."""
-    if not path.is_dir():
+    """Hash of a model's directory: of its checksums, or of its files' names, sizes and times. Of a file: of its own.
+    "absent" where there is neither.
+    """
+    if not path.exists():
         return "absent"
     checksums = path / "checksums.json"
     if checksums.is_file():
         content = checksums.read_bytes()
     else:
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
         content = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 

@@ -12,6 +12,9 @@ from megatron.dmc.evaluation.compare.runner import JobRunner, print_jobs, run_jo
 from megatron.dmc.evaluation.released.config import ReleasedConfig
 from megatron.dmc.evaluation.released.graph import KVPRESS, SETTINGS, absolute, build_graph, methods
 
+DECISIVE = ("model", "adapters", "follow", "ratio", "seed", "text", "recall", "humaneval")
+"""Settings that figures depend on."""
+
 
 def report(config: ReleasedConfig) -> Path:
     """Write the report of what has been measured; returns its directory.
@@ -51,13 +54,21 @@ def compare(config: ReleasedConfig, *, dry_run: bool = False, report_only: bool 
     for path in [*made, *config.adapters.values()]:
         if not Path(path).is_dir():
             raise ValueError(f"{path} is not a directory; name a model and adapters that are there")
+    for path in [] if config.prepare else config.text.files.values():
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is not a file; name JSONL files with text in text.files")
     runner = JobRunner(build_graph(config), Path(config.output), config.jobs)
     if dry_run:
         print_jobs(runner)
         return 0
+    settings = Path(config.output) / SETTINGS
+    if report_only and settings.is_file():
+        measured, asked = json.loads(settings.read_text()), config.to_dict()
+        if odd := [name for name in asked if name in DECISIVE and measured.get(name) != asked[name]]:
+            raise ValueError(f"{config.output} was measured with another {', '.join(odd)}; run it without --report")
     if not report_only:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / SETTINGS).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        settings.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
         if status := run_jobs(runner):
             return status
     print(f"written to {report(config)}")

@@ -166,8 +166,10 @@ def humaneval(tokenizer: Tokenizer, settings: HumanEvalConfig) -> Iterator[Sampl
 
 
 def write_all(config_file: str, directory: str) -> None:
-    """Write the tasks of a configuration file."""
+    """Write the tasks of a configuration file, in place of those that another one has left."""
     config = build(ReleasedConfig, load_file(config_file))
+    for file in Path(directory).glob("*.json"):  # whatever lies there is measured
+        file.unlink()
     for task in make_tasks(config, load_tokenizer(config.model)):
         task.save(Path(directory))
         print(f"{task.name}: {len(task.samples)} samples, {task.tokens} tokens", flush=True)
