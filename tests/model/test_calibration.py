@@ -1,12 +1,15 @@
-"""Calibration of adapters: the costs by finite differences, the fit by least squares, the threshold by counting."""
+"""Calibration of adapters: costs by finite differences, the fit by another optimizer, the threshold by counting."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers.in_process import VOCAB, build, megatron_in_process, run_config
+from megatron.core import parallel_state
+from scipy.optimize import minimize
 
 from megatron.dmc.config import RunConfig
 from megatron.dmc.model import DMCGPTModel, DMCStep
@@ -39,6 +42,8 @@ def settings(about: str = "self", per: str = "head", **stage) -> RunConfig:
 
 def model_of(config: RunConfig) -> DMCGPTModel:
     model = build(config, carry=True).double()
+    with torch.no_grad():  # a trained model's hidden states hold a constant, which stands for the adapter's intercept
+        model.embedding.word_embeddings.weight[:, 0] += 0.75
     model.freeze_base()
     return model
 
@@ -54,6 +59,10 @@ def loss(model: DMCGPTModel, tokens: torch.Tensor, watcher) -> torch.Tensor:
     return model(tokens[:, :-1], positions, tokens[:, 1:], step=step)[0].double().sum()
 
 
+def data_parallel():
+    return parallel_state.get_data_parallel_group()
+
+
 class Nudge:
     """Adds to one element of one layer's mask."""
 
@@ -66,7 +75,7 @@ class Nudge:
 
 
 class Recorder(Calibration):
-    """Keeps what the fit is made of: layer -> rows [n, h] and log costs [n, heads]."""
+    """Keeps what the adapters of each layer read: [s, b, h] for each micro-batch."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -89,17 +98,17 @@ def test_costs_are_squared_derivatives_of_the_loss(monkeypatch):
     config = settings()
     model, tokens, found = model_of(config), batch(1), {}
     monkeypatch.setattr(
-        calibration._Fit, "add", lambda self, rows, log_cost: found.setdefault(id(self), []).append(log_cost)
+        calibration._Fit, "add", lambda self, rows, costs: found.setdefault(id(self), []).append(costs)
     )
     watcher = Calibration(config, torch.device("cpu"))
     loss(model, tokens, watcher).backward()
     assert sorted(watcher.layers) == [1, 2]
     for layer, where in ((1, (0, 0, 0)), (1, (2, 1, 7)), (2, (1, 0, 19)), (2, (3, 1, 12))):
         sequence, head, token = where
-        (log_cost,) = found[id(watcher.layers[layer])]
-        assert log_cost.shape == (B * (S // 2), HEADS)
-        want = math.log(costs(model, tokens, layer, where) + calibration.FLOOR)
-        assert float(log_cost[sequence * (S // 2) + token, head]) == pytest.approx(want, abs=0.02)
+        (cost,) = found[id(watcher.layers[layer])]
+        assert cost.shape == (B * (S // 2), HEADS)
+        want = costs(model, tokens, layer, where)
+        assert float(cost[sequence * (S // 2) + token, head]) == pytest.approx(want, rel=0.02, abs=1e-12)
 
 
 def test_the_last_tokens_cost_nothing():
@@ -109,33 +118,23 @@ def test_the_last_tokens_cost_nothing():
 
 
 @pytest.mark.parametrize("about, per", [("self", "head"), ("previous", "head"), ("previous", "layer")])
-def test_adapters_keep_what_they_predict_to_cost_most(about, per, monkeypatch):
-    """The fit is the ridge regression that lstsq finds, and decisions made with its weights keep the asked share."""
+def test_adapters_keep_what_they_predict_to_cost_most(about, per):
+    """The fit is to what the adapters read, and decisions made with its weights keep the asked share."""
     config = settings(about, per)
     model, watcher = model_of(config), Recorder(config, torch.device("cpu"))
-    log_costs: dict[int, list] = {}
-    add = calibration._Fit.add
-    monkeypatch.setattr(
-        calibration._Fit,
-        "add",
-        lambda self, rows, log_cost: (log_costs.setdefault(id(self), []).append(log_cost), add(self, rows, log_cost)),
-    )
     for seed in (1, 2):
         loss(model, batch(seed), watcher).backward()
-    fits = dict(watcher.layers)
-    watcher.solve()
     first = int(about == "previous")
-    for layer, fit in fits.items():
-        inputs = [x[first : first + S // 2].transpose(0, 1).reshape(-1, WIDTH).float() for x in watcher.seen[layer]]
-        rows, target = torch.cat(inputs).double(), torch.cat(log_costs[id(fit)]).double()
-        assert target.size(1) == (HEADS if per == "head" else 1)
-        root = (calibration.RIDGE * rows.square().sum(dim=0).mean()).sqrt()
-        stacked = torch.cat((rows, root * torch.eye(WIDTH, dtype=torch.float64)))
-        zeros = torch.zeros(WIDTH, target.size(1) + 1, dtype=torch.float64)
-        targets = torch.cat((torch.cat((target, torch.ones(len(rows), 1).double()), dim=1), zeros))
-        want = torch.linalg.lstsq(stacked, targets).solution
-        assert torch.allclose(fit.cost.double(), want[:, :-1].T, atol=1e-3)
-        assert torch.allclose(fit.one.double(), want[:, -1], atol=1e-4)
+    stored = {layer: (torch.cat(fit.rows), torch.cat(fit.costs)) for layer, fit in watcher.layers.items()}
+    watcher.solve()
+    for layer, (rows, found) in stored.items():
+        inputs = [x[first : first + S // 2].transpose(0, 1).reshape(-1, WIDTH) for x in watcher.seen[layer]]
+        assert torch.equal(rows, torch.cat(inputs))
+        assert found.shape == (len(rows), HEADS if per == "head" else 1)
+        fit = watcher.layers[layer]
+        assert not fit.rows and not fit.costs
+        cost, one = calibration.fit_costs(rows, (found + calibration.FLOOR).log(), data_parallel())
+        assert torch.equal(fit.cost, cost.T.float()) and torch.equal(fit.one, one.float())
 
     with torch.no_grad():
         loss(model, batch(3), watcher)
@@ -150,6 +149,45 @@ def test_adapters_keep_what_they_predict_to_cost_most(about, per, monkeypatch):
     slack = 2 * HEADS * B * (about == "previous") + 8
     assert abs(int(kept.sum()) - 2 * HEADS * B * S / ratio) <= slack
     assert len(set(kept.sum(dim=1).flatten().tolist())) > 1
+
+
+def test_the_fit_is_the_least_deviance(monkeypatch):
+    """As BFGS of scipy finds it, in one chunk of rows and in several, with costs beyond the cap among them."""
+    noise = torch.Generator().manual_seed(1)
+    rows = torch.randn(300, 5, generator=noise)
+    rows[:, 0] = 1.0
+    truth = torch.tensor([[-9.0, -5.0], [1.0, 0.0], [0.0, 2.0], [0.5, 0.5], [0.0, -1.0]])
+    log_costs = rows @ truth + torch.randn(300, 2, generator=noise).square().log()
+    log_costs[7] += 20.0
+    x, z = rows.double().numpy(), log_costs.double().numpy()
+    penalty = calibration.RIDGE * np.square(x).sum(axis=0).mean()
+
+    def deviance(weights: np.ndarray, head: int) -> float:
+        excess = z[:, head] - x @ weights
+        capped = np.minimum(excess, math.log(calibration.CAP))
+        return float((np.exp(capped) * (1 + excess - capped) + x @ weights).sum() + penalty / 2 * (weights**2).sum())
+
+    for chunk in (8192, 64):
+        monkeypatch.setattr(calibration, "_ROWS", chunk)
+        cost, one = calibration.fit_costs(rows, log_costs, data_parallel())
+        for head in range(2):
+            want = minimize(deviance, np.zeros(5), args=(head,), method="BFGS", tol=1e-8)
+            assert np.abs(want.x - cost[:, head].numpy()).max() < 2e-3
+            assert deviance(cost[:, head].numpy(), head) <= want.fun + 1e-4
+        assert float((rows.double() @ one - 1).abs().max()) < 0.05
+
+
+def test_the_mean_of_a_cost_is_predicted_not_that_of_its_logarithm():
+    """Two kinds of token of the same mean log cost: those of which one in ten costs much are the dearer ones."""
+    kind = torch.arange(2000) % 2
+    rare = torch.arange(2000) % 20 == 1
+    rows = torch.stack((torch.ones(2000), kind - 0.5), dim=1)
+    log_costs = torch.where(kind == 0, -6.0, torch.where(rare, 3.0, -7.0)).unsqueeze(1)
+    assert log_costs[kind == 0].mean() == log_costs[kind == 1].mean()
+    cost, _ = calibration.fit_costs(rows, log_costs, data_parallel())
+    predicted = (rows.double() @ cost)[:2, 0]
+    assert float(predicted[0]) == pytest.approx(-6.0, abs=0.3)
+    assert float(predicted[1]) == pytest.approx(math.log(0.1 * math.exp(3.0)), abs=0.3)
 
 
 def test_labels_are_drawn_from_the_distribution():

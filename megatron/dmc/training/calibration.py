@@ -1,16 +1,21 @@
-"""Calibration: adapters of a frozen model fitted in closed form, to what each token's eviction would cost.
+"""Calibration: adapters of a frozen model fitted, without gradient descent, to what each token's eviction would cost.
 
 The cost of evicting a token from a KV head is read off a backward pass. Evicting token j adds a mask to its column for
 every query beyond the window; the gradient g of the loss with respect to that mask, squared, where the labels are drawn
 from the model's own distribution, is an estimate of the diagonal of the Fisher information, which is to second order
 how far that distribution moves (Optimal Brain Damage, LeCun et al. 1989, with the Fisher information for the Hessian,
-as in arXiv 1801.05787). No mask is applied while this is measured. The text's own labels would measure surprise too;
-whether they fit worse is not settled (docs/experiments.md).
+as in arXiv 1801.05787). No mask is applied while this is measured.
 
-An adapter is linear in what it reads, so ``log g^2`` is fitted by ridge regression, whose sums are gathered batch by
-batch; nothing is stored of a batch. What all heads predict for further batches is then put in one order, and the
-threshold is where the share of tokens that the target allows is kept: a head whose tokens cost little keeps few of
-them. There is no gradient descent and no learning rate. How good the fit is depends on the sequences
+What a token will cost is uncertain when its decision is made, and most of the loss comes from few tokens: those that
+are copied, a thousand tokens later, where most tokens like them are not. So an adapter is to predict the mean of the
+cost, not the mean of its logarithm. It is linear in what it reads, and the fit is a generalized linear model: gamma
+distribution, logarithmic link (McCullagh and Nelder 1989, chapter 8), whose deviance is convex and whose variance
+grows with the square of the mean, as that of a squared normal variable does. Ridge regression on log costs is where
+it begins; L-BFGS minimizes it.
+
+What all heads predict for further batches is then put in one order, and the threshold is where the share of tokens
+that the target allows is kept: a head whose tokens cost little keeps few of them. How good the fit is depends on the
+sequences, above all on their length: what is copied over long distances costs nothing in short ones
 (docs/experiments.md).
 
 The adapter has no intercept. That of the fit, and the threshold, are made of the fit of a constant, which the hidden
@@ -19,7 +24,9 @@ state, RMS-normalised, holds well enough.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
@@ -35,6 +42,9 @@ RIDGE = 0.02
 """Penalty of the fit, as a share of the mean square of what adapters read, per row."""
 FLOOR = 1e-12
 """Least cost that counts, in nats squared: below it a token is worth nothing."""
+CAP = 100.0
+"""Multiple of what is predicted for a token from which on its cost counts linearly in its logarithm: one token cannot
+draw a fit to itself, and no exponential overflows."""
 SHARPNESS = 2.0
 """Logits per nat of predicted log cost. Decisions hardly depend on it (only where the fit of the constant is off); what
 the noise of later training can turn does: logits some units from the threshold are decided, those near it are open."""
@@ -42,50 +52,100 @@ COUNTING = 8
 """One batch in so many is not fitted to, but finds the threshold."""
 CHUNK = 1 << 24
 """Logits that are in fp32 at once while labels are drawn."""
+_ROWS = 8192
+"""Rows of a fit that are in fp32 at once."""
 _BINS, _LOW, _HIGH = 1 << 14, -64.0, 64.0
 """Histogram of predicted log costs."""
 
 
 @dataclass
 class _Fit:
-    """Normal equations of one layer: sums over rows, fp64. ``heads``: KV heads of this rank, or 1 for the layer."""
+    """Fit of one layer: what its adapter read in n rows, what they cost, and the solution."""
 
-    gram: Tensor
-    """[h, h], of products of what the adapter reads."""
-    cross: Tensor
-    """[h, heads], of its products with log costs."""
-    ones: Tensor
-    """[h], of its products with 1."""
+    rows: list[Tensor] = field(default_factory=list)
+    """What the adapter read, [rows, h] for each micro-batch, on the CPU."""
+    costs: list[Tensor] = field(default_factory=list)
+    """Costs of their tokens in nats squared, fp32 [rows, heads], on the CPU; heads: KV heads of this rank, or 1 for the
+    layer."""
     cost: Optional[Tensor] = None
-    """Solution: weights of the predicted log cost, fp32 [heads, h]."""
+    """Solution: weights of the logarithm of the predicted cost, fp32 [heads, h]."""
     one: Optional[Tensor] = None
     """Solution: weights of the constant 1, fp32 [h]."""
 
-    @classmethod
-    def empty(cls, width: int, heads: int, device: torch.device) -> _Fit:
-        shapes = (width, width), (width, heads), (width,)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+    def add(self, rows: Tensor, costs: Tensor) -> None:
+        """rows: [n, h]; costs: fp32 [n, heads]."""
+        self.rows.append(rows.cpu())
+        self.costs.append(costs.cpu())
 
-    def add(self, rows: Tensor, log_cost: Tensor) -> None:
-        """rows: fp32 [n, h]; log_cost: fp32 [n, heads]."""
-        self.gram += rows.T @ rows
-        self.cross += rows.T @ log_cost
-        self.ones += rows.sum(dim=0)
+    def solve(self, device: torch.device) -> None:
+        """Fit to the rows of all data-parallel ranks, which are given up. Collective."""
+        rows = torch.cat(self.rows).to(device)
+        log_costs = (torch.cat(self.costs).to(device) + FLOOR).log()
+        self.rows, self.costs = [], []
+        cost, one = fit_costs(rows, log_costs, parallel_state.get_data_parallel_group())
+        self.cost, self.one = cost.T.float().contiguous(), one.float()
 
-    def solve(self) -> None:
-        """Sum over the data-parallel ranks and solve. Collective."""
-        group = parallel_state.get_data_parallel_group()
-        for total in (self.gram, self.cross, self.ones):
-            distributed.all_reduce(total, group=group)
-        penalty = RIDGE * self.gram.diagonal().mean()
-        self.gram.diagonal().add_(penalty)
-        weights = torch.linalg.solve(self.gram, torch.cat((self.cross, self.ones.unsqueeze(1)), dim=1)).float()
-        self.cost, self.one = weights[:, :-1].T.contiguous(), weights[:, -1].contiguous()
-        self.gram = self.cross = self.ones = weights.new_empty(0)  # a wide model's take gigabytes
+
+def fit_costs(rows: Tensor, log_costs: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Weights that predict the logarithm of the mean cost of a token, and the constant 1, from what an adapter reads.
+
+    The first minimize the deviance of a gamma distribution, ``sum(y / mu + log mu)`` with ``log mu = rows @ weights``,
+    where a ``y`` beyond :data:`CAP` times ``mu`` is taken as its tangent in ``log mu``, plus a ridge penalty.
+
+    Args:
+        rows: [n, h]; any n, none too.
+        log_costs: fp32 [n, heads], finite.
+        group: ranks that have other rows of the same heads; every one calls.
+
+    Returns:
+        fp64 [h, heads] and [h], the same on all ranks.
+    """
+
+    def total(part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Sum of ``part`` over all rows, fp64; chunks bound the memory of their copies in fp32."""
+        chunks = zip(rows.split(_ROWS), log_costs.split(_ROWS))
+        out = sum(part(x.float(), logs).double() for x, logs in chunks)
+        distributed.all_reduce(out, group=group)
+        return out
+
+    count = total(lambda x, logs: torch.tensor(float(len(x)), device=x.device))
+    gram = total(lambda x, logs: x.T @ x)
+    penalty = RIDGE * gram.diagonal().mean()
+    gram.diagonal().add_(penalty)
+    root = torch.linalg.cholesky(gram)  # lower
+    both = torch.cholesky_solve(total(lambda x, logs: x.T @ torch.cat((logs, torch.ones_like(logs[:, :1])), 1)), root)
+    weights, one = both[:, :-1], both[:, -1]
+
+    # In the coordinates root.T @ weights the deviance has about the curvature 1 in all directions.
+    scaled = (root.T @ weights / count.sqrt()).contiguous().requires_grad_()
+    optimizer = torch.optim.LBFGS([scaled], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def unscaled() -> Tensor:
+        return torch.linalg.solve_triangular(root.T, scaled.detach() * count.sqrt(), upper=True)
+
+    def deviance() -> Tensor:
+        weights = unscaled()
+        w = weights.float()
+        # [1 + h, heads]: the deviance of each head, and its slope
+        sums = total(lambda x, logs: _deviance(x, x @ w, logs))
+        slope = penalty * weights - sums[1:]
+        scaled.grad = (torch.linalg.solve_triangular(root, slope, upper=False) / count.sqrt()).contiguous()
+        return (sums[0].sum() + penalty / 2 * weights.square().sum()) / count
+
+    optimizer.step(deviance)
+    return unscaled(), one
+
+
+def _deviance(x: Tensor, log_mean: Tensor, log_costs: Tensor) -> Tensor:
+    """Gamma deviance of each head [1, heads] above minus its gradient by the weights [h, heads]."""
+    excess, cap = log_costs - log_mean, math.log(CAP)
+    ratio = excess.clamp_max(cap).exp()
+    value = ratio * (1 + (excess - cap).clamp_min(0)) + log_mean
+    return torch.cat((value.sum(dim=0, keepdim=True), x.T @ (ratio - 1)))
 
 
 class Calibration:
-    """Sums and solutions of the layers of this rank (``DMCStep.calibration``).
+    """Rows, costs and solutions of the layers of this rank (``DMCStep.calibration``).
 
     Args:
         config: of the run; ``stage.target_cr`` is the ratio to reach, over all tokens whatever the window holds.
@@ -133,15 +193,13 @@ class Calibration:
             cost = cost.sum(dim=1, keepdim=True)
             distributed.all_reduce(cost, group=parallel_state.get_tensor_model_parallel_group())
         first = int(self.config.dmc.decision_about == "previous")
-        rows = x[first : first + half].float().transpose(0, 1).flatten(0, 1)
-        if layer not in self.layers:
-            self.layers[layer] = _Fit.empty(rows.size(1), cost.size(1), rows.device)
-        self.layers[layer].add(rows, (cost + FLOOR).log().transpose(1, 2).flatten(0, 1))
+        rows = x[first : first + half].transpose(0, 1).flatten(0, 1)
+        self.layers.setdefault(layer, _Fit()).add(rows, cost.transpose(1, 2).flatten(0, 1))
 
     def solve(self) -> None:
         """Make the fit; from here on batches count for the threshold. Collective."""
         for layer in sorted(self.layers):
-            self.layers[layer].solve()
+            self.layers[layer].solve(self._histogram.device)
         self.fitted = True
 
     def _count(self, layer: int, x: Tensor) -> None:
