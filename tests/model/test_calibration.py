@@ -97,9 +97,7 @@ def test_costs_are_squared_derivatives_of_the_loss(monkeypatch):
     """By finite differences, for tokens of either half, heads and layers; the second half is not fitted to."""
     config = settings()
     model, tokens, found = model_of(config), batch(1), {}
-    monkeypatch.setattr(
-        calibration._Fit, "add", lambda self, rows, costs: found.setdefault(id(self), []).append(costs)
-    )
+    monkeypatch.setattr(calibration._Fit, "add", lambda self, rows, costs: found.setdefault(id(self), []).append(costs))
     watcher = Calibration(config, torch.device("cpu"))
     loss(model, tokens, watcher).backward()
     assert sorted(watcher.layers) == [1, 2]

@@ -22,8 +22,6 @@ The adapter has no intercept. That of the fit, and the threshold, are made of th
 state, RMS-normalised, holds well enough.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
