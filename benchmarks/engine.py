@@ -197,9 +197,18 @@ def fill(llm: LLM, prompts: list[list[int]], new: int) -> None:
 
 
 def filled(
-    path: Path, context: int, rows: int, new: int, memory: int, device: torch.device, kv_cache_dtype: str = "auto"
+    path: Path,
+    context: int,
+    rows: int,
+    new: int,
+    memory: int,
+    device: torch.device,
+    kv_cache_dtype: str = "auto",
+    step: int = FILL,
 ) -> LLM:
-    """An engine with as many decoding sequences of stand-in contexts as its cache takes; see :func:`fill`."""
+    """An engine with as many decoding sequences of stand-in contexts as its cache takes, read in steps of ``step``
+    tokens; see :func:`fill`.
+    """
     llm = LLM(
         path,
         device=device.type,
@@ -207,7 +216,7 @@ def filled(
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=rows,
         max_model_len=context + new,
-        max_num_batched_tokens=FILL,
+        max_num_batched_tokens=step,
         enable_prefix_caching=False,
     )
     engine, model = llm.engine, llm.engine.model

@@ -34,3 +34,13 @@ def test_linear_takes_any_number_of_rows(monkeypatch, dtype, form, inputs) -> No
             assert got.shape == exact.shape and got.dtype == dtype and got.is_contiguous()
             assert torch.allclose(got.double(), exact, rtol=0, atol=TOLERANCE[dtype])
         assert torch.equal(x, before)
+
+
+def test_memory_is_cleared_in_huge_pages() -> None:
+    """All of it is zero, the ends beside whole huge pages too, and what lies around it stays."""
+    whole = torch.full((5 * cpu_tuning.HUGE_PAGE_BYTES,), 7, dtype=torch.uint8)
+    cpu_tuning.clear_in_huge_pages(whole[3:-5])
+    assert not whole[3:-5].any() and whole[:3].eq(7).all() and whole[-5:].eq(7).all()
+    few = torch.ones(10)
+    cpu_tuning.clear_in_huge_pages(few)
+    assert not few.any()

@@ -24,10 +24,9 @@ def make_engine(case: dict):
     return LLM(
         case["model"],
         skip_tokenizer_init=True,
-        enforce_eager=True,
         dtype="float32",
         disable_log_stats=True,
-        **case["engine"],
+        **{"enforce_eager": True} | case["engine"],
     ).llm_engine
 
 

@@ -13,6 +13,7 @@ small cache: a cache in which a few of them fit at once: preempted requests give
 never merges: a model whose config.json claims CR 4 and that never merges: what cannot fit ends with an error
 own process: the same with a worker that is a process of its own, as in vLLM's server
 prefixes; prefixes, small cache; prefixes, dms: prompts that begin alike, and second turns: some begin with kept states
+prefixes, compiled: the same with torch.compile
 two ranks; two ranks, dms: tensor parallelism over two workers, of methods dmc and dms
 qwen 2, qwen 3, yarn, every head: other families, rotations and heads
 key, "query, self", "adapter, self", "adapter, layer": method dms, in a small cache
@@ -249,6 +250,14 @@ def make_cases(folder: Path, args: argparse.Namespace) -> list[dict]:
         *(case(f"two ranks{name}", models[model], few, medium, engine=ranks) for name, model in kinds.items()),
         case("prefixes", models["half"], count, roomy, at_least={"cached": 20 * count}),
         case("prefixes, small cache", models["half"], count, small, at_least={"cached": count, "preempted": 1}),
+        case(
+            "prefixes, compiled",
+            models["half"],
+            few,
+            roomy,
+            engine={"enforce_eager": False},
+            at_least={"cached": 5 * few},
+        ),
         case("prefixes, dms", models["adapter, self"], count, medium, at_least={"cached": 5 * count}),
         *(case(name, models[name], few, roomy) for name in EXPORTED[3:]),
         *(case(name, models[name], few, medium) for name in EVICTING),

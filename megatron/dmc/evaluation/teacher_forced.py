@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron.dmc.checkpoint.formats import adapter
 from megatron.dmc.evaluation.policies import DMC, DMS, CachePolicy, FullCache, Projections
-from megatron.dmc.inference.model import Layer, Model
+from megatron.dmc.inference.decoder import Layer
+from megatron.dmc.inference.model import Model
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.weights import dtype_of, read_info
 from megatron.dmc.ops import attention_factor, decision_logits
@@ -186,7 +187,7 @@ class TeacherForced(Model):
             # [b * s, heads, D] -> [b, heads, s, D]
             q, k, v = (
                 y.view(b, s, -1, d).transpose(1, 2).contiguous()
-                for y in self._split(layer, layer.qkv(self._normed(x, layer.input_norm)))
+                for y in self.decoder.split(layer, layer.qkv(self._normed(x, layer.input_norm)))
             )
             neuron = "none" if self.info.dmc is None else self.info.dmc.neuron
             logits = self._decision_logits(layer, x, q, k)
@@ -195,6 +196,9 @@ class TeacherForced(Model):
             x = x + layer.out(attended.out.transpose(1, 2).reshape(b * s, -1))
             x = x + layer.down(layer.gate_up(self._normed(x, layer.mlp_norm)))
         return self._normed(x, self.norm).view(b, s, -1), torch.stack(slots)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.info.model.norm_epsilon)
 
     def _score(self, tokens: Tensor, labels: Tensor, policy: CachePolicy) -> Scored:
         x, slots = self._forward(tokens, policy)

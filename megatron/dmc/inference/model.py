@@ -6,7 +6,6 @@ tensor-parallel rank.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,12 @@ from torch import Tensor
 from megatron.dmc import kernels
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference.attention import CompressedAttention
+from megatron.dmc.inference.decoder import Adapter, Decoder, Layer
 from megatron.dmc.inference.linear import Linear, PanelLinear, PlainLinear, make_gated, make_linear, takes_panels
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.quantization import Quantization, int8_linear
 from megatron.dmc.inference.weights import ModelInfo, Reader
-from megatron.dmc.kernels.cpu_tuning import linear
 from megatron.dmc.kernels.state import CacheState
-
-FEW_TOKENS = 64  # of a step, for which calls count beside what they compute
 
 
 @dataclass(frozen=True)
@@ -41,49 +38,6 @@ class InputBatch:
     """Number of sequences with one token, which come first."""
     logits_at: Tensor
     """Index of each token whose logits are wanted: int64 [m]."""
-
-
-class Adapter(NamedTuple):
-    """Layer of its own that decides: linear, after an RMSNorm of the hidden state."""
-
-    norm: Tensor
-    """[h]"""
-    weight: Tensor
-    """[H, h], or [1, h] where all heads of a layer decide alike."""
-
-    def __call__(self, hidden: Tensor, epsilon: float) -> Tensor:
-        """Decisions of hidden states before the layer's input norm: [T, h] -> [T, H or 1]."""
-        return linear(kernels.rms_norm(hidden, self.norm, epsilon), self.weight)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Weights of one layer: this tensor-parallel rank's part."""
-
-    input_norm: Tensor
-    qkv: Linear
-    """[h] -> [(Hq + 2 H) D]: queries, keys, values."""
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    """[D]"""
-    adapter: Adapter | None
-    """What decides, where that is no neuron of keys or queries."""
-    out: Linear
-    """[Hq D] -> [h]"""
-    mlp_norm: Tensor
-    gate_up: Linear
-    """[h] -> [F]: silu(gates) * ups"""
-    down: Linear
-    """[F] -> [h]"""
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
-
-    @property
-    def nbytes(self) -> int:
-        norms = (self.input_norm, self.q_norm, self.k_norm, self.mlp_norm, *(self.adapter or ()))
-        return sum(x.nbytes for x in (*self.linears, *norms) if x is not None)
 
 
 def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool, quantization: Quantization | None) -> Layer:
@@ -138,19 +92,21 @@ class Model:
             quantization.check(device)
         self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
         c = info.model
-        self.heads, self.kv_heads, self.head_dim = (
-            c.num_attention_heads // parallel.size,
-            c.kv_heads // parallel.size,
-            c.head_dim,
-        )
+        self.kv_heads, self.head_dim = c.kv_heads // parallel.size, c.head_dim
         reader = Reader(directory, info, parallel, dtype, device)
         embedding = reader.rows(["model.embed_tokens.weight"])
         self.first_token, self.num_tokens = parallel.part(c.vocab_size)[0], embedding.size(0)
         self.layers = [
             _read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm, quantization) for n in range(c.num_layers)
         ]
-        # The last layer has no next one.
-        self.fused = [*(self._fuse(*pair) for pair in zip(self.layers, self.layers[1:])), None]
+        self.decoder = Decoder(
+            self.layers,
+            c.num_attention_heads // parallel.size,
+            self.kv_heads,
+            c.head_dim,
+            c.norm_epsilon,
+            parallel.sum if parallel.size > 1 else None,
+        )
         self.norm = reader.whole("model.norm.weight")
         tied = not c.untie_embeddings_and_output_weights
         output = embedding if tied else reader.rows(["lm_head.weight"])
@@ -167,19 +123,6 @@ class Model:
         self.embedding = shared
         self.attention = CompressedAttention(info, device)
 
-    def _fuse(self, layer: Layer, following: Layer) -> kernels.BetweenAttention | None:
-        """Weights between the attention of two layers as one call takes them; None where there are several calls: ranks
-        that sum up in between, weights that are not in panels.
-        """
-        weights = [
-            x.packed for x in (layer.out, layer.gate_up, layer.down, following.qkv) if isinstance(x, PanelLinear)
-        ]
-        if self.parallel.size > 1 or len(weights) < 4:
-            return None
-        out, gate_up, down, qkv = weights
-        norms = layer.mlp_norm, following.input_norm
-        return kernels.BetweenAttention(out, norms[0], gate_up, down, norms[1], qkv, self.info.model.norm_epsilon)
-
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
         layers = sum(layer.nbytes for layer in self.layers)
@@ -193,26 +136,15 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: InputBatch, state: CacheState) -> Tensor:
         """Compute the tokens into the cache, and the logits that are wanted: fp32 [m, vocabulary]."""
-        epsilon = self.info.model.norm_epsilon
-        x, first, few = self._embed(batch.tokens), self.layers[0], batch.tokens.numel() <= FEW_TOKENS
-        qkv, delta = first.qkv(kernels.rms_norm(x, first.input_norm, epsilon)), x
-        for n, (layer, following, fused) in enumerate(zip(self.layers, [*self.layers[1:], None], self.fused)):
-            mixed = self._attend(n, layer, x, qkv, batch, state)
-            if few and fused is not None:
-                x, qkv = kernels.between_attention(fused, mixed, x)
-                continue
-            if following is None:  # behind the last attention only tokens whose logits are wanted count
-                mixed, x = mixed[batch.logits_at], x[batch.logits_at]
-            delta = self.parallel.sum(layer.out(mixed))
-            x, y = kernels.add_rms_norm(x, delta, layer.mlp_norm, epsilon)
-            delta = self.parallel.sum(layer.down(layer.gate_up(y)))
-            if following is not None:
-                x, y = kernels.add_rms_norm(x, delta, following.input_norm, epsilon)
-                qkv = following.qkv(y)
-        return self._logits(kernels.add_rms_norm(x, delta, self.norm, epsilon)[1])
+        x = self._embed(batch.tokens)
+        y = self.decoder.begin(x)
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.info.model.norm_epsilon)
+        def attend(q: Tensor, k: Tensor, v: Tensor, decisions: Tensor | None, layer: int) -> Tensor:
+            return self.attention(state, layer, q, k, v, batch, decisions)
+
+        for n in range(len(self.layers)):
+            x, y = self.decoder.step(n, x, y, attend, batch.logits_at)
+        return self._logits(kernels.add_rms_norm(x, y, self.norm, self.info.model.norm_epsilon)[1])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings: [T] -> [T, h]. A rank adds the rows that it holds."""
@@ -222,26 +154,6 @@ class Model:
         here = (local >= 0) & (local < self.num_tokens)
         x = self.embedding.rows(local.masked_fill(~here, 0)).masked_fill(~here[:, None], 0.0)
         return self.parallel.sum(x)
-
-    def _attend(
-        self, n: int, layer: Layer, hidden: Tensor, qkv: Tensor, batch: InputBatch, state: CacheState
-    ) -> Tensor:
-        """Attention over the cache, before the output projection: [T, (Hq + 2 H) D] -> [T, Hq D].
-
-        Args:
-            hidden: the layer's input, before its norm.
-        """
-        decisions = layer.adapter and layer.adapter(hidden, self.info.model.norm_epsilon)
-        # [T, Hq, D] -> [T, Hq D]
-        return self.attention(state, n, *self._split(layer, qkv), batch, decisions).flatten(1)
-
-    def _split(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, Hq, D], keys and values [T, H, D], before the rotation."""
-        heads = qkv.view(qkv.size(0), -1, self.head_dim)
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:  # the neuron is read after the norm
-            q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
-        return q, k, v
 
     def _logits(self, x: Tensor) -> Tensor:
         """Logits of hidden states: [m, h] -> fp32 [m, vocabulary]."""

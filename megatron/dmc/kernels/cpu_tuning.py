@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HUGE_PAGE_BYTES, MADV_HUGEPAGE = 2**21, 14  # Linux on x86-64 and arm64: asm-generic/mman-common.h
+HUGE_PAGE_BYTES = 2**21  # of Linux on x86-64 and arm64
+MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # asm-generic/mman-common.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc: malloc.h
 KEPT_BYTES = 256 * 2**20  # freed memory that the process keeps
 LARGEST_KEPT_BYTES = 32 * 2**20  # of one allocation; glibc takes no more (DEFAULT_MMAP_THRESHOLD_MAX)
@@ -74,13 +75,29 @@ def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype, device: torch.
     GB/s a core instead of 5.9 (8 query heads per KV head, D = 64), 10.3 instead of 7.6 (4 per KV head, D = 128).
     """
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
-    size = x.numel() * x.element_size()
-    if x.device.type == "cpu" and size >= 2 * HUGE_PAGE_BYTES and sys.platform == "linux":
-        begin = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        end = (x.data_ptr() + size) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        # Before the first touch. A Linux without huge pages returns an error, which changes nothing.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+    _advise(x, MADV_HUGEPAGE)  # before the first touch
     return x
+
+
+def clear_in_huge_pages(x: Tensor) -> None:
+    """Fill a contiguous tensor with zeros, and move it to huge pages: for memory that somebody else has allocated and
+    touched, see :func:`empty_in_huge_pages`. Its old pages go back to the operating system first.
+    """
+    _advise(x, MADV_HUGEPAGE, MADV_DONTNEED)
+    x.zero_()
+
+
+def _advise(x: Tensor, *advice: int) -> None:
+    """Tell Linux what to do with the whole huge pages that a contiguous tensor covers. A Linux that cannot do it
+    returns an error, which changes nothing.
+    """
+    size = x.numel() * x.element_size()
+    if x.device.type != "cpu" or size < 2 * HUGE_PAGE_BYTES or sys.platform != "linux":
+        return
+    begin = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (x.data_ptr() + size) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    for one in advice:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), one)
 
 
 def keep_freed_memory() -> None:

@@ -66,6 +66,8 @@ class _Life:
     refused: bool = False
     source: Snapshot | None = None
     """What it continues from, until its first step."""
+    worst: tuple[int, Lengths | None, int] | None = None
+    """What the worst case was last asked for, and its blocks: vLLM asks several times in a step."""
 
 
 class CompressedManager(CircularBufferManager):
@@ -122,7 +124,7 @@ class CompressedManager(CircularBufferManager):
         begins = not blocks
         needed = self._needed(life, num_tokens)
         life.tokens = max(life.tokens, num_tokens)
-        if not life.refused and self.grants.worst(life.tokens, life.known) > self.usable:
+        if not life.refused and self._worst(life, life.tokens) > self.usable:
             self._refuse(request_id, life)
             life.source = None  # its one block is none for a copy
         if life.source is not None and needed + len(life.source.blocks) > self.free_count():
@@ -170,8 +172,14 @@ class CompressedManager(CircularBufferManager):
 
     def _needed(self, life: _Life, tokens: int) -> int:
         """Blocks that a request holds at worst; 1 for one that would not fit alone, which is refused."""
-        needed = self.grants.worst(max(tokens, life.tokens), life.known)
+        needed = self._worst(life, max(tokens, life.tokens))
         return 1 if life.refused or needed > self.usable else needed
+
+    def _worst(self, life: _Life, tokens: int) -> int:
+        last = life.worst
+        if last is None or last[0] != tokens or last[1] is not life.known:
+            last = life.worst = (tokens, life.known, self.grants.worst(tokens, life.known))
+        return last[2]
 
     def _refuse(self, request_id: str, life: _Life) -> None:
         life.refused = True

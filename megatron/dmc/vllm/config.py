@@ -12,7 +12,7 @@ from megatron.dmc.kernels.state import PAGE_SIZES
 logger = init_logger(f"vllm.{__name__}")
 
 MAX_SNAPSHOTS = 64  # each has a ring and a page table, in memory that pages would have otherwise
-OPERATOR = "vllm::dmc_attention"
+OPERATOR, LAYER_OPERATOR = "vllm::dmc_attention", "vllm::dmc_layer"
 SCHEDULER = "megatron.dmc.vllm.scheduler.SnapshotScheduler"
 CONNECTOR, MODULE = "DMCConnector", "megatron.dmc.vllm.connector"
 

@@ -12,6 +12,7 @@ follow from the number of tokens alone, alike in all heads: each is a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +36,17 @@ class Lengths:
     @classmethod
     def of(cls, tokens: int, lengths: np.ndarray, page_size: int) -> Lengths:
         """Lengths of one rank. ``lengths``: int [heads], slots of each head."""
-        ends = np.bincount(lengths % page_size, minlength=page_size)
-        return cls(tokens, (int(lengths.sum()),), (int((-(-lengths // page_size)).sum()),), (tuple(ends.tolist()),))
+        return cls.of_all([tokens], lengths[None], page_size)[0]
+
+    @classmethod
+    def of_all(cls, tokens: Sequence[int], lengths: np.ndarray, page_size: int) -> list[Lengths]:
+        """Lengths of several requests of one rank: ``lengths`` int [requests, heads]."""
+        n = len(tokens)
+        offsets = page_size * np.arange(n)[:, None]
+        ends = np.bincount((lengths % page_size + offsets).ravel(), minlength=n * page_size).reshape(n, page_size)
+        columns = lengths.sum(1), (-(-lengths // page_size)).sum(1), ends
+        rows = zip(tokens, *(column.tolist() for column in columns), strict=True)
+        return [cls(count, (slots,), (pages,), (tuple(last),)) for count, slots, pages, last in rows]
 
     def beside(self, other: Lengths) -> Lengths:
         """The same request's lengths on more ranks."""
@@ -44,12 +54,14 @@ class Lengths:
 
     def pages_after(self, slots: int) -> int:
         """Most pages that any rank holds when every head gets so many slots more."""
-        ends = np.asarray(self.ends)  # [ranks, page_size]
-        page_size = ends.shape[1]
-        last = np.arange(page_size)
-        last[0] = page_size
-        more = -(-(last + slots) // page_size) - 1
-        return int((np.asarray(self.pages) + ends @ more).max())
+        most = 0
+        for pages, ends in zip(self.pages, self.ends, strict=True):
+            # A head takes a page for every page_size slots, and one more where the others do not fit its last page.
+            whole, more = divmod(slots, len(ends))
+            if more:
+                pages += ends[0] + sum(ends[len(ends) - more + 1 :])
+            most = max(most, pages + (whole * sum(ends) if whole else 0))
+        return most
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """vLLM's Llama with compressed attention, which also runs Mistral, Qwen 2 and Qwen 3.
 
 One object stands for the cache of all layers, as one attention layer: vLLM allocates its memory, and knows of no other
-cache. Projections, norms, MLP and weights are vLLM's own.
+cache. Projections, norms, MLP and weights are vLLM's own, or this package's where these are faster (``layers.py``).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from megatron.dmc.inference.attention import CompressedAttention
+from megatron.dmc.inference.decoder import Decoder
 from megatron.dmc.inference.recent_pages import Window
 from megatron.dmc.inference.weights import ModelInfo, describe
 from megatron.dmc.kernels.state import DTYPES
 from megatron.dmc.vllm.cache import CompressedSpec
-from megatron.dmc.vllm.config import OPERATOR, page_size, snapshot_rows
+from megatron.dmc.vllm.config import LAYER_OPERATOR, OPERATOR, page_size, snapshot_rows
 from megatron.dmc.vllm.grants import Grants
+from megatron.dmc.vllm.layers import make_decoder, own_layers, prepare_ends, prepare_layer
 from megatron.dmc.vllm.rows import Rows, steps_late
 
 POOL = "dmc_cache.0"
@@ -81,17 +84,21 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     ) -> Step:
         batch = common_attn_metadata
         n, total = batch.num_reqs, batch.num_actual_tokens
-        more = (batch.query_start_loc_cpu[: n + 1].diff() != 1).nonzero()
         cu_seqlens = batch.query_start_loc[: n + 1].to(torch.int32)
-        counts = cu_seqlens.diff()
-        first = batch.seq_lens[:n] - counts  # position of each sequence's first token in the step
-        shift = torch.repeat_interleave(first - cu_seqlens[:-1], counts, output_size=total)
-        positions = torch.arange(total, dtype=torch.int32, device=shift.device).add_(shift)
+        if batch.max_query_len == 1:
+            decoding, positions = n, batch.seq_lens[:n].to(torch.int32) - 1
+        else:
+            more = (batch.query_start_loc_cpu[: n + 1].diff() != 1).nonzero()
+            decoding = int(more[0]) if len(more) else n
+            counts = cu_seqlens.diff()
+            first = batch.seq_lens[:n] - counts  # position of each sequence's first token in the step
+            shift = torch.repeat_interleave(first - cu_seqlens[:-1], counts, output_size=total)
+            positions = torch.arange(total, dtype=torch.int32, device=shift.device).add_(shift)
         return Step(
             positions=positions,
             cu_seqlens=cu_seqlens,
             blocks=batch.block_table_tensor[:n, 0].long(),
-            decoding=int(more[0]) if len(more) else n,
+            decoding=decoding,
             count=total,
         )
 
@@ -129,6 +136,9 @@ class Pool(AttentionLayerBase):
         self.dtype, self.device = vllm_config.model_config.dtype, vllm_config.device_config.device
         self.heads = c.kv_heads // parallel.tensor_parallel_size
         self.attention = CompressedAttention(self.info, self.device)
+        self.own_layers = own_layers(vllm_config)
+        self.modules: list[nn.Module] = []
+        """vLLM's decoder layers, where ``own_layers``."""
         self.rows = Rows(
             scheduling.max_num_seqs + snapshot_rows(vllm_config),
             page_size(vllm_config),
@@ -169,6 +179,11 @@ class Pool(AttentionLayerBase):
         start = kv_cache.storage_offset() * kv_cache.element_size()
         self.rows.bind(buffer[start : start + size])
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """This package's layers, of the weights that vLLM has loaded by now."""
+        return make_decoder(self.info, self.modules)
+
 
 def pool_of(vllm_config: VllmConfig) -> Pool:
     """The cache of the model that a process has built."""
@@ -196,6 +211,24 @@ def _attend_fake(q: Tensor, k: Tensor, v: Tensor, decisions: Tensor | None, laye
 
 
 direct_register_custom_op(OPERATOR.partition("::")[2], attend, fake_impl=_attend_fake)
+
+
+def step_layer(x: Tensor, qkv: Tensor | None, layer: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """One of this package's layers, see :meth:`megatron.dmc.inference.decoder.Decoder.step`.
+
+    Args:
+        qkv: None for the first layer.
+        outputs: columns of the second result.
+    """
+    decoder = get_forward_context().no_compile_layers[POOL].decoder
+    return decoder.step(layer, x, decoder.begin(x) if qkv is None else qkv, attend)
+
+
+def _step_layer_fake(x: Tensor, qkv: Tensor | None, layer: int, outputs: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.size(0), outputs)
+
+
+direct_register_custom_op(LAYER_OPERATOR.partition("::")[2], step_layer, fake_impl=_step_layer_fake)
 
 
 class Attention(nn.Module):
@@ -256,9 +289,24 @@ class DecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config, prefix=prefix, config=config, attn_layer_type=Attention)
+        pool = pool_of(vllm_config)
+        self.layer, self.own = extract_layer_index(prefix), pool.own_layers
+        if self.own:
+            prepare_layer(self)
+            pool.modules.append(self)
+            last = self.layer + 1 == pool.info.model.num_layers
+            qkv = (self.self_attn.heads + 2 * self.self_attn.kv_heads) * self.self_attn.head_dim
+            self.outputs = self.hidden_size if last else qkv
 
     def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As Llama's, but that attention is given the residual stream too."""
+        """As Llama's, but that attention is given the residual stream too. This package's layers hand each other
+        queries, keys and values in the place of ``hidden_states``.
+        """
+        if self.own:
+            x, qkv = (hidden_states, None) if residual is None else (residual, hidden_states)
+            run = torch.ops.vllm.dmc_layer if torch.compiler.is_compiling() else step_layer
+            residual, hidden_states = run(x, qkv, self.layer, self.outputs)
+            return hidden_states, residual
         if residual is None:
             residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
         else:
@@ -272,5 +320,7 @@ class DMCForCausalLM(LlamaForCausalLM):
     """A model that ``dmc convert export`` wrote."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        Pool(vllm_config)
+        pool = Pool(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=DecoderLayer)
+        if pool.own_layers:
+            prepare_ends(self)

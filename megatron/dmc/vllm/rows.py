@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc import kernels
+from megatron.dmc.kernels.cpu_tuning import clear_in_huge_pages
 from megatron.dmc.kernels.state import CacheState, make_state
 from megatron.dmc.vllm.grants import Layout, Lengths
 
@@ -64,7 +65,7 @@ def layout(page_size: int, **shape: Any) -> Layout:
 
 
 def state_in(buffer: Tensor, num_pages: int, **shape: Any) -> CacheState:
-    """Make an empty cache whose tensors lie in ``buffer`` (uint8 [bytes]) one behind the other."""
+    """Make an empty cache whose tensors lie in ``buffer`` (uint8 [bytes], zeros) one behind the other."""
     model = make_state(num_pages=num_pages, device="meta", **shape)
     tensors, at = {}, 0
     for spec in dataclasses.fields(model):
@@ -72,7 +73,7 @@ def state_in(buffer: Tensor, num_pages: int, **shape: Any) -> CacheState:
         size = like.numel() * like.element_size()
         if at + size > buffer.numel():
             raise ValueError(f"a cache of {num_pages} pages does not fit {buffer.numel()} bytes; give it fewer pages")
-        tensors[spec.name] = buffer[at : at + size].view(like.dtype).view(like.shape).zero_()
+        tensors[spec.name] = buffer[at : at + size].view(like.dtype).view(like.shape)
         at += -(-size // ALIGNMENT) * ALIGNMENT
     torch.arange(num_pages, dtype=torch.int32, out=tensors["free_pages"])
     return CacheState(**tensors)
@@ -90,6 +91,7 @@ class Rows:
 
     def bind(self, buffer: Tensor) -> None:
         """Build the cache in ``buffer`` (uint8 [bytes], a whole number of blocks). All rows are empty after it."""
+        clear_in_huge_pages(buffer)
         blocks = buffer.numel() // self.layout.block_bytes
         self.state = state_in(buffer, self.layout.usable(blocks) * self.heads, **self.shape)
         self._free = list(range(self.shape["max_seqs"] - 1, -1, -1))
@@ -182,6 +184,7 @@ class Rows:
             known, lengths, event = self._copies.popleft()
             if event is not None:
                 event.synchronize()
-            for (request, life, tokens), slots in zip(known, lengths.numpy(), strict=True):
-                found[request] = (life, Lengths.of(tokens, slots, self.shape["page_size"]))
+            requests, lives, tokens = zip(*known, strict=True)
+            after = Lengths.of_all(tokens, lengths.numpy(), self.shape["page_size"])
+            found |= zip(requests, zip(lives, after, strict=True), strict=True)
         return found

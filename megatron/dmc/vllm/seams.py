@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 
 _V1 = "vllm.v1"
+_EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1"
 
 
@@ -61,6 +62,16 @@ SEAMS = (
     Seam("vllm.model_executor.models.utils:extract_layer_index"),
     Seam("vllm.utils.torch_utils:direct_register_custom_op", ("op_name", "op_func", "fake_impl")),
     Seam("vllm.forward_context:get_forward_context"),
+    # Its weights are packed.
+    Seam("vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading", ("layer",)),
+    Seam("vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply", ("layer", "x", "bias")),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding", ("layer", "input_")
+    ),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply", ("layer", "x", "bias")
+    ),
+    Seam("vllm.model_executor.layers.layernorm:RMSNorm.forward"),
     # Its cache is one layer, in memory that vLLM allocates.
     Seam("vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.bind_kv_cache", ("kv_cache",)),
     Seam("vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_kv_cache_spec", ("vllm_config",)),
@@ -69,7 +80,10 @@ SEAMS = (
         f"{_V1}.attention.backend:AttentionMetadataBuilder.build",
         ("common_prefix_len", "common_attn_metadata", "fast_build"),
     ),
-    Seam(f"{_V1}.attention.backend:CommonAttentionMetadata", ("query_start_loc_cpu", "seq_lens", "block_table_tensor")),
+    Seam(
+        f"{_V1}.attention.backend:CommonAttentionMetadata",
+        ("query_start_loc_cpu", "seq_lens", "max_query_len", "block_table_tensor"),
+    ),
     Seam(f"{_V1}.kv_cache_interface:KVCacheLayout.LBHNC"),
     # Its blocks are granted and taken back.
     Seam(
