@@ -36,7 +36,7 @@ INSTALL_REQUIRES = [
 # "vllm" is for serving inside vLLM (docs/vllm.md).
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
-    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "httpx2", "llguidance"],
+    "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "httpx2", "llguidance", "uvloop"],
     "gguf": ["gguf"],
     "vllm": ["vllm>=0.32,<0.34"],
     "eval": ["lm-eval[api]"],
@@ -57,6 +57,7 @@ EXTRAS_REQUIRE = {
         "prometheus_client",
         "httpx2",
         "llguidance",
+        "uvloop",
     ],
 }
 

@@ -61,6 +61,7 @@ from _vllm_server import vllm_served
 from engine import prompts, write_model
 
 from megatron.dmc.inference import LLM, SamplingParams
+from megatron.dmc.serving.server import run_on_loop
 
 OVERHEAD_TARGET, MEMORY_TARGET = 0.90, 1.03
 RATE_TARGET, TTFT_TARGET, GAP_TARGET = 0.95, 3.0, 10.0  # of offline; ms; ms
@@ -183,7 +184,7 @@ def latency(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
             asked = prompts(clients * args.per_client, args.prompt, seed=clients)
             runs = {
                 "engine": lambda a=asked, c=clients: offline(llm.engine, a, c, args.new_tokens),
-                "client": lambda a=asked, c=clients: asyncio.run(http(port, a, c, args.new_tokens)),
+                "client": lambda a=asked, c=clients: run_on_loop(http(port, a, c, args.new_tokens)),
             }
             for run in runs.values():
                 run()  # warm-up
@@ -241,7 +242,7 @@ def against_vllm(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]
             found: dict[str, list[Times]] = {name: [] for name in ports}
             for n in range(args.rounds + 1):
                 for name, port in ports.items():
-                    times = asyncio.run(http(port, asked, clients, args.new_tokens, joined=name == "vllm"))
+                    times = run_on_loop(http(port, asked, clients, args.new_tokens, joined=name == "vllm"))
                     if n:  # the first one warms up
                         found[name].append(times)
             figures[clients], told = compare_servers(clients, found)

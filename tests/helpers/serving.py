@@ -22,7 +22,7 @@ from megatron.dmc.serving.async_engine import Limits
 from megatron.dmc.serving.http_config import HTTPConfig
 from megatron.dmc.serving.middleware import GateMiddleware
 from megatron.dmc.serving.prompts import Prompts, PromptSettings
-from megatron.dmc.serving.server import listen, make_server, make_service
+from megatron.dmc.serving.server import listen, make_server, make_service, run_on_loop
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -115,7 +115,7 @@ class Running:
         self.sock = listen("127.0.0.1", 0)
         self.port = self.sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread = threading.Thread(target=lambda: run_on_loop(self._run()), daemon=True)
 
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()

@@ -69,7 +69,7 @@ def test_labels_as_vllms_dashboards_use_them(server: Running) -> None:
 
 def test_the_compression_ratio_while_sequences_run(server: Running) -> None:
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.json, COMPLETIONS, {"prompt": "a", "max_tokens": 200} | IGNORE)
+        asked = pool.submit(server.json, COMPLETIONS, {"prompt": "a", "max_tokens": 200, "n": 16} | IGNORE)
         until(lambda: "dmc:compression_ratio{" in server.ask("/metrics")[2] or asked.done())
         assert not asked.done()
         asked.result()

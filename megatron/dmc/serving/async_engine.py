@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from megatron.dmc.inference import Engine, EngineStats, InvalidRequest, Request, RequestOutput, StepOutput
 from megatron.dmc.serving.errors import (
@@ -33,8 +33,7 @@ LAST_STEP = 10.0  # seconds for the running step when the engine stops
 STATS_EVERY = 0.1  # seconds between two looks at the cache while steps run
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One output of a stream."""
 
     prompt: int
@@ -62,35 +61,48 @@ class QueuePlace:
 
 
 class Stream:
-    """Outputs of some requests as they come. :meth:`close` must be called: what has not ended is aborted then."""
+    """Outputs of some requests as they come, in batches. :meth:`close` must be called: what has not ended is aborted
+    then.
+    """
 
     def __init__(self, owner: AsyncEngine, requests: Sequence[Request], place: QueuePlace) -> None:
         self.requests, self.arrived = requests, time.monotonic()
         self._owner, self._place = owner, place
         self._index = {request.request_id: i for i, request in enumerate(requests)}
         self._unfinished = {(request.request_id, i) for request in requests for i in range(request.sampling_params.n)}
-        self._items: deque[Update] = deque()
+        self._left = len(self._unfinished)
+        self._items: list[Update] = []
         self._error: Optional[APIError] = None
-        self._news = asyncio.Event()
+        self._waiter: Optional[asyncio.Future[None]] = None
+        """Set by the one who waits for news."""
+        self._wakes_for_ends_only = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the updates that were given are all."""
+        return not self._left
 
     def __aiter__(self) -> AsyncIterator[list[Update]]:
-        return self._batches()
+        return self
 
-    async def _batches(self) -> AsyncIterator[list[Update]]:
-        """Updates in batches, until every completion has ended. Raises :class:`APIError` when a request fails."""
-        left = len(self._unfinished)
-        while left:
-            await self._news.wait()
-            self._news.clear()
-            if self._error is not None:
-                raise self._error
-            items, self._items = list(self._items), deque()
-            left -= sum(item.output.finished for item in items)
-            if items:
-                yield items
+    async def __anext__(self) -> list[Update]:
+        """Updates since the last call, until every completion has ended. Raises :class:`APIError` when a request
+        fails.
+        """
+        if self.ended:
+            raise StopAsyncIteration
+        if not self._items and self._error is None:
+            self._waiter = self._owner.loop.create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        items, self._items = self._items, []
+        self._left -= sum(update.output.finish_reason is not None for update in items)
+        return items
 
     async def results(self) -> list[RequestOutput]:
         """The finished outputs of all requests. Raises :class:`APIError`."""
+        self._wakes_for_ends_only = True
         found = [RequestOutput.start(request) for request in self.requests]
         async for updates in self:
             for update in updates:
@@ -113,11 +125,18 @@ class Stream:
             self._fail(not_answered(output.error))
             return
         self._items.append(Update(self._index[output.request_id], output))
-        self._news.set()
+        if output.finished or not self._wakes_for_ends_only:
+            self._wake()
 
     def _fail(self, error: APIError) -> None:
         self._error = self._error or error
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None:
+            if not self._waiter.done():  # else there was news before, or the one who waited has left
+                self._waiter.set_result(None)
+            self._waiter = None
 
 
 @dataclass
@@ -128,14 +147,14 @@ class _Delivery:
     refused: list[tuple[str, APIError]] = field(default_factory=list)
 
 
-Observer = Callable[[Stream, StepOutput], None]
+Observer = Callable[[Sequence[tuple[Stream, StepOutput]]], None]
 
 
 class AsyncEngine:
     """Drives an engine. Make it on the event loop that uses it.
 
-    ``observe`` is called on the event loop with every output, before its stream sees it, and with the end of every
-    completion that is aborted.
+    ``observe`` is called on the event loop with the outputs of every step, soon after their streams have been woken,
+    and with the ends of completions that are aborted.
     """
 
     def __init__(self, engine: Engine, limits: Limits = Limits(), observe: Optional[Observer] = None) -> None:
@@ -147,7 +166,7 @@ class AsyncEngine:
         self._streams: dict[str, Stream] = {}
         self._waiting: dict[tuple[str, int], QueuePlace] = {}
         self._calls: set[Future[Any]] = set()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._commands: deque[Callable[[], None]] = deque()
         self._something = threading.Condition()
         self._stopping = False
@@ -227,10 +246,11 @@ class AsyncEngine:
             request.request_id for request in stream.requests if self._streams.pop(request.request_id, None) is not None
         ]
         self.release(stream._place)
-        for name, index in stream._unfinished:
-            self._waiting.pop((name, index), None)
-            if names and self.observe is not None:
-                self.observe(stream, StepOutput(name, index, finish_reason="error" if self.failure else "abort"))
+        for key in stream._unfinished:
+            self._waiting.pop(key, None)
+        if names:
+            reason = "error" if self.failure else "abort"
+            self._observe([(stream, StepOutput(*key, finish_reason=reason)) for key in stream._unfinished])
         if stream._unfinished and names and self.failure is None:
             self._command(lambda: [self.engine.abort(name) for name in names])
 
@@ -288,15 +308,23 @@ class AsyncEngine:
         for name, error in news.refused:
             if name in self._streams:
                 self._streams[name]._fail(error)
+        given = []
         for output in news.outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue  # nobody waits for it any more
-            self._leave_queue(stream, (output.request_id, output.index))
+            if self._waiting:
+                self._leave_queue(stream, (output.request_id, output.index))
             if output.tokens or output.finished:  # else it says that the sequence was scheduled
-                if self.observe is not None:
-                    self.observe(stream, output)
-                stream._put(output)
+                given.append((stream, output))
+        for stream, output in given:
+            stream._put(output)
+        self._observe(given)
+
+    def _observe(self, outputs: list[tuple[Stream, StepOutput]]) -> None:
+        """Have outputs counted once the streams that were woken before have gone on: a client waits for these."""
+        if self.observe is not None and outputs:
+            self.loop.call_soon(self.observe, outputs)
 
     def _leave_queue(self, stream: Stream, key: tuple[str, int]) -> None:
         """Free the queue's place of a completion that has been scheduled."""
@@ -360,4 +388,4 @@ class AsyncEngine:
 
     def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there
-            self._loop.call_soon_threadsafe(function, *args)
+            self.loop.call_soon_threadsafe(function, *args)

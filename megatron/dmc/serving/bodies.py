@@ -61,7 +61,8 @@ class Bodies:
             APIError: 413, 408, or 503 when too many large bodies come at the same time.
         """
         try:
-            message = await asyncio.wait_for(receive(), self.limits.timeout)
+            async with asyncio.timeout(self.limits.timeout):
+                message = await receive()
         except TimeoutError:
             raise too_slow("body", self.limits.timeout) from None
         if message["type"] == "http.disconnect":

@@ -49,6 +49,8 @@ class ServerConnection(h11.Connection):
 
     head = b""
     """Head of a response that waits for the first part of its body."""
+    chunked = False
+    """Whether the response's body goes out in chunks."""
     chunks = size = 0
     problem: Optional[h11.RemoteProtocolError] = None
     """Why the request is refused."""
@@ -61,8 +63,13 @@ class ServerConnection(h11.Connection):
             raise
 
     def send(self, event: Any) -> Any:
-        data = super().send(event)
+        if type(event) is h11.Data and self.chunked and event.data and self.our_state is h11.SEND_BODY:
+            # What h11 would make of it in ten times as long: there is one for every token.
+            data = b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        else:
+            data = super().send(event)
         if type(event) is h11.Response:
+            self.chunked = b"\r\nTransfer-Encoding: chunked\r\n" in data
             self.head, data = data, b""
         elif self.head:
             self.head, data = b"", self.head + (data or b"")

@@ -49,10 +49,15 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> Optional[T]:
         leaving.cancel()
 
 
+def frame(event: dict[str, Any], name: str = "") -> str:
+    """Server-sent event of a JSON object, with or without a field ``event``."""
+    return f"event: {name}\ndata: {encode(event)}\n\n" if name else f"data: {encode(event)}\n\n"
+
+
 class Form(Protocol):
     """Shape of the events of one streamed response: chunks of a completion, or events of the Responses API."""
 
-    END: bytes
+    END: str
     """What ends the stream."""
 
     def first(self) -> list[dict[str, Any]]:
@@ -60,6 +65,11 @@ class Form(Protocol):
 
     def of(self, prompt: int, output: StepOutput) -> list[dict[str, Any]]:
         """Events of one output of prompt number ``prompt``."""
+
+    def text_frame(self, prompt: int, output: StepOutput) -> Optional[str]:
+        """Frame of an output's only event, where the one before differs in its text alone; called instead of ``of``,
+        which has to be called when this returns None.
+        """
 
     def last(self) -> list[dict[str, Any]]:
         """Events after the last token."""
@@ -94,29 +104,29 @@ class EventStream(Response):
             self.stream.close()
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def put(events: list[dict[str, Any]]) -> None:
-            text = "".join(self._frame(event) for event in events)
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-
-        form, begun = self.form, False
+        form, stream, begun = self.form, self.stream, False
         try:
-            async for updates in self.stream:
-                found = [] if begun else form.first()
-                for update in updates:
-                    found += form.of(update.prompt, update.output)
+            async for updates in stream:
+                frames = [] if begun else self._frames(form.first())
+                for prompt, output in updates:
+                    text = form.text_frame(prompt, output)
+                    frames += self._frames(form.of(prompt, output)) if text is None else (text,)
+                if stream.ended:
+                    frames += (*self._frames(form.last()), form.END)
                 if not begun:
                     begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await put(found)
-            await put(form.last())
+                await send(_body(frames, more=not stream.ended))
         except APIError as error:
             self.refused(error.status)
-            if not begun:
+            if begun:
+                await send(_body([*self._frames(form.failed(error)), form.END], more=False))
+            else:
                 await error_response(error)(scope, receive, send)
-                return
-            await put(form.failed(error))
-        await send({"type": "http.response.body", "body": form.END, "more_body": False})
 
-    def _frame(self, event: dict[str, Any]) -> str:
-        name = self.form.event_name(event)
-        return f"event: {name}\ndata: {encode(event)}\n\n" if name else f"data: {encode(event)}\n\n"
+    def _frames(self, events: list[dict[str, Any]]) -> list[str]:
+        return [frame(event, self.form.event_name(event)) for event in events]
+
+
+def _body(frames: list[str], more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": "".join(frames).encode(), "more_body": more}

@@ -6,13 +6,17 @@ The prefix of every name is ``dmc:``, or ``vllm:`` with ``--metrics-prefix vllm`
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from megatron.dmc.inference import StepOutput
 from megatron.dmc.serving.async_engine import AsyncEngine, Stream
@@ -107,7 +111,31 @@ def length_bounds(max_model_len: int) -> list[int]:
     return [step for step in steps if step < max_model_len] + [max_model_len]
 
 
-@dataclass
+class _Histogram:
+    """Collector of a histogram that is observed and collected by one thread.
+
+    prometheus_client's own takes two locks and a loop over the buckets for every observation; there is one for every
+    token, and a dozen for every completion.
+    """
+
+    def __init__(self, name: str, labels: tuple[str, str], bounds: Sequence[float]) -> None:
+        self.name, self.labels, self.bounds = name, labels, bounds
+        self.counts, self.sum = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value in its bucket, whose upper bound belongs to it."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def collect(self) -> list[Metric]:
+        """The metric with its buckets, which are cumulative."""
+        bounds = map(floatToGoString, (*self.bounds, math.inf))
+        family = HistogramMetricFamily(self.name, HELP[self.name.partition(":")[2]], labels=LABELS)
+        family.add_metric(self.labels, list(zip(bounds, accumulate(self.counts))), self.sum)
+        return [family]
+
+
+@dataclass(slots=True)
 class _Progress:
     """Progress of a completion that has not ended; times of the monotonic clock."""
 
@@ -133,6 +161,8 @@ class Metrics:
         self._ended = {reason: ended.labels(*self.labels, reason) for reason in ("stop", "length", "abort", "error")}
         self._states = self._counter("cache_token_states", "layer")
         self._slots = self._counter("cache_slots", "layer")
+        self._layers: list[tuple[Counter, Counter]] = []
+        """States and slots of each layer, once a completion has ended."""
         self._refused = self._counter("requests_refused", "status")
         # Names and labels of prometheus-fastapi-instrumentator, which vLLM's server exports.
         self._requests = Counter(
@@ -151,9 +181,10 @@ class Metrics:
     def _counter(self, name: str, *labels: str) -> Counter:
         return Counter(self.prefix + name, HELP[name], (*LABELS, *labels), registry=self.registry)
 
-    def _histogram(self, name: str, bounds: Sequence[float]) -> Histogram:
-        made = Histogram(self.prefix + name, HELP[name], LABELS, buckets=bounds, registry=self.registry)
-        return made.labels(*self.labels)
+    def _histogram(self, name: str, bounds: Sequence[float]) -> _Histogram:
+        made = _Histogram(self.prefix + name, self.labels, bounds)
+        self.registry.register(made)
+        return made
 
     def watch(self, engine: AsyncEngine) -> None:
         """Export the state of this engine from now on."""
@@ -171,9 +202,15 @@ class Metrics:
         self._requests.labels(handler, method, f"{status // 100}xx").inc()
         self._durations.labels(handler, method).observe(seconds)
 
-    def observe(self, stream: Stream, output: StepOutput) -> None:
-        """Count one output of the engine. Outputs of a completion must come in order."""
-        now, key = time.monotonic(), (output.request_id, output.index)
+    def observe(self, outputs: Sequence[tuple[Stream, StepOutput]]) -> None:
+        """Count outputs of the engine that came together. Those of a completion must come in order."""
+        now = time.monotonic()
+        for stream, output in outputs:
+            self._observe(stream, output, now)
+        self._generation_tokens.inc(sum(len(output.tokens) for _, output in outputs))
+
+    def _observe(self, stream: Stream, output: StepOutput, now: float) -> None:
+        key = (output.request_id, output.index)
         progress = self._running.get(key)
         if progress is None:
             progress = self._running[key] = _Progress(stream.arrived, stream.arrived)
@@ -186,7 +223,6 @@ class Metrics:
                 self._times["time_per_output_token_seconds"].observe(now - progress.last)
             progress.tokens += len(output.tokens)
             progress.last = now
-            self._generation_tokens.inc(len(output.tokens))
         prefilled = output.tokens or output.finish_reason == "length"  # no token comes when max_tokens is 0
         if first and prefilled and output.index == 0:
             self._prompt_tokens.inc(len(stream.request(output.request_id).prompt_token_ids))
@@ -198,9 +234,12 @@ class Metrics:
         assert output.finish_reason is not None
         self._ended[output.finish_reason].inc()
         if output.cache is not None:
-            for layer, slots in enumerate(output.cache.slots):
-                self._states.labels(*self.labels, str(layer)).inc(output.cache.tokens * len(slots))
-                self._slots.labels(*self.labels, str(layer)).inc(sum(slots))
+            for layer in range(len(self._layers), len(output.cache.slots)):
+                labels = (*self.labels, str(layer))
+                self._layers.append((self._states.labels(*labels), self._slots.labels(*labels)))
+            for (states, taken), slots in zip(self._layers, output.cache.slots):
+                states.inc(output.cache.tokens * len(slots))
+                taken.inc(sum(slots))
         if output.finish_reason == "abort":
             return
         request = stream.request(output.request_id)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Optional, Union
 from megatron.dmc.inference import Completion, Logprobs, RequestOutput, StepOutput
 from megatron.dmc.inference.cache import CacheUse
 from megatron.dmc.serving.errors import APIError
+from megatron.dmc.serving.event_stream import encode, frame
 from megatron.dmc.serving.prompts import Prompts, token_strings
 from megatron.dmc.serving.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from megatron.dmc.serving.tool_messages import ToolMessages, tool_messages
@@ -302,7 +303,7 @@ def _chat_choices(
 class Chunks:
     """Chunks of one streamed response. Completions of prompt p have the indices p n ... (p + 1) n - 1."""
 
-    END: ClassVar = b"data: [DONE]\n\n"
+    END: ClassVar = "data: [DONE]\n\n"
 
     request: GenerationRequest
     prompts: Prompts
@@ -329,6 +330,8 @@ class Chunks:
         """Readers of the tool calls of the choices that have begun; None for those that have none."""
         self.told: set[int] = set()
         """Choices that have given their prompt's token ids."""
+        self.frames: dict[int, tuple[str, str]] = {}
+        """What comes before and after the text in a frame, of the choices whose next chunks may differ in it alone."""
 
     def first(self) -> list[dict[str, Any]]:
         """Chunks before any token: the role, in a chat."""
@@ -357,11 +360,35 @@ class Chunks:
                 self.told.add(index)
                 choice["prompt_token_ids"] = list(self.ids[prompt])
         chunk = self._chunk(choice)
+        if index not in self.frames and self._varies_in_text(index):
+            self.frames[index] = self._around_text(choice)
         if self.with_cache and output.cache is not None and not output.finished:
             cache = output.cache
             ratio = cache.compression_ratio
             chunk["dmc"] = {"index": index, "tokens": cache.tokens, "slots": cache.slots, "compression_ratio": ratio}
         return [*map(self._chunk, earlier), chunk]
+
+    def text_frame(self, prompt: int, output: StepOutput) -> Optional[str]:
+        """Frame of an output in the middle of a choice without log-probabilities and the like; None for others."""
+        around = self.frames.get(prompt * (self.request.n or 1) + output.index)
+        if around is None or output.finish_reason is not None or output.cache is not None:
+            return None
+        self.usage.completion_tokens += len(output.tokens)
+        return f"{around[0]}{encode(output.text)}{around[1]}"
+
+    def _varies_in_text(self, index: int) -> bool:
+        """Whether the chunks of a choice that has begun differ in their text alone, until it ends."""
+        more = self.with_usage_so_far or self.request.return_token_ids
+        if isinstance(self.request, ChatCompletionRequest):
+            return not (more or self.request.logprobs or self.tools[index])
+        return not more and self.request.logprobs is None and index in self.pieces
+
+    def _around_text(self, choice: dict[str, Any]) -> tuple[str, str]:
+        """The frame of a chunk of this choice, cut at its text."""
+        name, mark = "delta" if self.chat else "text", "\0text\0"
+        bare = {**choice, name: {"content": mark} if self.chat else mark, "finish_reason": None, "stop_reason": None}
+        before, _, after = frame(self._chunk(bare)).partition(encode(mark))
+        return before, after
 
     def _chat(self, index: int, output: StepOutput) -> list[dict[str, Any]]:
         """Choices of one output of a chat, the last of which has all but the deltas of the others."""

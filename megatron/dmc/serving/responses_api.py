@@ -191,7 +191,7 @@ class Events:
     Every output item is announced, filled and closed before the next one begins, as OpenAI's server does it.
     """
 
-    END = b""
+    END = ""
 
     def __init__(self, request: ResponsesRequest, chunks: Chunks) -> None:
         self.request, self._chunks = request, chunks
@@ -212,6 +212,10 @@ class Events:
     def of(self, prompt: int, output: StepOutput) -> list[dict[str, Any]]:
         """Events of one output."""
         return self._of(self._chunks.of(prompt, output))
+
+    def text_frame(self, prompt: int, output: StepOutput) -> Optional[str]:
+        """Events are numbered, so they differ in more than their text."""
+        return None
 
     def last(self) -> list[dict[str, Any]]:
         """Events of the end: the open item and the response itself."""
