@@ -15,6 +15,7 @@ from helpers.serving import make_model, make_prompts
 
 from megatron.dmc.inference import LLM, Engine, EngineConfig, InvalidRequest, Request, SamplingParams
 from megatron.dmc.inference.text import load_tokenizer
+from megatron.dmc.serving import async_engine
 from megatron.dmc.serving.async_engine import AsyncEngine, Limits
 from megatron.dmc.serving.errors import APIError
 from megatron.dmc.serving.prompts import Prompts
@@ -375,6 +376,20 @@ def test_a_watched_answer_tells_its_slots(model: Model) -> None:
         assert all(sum(map(sum, use.slots)) == use.total_slots > 0 for use in seen) and seen[-1].compression_ratio > 1
         stream.close()
 
+    on_loop(model, test)
+
+
+def test_on_a_cpu_the_next_step_waits_until_the_tokens_have_gone_out(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(runner: AsyncEngine) -> None:
+        stream, steps = runner.submit([request("a", model.prompt(9), 12)]), []
+        async for updates in stream:
+            steps += [runner.engine.stats().steps for _ in updates]
+        assert steps == list(range(1, 13))
+        stream.close()
+
+    monkeypatch.setattr(async_engine, "HAND_OVER", 60)
     on_loop(model, test)
 
 

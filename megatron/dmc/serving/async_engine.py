@@ -30,6 +30,12 @@ from megatron.dmc.serving.errors import (
 
 log = logging.getLogger(__name__)
 LAST_STEP = 10.0  # seconds for the running step when the engine stops
+HAND_OVER = 1e-3
+"""Seconds for which the next step waits, at most, until the tokens of the last one have gone out, on a CPU.
+
+A step computes on all cores, and threads that run beside it make all of them wait: longer than it takes to send the
+tokens while nothing else runs.
+"""
 STATS_EVERY = 0.1  # seconds between two looks at the cache while steps run
 
 
@@ -170,6 +176,8 @@ class AsyncEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._something = threading.Condition()
         self._stopping = False
+        self._on_cpu = engine.device.type == "cpu"
+        self._gone_out = threading.Event()
         # Only the thread uses these.
         self._news = _Delivery()
         self._looked = 0.0
@@ -320,6 +328,8 @@ class AsyncEngine:
         for stream, output in given:
             stream._put(output)
         self._observe(given)
+        if self._on_cpu:  # after the streams, which have been woken, and after what uvloop writes once they have run
+            self.loop.call_soon(self.loop.call_soon, self._gone_out.set)
 
     def _observe(self, outputs: list[tuple[Stream, StepOutput]]) -> None:
         """Have outputs counted once the streams that were woken before have gone on: a client waits for these."""
@@ -384,7 +394,10 @@ class AsyncEngine:
         news = self._news
         if news.outputs or news.refused:
             self._news = _Delivery()
+            self._gone_out.clear()
             self._to_loop(self._deliver, news)
+            if self._on_cpu:
+                self._gone_out.wait(HAND_OVER)
 
     def _to_loop(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there
