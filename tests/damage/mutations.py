@@ -29,7 +29,7 @@ from megatron.dmc import cli
 
 HF_FILES = ("config.json", "shards.json")
 DEFAULTED = (
-    "rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings rms_norm_eps "
+    "rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings rms_norm_eps head_dim "
     "temperature top_p top_k max_new_tokens do_sample eos_token_id"
 ).split()
 """Keys that have defaults, of config.json and of generation_config.json: without one a file is another model's."""
