@@ -188,6 +188,16 @@ def test_the_mean_of_a_cost_is_predicted_not_that_of_its_logarithm():
     assert float(predicted[1]) == pytest.approx(math.log(0.1 * math.exp(3.0)), abs=0.3)
 
 
+@pytest.mark.parametrize("broken", ["rows", "costs"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_fit_is_made_to_what_is_not_finite(broken, value):
+    """Weights would be NaN, and the checkpoint complete."""
+    rows, log_costs = torch.ones(9, 3), torch.zeros(9, 2)
+    (rows if broken == "rows" else log_costs)[4, 1] = value
+    with pytest.raises(RuntimeError, match="hold inf or nan; nothing was fitted"):
+        calibration.fit_costs(rows, log_costs, data_parallel())
+
+
 def test_labels_are_drawn_from_the_distribution():
     """The order of the noise is that of the vocabulary, padding is never drawn, and shares are the probabilities."""
     logits = torch.tensor([0.0, 2.0, -1.0, 1.0, 50.0]).expand(4000, 1, 5)  # the last row is padding

@@ -92,11 +92,14 @@ def fit_costs(rows: Tensor, log_costs: Tensor, group: Any) -> tuple[Tensor, Tens
 
     Args:
         rows: [n, h]; any n, none too.
-        log_costs: fp32 [n, heads], finite.
+        log_costs: fp32 [n, heads].
         group: ranks that have other rows of the same heads; every one calls.
 
     Returns:
         fp64 [h, heads] and [h], the same on all ranks.
+
+    Raises:
+        RuntimeError: rows or costs hold inf or NaN; raised on all ranks.
     """
 
     def total(part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -108,10 +111,13 @@ def fit_costs(rows: Tensor, log_costs: Tensor, group: Any) -> tuple[Tensor, Tens
 
     count = total(lambda x, logs: torch.tensor(float(len(x)), device=x.device))
     gram = total(lambda x, logs: x.T @ x)
+    products = total(lambda x, logs: x.T @ torch.cat((logs, torch.ones_like(logs[:, :1])), 1))
+    if not (gram.isfinite().all() and products.isfinite().all()):
+        raise RuntimeError("what the adapters read, or the gradients behind it, hold inf or nan; nothing was fitted")
     penalty = RIDGE * gram.diagonal().mean()
     gram.diagonal().add_(penalty)
     root = torch.linalg.cholesky(gram)  # lower
-    both = torch.cholesky_solve(total(lambda x, logs: x.T @ torch.cat((logs, torch.ones_like(logs[:, :1])), 1)), root)
+    both = torch.cholesky_solve(products, root)
     weights, one = both[:, :-1], both[:, -1]
 
     # In the coordinates root.T @ weights the deviance has about the curvature 1 in all directions.
