@@ -93,6 +93,11 @@ def test_an_output_of_another_input_is_refused(model: Model, tmp_path: Path, cap
         assert err.startswith(f"error: {message}") and err.count("\n") == 1, err
         assert out.read_bytes() == before
     assert main(command(model, source, out, "--shard", "0/2")) == 0  # of which it has the first line
+    more = write(tmp_path / "longer", [completion("b"), completion("a")])
+    assert main(command(model, more, out, "--shard", "0/2")) == 2
+    assert f"belongs to another shard: of its 2 lines none has the custom_id of a line of shard 0/2 of {more}" in (
+        capsys.readouterr().err
+    )
     assert main(command(model, write(tmp_path / "more", [completion("a"), same, completion("b")]), out)) == 0
     assert "1 lines completed, 0 with an error; 2 were there before" in capsys.readouterr().out
     out.write_bytes(re.sub(rb'("req_\d+)_\w+', rb"\1", out.read_bytes()))  # as older versions wrote it: of any request

@@ -200,9 +200,10 @@ def check_same_input(path: str | Path, output: Output, shard: tuple[int, int] = 
             return
     finally:
         source.close()
+    other, where = ("shard", f"shard {shard[0]}/{shard[1]} of {path}") if shard[1] > 1 else ("input", path)
     raise ValueError(
-        f"{output.path} belongs to another input: of its {len(output.done.ids)} lines none has the custom_id of a line "
-        f"of {path}; name another output file"
+        f"{output.path} belongs to another {other}: of its {len(output.done.ids)} lines none has the custom_id of a "
+        f"line of {where}; name another output file"
     )
 
 
