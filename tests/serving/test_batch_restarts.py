@@ -105,6 +105,20 @@ def test_an_output_of_another_input_is_refused(model: Model, tmp_path: Path, cap
     assert main(command(model, write(tmp_path / "other", changed), out)) == 0
 
 
+def test_a_pipe_is_read_once(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of its lines reach a run that goes on."""
+    lines, out = [completion(name) for name in "abc"], tmp_path / "out"
+    assert main(command(model, write(tmp_path / "in", lines[:1]), out)) == 0
+    end, writer = os.pipe()
+    try:
+        os.write(writer, write(tmp_path / "in", lines).read_bytes())
+        os.close(writer)
+        assert main(command(model, Path(f"/dev/fd/{end}"), out)) == 0
+    finally:
+        os.close(end)
+    assert "2 lines completed, 0 with an error; 1 were there before" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("later", [LEAVE, DRAIN])
 def test_a_run_that_is_asked_to_stop(later: int, model: Model, tmp_path: Path) -> None:
     """LEAVE drops what runs, DRAIN finishes it; no more lines are taken either way, and the next run completes the

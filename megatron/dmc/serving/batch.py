@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -187,12 +188,13 @@ def seeded(params: SamplingParams, custom_id: str, seed: int) -> SamplingParams:
 def check_same_input(path: str | Path, output: Output, shard: tuple[int, int] = (0, 1)) -> None:
     """Refuse an output that another input's lines were written to.
 
-    Reads the input up to the first line that the output has, which is most often the first line.
+    Reads the input up to the first line that the output has, which is most often the first line. A pipe, which can be
+    read only once, is left to the run.
 
     Raises:
         ValueError: the output has lines, and none of them is of the input, or of this shard of it.
     """
-    if not output.done.ids:
+    if not output.done.ids or not os.path.isfile(path):
         return
     source = Input(path)
     try:
