@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Optional
 from unittest import mock
@@ -50,13 +51,19 @@ class Forked:
 
     def wait(self, timeout: Optional[float] = None) -> int:
         """Exit status, as ``Popen.wait`` gives it."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        connection.wait([self._process.sentinel], timeout)
+        # The server tells a status once, and starting a process asks for those of all others: a thread that asks at
+        # the same time as another finds nothing, which counts as status 255.
+        with _starting:
+            self._process.join(0)
+            code = self._process.exitcode
+        if code is None:
             raise subprocess.TimeoutExpired("forked", timeout or 0)
-        return self._process.exitcode
+        return code
 
     def is_alive(self) -> bool:
-        return self._process.is_alive()
+        with _starting:
+            return self._process.is_alive()
 
     def terminate(self) -> None:
         self._process.terminate()
@@ -65,7 +72,7 @@ class Forked:
         """Kill it and what it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.join()
+        self.wait()
 
 
 def run_ranks(
