@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 OUT=${1:-build/quickstart}
-ADAPTER=${ADAPTER:-examples/dmc/smollm2/adapter-4x}
+ADAPTER=${ADAPTER:-examples/dmc/smollm2/adapter-4x-short}
 MODEL=$OUT/SmolLM2-135M-Instruct
 export PYTHONWARNINGS=ignore
 step() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Chat with a model for three turns, to about a thousand tokens, and show what the KV cache holds after each.
 
-    python examples/dmc/smollm2/chat.py SmolLM2-135M-Instruct --adapter adapter-4x
+    python examples/dmc/smollm2/chat.py SmolLM2-135M-Instruct --adapter adapter-4x-short
 
 Greedy decoding with a repetition penalty of 1.1: without one a model of 135M parameters repeats itself, compressed or
 not. The engine finds the turns before in its prefix cache; a server does the same for its clients.

@@ -37,7 +37,7 @@ class StageConfig:
     stage: Literal["pretrain", "zero_out", "calibrate", "retrofit", "finetune"] = "retrofit"
     """Stage to run. pretrain: plain language modelling; then, in this order: zero_out frees the decision neuron,
     retrofit raises the compression ratio, finetune holds it. calibrate fits the adapters of a frozen model to its
-    target_cr without gradient descent, in place of zero_out and before, or instead of, the others."""
+    target_cr by a convex problem, in place of zero_out and before, or instead of, the others."""
     train_iters: Optional[int] = None
     """Number of optimizer steps; in calibrate, of global batches that are read. Default: 250 in zero_out, 64 in
     calibrate, |target_cr - start_cr| * iters_per_cr in retrofit, 2000 in finetune; pretrain needs a number."""

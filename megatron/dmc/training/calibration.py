@@ -1,4 +1,4 @@
-"""Calibration: adapters of a frozen model fitted, without gradient descent, to what each token's eviction would cost.
+"""Calibration: adapters of a frozen model fitted, by a convex problem, to what each token's eviction would cost.
 
 The cost of evicting a token from a KV head is read off a backward pass. Evicting token j adds a mask to its column for
 every query beyond the window; the gradient g of the loss with respect to that mask, squared, where the labels are drawn
