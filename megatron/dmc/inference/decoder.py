@@ -46,7 +46,7 @@ class Layer:
     k_norm: Tensor | None
     """[D]"""
     adapter: Adapter | None
-    """What decides, where that is no neuron of keys or queries."""
+    """DMS adapter that marks tokens for eviction; None where a channel of keys or queries decides."""
     out: Linear
     """[Hq D] -> [h]"""
     mlp_norm: Tensor

@@ -85,7 +85,7 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether the updates that were given are all."""
+        """Whether every choice of the request has ended, so that no further update comes."""
         return not self._left
 
     def __aiter__(self) -> AsyncIterator[list[Update]]:

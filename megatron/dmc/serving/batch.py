@@ -80,7 +80,7 @@ class Line:
     """A line of the input."""
 
     number: int
-    """From 1."""
+    """Line number in the input file, from 1."""
     custom_id: str
     digest: str
     """CRC-32 of the request, whatever its spaces and the order of its keys, by which a changed line is known."""

@@ -50,7 +50,7 @@ class ServerConnection(h11.Connection):
     head = b""
     """Head of a response that waits for the first part of its body."""
     chunked = False
-    """Whether the response's body goes out in chunks."""
+    """Whether the running response is sent with ``Transfer-Encoding: chunked``."""
     chunks = size = 0
     problem: Optional[h11.RemoteProtocolError] = None
     """Why the request is refused."""

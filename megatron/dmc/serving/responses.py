@@ -331,7 +331,7 @@ class Chunks:
         self.told: set[int] = set()
         """Choices that have given their prompt's token ids."""
         self.frames: dict[int, tuple[str, str]] = {}
-        """What comes before and after the text in a frame, of the choices whose next chunks may differ in it alone."""
+        """Choice index -> beginning and end of its event frames, where the next chunks differ in their text alone."""
 
     def first(self) -> list[dict[str, Any]]:
         """Chunks before any token: the role, in a chat."""
@@ -377,7 +377,7 @@ class Chunks:
         return f"{around[0]}{encode(output.text)}{around[1]}"
 
     def _varies_in_text(self, index: int) -> bool:
-        """Whether the chunks of a choice that has begun differ in their text alone, until it ends."""
+        """Whether the chunks of choice ``index``, between its first and its last, differ in their text alone."""
         more = self.with_usage_so_far or self.request.return_token_ids
         if isinstance(self.request, ChatCompletionRequest):
             return not (more or self.request.logprobs or self.tools[index])
