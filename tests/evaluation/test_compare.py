@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.forked import Forked
 from helpers.processes import ROOT
 
 from megatron.dmc.cli import compare as command
@@ -326,11 +325,6 @@ def test_a_tiny_comparison_from_nothing_to_its_report(tmp_path, monkeypatch, tra
     corpus = {name: str(tmp_path / name) for name in ("train.jsonl", "valid.jsonl", "tokenizer.model")}
     corpus = {name.partition(".")[0]: path for name, path in corpus.items()}
     load(tmp_path, methods=["DMS + distillation", "H2O"], corpus={**TINY["corpus"], **corpus})
-
-    def launch(self: JobRunner, words: tuple[str, ...], log: Path) -> Forked:
-        return Forked(words, log, self._environment)
-
-    monkeypatch.setattr(JobRunner, "_launch", launch)
     assert command.main([str(tmp_path / "compare.yaml")]) == 0, capsys.readouterr().err
     out = tmp_path / "out"
     report = json.loads((out / "report/report.json").read_text())
