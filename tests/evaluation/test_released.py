@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,6 @@ import torch
 import transformers
 import yaml
 from helpers import dms_models, families
-from helpers.forked import Forked
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -282,11 +282,11 @@ def test_the_method_that_others_follow_comes_before_them(made, tmp_path) -> None
 def test_the_whole_comparison_by_its_command_and_again(made, tmp_path, monkeypatch, capsys) -> None:
     """Samples, cells and a report in processes of their own; the second time nothing is left to do."""
     load(made, tmp_path, policies=["TOVA", "StreamingLLM"], jobs=2)
-    started = []
+    started, launched = [], JobRunner._launch
 
-    def launch(self: JobRunner, words: tuple[str, ...], log: Path) -> Forked:
+    def launch(self: JobRunner, words: tuple[str, ...], log: Path) -> subprocess.Popen | None:
         started.append(words)
-        return Forked(words, log, self._environment)
+        return launched(self, words, log)
 
     monkeypatch.setattr(JobRunner, "_launch", launch)
     run = [str(tmp_path / "compare.yaml")]
