@@ -12,10 +12,14 @@ overhead
 
 latency
     The same streams from 1, 4 and ``--clients`` closed-loop clients, timed at the client, outside of the server's
-    process, and as many on the engine itself, in turns. Targets: with ``--clients``, at least 0.95 of the engine's
-    tokens per second; with one client, a TTFT of at most 3 ms above the engine's (medians of the rounds); no gap of
-    two tokens more than 10 ms above the engine's longest, in the round where that is least. The CPU time per token of
-    the engine and of the whole server tells the cost of HTTP on a machine that has other work, too.
+    process, and as many on the engine itself: the server's own, in its process and on its thread, while no client
+    speaks to it, and that of another process without a server. Two processes with the same code differ by some per
+    cent, for the places of their memory, so what HTTP adds is the difference to the server's own engine, and the other
+    one tells whether the server slows its engine down. One round each of ``--starts`` starts of both processes; medians
+    over the starts. Targets: with ``--clients``, at least 0.95 of the engine's tokens per second; with one client, a
+    TTFT of at most 3 ms above the engine's; no gap of two tokens more than 10 ms above the engine's longest, in the
+    start where that is least. The CPU time per token of the engine and of the whole server tells the cost of HTTP on a
+    machine that has other work, too.
 
 vllm
     ``vllm serve`` and ``dmc serve`` with the same plain model, in turns: streams of one and of ``--clients``
@@ -48,15 +52,16 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 from _common import ROOT, arguments, finish, ratio, run_script, spread, table
 from _http import load, post, tokens_of
-from _streams import Times, http, offline
+from _streams import Times, http
 from _vllm_server import vllm_served
 from engine import prompts, write_model
 
@@ -65,6 +70,10 @@ from megatron.dmc.serving.server import run_on_loop
 
 OVERHEAD_TARGET, MEMORY_TARGET = 0.90, 1.03
 RATE_TARGET, TTFT_TARGET, GAP_TARGET = 0.95, 3.0, 10.0  # of offline; ms; ms
+LEAST_REQUESTS = 12
+"""Requests of a start with few clients, for medians."""
+ENGINE_PROCESS = Path(__file__).with_name("_engine_process.py")
+SERVED = (ENGINE_PROCESS, "served")
 
 
 def add_tokenizer(directory: Path) -> None:
@@ -84,12 +93,14 @@ def add_tokenizer(directory: Path) -> None:
 
 
 @contextmanager
-def served(path: Path, threads: int, *options: object):
-    """Process and port of a ``dmc serve``, which gets SIGTERM at the end and must exit with status 0."""
-    command = [sys.executable, "-m", "megatron.dmc.cli", "serve", str(path), *map(str, options)]
-    command += ["--port", "0", "--disable-access-log"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+def served(threads: int, *options: object, own: Sequence[object] = ("-m", "megatron.dmc.cli", "serve")):
+    """Process and port of a ``dmc serve``, which gets SIGTERM at the end and must exit with status 0.
+
+    Args:
+        options: arguments of ``dmc serve``, the model first.
+        own: what Python runs.
+    """
+    process = python(threads, *own, *options, "--port", "0", "--disable-access-log", stderr=subprocess.PIPE)
     lines: list[str] = []
     try:
         for line in process.stderr:
@@ -106,6 +117,34 @@ def served(path: Path, threads: int, *options: object):
     finally:
         process.kill()
         process.wait()
+
+
+def python(threads: int, *command: object, **pipes: int) -> subprocess.Popen:
+    """Start Python with this package, speaking lines by stdin and stdout."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    pipes |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True, env=env, **pipes)
+
+
+@contextmanager
+def engine_alone(threads: int, *options: object):
+    """Process with an engine and no server, which ends when its stdin does."""
+    process = python(threads, ENGINE_PROCESS, "alone", *options)
+    try:
+        yield process
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def on_engine(process: subprocess.Popen, asked: list[list[int]], clients: int, new_tokens: int) -> Times:
+    """Times of requests on the engine of a process itself, without HTTP."""
+    process.stdin.write(json.dumps({"asked": asked, "clients": clients, "new_tokens": new_tokens}) + "\n")
+    process.stdin.flush()
+    if not (line := process.stdout.readline()):
+        raise SystemExit("the engine's process has ended")
+    return Times(**json.loads(line))
 
 
 # ---------------------------------------------------------------------------------------------------------- overhead
@@ -138,7 +177,7 @@ def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     total, seconds, own = len(asked) * args.new_tokens, {"offline": [], "whole": [], "stream": []}, 0.0
     llm.generate(asked[: args.clients], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
     options = [x for key, value in sizes.items() for x in ("--" + key.replace("_", "-"), value)]
-    with served(path, args.threads, "--device", "cpu", *options) as (_, port):
+    with served(args.threads, path, "--device", "cpu", *options) as (_, port):
         asyncio.run(closed_loop(port, asked[: args.clients], args.clients, 2, True))
         for _ in range(args.rounds):
             began = time.perf_counter()
@@ -175,28 +214,35 @@ def overhead(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
 
 def latency(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     sizes = dict(max_num_seqs=args.clients, max_model_len=args.prompt + args.new_tokens)
-    llm = LLM(path, device="cpu", **sizes, enable_prefix_caching=False)
     options = [x for key, value in sizes.items() for x in ("--" + key.replace("_", "-"), value)]
+    options = [path, "--device", "cpu", "--no-enable-prefix-caching", *options]
+    starts = [one_start(args, options) for _ in range(args.starts)]
     figures, missed = {}, []
-    with served(path, args.threads, "--device", "cpu", "--no-enable-prefix-caching", *options) as (process, port):
-        server = psutil.Process(process.pid)
-        for clients in sorted({1, min(4, args.clients), args.clients}):
-            asked = prompts(clients * args.per_client, args.prompt, seed=clients)
-            runs = {
-                "engine": lambda a=asked, c=clients: offline(llm.engine, a, c, args.new_tokens),
-                "client": lambda a=asked, c=clients: run_on_loop(http(port, a, c, args.new_tokens)),
-            }
-            for run in runs.values():
-                run()  # warm-up
-            found = {name: [] for name in runs}
-            for _ in range(args.rounds):
-                for name, run in runs.items():
-                    clock = cpu_clock(server if name == "client" else psutil.Process())
-                    result = run()
-                    found[name].append((*result.row(), 1e3 * clock() / result.tokens))
-            figures[clients], told = compare(clients, found, clients == args.clients)
-            missed += told
+    for clients in starts[0]:
+        found = {name: [start[clients][name] for start in starts] for name in starts[0][clients]}
+        figures[clients], told = compare(clients, found, clients == args.clients)
+        missed += told
     return figures, missed
+
+
+def one_start(args: argparse.Namespace, options: Sequence[object]) -> dict[int, dict[str, tuple[float, ...]]]:
+    """Start the processes. Returns the row of each way to run the same requests, by the number of clients."""
+    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    with engine_alone(args.threads, *options) as alone, served(args.threads, *options, own=SERVED) as (server, port):
+        ways = {
+            "alone": (alone, partial(on_engine, alone)),
+            "engine": (server, partial(on_engine, server)),
+            "client": (server, lambda *job: run_on_loop(http(port, *job))),
+        }
+        for clients in sorted({1, min(4, args.clients), args.clients}):
+            asked = prompts(max(clients * args.per_client, LEAST_REQUESTS), args.prompt, seed=clients)
+            found[clients] = {}
+            for name, (process, run) in ways.items():
+                run(asked[:clients], clients, min(args.new_tokens, 8))  # warm-up
+                clock = cpu_clock(psutil.Process(process.pid))
+                result = run(asked, clients, args.new_tokens)
+                found[clients][name] = (*result.row(), 1e3 * clock() / result.tokens)
+    return found
 
 
 def cpu_clock(process: psutil.Process) -> Callable[[], float]:
@@ -206,14 +252,19 @@ def cpu_clock(process: psutil.Process) -> Callable[[], float]:
 
 
 def compare(clients: int, found: dict[str, list[tuple]], busiest: bool) -> tuple[dict, list[str]]:
-    """Print the medians of the rounds of both sides. Returns the figures and the targets that are missed."""
+    """Print the medians over the starts. Returns the figures and the targets that are missed."""
     heads = ("tokens/s", "TTFT", "gap p50", "gap p99", "gap max", "CPU/token")
-    rows = [(name, *(statistics.median(column) for column in zip(*rounds))) for name, rounds in found.items()]
+    rows = [(name, *(statistics.median(column) for column in zip(*starts))) for name, starts in found.items()]
     print(f"\n{clients} at a time; ms but for tokens/s\n" + table(("", *heads), rows))
-    pairs = list(zip(found["engine"], found["client"]))
-    rate = spread([mine[0] / own[0] for own, mine in pairs])
-    ttft, gap = spread([mine[1] - own[1] for own, mine in pairs]), min(mine[4] - own[4] for own, mine in pairs)
-    print(f"{rate['median']:.3f} ({rate['q1']:.3f} to {rate['q3']:.3f}) of the rate, TTFT {ttft['median']:+.2f} ms")
+    alone, engine, client = found.values()
+    column = lambda rows, n: [row[n] for row in rows]
+    rate, ttft = ratio(column(client, 0), column(engine, 0)), spread([a[1] - b[1] for a, b in zip(client, engine)])
+    within, gap = ratio(column(engine, 0), column(alone, 0)), min(a[4] - b[4] for a, b in zip(client, engine))
+    print(
+        f"client / engine: {rate['median']:.3f} ({rate['min']:.3f} to {rate['max']:.3f}) of the rate, TTFT "
+        f"{ttft['median']:+.2f} ms ({ttft['min']:+.2f} to {ttft['max']:+.2f}); engine / alone: {within['median']:.3f} "
+        f"({within['min']:.3f} to {within['max']:.3f}) of the rate"
+    )
     missed = []
     if busiest and rate["median"] < RATE_TARGET:
         missed.append(f"{clients} at a time: {rate['median']:.3f} of the engine's tokens/s, not {RATE_TARGET}")
@@ -221,7 +272,7 @@ def compare(clients: int, found: dict[str, list[tuple]], busiest: bool) -> tuple
         missed.append(f"the TTFT is {ttft['median']:.1f} ms above the engine's, not {TTFT_TARGET:g}")
     if gap > GAP_TARGET:
         missed.append(f"{clients} at a time: a gap is {gap:.1f} ms above the engine's longest, not {GAP_TARGET:g}")
-    return {"rounds": found, "rate": rate, "ttft_ms": ttft, "gap_ms": gap}, missed
+    return {"starts": found, "rate": rate, "ttft_ms": ttft, "gap_ms": gap, "rate_of_alone": within}, missed
 
 
 # -------------------------------------------------------------------------------------------------------------- vllm
@@ -233,7 +284,7 @@ def against_vllm(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]
     figures, missed = {}, []
     with (
         vllm_served(args.vllm, path, args.vllm_preload, *common) as theirs,
-        served(path, args.threads, "--device", "cpu", *common) as (_, ours),
+        served(args.threads, path, "--device", "cpu", *common) as (_, ours),
     ):
         ports = {"dmc": ours, "vllm": theirs}
         print(f"{same_tokens(ports, args):.0%} of greedy tokens are at the same place in both")
@@ -308,7 +359,7 @@ def bad_load(args: argparse.Namespace, path: Path) -> tuple[dict, list[str]]:
     }
     options = [part for setting in settings.items() for part in setting]
     memory: list[tuple[float, float]] = []
-    with served(path, args.threads, *options) as (process, port):
+    with served(args.threads, path, *options) as (process, port):
         info, began, done = psutil.Process(process.pid), time.perf_counter(), threading.Event()
 
         def watch() -> None:
@@ -362,10 +413,11 @@ def main() -> None:
         ("heads", 16, "query and KV heads"),
         ("head-dim", 64, ""),
         ("clients", 32, ""),
-        ("per-client", 2, "requests of a client in a round"),
+        ("per-client", 2, "requests of a client in a round or start"),
         ("prompt", 64, "tokens"),
         ("new-tokens", 48, "of an answer"),
-        ("rounds", 3, ""),
+        ("rounds", 3, "of --mode overhead and vllm"),
+        ("starts", 5, "of the processes of --mode latency"),
         ("requests", 2000, "of the bad load"),
         ("threads", os.cpu_count() or 1, "of torch, in either process"),
     ):

@@ -15,7 +15,7 @@ COMMANDS = {
     "engine": f"{MODEL} --cache-tokens 512 --contexts 64 --prompt 8 --new-tokens 4 --seconds 0.2 --method dms "
     "--window 16 --compression-ratios 4 8",
     "prefix_caching": f"{MODEL} --prefix 64 --question 40 --requests 2 --new-tokens 2 --step-tokens 64 --seconds 0.2",
-    "serving": f"{MODEL} --mode latency --clients 2 --per-client 1 --prompt 8 --new-tokens 4 --rounds 1",
+    "serving": f"{MODEL} --mode latency --clients 2 --per-client 1 --prompt 8 --new-tokens 4 --starts 1",
     "frozen_base": "--layers 1 --hidden 64 --groups 1 --vocabulary 512 --seq-length 64 --batch 1 --seconds 0.2",
     "peers": "--layers 1 --peers transformers --prefill 2x16 --decode 1x8 --new-tokens 4 --rounds 1",
     "train_step": "--layers 1 --hidden 64 --seq-length 64 --batch 1 --seconds 0.2",

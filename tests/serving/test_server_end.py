@@ -17,7 +17,7 @@ import psutil
 import pytest
 from helpers.engines import Model
 from helpers.forked import Forked
-from helpers.processes import PATIENCE, subprocess_env
+from helpers.processes import PATIENCE, run_command, subprocess_env
 from helpers.serving import Running, make_model, until
 from test_server import COMPLETIONS, GREEDY, IGNORE, samples
 
@@ -280,6 +280,34 @@ def test_a_port_of_a_server_that_still_loads(model: Model, capsys: pytest.Captur
     with listen("127.0.0.1", 0) as loading:
         assert main(["serve", model.path, "--port", str(loading.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+LOADED = """
+import os, sys, time
+import torch
+from megatron.dmc.inference import Engine
+from megatron.dmc.serving.server import load
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def make():
+    torch.ones(1 << 20).exp()
+    seen.append(threads())
+    return Engine(sys.argv[1])
+
+before, seen = threads(), []
+load(make)
+deadline = time.monotonic() + 60
+while threads() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(seen[0] - before, threads() - before)
+"""
+
+
+def test_loading_leaves_no_threads_behind(model: Model) -> None:
+    done = run_command([sys.executable, "-c", LOADED, model.path], env={"OMP_NUM_THREADS": "2"})
+    assert done.stdout.split() == ["2", "0"]  # the thread that loads, and a worker of OpenMP
 
 
 def test_a_key_file_without_keys(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

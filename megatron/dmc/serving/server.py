@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Optional, TypeVar
 
 import uvicorn
@@ -39,6 +40,7 @@ from megatron.dmc.serving.protocol import Compression
 from megatron.dmc.serving.ranks import Followers, LeadingEngine, check_size, follow
 
 T = TypeVar("T")
+EngineT = TypeVar("EngineT", bound=Engine)
 log = logging.getLogger(__name__)
 LINGER = 0.25  # seconds in which requests that are on their way are still answered 503
 BACKLOG = 512  # connections that the kernel holds until they are accepted
@@ -263,6 +265,30 @@ def _end_by_force(followers: Optional[Followers]) -> None:
     os._exit(1)
 
 
+def load(make: Callable[[], EngineT]) -> EngineT:
+    """Make an engine and warm it up, on a thread that ends with that. Raises what ``make`` raises.
+
+    OpenMP keeps workers for every thread that has computed, until that thread ends. With those of the engine's own
+    thread there would be more of them than cores; libgomp's then no longer wait for the next product but sleep after
+    each one, some hundred times in a step, and may wake up on one core.
+    """
+    made: Future[EngineT] = Future()
+
+    def run() -> None:
+        try:
+            engine = make()
+            warm_up(engine)
+            made.set_result(engine)
+        except BaseException as error:
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, name="dmc-load", daemon=True)  # Ctrl+C does not wait for it
+    thread.start()
+    engine = made.result()
+    thread.join()
+    return engine
+
+
 def warm_up(engine: Engine) -> None:
     """Run one prefill and one decode step, so that kernels are built and loaded before the first request."""
     prompt = [0] * min(3, engine.sizes.max_model_len - 2)
@@ -309,8 +335,7 @@ def run(settings: ServerConfig, http: HTTPConfig, config: EngineConfig) -> int:
     with contextlib.closing(listen(settings.host, settings.port)) as sock:
         tokenizer = load_tokenizer(source)
         if config.tensor_parallel_size == 1:
-            engine = Engine(settings.model, config, tokenizer)
-            warm_up(engine)
+            engine = load(lambda: Engine(settings.model, config, tokenizer))
             return run_on_loop(serve(engine, settings, http, prompt_settings, sock))
         return _run_ranks(settings, http, prompt_settings, sock, config, tokenizer)
 
@@ -336,8 +361,7 @@ def _run_ranks(
     check_size(settings.model, config)  # before others wait for this rank
     followers = Followers(settings.model, config, settings.tokenizer or settings.model)
     try:
-        engine = LeadingEngine(settings.model, config, tokenizer)
-        warm_up(engine)
+        engine = load(lambda: LeadingEngine(settings.model, config, tokenizer))
         status = run_on_loop(serve(engine, settings, http, prompt_settings, sock, followers))
         if status == 0:
             engine.release()
