@@ -145,6 +145,7 @@ def test_generation_prints_text_and_slots(trained: Path, capsys) -> None:
         (("--row", "DMC"), "NAME=CHECKPOINT"),
         (("--row", "DMC=nowhere"), "does not exist"),
         (("--row", "DMC=nowhere:control"), "no row before"),
+        (("--row", "DMC=nowhere", "--output", __file__), "is not a directory; name another place"),
     ],
 )
 def test_report_refuses_wrong_rows(trained: Path, capsys, change, message) -> None:

@@ -3,8 +3,10 @@
 A field that is None, for "not set", passes.
 """
 
+import os
 import reprlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 _REPR = reprlib.Repr()
@@ -49,3 +51,12 @@ def not_negative(section: Any, *names: str) -> None:
 def one_of(section: Any, name: str, *allowed: str) -> None:
     value = getattr(section, name)
     require(value in allowed, f"{name} {shown(value)} is unknown; use {', '.join(allowed[:-1])} or {allowed[-1]}")
+
+
+def writable(name: str, directory: str | Path) -> None:
+    """Refuse now a directory to write to that would fail at its first file, after hours. Makes nothing."""
+    there = Path(directory).absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    require(there.is_dir(), f"{name} {directory}: {there} is not a directory; name another place")
+    require(os.access(there, os.W_OK | os.X_OK), f"{name} {directory}: {there} cannot be written; name another place")

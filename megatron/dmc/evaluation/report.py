@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from megatron.dmc.config.checks import writable
 from megatron.dmc.flags import number
 
 
@@ -174,6 +175,7 @@ def report(config: ReportConfig) -> int:
     """Measure, write and print a report. Returns the exit status."""
     from megatron.dmc.training import initialize
 
+    writable("output", config.output)
     try:
         results = evaluate_rows(config)
     finally:

@@ -1,6 +1,5 @@
 """The checkpoint that a run starts from: found, and refused when it does not fit, before memory is taken. No torch."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -8,6 +7,7 @@ from typing import Optional
 from megatron.dmc.checkpoint.frozen_base import base_hash, find_base
 from megatron.dmc.checkpoint.manifest import Manifest, newest_checkpoint, read_manifest, resolve_checkpoint
 from megatron.dmc.config import RunConfig, predecessors
+from megatron.dmc.config.checks import writable
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def find_starting_point(save: Optional[str], init_from: Optional[str]) -> Option
         ValueError: ``save`` cannot be written or is a model itself, or a checkpoint is missing, incomplete or damaged.
     """
     if save:
-        _check_writable(Path(save))
+        writable("save", save)
         if (path := newest_checkpoint(save)) is not None:
             # --init-from is not looked at again: what a stage started from may be gone by now.
             return StartingPoint(path, read_manifest(path), resumes=True)
@@ -39,17 +39,6 @@ def find_starting_point(save: Optional[str], init_from: Optional[str]) -> Option
         path = resolve_checkpoint(init_from)
         return StartingPoint(path, read_manifest(path), resumes=False)
     return None
-
-
-def _check_writable(save: Path) -> None:
-    """Refuse now what would fail at the first checkpoint, after hours."""
-    there = save.absolute()
-    while not (there.exists() or there.is_symlink()):
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"save {save}: {there} is not a directory; name another place for checkpoints")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"save {save}: {there} cannot be written; name another place for checkpoints")
 
 
 def check_stage_order(config: RunConfig, start: Optional[StartingPoint], saved: Optional[dict] = None) -> None:
