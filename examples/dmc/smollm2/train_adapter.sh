@@ -20,11 +20,7 @@ train() {
 }
 
 $HERE/get_model.sh "$DIR"
-if [ ! -e "$DIR/data/train.json" ]; then
-    python $HERE/collect_text.py --output "$DIR/text"
-    dmc data preprocess --input "$DIR/text/train.jsonl" --tokenizer "$DIR/SmolLM2-135M-Instruct" \
-        --output-prefix "$DIR/data/train" --overwrite
-fi
+$HERE/get_text.sh "$DIR"
 
 # Sequences of 3,072 tokens: what is copied over two thousand tokens costs nothing in shorter ones.
 SEQ=(--seq-length 3072)
