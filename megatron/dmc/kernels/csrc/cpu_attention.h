@@ -334,21 +334,31 @@ template <class T, int Q> INLINE void scale_tile(const Slots& s, const bf16* sca
   }
 }
 
-template <class T, int Q>
-void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, int dp, float scale, float* acc, float* top,
-                 float* total) {
-  alignas(64) float scores[Q * kTile];
-  score_tile<T, Q>(s, begin, n, q, d, dp, scores);
-  if constexpr (kCodes<T>) scale_tile<T, Q>(s, s.k_scales, begin, n, scores);
-  if (begin < s.resume && begin + n > s.gap)
-    for (int64_t r = s.gap > begin ? s.gap - begin : 0; r < n && begin + r < s.resume; r++)
-      for (int i = 0; i < Q; i++) scores[i * kTile + r] = -INFINITY;
+// Slots of a tile that do not exist get no weight.
+template <int Q> INLINE void mask_gap(const Slots& s, int64_t begin, int n, float* scores) {
+  if (begin >= s.resume || begin + n <= s.gap) return;
+  for (int64_t r = s.gap > begin ? s.gap - begin : 0; r < n && begin + r < s.resume; r++)
+    for (int i = 0; i < Q; i++) scores[i * kTile + r] = -INFINITY;
+}
+
+// softmax_tile for Q queries, whose sums before are scaled where their maximum moves on.
+template <class T, int Q> INLINE void weigh_tile(float* scores, int n, int dp, float scale, float* acc, float* top, float* total) {
 #pragma GCC unroll 16
   for (int i = 0; i < Q; i++) {
     float factor = softmax_tile<T>(scores + i * kTile, n, scale, top + i, total + i * VW);
     if (factor != 1.0f)
       for (int c = 0; c < dp; c += VW) store(acc + i * dp + c, load(acc + i * dp + c) * splat(factor));
   }
+}
+
+template <class T, int Q>
+void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, int dp, float scale, float* acc, float* top,
+                 float* total) {
+  alignas(64) float scores[Q * kTile];
+  score_tile<T, Q>(s, begin, n, q, d, dp, scores);
+  if constexpr (kCodes<T>) scale_tile<T, Q>(s, s.k_scales, begin, n, scores);
+  mask_gap<Q>(s, begin, n, scores);
+  weigh_tile<T, Q>(scores, n, dp, scale, acc, top, total);
   if constexpr (kCodes<T>) scale_tile<T, Q>(s, s.v_scales, begin, n, scores);
   add_values<T, Q>(s, begin, n, scores, d, dp, acc);
 }
@@ -356,38 +366,45 @@ void attend_tile(const Slots& s, int64_t begin, int n, const float* q, int d, in
 // Floats of one query, or of its sums.
 template <class T> INLINE int padded(int d) { return (int)align_up(d, Rows<T>::kChannels); }
 
+template <int N> struct Count { static constexpr int value = N; };
+
+// Calls tile(Count<Q>, i, begin, n, total + i * VW) for all tiles of `slots` slots, and in each for queries [i, i + Q), eight at a time
+// where registers suffice. `acc`, `top` and `total` are as of attend_range.
+template <class Tile> INLINE void for_tiles(int64_t slots, int g, int dp, float* acc, float* top, float* total, Tile tile) {
+  float totals[kMostGroups * VW];
+  for (int i = 0; i < g; i++) top[i] = -INFINITY;
+  memset(totals, 0, sizeof(float) * g * VW);
+  memset(acc, 0, sizeof(float) * g * dp);
+  for (int64_t at = 0; at < slots; at += kTile) {
+    int n = slots - at < kTile ? (int)(slots - at) : kTile, i = 0;
+#if defined(__AVX512F__)
+    for (; i + 8 <= g; i += 8) tile(Count<8>(), i, at, n, totals + i * VW);
+#endif
+    for (; i + 4 <= g; i += 4) tile(Count<4>(), i, at, n, totals + i * VW);
+    for (; i + 2 <= g; i += 2) tile(Count<2>(), i, at, n, totals + i * VW);
+    for (; i < g; i++) tile(Count<1>(), i, at, n, totals + i * VW);
+  }
+  for (int i = 0; i < g; i++) total[i] = vsum(load(totals + i * VW));
+}
+
+constexpr float kLog2E = 1.44269504f;  // weights are powers of 2
+
 // The first `slots` of a head: for each query un-normalised sums [g][dp], the power of 2 that they are relative to, and the total
 // weight. q [g, D] with rows `stride` apart; `packed`: memory for [g][dp]. S: of pages, T: of queries.
 template <class S, class T>
 void attend_range(const Slots& s, int64_t slots, const T* q, int64_t stride, int g, int d, float scale, float* packed,
                   float* acc, float* top, float* total) {
   int dp = padded<S>(d);
-  float totals[kMostGroups * VW];
   for (int i = 0; i < g; i++) {
     float line[256 + 2 * VW] = {};
     read_row(line, q + i * stride, d, 1.0f);
     Rows<S>::pack_query(packed + i * dp, line, dp);
-    top[i] = -INFINITY;
   }
-  memset(totals, 0, sizeof(float) * g * VW);
-  memset(acc, 0, sizeof(float) * g * dp);
-  scale *= 1.44269504f;
-  for (int64_t at = 0; at < slots; at += kTile) {
-    int n = slots - at < kTile ? (int)(slots - at) : kTile, i = 0;
-#define DMC_QUERIES(Q) \
-  for (; i + Q <= g; i += Q) attend_tile<S, Q>(s, at, n, packed + i * dp, d, dp, scale, acc + i * dp, top + i, totals + i * VW);
-#if defined(__AVX512F__)  // registers for eight
-    DMC_QUERIES(8)
-#endif
-    DMC_QUERIES(4)
-    DMC_QUERIES(2)
-    DMC_QUERIES(1)
-#undef DMC_QUERIES
-  }
-  for (int i = 0; i < g; i++) {
-    total[i] = vsum(load(totals + i * VW));
+  for_tiles(slots, g, dp, acc, top, total, [&](auto count, int i, int64_t begin, int n, float* totals) {
+    attend_tile<S, count.value>(s, begin, n, packed + i * dp, d, dp, scale * kLog2E, acc + i * dp, top + i, totals);
+  });
+  for (int i = 0; i < g; i++)
     for (int c = 0; c < dp; c += Rows<S>::kChannels) Rows<S>::restore(acc + i * dp + c);
-  }
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // Work is bound by memory, so a page is read once for all queries of its group: scores of a tile of 64 slots, online softmax,
 // weighted values. A split is 1024 slots whatever the number of threads, so results do not depend on it. Kept slots and recent tokens
 // of a model that evicts are one row of slots with a gap.
-#include "cpu_attention.h"
+#include "cpu_int8.h"
 
 namespace {
 
@@ -67,7 +67,7 @@ template <class S, class T> int decode(const DecodeParams& p) {
       float *top = acc + g * dp, *total = top + g;
       int32_t table[(kSplit + kTile) / 16];
       Slots s = slots_of(c, view(task.sequence, task.head), task.begin, task.end, table);
-      attend_range<S>(s, task.end - task.begin, from, q.head, g, d, p.scale, own, acc, top, total);
+      attend<S>(s, task.end - task.begin, from, q.head, g, d, p.scale, own, acc, top, total);
       if (!task.partial)
         for (int j = 0; j < g; j++) write_row(to + j * out.head, acc + j * dp, d, 1.0f / total[j]);
     }

@@ -7,6 +7,7 @@
 // by four vectors of queries (two without AVX-512) are summed in registers: eight loads for sixteen products. Where the CPU
 // multiplies pairs of bf16, what is broadcast and what lies in a lane are pairs, of channels for the scores, of slots for the sums.
 #include "cpu_codes.h"
+#include "cpu_int8.h"
 
 namespace {
 
@@ -372,7 +373,7 @@ template <class S, class T> void attend_token(const PrefillParams& p, int64_t ro
   float *packed = memory, *acc = packed + g * dp, *top = acc + g * dp, *total = top + g;
   View view = view_of(p.cache, head_index(p.cache, row, p.layer, head));
   Slots s = slots_of(p.cache, view, 0, view.end, (int32_t*)(total + g));
-  attend_range<S>(s, view.end, head_of<T>(p.q, t, head * g), p.q.head, g, d, p.scale, packed, acc, top, total);
+  attend<S>(s, view.end, head_of<T>(p.q, t, head * g), p.q.head, g, d, p.scale, packed, acc, top, total);
   T* to = head_of<T>(p.out, t, head * g);
   for (int j = 0; j < g; j++) write_row(to + j * p.out.head, acc + j * dp, d, 1.0f / total[j]);
 }
