@@ -194,6 +194,8 @@ def fill(llm: LLM, prompts: list[list[int]], new: int) -> None:
     kinds = 2 if engine.cache.window.size else 1
     while int(engine.cache.free_pages().min()) < len(engine.scheduler.running) * kinds * engine.cache.heads:
         engine.abort(engine.scheduler.running[-1].request.request_id)
+        while engine.scheduler.ending:  # a step in flight holds its pages
+            engine.step()
 
 
 def filled(

@@ -27,6 +27,7 @@ def main() -> None:
     llm.engine.cache.check_integrity()
     stats = llm.engine.stats()
     llm.engine.reset_prefix_cache()
+    llm.engine.cache.check_integrity()
     answer = {
         "tokens": [r.outputs[0].token_ids for r in results],
         "random": [r.outputs[0].token_ids for r in random],

@@ -149,16 +149,17 @@ ACTIONS = st.lists(
     rows=st.integers(2, 6),
     chunk=st.integers(6, 64),
     pages=st.integers(7 * HEADS, 10 * HEADS),
+    ahead=st.booleans(),
 )
-def test_any_schedule(models, case: str, actions: list, rows: int, chunk: int, pages: int) -> None:
-    """Arrivals, aborts, chunk budgets and pools that force preemption, at random: always the oracle's tokens, never a
-    lost page, and an aborted request stops where it was.
+def test_any_schedule(models, case: str, actions: list, rows: int, chunk: int, pages: int, ahead: bool) -> None:
+    """Arrivals, aborts, chunk budgets and pools that force preemption, at random, with and without asynchronous
+    scheduling: always the oracle's tokens, never a lost page, and an aborted request stops where it was.
     """
     model = models(case)
     # Merging halves the pages, so two thirds of them are as tight. Evicting does not while the window is full, and any
     # single request has to fit.
     pages = pages * 2 // 3 if case in ("half", "llama 3") else pages
-    engine = model.engine(num_pages=pages, max_num_seqs=rows, max_num_batched_tokens=chunk)
+    engine = model.engine(num_pages=pages, max_num_seqs=rows, max_num_batched_tokens=chunk, async_scheduling=ahead)
     asked, found, aborted = {}, {}, set()
 
     def take(outputs: list) -> None:

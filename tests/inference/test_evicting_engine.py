@@ -133,7 +133,8 @@ def sequences_that_fit(num_pages: int, context: int, chunk: int, **options: obje
                 kernels.append_evicting(cache.state, 0, params)
             else:
                 kernels.append(cache.state, 0, kernels.AppendParams(x, x, x, *places, 0.0, 0.0, 1, False, False))
-            cache.update_lengths([row], [chunk])
+            cache.begin_step([row], [chunk])
+            cache.end_step([row], [chunk], cache.read_lengths(rows))
         count += 1
 
 

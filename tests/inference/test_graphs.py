@@ -51,9 +51,10 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize("case", ["half", "unbounded", "qwen 2", "query"])
 @pytest.mark.parametrize("seqs", [1, 3, 8])
-def test_the_same_tokens(case: str, seqs: int, recorded: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_same_tokens(case: str, seqs: int, ahead: bool, recorded: list[int], tmp_path: Path) -> None:
     model = Model(tmp_path / "model", case)
-    engine = model.engine(max_num_seqs=seqs, max_num_batched_tokens=16)
+    engine = model.engine(max_num_seqs=seqs, max_num_batched_tokens=16, async_scheduling=ahead)
     engine.cache.check_integrity()  # capturing has changed nothing
     assert engine.cache.state.free_count() == engine.cache.num_pages
     prompts = [model.prompt(n, seed=n) for n in (1, 2, 17, 33, 40, 5, 16)]

@@ -387,12 +387,12 @@ def test_the_command_needs_no_megatron_core(model: Model) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", [None, 8])
-def test_two_ranks_say_the_same(pages: int | None, model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pages", "ahead"), [(None, False), (8, False), (8, True)])
+def test_two_ranks_say_the_same(pages: int | None, ahead: bool, model: Model, tmp_path: Path) -> None:
     """Ranks hold one KV head of each layer, which merge differently; with few pages the tighter rank rules, also over
-    what the prefix cache keeps.
+    what the prefix cache keeps, and over steps that are scheduled ahead.
     """
-    two_ranks(model, pages, tmp_path)
+    two_ranks(model, pages, tmp_path, async_scheduling=ahead)
 
 
 @pytest.mark.slow
@@ -401,10 +401,10 @@ def test_two_ranks_evict_the_same(tmp_path: Path) -> None:
     two_ranks(with_tokenizer(Model(tmp_path / "model", "adapter")), 12, tmp_path)
 
 
-def two_ranks(model: Model, pages: int | None, tmp_path: Path) -> None:
+def two_ranks(model: Model, pages: int | None, tmp_path: Path, **more: object) -> None:
     """Two ranks, and one that has all heads: the same tokens, slots and log-probabilities."""
     prompts = [list(model.prompt(n, seed)) for seed, n in enumerate((14, 40, 3, 17))]
-    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8}
+    settings = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "prefix_cache_min_tokens": 8, **more}
     settings |= {"num_pages": pages} if pages else {}
     arguments = (model.path, json.dumps(prompts), 2, json.dumps(settings))
     said = run_ranks(Path(__file__).with_name("engine_worker.py"), 2, arguments, tmp_path)

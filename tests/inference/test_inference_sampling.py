@@ -186,7 +186,7 @@ def test_penalties() -> None:
 def test_logprobs() -> None:
     logits = some_logits(3)
     tokens = torch.tensor([0, 5, int(logits[2].argmax())])
-    found = logprobs(logits, tokens, [0, 2, SIZE])
+    found = logprobs(logits, tokens, [0, 2, SIZE]).entries()
     scores = torch.log_softmax(logits, -1)
     for row, entry in enumerate(found):
         assert entry.token == tokens[row] and entry.logprob == pytest.approx(float(scores[row, entry.token]))

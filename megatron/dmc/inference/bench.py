@@ -200,6 +200,7 @@ class StepProfiler:
             torch.cuda.synchronize(engine.device)
         self._named = [
             _Named(engine.scheduler, "schedule", "dmc.schedule"),
+            _Named(engine.scheduler, "schedule_ahead", "dmc.schedule"),
             _Named(engine.model, "forward", "dmc.forward"),
             _Named(engine.runner, "sample", "dmc.sampling"),
         ]

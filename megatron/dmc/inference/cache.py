@@ -1,9 +1,9 @@
 """Host side of the compressed cache: rows and pages, what a step may need at worst, and what is in use.
 
 The device allocates pages inside the step. The host only has to know that there will be enough: it keeps a copy of all
-lengths, refreshed once per step together with the new tokens, and counts every token of the next step as a slot of its
-own in every head. Tensor-parallel ranks hold different heads, which merge differently; the copy has those of all ranks,
-and what is asked for must fit on each.
+lengths, refreshed once per step together with the new tokens, and counts every token of a step whose lengths it does
+not know yet as a slot of its own in every head. Tensor-parallel ranks hold different heads, which merge differently;
+the copy has those of all ranks, and what is asked for must fit on each.
 
 Rows hold sequences or snapshots. Those that were forked from one another share pages; the host counts every shared page
 once. The recent pages of a model that evicts are counted apart (``recent_pages.py``): what follows about slots and
@@ -15,8 +15,10 @@ from typing import Optional
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron.dmc import kernels
+from megatron.dmc.inference.device_queue import DeviceQueue, to_device, to_host
 from megatron.dmc.inference.parallel import TensorParallel
 from megatron.dmc.inference.recent_pages import RecentPages, Window
 from megatron.dmc.kernels.state import REFUSED, CacheState
@@ -78,10 +80,24 @@ class PagedCache:
     """Owner of the :class:`CacheState`. Page counts are int64 [ranks], one for each rank.
 
     A row is free, *live* (it holds a sequence) or *parked* (a snapshot, whose pages are anybody's who needs them).
+
+    Between :meth:`begin_step` and :meth:`end_step` a step is in flight. Of its rows the lengths are those before it,
+    and page counts are upper bounds: those after it, had every token taken a slot in every head.
     """
 
-    def __init__(self, state: CacheState, parallel: TensorParallel) -> None:
-        self.state, self.parallel = state, parallel
+    def __init__(
+        self,
+        state: CacheState,
+        parallel: TensorParallel,
+        queue: Optional[DeviceQueue] = None,
+        async_scheduling: bool = False,
+    ) -> None:
+        """Args:
+        queue: of the device's work. Default: what is submitted runs at once.
+        async_scheduling: pages are asked for while a step is in flight.
+        """
+        self.state, self.parallel, self.queue = state, parallel, queue or DeviceQueue()
+        self.async_scheduling = async_scheduling
         self.rows, layers, heads = state.lengths.shape
         self.page_size, self.num_pages = state.page_size, state.num_pages
         self.shape = (layers, heads)
@@ -92,7 +108,9 @@ class PagedCache:
         self.lengths = np.zeros((self.rows, parallel.size, layers * heads), dtype=np.int32)
         """Host copy of the slots of each head: int32 [rows, ranks, layers * heads]."""
         self.tokens = np.zeros(self.rows, dtype=np.int64)
-        """Tokens of each row: int64 [rows]."""
+        """Tokens of each row whose slots are in ``lengths``: int64 [rows]."""
+        self.tokens_launched = np.zeros(self.rows, dtype=np.int64)
+        """Tokens of each row, those that a step in flight computes included: int64 [rows]."""
         self.live = np.zeros(self.rows, dtype=bool)
         self._free_rows = list(range(self.rows - 1, -1, -1))
         self._pages = np.zeros((self.rows, parallel.size), dtype=np.int64)
@@ -130,7 +148,7 @@ class PagedCache:
 
     def held_pages(self, row: int) -> np.ndarray:
         """Pages of both kinds of a row, shared ones included: [ranks]."""
-        return self._pages[row] + self.heads * self.window.held(self.tokens[row])
+        return self._pages[row] + self.heads * self.window.held(self.tokens_launched[row])
 
     def free_pages(self) -> np.ndarray:
         """Pages that no row holds: [ranks]."""
@@ -144,16 +162,20 @@ class PagedCache:
 
     def growth(self, rows: list[int], tokens: list[int]) -> np.ndarray:
         """Pages of both kinds that each row takes at worst for so many tokens more: [n, ranks]."""
-        before, more, window = self.tokens[rows], np.asarray(tokens), self.window
+        before, more, window = self.tokens_launched[rows], np.asarray(tokens), self.window
         if tokens and min(tokens) == max(tokens) == 1:  # of a decode step: nothing is to be looked at head by head
             kept = self._full[rows]
             if not window.size:
                 return kept
             kept = kept * (before > window.size)[:, None]
         else:
-            slots = window.beyond(before + more) - window.beyond(before)
-            kept = self.pages_for(self.lengths[rows] + slots.astype(np.int32)[:, None, None]) - self._pages[rows]
+            kept = self.pages_for(self._most_slots(rows, before + more)) - self._pages[rows]
         return kept + self.heads * window.taken(before, more)[:, None]
+
+    def _most_slots(self, rows: list[int], tokens: np.ndarray) -> np.ndarray:
+        """Slots of each head at worst when rows have grown to so many tokens: int32 [n, ranks, heads]."""
+        more = self.window.beyond(tokens) - self.window.beyond(self.tokens[rows])
+        return self.lengths[rows] + more.astype(np.int32)[:, None, None]
 
     def most_tokens(self, row: int, pages: np.ndarray, wanted: int) -> int:
         """Largest number of tokens, up to ``wanted``, that takes at most ``pages`` ([ranks]) more of
@@ -176,7 +198,8 @@ class PagedCache:
         """Free rows, and their pages that no other row holds."""
         if not rows:
             return
-        kernels.free(self.state, torch.tensor(rows, dtype=torch.int32, device=self.state.lengths.device))
+        freed = to_device(rows, torch.int32, self.state.lengths.device)
+        self.queue.order(lambda: kernels.free(self.state, freed))
         for row in rows:
             self.park(row)
             shared = self._base[row]
@@ -188,7 +211,7 @@ class PagedCache:
                 shared = shared.parent
             self._base[row] = None
             self._recent.release(row)
-        for x in (self.lengths, self.tokens, self._pages, self._shared, self._shared_pages):
+        for x in (self.lengths, self.tokens, self.tokens_launched, self._pages, self._shared, self._shared_pages):
             x[rows] = 0
         self._full[rows] = self.lengths[0, 0].size
         self._free_rows += rows
@@ -206,10 +229,13 @@ class PagedCache:
         return self._pages[row] - self._final(row).sum(-1) + self.heads * recent
 
     def fork(self, source: int, live: bool) -> int:
-        """Copy a row: returns a new one in the same state. There must be a free row, and pages for the copies."""
+        """Copy a row that no step in flight computes: returns a new one in the same state. There must be a free row,
+        and pages for the copies.
+        """
+        assert not self.in_flight(source)
         row = self._free_rows.pop()
-        pair = torch.tensor([[source], [row]], dtype=torch.int32, device=self.state.lengths.device)
-        kernels.fork(self.state, *pair)
+        pair = to_device([source, row], torch.int32, self.state.lengths.device).view(2, 1)
+        self.queue.order(lambda: kernels.fork(self.state, *pair))
         final = self._final(source)
         if (final > self._shared[source]).any():
             pages = (final - self._shared[source]).sum(-1)
@@ -218,7 +244,15 @@ class PagedCache:
             self._all_shared += pages
             self._live_shared += pages * self.live[source]
             self._shared[source], self._shared_pages[source] = final, final.sum(-1)
-        for x in (self.lengths, self.tokens, self._pages, self._full, self._shared, self._shared_pages):
+        for x in (
+            self.lengths,
+            self.tokens,
+            self.tokens_launched,
+            self._pages,
+            self._full,
+            self._shared,
+            self._shared_pages,
+        ):
             x[row] = x[source]
         shared = self._base[row] = self._base[source]
         if shared is not None:
@@ -263,39 +297,66 @@ class PagedCache:
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
-    def update_lengths(self, rows: list[int], counts: list[int]) -> None:
-        """Copy the lengths to the host after a step that computed ``counts`` tokens of ``rows``.
-
-        The one wait for the device in a step. Raises ``RuntimeError`` when the device ran out of pages.
-        """
-        before = self.tokens[rows]
-        after = self.tokens[rows] = before + np.asarray(counts)
+    def begin_step(self, rows: list[int], counts: list[int]) -> None:
+        """Count a step that computes ``counts`` tokens of ``rows`` as in flight."""
+        if not rows:
+            return
+        before = self.tokens_launched[rows]
+        after = self.tokens_launched[rows] = before + counts
         if self.window.size:
             moved = self.window.begin(after) != self.window.begin(before)
             for i in np.flatnonzero(moved | (self.window.end(after) != self.window.end(before))).tolist():
                 self._recent.advance(rows[i], bool(self.live[rows[i]]), int(after[i]))
-        index = torch.tensor(rows, device=self.state.lengths.device)
-        lengths = self.state.lengths[index].flatten(1)
+        if self.async_scheduling:
+            self._count_pages(rows, self._most_slots(rows, after))
+
+    def in_flight(self, row: int) -> bool:
+        """Whether a step in flight computes tokens of a row."""
+        return bool(self.tokens_launched[row] != self.tokens[row])
+
+    def read_lengths(self, rows: Tensor) -> Tensor:
+        """Slots of each head of some rows as they are on the device when this is its turn, for :meth:`end_step`.
+
+        Args:
+            rows: int [n], on the device.
+
+        Returns:
+            int32 [n + 1, ranks, layers * heads] on the CPU, once the device has been waited for.
+        """
+        lengths = self.state.lengths.index_select(0, rows).flatten(1)
         # One row more, so that it costs no wait of its own: heads that a GPU had to refuse.
         refused = self.state.counters[REFUSED].to(lengths.dtype).expand(1, lengths.size(1))
         # [n + 1, L H] of each rank -> [ranks, n + 1, L H] -> [n + 1, ranks, L H]
-        known = self.parallel.gather(torch.cat((lengths, refused))).transpose(0, 1).cpu().numpy()
+        return to_host(self.parallel.gather(torch.cat((lengths, refused))).transpose(0, 1))
+
+    def end_step(self, rows: list[int], counts: list[int], lengths: Tensor) -> None:
+        """Take over the lengths after the oldest step in flight, which :meth:`read_lengths` has read.
+
+        Raises:
+            RuntimeError: the device ran out of pages.
+        """
+        known = lengths.numpy()
         if known[-1].any():
             raise RuntimeError(
                 f"{known[-1].max()} heads found no page: the host's bound was wrong, and their caches are"
             )
-        known = known[:-1]
-        self.lengths[rows] = known
-        self._pages[rows] = self.pages_for(known)
-        full = (known & (self.page_size - 1)) == 0
+        self.tokens[rows] += counts
+        self.lengths[rows] = known = known[:-1]
+        self._count_pages(rows, self._most_slots(rows, self.tokens_launched[rows]) if self.async_scheduling else known)
+
+    def _count_pages(self, rows: list[int], slots: np.ndarray) -> None:
+        """Count the pages of rows whose heads have so many slots: int32 [n, ranks, heads]."""
+        self._pages[rows] = self.pages_for(slots)
+        full = (slots & (self.page_size - 1)) == 0
         self._full[rows] = np.add.reduce(full.view(np.uint8), axis=-1, dtype=np.int32)
 
     def usage(self, row: int) -> CacheUse:
-        """Cache usage of a row after the last step."""
+        """Cache usage of a row after the last step that has ended."""
         layers, heads = self.shape
         # [ranks, L H] -> [L, ranks H]: rank r holds the heads r H ... (r + 1) H - 1
         slots = self.slots([row])[0].reshape(-1, layers, heads).transpose(1, 0, 2).reshape(layers, -1)
-        pages = int(self.held_pages(row).sum())
+        recent = self.heads * self.parallel.size * int(self.window.held(self.tokens[row]))
+        pages = int(self.pages_for(self.lengths[row]).sum()) + recent
         return CacheUse(
             int(self.tokens[row]), tuple(map(tuple, slots.tolist())), pages, self.page_size, self.slot_bytes
         )
@@ -318,24 +379,31 @@ class PagedCache:
         return kept + recent * self.lengths[0].size
 
     def check_integrity(self) -> None:
-        """Raise ``RuntimeError`` when a page is lost or counted wrongly, or the host's copy is not the device's."""
+        """Raise ``RuntimeError`` when a page is lost or counted wrongly, or the host's copy is not the device's: with a
+        step in flight, when it is not between what there was before and the most that there may be after. Waits for the
+        device.
+        """
+        self.queue.synchronize()
         self.state.check_integrity()
-        rank = self.parallel.rank
+        rank, seen = self.parallel.rank, self.tokens_launched
         device = self.state.lengths.flatten(1).cpu().numpy()
-        if not np.array_equal(device, self.lengths[:, rank]):
+        most = self._most_slots(list(range(self.rows)), seen)[:, rank]
+        if (device < self.lengths[:, rank]).any() or (device > most).any():
             raise RuntimeError("the host's copy of the lengths differs from the device's")
         if self.window.size:
-            seen = self.state.segment.flatten(1).cpu().numpy()
-            if (seen != self.tokens[:, None]).any():
+            counted_there = self.state.segment.flatten(1).cpu().numpy()
+            if (counted_there != seen[:, None]).any():
                 raise RuntimeError("the host's count of tokens differs from the device's")
         held = self.state.held_pages(torch.from_numpy(np.flatnonzero(self.live)))
         needed = held.ids[held.used].unique().numel()
-        for what, there, counted in (
+        unknown = bool((seen != self.tokens).any())
+        for what, there, counts in (
             ("free", self.state.free_count(), self.free_pages()),
             ("available", self.num_pages - needed, self.available_pages()),
         ):
-            if there != int(counted[rank]):
-                raise RuntimeError(f"{there} pages are {what}, the host counts {int(counted[rank])}")
+            counted = int(counts[rank])
+            if there < counted or (there > counted and not unknown):
+                raise RuntimeError(f"{there} pages are {what}, the host counts {counted}")
         if self.live[self._free_rows].any() or self.lengths[self._free_rows].any():
             raise RuntimeError("a free row holds something")
 

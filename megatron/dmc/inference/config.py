@@ -64,6 +64,8 @@ class EngineConfig:
     """Fraction of a GPU's memory that the engine may use."""
     enforce_eager: bool = False
     """Run without CUDA graphs, which take seconds at the start and some memory, and make every decode step faster."""
+    async_scheduling: Optional[bool] = None
+    """Schedule and launch the next step while the results of the one before are on their way. Default: on a GPU."""
     enable_prefix_caching: bool = True
     """Keep the cache of prompts and completions, for requests that begin like them; completions of one request share
     its prompt."""

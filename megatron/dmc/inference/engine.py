@@ -2,8 +2,12 @@
 
 ``add_request`` checks and queues, ``step`` runs the model once over a mixed batch and returns what is new, ``abort``
 ends a request. A request that is wrong, or whose logits hold NaN or Inf, ends alone; the others and the cache go on.
+
+With asynchronous scheduling the next step is launched before the results of the last one are waited for, so that the
+device does not wait for the host. Of a sequence that turns out to have ended, the next token is thrown away.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,17 +22,18 @@ from megatron.dmc.config.checks import shown
 from megatron.dmc.inference import parallel as tp
 from megatron.dmc.inference.cache import PagedCache
 from megatron.dmc.inference.config import EngineConfig, Sizes, resolve
+from megatron.dmc.inference.device_queue import DeviceQueue
 from megatron.dmc.inference.errors import InvalidRequest
 from megatron.dmc.inference.grammar import GrammarCompiler
 from megatron.dmc.inference.input_processor import InputProcessor
 from megatron.dmc.inference.kv_cache_manager import KVCacheManager
 from megatron.dmc.inference.model import Model
-from megatron.dmc.inference.model_runner import ModelRunner, ModelRunnerOutput
+from megatron.dmc.inference.model_runner import ModelRunner, StepInFlight
 from megatron.dmc.inference.output_processor import OutputProcessor
 from megatron.dmc.inference.request import Request, Sequence, StepOutput
 from megatron.dmc.inference.sampler import Sampler, SamplerState
 from megatron.dmc.inference.sampling_params import SamplingParams
-from megatron.dmc.inference.scheduler import ScheduledSequence, Scheduler
+from megatron.dmc.inference.scheduler import Scheduler, SchedulerOutput
 from megatron.dmc.inference.text import Detokenizer
 from megatron.dmc.inference.weights import dtype_of, read_info
 from megatron.dmc.kernels.cpu_tuning import keep_freed_memory
@@ -102,10 +107,14 @@ class Engine:
         with adapter.checking(path) if checked else nullcontext():
             self.model = Model(path, info, self.parallel, dtype, device, quantization)
         self.sizes: Sizes = resolve(config, info, dtype, device)
+        self.async_scheduling = device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
+        self.queue = DeviceQueue(threaded=self.async_scheduling and device.type == "cpu")
         self.cache = self._make_cache(dtype)
         sizes, vocab_size = self.sizes, info.model.vocab_size
         sampler = Sampler(device, config.seed)
-        self.runner = ModelRunner(self.model, self.cache, sampler, sizes.max_num_seqs, self._takes_graphs())
+        self.runner = ModelRunner(
+            self.model, self.cache, sampler, sizes.max_num_seqs, self._takes_graphs(), self.async_scheduling
+        )
         self.kv_cache_manager = KVCacheManager(
             self.cache, vocab_size, config.prefix_cache_min_tokens, config.enable_prefix_caching
         )
@@ -125,6 +134,8 @@ class Engine:
             config.max_logprobs,
         )
         self.output_processor = OutputProcessor(self.scheduler, self.cache, eos)
+        self._in_flight: deque[tuple[SchedulerOutput, StepInFlight]] = deque()
+        """Steps that were launched, oldest first: at most one between two calls of :meth:`step`."""
         self._arrivals = self._steps = self._prompt_tokens = 0
 
     def _make_cache(self, dtype: torch.dtype) -> PagedCache:
@@ -142,7 +153,7 @@ class Engine:
             kv_dtype=self.config.kv_dtype(),
             device=self.device,
         )
-        return PagedCache(state, self.parallel)
+        return PagedCache(state, self.parallel, self.queue, self.async_scheduling)
 
     def _takes_graphs(self) -> bool:
         """Whether decode steps are captured as CUDA graphs:
@@ -229,7 +240,11 @@ class Engine:
     def abort(self, request_id: str) -> list[StepOutput]:
         """End a request now; returns its last outputs. An unknown id is a request that has ended: nothing happens."""
         unfinished = list(self.output_processor.unfinished.get(request_id, ()))
-        return [self.output_processor.finish(sequence, "abort") for sequence in unfinished]
+        outputs = [self.output_processor.finish(sequence, "abort") for sequence in unfinished]
+        if outputs and not self.output_processor.unfinished:
+            while self._in_flight:  # nobody else would wait for it, and it holds pages
+                self._finish_step()
+        return outputs
 
     def abort_all(self) -> None:
         """End all requests now."""
@@ -241,7 +256,8 @@ class Engine:
         return list(self.output_processor.unfinished)
 
     def has_unfinished(self) -> bool:
-        return bool(self.output_processor.unfinished)
+        """Whether :meth:`step` has something to do: a request waits or runs, or a step is in flight."""
+        return bool(self.output_processor.unfinished or self._in_flight)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -252,42 +268,51 @@ class Engine:
         A sequence's first output may be empty: it says that the sequence was scheduled. Should a step raise (a device
         out of memory), no request and no page is lost: the next step computes all of them again.
         """
-        step = self.scheduler.schedule()
+        outputs = [] if self._in_flight else self._launch(self.scheduler.schedule())
+        if self.async_scheduling and self._in_flight:
+            in_flight, _ = self._in_flight[-1]
+            outputs += self._launch(self.scheduler.schedule_ahead(in_flight.scheduled))
+        return outputs + self._finish_step() if self._in_flight else outputs
+
+    def _launch(self, output: SchedulerOutput) -> list[StepOutput]:
+        """Launch a step, if there is anything to compute; returns what is known without."""
         outputs = [
             self.output_processor.finish(sequence, "error", error=self._no_room(sequence))
-            for sequence in step.unschedulable
+            for sequence in output.unschedulable
         ]
-        if step.scheduled:
-            result = self._run(step.scheduled)
-            self._update(step.scheduled)
-            for sequence, logits in result.snapshots:
-                self.kv_cache_manager.take_snapshot(sequence, logits)
-            outputs += self.output_processor.process(result.sampled)
-        if step.admitted:
-            outputs += self.output_processor.scheduled(step.admitted, outputs)
+        if not output.scheduled:
+            return outputs + self.output_processor.scheduled(output.admitted, outputs)
+        try:
+            self._in_flight.append((output, self.runner.launch(output.scheduled)))
+        except BaseException:
+            self._reset()
+            raise
+        self.scheduler.launched(output.scheduled)
         return outputs
 
-    def _run(self, scheduled: list[ScheduledSequence]) -> ModelRunnerOutput:
+    def _finish_step(self) -> list[StepOutput]:
+        """Wait for the results of the oldest step in flight, and return what is new in them."""
+        output, step = self._in_flight[0]
         try:
-            return self.runner.run(scheduled)
+            result = step.result()
+            self.scheduler.landed(output.scheduled, result.lengths)
         except BaseException:
-            # Layers may have taken the tokens or not: all is computed again, should the caller go on.
-            for sequence in list(self.scheduler.running):
-                self.scheduler.preempt(sequence)
+            self._reset()
             raise
-
-    def _update(self, scheduled: list[ScheduledSequence]) -> None:
-        """Count the tokens that a step computed, and the slots that they took."""
+        self._in_flight.popleft()
         self._steps += 1
-        computed = [part for part in scheduled if part.num_tokens]
-        if not computed:
-            return
-        self.cache.update_lengths([part.sequence.row for part in computed], [part.num_tokens for part in computed])
-        for part in computed:
-            sequence = part.sequence
-            if sequence.num_computed_tokens < sequence.prompt_length:
-                self._prompt_tokens += part.num_tokens
-            sequence.num_computed_tokens += part.num_tokens
+        self._prompt_tokens += sum(p.num_tokens for p in output.scheduled if p.start < p.sequence.prompt_length)
+        for sequence, logits in result.snapshots:
+            if not sequence.ended:
+                self.kv_cache_manager.take_snapshot(sequence, logits)
+        outputs = self.output_processor.process(item for item in result.sampled if not item.sequence.ended)
+        return outputs + self.output_processor.scheduled(output.admitted, outputs)
+
+    def _reset(self) -> None:
+        """Give up the steps in flight: layers may have taken their tokens or not, so all is computed again."""
+        self._in_flight.clear()
+        self.queue.reset()
+        self.scheduler.reset()
 
     def _no_room(self, sequence: Sequence) -> str:
         usage = self.cache.usage(sequence.row)
@@ -307,15 +332,18 @@ class Engine:
         """The value that rank 0 gives, on every tensor-parallel rank."""
         if self.parallel.size == 1:
             return value
-        return int(self.parallel.from_first(torch.tensor(value, device=self.device)))
+        given = torch.tensor(value, device=self.device)
+        return int(self.queue.submit(lambda: self.parallel.from_first(given)).result())
 
     def barrier(self) -> None:
         """Wait until every tensor-parallel rank has come here."""
         if self.parallel.size > 1:
-            torch.distributed.barrier(self.parallel.group)
+            self.queue.submit(lambda: torch.distributed.barrier(self.parallel.group)).result()
 
     def stats(self) -> EngineStats:
-        """State and totals after the last step. Does not wait for the device."""
+        """State and totals after the last step that has ended; pages in use as there are at most after one in flight.
+        Does not wait for the device.
+        """
         cache, live = self.cache, self.cache.live
         pages, slots = cache.num_pages * self.parallel.size, cache.live_slots()
         used = pages - int(cache.available_pages().sum())

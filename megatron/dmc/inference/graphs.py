@@ -7,6 +7,7 @@ they are.
 """
 
 import bisect
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -75,8 +76,9 @@ class DecodeGraphs:
         self._forward = forward
         record = record or CudaGraphRecorder(device)
         on_gpu = device.type == "cuda"
-        # Token, position and row of each sequence. The host's copy is written again only after the step's one wait.
-        self._host = torch.zeros(3, max_seqs, dtype=torch.int32, pin_memory=on_gpu)
+        # Token, position and row of each sequence. Two copies on the host, in turn: while a step is in flight, its own
+        # may not have been read yet when the next is launched.
+        self._hosts = itertools.cycle([torch.zeros(3, max_seqs, dtype=torch.int32, pin_memory=on_gpu) for _ in "ab"])
         self._inputs = torch.zeros(3, max_seqs, dtype=torch.int32, device=device)
         self._inputs[2] = -1
         self._ends = torch.arange(max_seqs + 1, dtype=torch.int32, device=device)
@@ -109,9 +111,10 @@ class DecodeGraphs:
         if n > self.sizes[-1]:
             return None
         size = self.sizes[bisect.bisect_left(self.sizes, n)]
-        host = self._host[:, :size].numpy()
+        copied = next(self._hosts)[:, :size]
+        host = copied.numpy()
         host[:2, n:], host[2, n:] = 0, -1
         # Whole rows: numpy takes a microsecond for an assignment, whatever its length.
         host[0, :n], host[1, :n], host[2, :n] = tokens, positions, rows
-        self._inputs[:, :size].copy_(self._host[:, :size], non_blocking=True)
+        self._inputs[:, :size].copy_(copied, non_blocking=True)
         return self._replays[size]()[:n]

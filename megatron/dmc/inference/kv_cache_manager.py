@@ -57,10 +57,11 @@ class KVCacheManager:
         return self.tree.match_prefix(sequence.id, usable)
 
     def snapshot_points(self, sequence: Sequence) -> list[Node]:
-        """Nodes where snapshots are wanted in what a running sequence has still to compute of its prompt, in order."""
-        if sequence.num_computed_tokens >= sequence.prompt_length:
+        """Nodes where snapshots are still to come in the prompt of a running sequence, in order."""
+        if not sequence.in_prefill:
             return []
-        return self.tree.snapshot_points(sequence.id, sequence.num_computed_tokens, self.min_tokens)
+        computed = sequence.num_computed_tokens - sequence.snapshot_in_flight
+        return self.tree.snapshot_points(sequence.id, computed, self.min_tokens)
 
     def tokens_to_snapshot(self, sequence: Sequence) -> int:
         """Tokens to compute until the next snapshot is wanted; 0 when none is."""
@@ -108,7 +109,7 @@ class KVCacheManager:
         return row
 
     def take_snapshot(self, sequence: Sequence, logits: Tensor) -> None:
-        """Keep the state of a running sequence, if there is room.
+        """Keep the state of a running sequence that no step in flight computes, if there is room.
 
         Args:
             logits: after its last computed token: [vocabulary].
@@ -121,14 +122,17 @@ class KVCacheManager:
         node.locks += 1  # stays, whatever is evicted for its sake
         if self._make_room(self.cache.copies(sequence.row)):
             self.tree.add_snapshot(node, self.cache.fork(sequence.row, live=False))
-            self._logits[node.row] = logits
+            kept = self._logits[node.row]
+            self.cache.queue.order(lambda: kept.copy_(logits))
             node.has_logits = True
         node.locks -= 1
         node.prune()
 
     def release_row(self, sequence: Sequence, keep: bool) -> None:
-        """Take back a sequence's row. With ``keep``, its state becomes a snapshot when it is long enough."""
-        assert sequence.row is not None
+        """Take back a sequence's row, which no step in flight computes. With ``keep``, its state becomes a snapshot
+        when it is long enough.
+        """
+        assert sequence.row is not None and not (keep and self.cache.in_flight(sequence.row))
         row, sequence.row = sequence.row, None
         if keep and self.enabled and sequence.num_computed_tokens >= self.min_tokens:
             computed = sequence.token_ids[: sequence.num_computed_tokens]

@@ -1,8 +1,13 @@
-"""Model runner: the device's part of a step. Builds the input, runs the model (by CUDA graph or not), samples."""
+"""Model runner: the device's part of a step. Builds the input, runs the model (by CUDA graph or not), samples.
 
+A step is launched, and its results are asked for later. All that it takes from the sequences is fixed at its launch. A
+token that the step before samples is in no list of the host by then: the device looks it up where it was sampled.
+"""
+
+import dataclasses
 import itertools
-from collections.abc import Iterable
-from concurrent.futures import wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Optional
 
@@ -10,12 +15,16 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.inference.cache import PagedCache
+from megatron.dmc.inference.device_queue import Done, to_device, to_host
 from megatron.dmc.inference.grammar import MaskFiller, TokenMasks
 from megatron.dmc.inference.graphs import DecodeGraphs
 from megatron.dmc.inference.model import InputBatch, Model
 from megatron.dmc.inference.request import Sequence
-from megatron.dmc.inference.sampler import Logprobs, Sampler, logprobs
+from megatron.dmc.inference.sampler import Logprobs, LogprobsTensors, Sampler, SamplerState, logprobs
 from megatron.dmc.inference.scheduler import ScheduledSequence
+
+UNKNOWN = -1
+"""Token id, in a step's input, of the token that the step before samples."""
 
 
 @dataclass(slots=True)
@@ -36,151 +45,268 @@ class ModelRunnerOutput:
     sampled: list[SampledToken]
     snapshots: list[tuple[Sequence, Tensor]]
     """Sequences whose state the prefix cache wants, each with the logits after its last token: [vocabulary]."""
+    lengths: Optional[Tensor]
+    """Slots of the sequences that computed tokens, see :meth:`PagedCache.read_lengths`; None where none did."""
+
+
+@dataclass(slots=True)
+class _PromptTargets:
+    """Prompt tokens whose log-probabilities a step computes, of one sequence."""
+
+    sequence: Sequence
+    have: int
+    """Number of the sequence's prompt log-probabilities at the launch."""
+    begin: int
+    """Row of the logits that predicts the first of the tokens."""
+    ids: Tensor
+    """The tokens, which follow one another: int64 [n], on the device."""
+    count: int
+    """Most likely tokens wanted at each position."""
+
+
+@dataclass(slots=True)
+class _Input:
+    """Device's part of one step."""
+
+    compute: Callable[[], Tensor]
+    """Computes the logits of all sequences, one below the other: fp32 [m, vocabulary]."""
+    rows: Optional[Tensor]
+    """Cache rows of the sequences that compute tokens, on the device; None when none does."""
+    sample_at: Optional[Tensor]
+    """Rows of the logits to sample from; None for all."""
+    cached: list[Tensor]
+    """Logits that the last of the sampling sequences had in the prefix cache: [vocabulary] each."""
+    states: list[SamplerState]
+    """Of the n sequences that sample."""
+    sampling_rows: Optional[Tensor]
+    """Cache rows of the sequences that sample: int32 [n]; None unless steps overlap."""
+    filling: Optional[Future[TokenMasks]]
+    """Masks of the sequences with a grammar."""
+    logprobs: dict[int, int]
+    """Most likely tokens whose log-probabilities are wanted, by index among the sampling sequences."""
+    prompts: list[_PromptTargets]
+    snapshots: list[int]
+    """Rows of the logits that the prefix cache wants."""
+
+
+@dataclass(slots=True)
+class _Results:
+    """What the device has computed, on its way to the host."""
+
+    tokens: Tensor
+    """Sampled tokens, -1 where none can be: int64 [n]."""
+    logprobs: Optional[LogprobsTensors]
+    prompts: list[LogprobsTensors]
+    snapshots: list[Tensor]
+    lengths: Optional[Tensor]
+    done: Optional[torch.cuda.Event]
+
+
+class StepInFlight:
+    """A step that was launched."""
+
+    def __init__(self, scheduled: list[ScheduledSequence], step: _Input, results: Done | Future[_Results]) -> None:
+        self.scheduled = scheduled
+        self._step, self._results = step, results
+
+    def result(self) -> ModelRunnerOutput:
+        """Results of the step: waits for them, and appends the log-probabilities of prompts to their sequences. Raises
+        what the step has raised.
+        """
+        found = self._results.result()
+        if found.done is not None:
+            found.done.synchronize()
+        for asked, entries in zip(self._step.prompts, found.prompts):
+            have = asked.sequence.prompt_logprobs  # completions of a request share it
+            have += entries.entries()[len(have) - asked.have :]
+        chosen = dict(zip(self._step.logprobs, found.logprobs.entries())) if found.logprobs is not None else {}
+        sampling = [part.sequence for part in self.scheduled if part.samples]
+        sampled = [
+            SampledToken(sequence, token if token >= 0 else None, chosen.get(row))
+            for row, (sequence, token) in enumerate(zip(sampling, found.tokens.tolist()))
+        ]
+        invalid = {item.sequence for item in sampled if item.token_id is None}
+        wanted = [part.sequence for part in self.scheduled if part.takes_snapshot]
+        snapshots = [(s, logits) for s, logits in zip(wanted, found.snapshots) if s not in invalid]
+        return ModelRunnerOutput(sampled, snapshots, found.lengths)
 
 
 class ModelRunner:
-    """Runs scheduled sequences. Sequences are read, and get the log-probabilities of their prompts."""
+    """Runs scheduled sequences."""
 
-    def __init__(self, model: Model, cache: PagedCache, sampler: Sampler, max_num_seqs: int, use_graphs: bool) -> None:
-        """``use_graphs``: capture decode steps of up to ``max_num_seqs`` sequences as CUDA graphs."""
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedCache,
+        sampler: Sampler,
+        max_num_seqs: int,
+        use_graphs: bool,
+        overlaps: bool = False,
+    ) -> None:
+        """Args:
+        use_graphs: capture decode steps of up to ``max_num_seqs`` sequences as CUDA graphs.
+        overlaps: steps may be launched before the results of the one before are known.
+        """
         self.model, self.cache, self.sampler = model, cache, sampler
         self.device, self.parallel = model.device, model.parallel
         self.mask_filler = MaskFiller(model.info.model.vocab_size)
+        # Token that was sampled last, by row of the cache.
+        self._last_tokens = torch.zeros(cache.rows, dtype=torch.long, device=self.device) if overlaps else None
         self.graphs = DecodeGraphs(self.forward, max_num_seqs, self.device) if use_graphs else None
 
-    def run(self, scheduled: list[ScheduledSequence]) -> ModelRunnerOutput:
-        """Compute the scheduled tokens into the cache, and sample where all tokens of a sequence are computed."""
-        computing = [part for part in scheduled if part.num_tokens]
-        sampling = [part.sequence for part in scheduled if part.samples]
-        filling = self.mask_filler.start([sequence.grammar for sequence in sampling])
-        try:
-            logits, num_logits = self._logits(computing)
-        finally:
-            if filling is not None:
-                wait([filling])
-        last = list(itertools.accumulate(num_logits))  # row i + 1 of ``logits`` follows part i's last one
-        rows = [end - 1 for part, end in zip(computing, last) if part.samples]
-        masks = None if filling is None else filling.result()
-        sampled = self.sample(self._rows_to_sample(logits, rows, sampling), sampling, masks)
-        if any(part.sequence.needs_prompt_logprobs for part in computing):
-            for part, begin, end in zip(computing, [0, *last], last):
-                _append_prompt_logprobs(part, logits[begin:end])
-        invalid = {item.sequence for item in sampled if item.token_id is None}
-        snapshots = [
-            (part.sequence, logits[end - 1])
-            for part, end in zip(computing, last)
-            if part.takes_snapshot and part.sequence not in invalid
-        ]
-        return ModelRunnerOutput(sampled, snapshots)
+    def launch(self, scheduled: list[ScheduledSequence]) -> StepInFlight:
+        """Have the scheduled tokens computed into the cache, and the next token of each sequence sampled all of whose
+        tokens are computed. Does not wait for the device.
+        """
+        step = self._input(scheduled)
+        return StepInFlight(scheduled, step, self.cache.queue.submit(lambda: self._run(step)))
 
     def forward(self, batch: InputBatch) -> Tensor:
         """Logits of the tokens that need them: fp32 [m, vocabulary]."""
+        if self._last_tokens is not None:
+            tokens, d = batch.tokens, batch.decoding
+            last = self._last_tokens[batch.rows[:d].long()]  # of padding: any
+            first = torch.where(tokens[:d] == UNKNOWN, last, tokens[:d])
+            batch = dataclasses.replace(batch, tokens=torch.cat((first, tokens[d:])))
         return self.model.forward(batch, self.cache.state)
 
-    def sample(
-        self, logits: Tensor, sequences: list[Sequence], masks: Optional[TokenMasks] = None
-    ) -> list[SampledToken]:
-        """Next token of each sequence.
+    def sample(self, step: _Input, logits: Tensor) -> tuple[Tensor, Optional[LogprobsTensors]]:
+        """Next token of each sequence of ``step.states``, and its log-probabilities where they are wanted.
 
         Args:
-            logits: fp32 [n, vocabulary], one row per sequence.
-            masks: of the rows with a grammar.
+            logits: fp32 [n, vocabulary].
+
+        Returns:
+            int64 [n], -1 where the logits hold NaN or Inf, or a grammar allows no token; on the device.
         """
-        if not sequences:
-            return []
         # A NaN is both the largest and the smallest value. Two reductions: aminmax is ten times slower on CPUs.
         finite = torch.isfinite(logits.amax(dim=-1)) & torch.isfinite(logits.amin(dim=-1))
-        if masks is not None:
-            logits, stuck = masks.apply(logits)
+        if step.filling is not None:
+            logits, stuck = step.filling.result().apply(logits)
             if stuck:
                 finite[stuck] = False
         # Rows with NaN or Inf are sampled too, and their tokens thrown away: only the host knows what to do then.
-        tokens = self.sampler(logits, [sequence.sampler_state for sequence in sequences])
-        tokens = self.parallel.from_first(torch.where(finite, tokens, -1))
-        entries = self._logprobs(logits, tokens, sequences)
-        return [
-            SampledToken(sequence, token if token >= 0 else None, entries.get(row))
-            for row, (sequence, token) in enumerate(zip(sequences, tokens.tolist()))
-        ]
+        tokens = self.parallel.from_first(torch.where(finite, self.sampler(logits, step.states), -1))
+        if not step.logprobs:
+            return tokens, None
+        rows = to_device(list(step.logprobs), torch.long, self.device)
+        return tokens, logprobs(logits[rows], tokens[rows].clamp_min(0), list(step.logprobs.values()))
 
-    @staticmethod
-    def _logprobs(logits: Tensor, tokens: Tensor, sequences: list[Sequence]) -> dict[int, Logprobs]:
-        """Log-probabilities of the rows that asked for them, by row."""
-        counts = {row: n for row, s in enumerate(sequences) if (n := s.request.sampling_params.logprobs) is not None}
-        if not counts:
-            return {}
-        rows = torch.tensor(list(counts), device=logits.device)
-        return dict(zip(counts, logprobs(logits[rows], tokens[rows].clamp_min(0), list(counts.values()))))
-
-    def _logits(self, computing: list[ScheduledSequence]) -> tuple[Tensor, list[int]]:
-        """Logits of all sequences, one below the other, fp32 [m, vocabulary]; and the number of rows of each."""
-        if not computing:
-            return torch.empty(0, self.model.info.model.vocab_size, device=self.device), []
+    def _input(self, scheduled: list[ScheduledSequence]) -> _Input:
+        """What a step needs of its sequences as they are now."""
+        computing = [part for part in scheduled if part.num_tokens]
+        sampling = [part.sequence for part in scheduled if part.samples]
         num_logits = [part.num_logits for part in computing]
-        if self.graphs is not None and computing[-1].num_tokens == 1:  # those with one token come first
-            logits = self.graphs(
-                [part.sequence.token_ids[part.sequence.num_computed_tokens] for part in computing],
-                [part.sequence.num_computed_tokens for part in computing],
-                [part.sequence.row for part in computing],
-            )
-            if logits is not None:
-                if all(num_logits):
-                    return logits, num_logits
-                wanted = torch.tensor([i for i, n in enumerate(num_logits) if n], dtype=torch.long)
-                return logits[wanted.to(self.device, non_blocking=True)], num_logits
-        return self.forward(build_input(computing, num_logits, self.device)), num_logits
+        last = list(itertools.accumulate(num_logits))  # row i + 1 of the logits follows part i's last one
+        sample_at = [end - 1 for part, end in zip(computing, last) if part.samples]
+        compute, rows = self._compute(computing, num_logits)
+        return _Input(
+            compute=compute,
+            rows=rows,
+            # All of them in every decode step.
+            sample_at=None if last and len(sample_at) == last[-1] else to_device(sample_at, torch.long, self.device),
+            cached=[s.cached_logits for s in sampling[len(sample_at) :]],
+            states=[s.sampler_state for s in sampling],
+            sampling_rows=None
+            if self._last_tokens is None
+            else to_device([s.row for s in sampling], torch.int32, self.device),
+            filling=self.mask_filler.start([s.grammar for s in sampling]),
+            logprobs={i: n for i, s in enumerate(sampling) if (n := s.params.logprobs) is not None},
+            prompts=[
+                targets
+                for part, begin in zip(computing, [0, *last])
+                if part.sequence.needs_prompt_logprobs
+                and (targets := _prompt_targets(part, begin, self.device)) is not None
+            ],
+            snapshots=[end - 1 for part, end in zip(computing, last) if part.takes_snapshot],
+        )
 
-    def _rows_to_sample(self, logits: Tensor, rows: list[int], sampling: list[Sequence]) -> Tensor:
-        """Logits of the sequences that sample, those whose logits were cached last: fp32 [n, vocabulary]."""
-        whole = len(rows) == logits.size(0)  # as in every decode step
-        taken = logits if whole else logits[torch.tensor(rows, dtype=torch.long).to(self.device)]
-        cached = [sequence.cached_logits for sequence in sampling[len(rows) :]]
-        return torch.cat([taken, torch.stack(cached)]) if cached else taken
+    def _compute(
+        self, computing: list[ScheduledSequence], num_logits: list[int]
+    ) -> tuple[Callable[[], Tensor], Optional[Tensor]]:
+        """Fields ``compute`` and ``rows`` of the step's input."""
+        if not computing:
+            return lambda: torch.empty(0, self.model.info.model.vocab_size, device=self.device), None
+        graphs = self.graphs
+        # Those with one token come first.
+        if graphs is None or computing[-1].num_tokens > 1 or len(computing) > graphs.sizes[-1]:
+            batch = build_input(computing, num_logits, self.device)
+            return lambda: self.forward(batch), batch.rows
+        rows, starts = [part.sequence.row for part in computing], [part.start for part in computing]
+        texts = [part.sequence.token_ids for part in computing]
+        inputs = [ids[at] if at < len(ids) else UNKNOWN for ids, at in zip(texts, starts)], starts, rows
+        wanted = [i for i, n in enumerate(num_logits) if n]
+        logits_at = None if all(num_logits) else to_device(wanted, torch.long, self.device)
+
+        def replay() -> Tensor:
+            logits = graphs(*inputs)
+            return logits if logits_at is None else logits[logits_at]
+
+        return replay, to_device(rows, torch.int32, self.device)
+
+    def _run(self, step: _Input) -> _Results:
+        try:
+            logits = step.compute()
+        finally:
+            if step.filling is not None:
+                wait([step.filling])
+        taken = logits if step.sample_at is None else logits[step.sample_at]
+        if step.cached:
+            taken = torch.cat([taken, torch.stack(step.cached)])
+        tokens, chosen = torch.empty(0, dtype=torch.long), None
+        if step.states:
+            tokens, chosen = self.sample(step, taken)
+            if self._last_tokens is not None:
+                self._last_tokens[step.sampling_rows] = tokens.clamp_min(0)
+        prompts = [logprobs(logits[x.begin :][: len(x.ids)], x.ids, [x.count] * len(x.ids)) for x in step.prompts]
+        # Copies: a graph's next replay writes its logits to the same place.
+        snapshots = [logits[row].clone() for row in step.snapshots]
+        lengths = None if step.rows is None else self.cache.read_lengths(step.rows)
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return _Results(to_host(tokens), chosen, prompts, snapshots, lengths, done)
 
 
 def build_input(computing: list[ScheduledSequence], num_logits: Iterable[int], device: torch.device) -> InputBatch:
     """The model's input for sequences of which those with one token come first."""
     counts = [part.num_tokens for part in computing]
-    starts = [part.sequence.num_computed_tokens for part in computing]
     decoding = next((i for i, count in enumerate(counts) if count > 1), len(counts))
-    tokens = [part.sequence.token_ids[start] for part, start in zip(computing[:decoding], starts)]
-    positions = starts[:decoding]
-    for part, start, count in zip(computing[decoding:], starts[decoding:], counts[decoding:]):
-        assert count > 1
-        tokens += part.sequence.token_ids[start : start + count]
-        positions += range(start, start + count)
+    assert all(count > 1 for count in counts[decoding:])
+    tokens: list[int] = []
+    for part in computing:
+        tokens += part.sequence.token_ids[part.start : part.start + part.num_tokens] or [UNKNOWN]
+    positions = [part.start for part in computing[:decoding]]
+    for part in computing[decoding:]:
+        positions += range(part.start, part.start + part.num_tokens)
     ends = list(itertools.accumulate(counts))
     wanted: list[int] = []
     for end, n in zip(ends, num_logits):
         wanted += range(end - n, end)
-
-    def tensor(values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
     return InputBatch(
-        tokens=tensor(tokens, torch.long),
-        positions=tensor(positions, torch.int32),
-        cu_seqlens=tensor([0, *ends], torch.int32),
-        rows=tensor([part.sequence.row for part in computing], torch.int32),
+        tokens=to_device(tokens, torch.long, device),
+        positions=to_device(positions, torch.int32, device),
+        cu_seqlens=to_device([0, *ends], torch.int32, device),
+        rows=to_device([part.sequence.row for part in computing], torch.int32, device),
         decoding=decoding,
-        logits_at=tensor(wanted, torch.long),
+        logits_at=to_device(wanted, torch.long, device),
     )
 
 
-def _append_prompt_logprobs(part: ScheduledSequence, logits: Tensor) -> None:
-    """Log-probabilities of the prompt tokens that follow the scheduled ones: position t predicts token t + 1.
+def _prompt_targets(part: ScheduledSequence, begin: int, device: torch.device) -> Optional[_PromptTargets]:
+    """Prompt tokens that follow the scheduled ones, whose log-probabilities are missing: position t predicts token
+    t + 1.
 
     Args:
-        logits: of all scheduled tokens of the sequence: fp32 [num_tokens, vocabulary].
+        begin: row of the logits of the first scheduled token, which has one as all of them do.
     """
     sequence = part.sequence
-    if not sequence.needs_prompt_logprobs:
-        return
-    count, have = sequence.request.sampling_params.prompt_logprobs, len(sequence.prompt_logprobs)
-    start = sequence.num_computed_tokens
+    have = len(sequence.prompt_logprobs)
     # Some of them were computed before a preemption.
-    targets = sequence.token_ids[have + 1 : min(start + part.num_tokens, sequence.prompt_length - 1) + 1]
-    if targets:
-        rows = logits[have - start :][: len(targets)]
-        ids = torch.tensor(targets, device=rows.device)
-        sequence.prompt_logprobs += logprobs(rows, ids, [count] * len(targets))
+    targets = sequence.token_ids[have + 1 : min(part.start + part.num_tokens, sequence.prompt_length - 1) + 1]
+    if not targets:
+        return None
+    count = sequence.params.prompt_logprobs
+    assert count is not None
+    return _PromptTargets(sequence, have, begin + have - part.start, to_device(targets, torch.long, device), count)

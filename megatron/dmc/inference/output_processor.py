@@ -33,7 +33,7 @@ class OutputProcessor:
         return [
             StepOutput(*s.id, num_cached_tokens=s.num_cached_tokens or 0)
             for s in sequences
-            if not s.num_preemptions and s.id not in told
+            if not s.num_preemptions and not s.ended and s.id not in told
         ]
 
     def finish(self, sequence: Sequence, reason: FinishReason, **news: Any) -> StepOutput:

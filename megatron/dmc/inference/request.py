@@ -60,7 +60,13 @@ class Sequence:
     row: Optional[int] = None
     """Row of the cache; None while waiting."""
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, or will be after the steps in flight."""
+    num_output_placeholders: int = 0
+    """Tokens that steps in flight sample, whose ids the host does not know yet."""
+    snapshot_in_flight: bool = False
+    """Whether the prefix cache wants the state after a step in flight."""
+    ended: bool = False
+    """Whether the completion has ended; what a step in flight samples for it is thrown away."""
     num_cached_tokens: Optional[int] = None
     """Prompt tokens found in the prefix cache when the sequence was first scheduled; None before."""
     cached_logits: Optional[Tensor] = None
@@ -85,11 +91,29 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_output_placeholders - self.num_computed_tokens
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether the prompt is not computed yet, or a snapshot after it still to be taken."""
+        return self.num_computed_tokens - self.snapshot_in_flight < self.prompt_length
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether a step in flight samples the last token that the length allows."""
+        reached = len(self.token_ids) + self.num_output_placeholders >= self.max_length
+        return self.num_output_placeholders > 0 and reached
 
     @property
     def num_generated_tokens(self) -> int:
         return len(self.token_ids) - self.prompt_length
+
+    @property
+    def needs_sampled_ids(self) -> bool:
+        """Whether the next token can only be sampled once the host knows the one before: for a grammar, penalties,
+        ``bad_words`` or ``min_tokens``.
+        """
+        return self.params.structured_outputs is not None or self.sampler_state.follows_tokens
 
     @property
     def needs_prompt_logprobs(self) -> bool:

@@ -8,11 +8,12 @@ Order of operations: the mask of a grammar; log-probabilities are those of the m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional, Self
+from typing import NamedTuple, Optional, Self
 
 import torch
 from torch import Tensor
 
+from megatron.dmc.inference.device_queue import to_device, to_host
 from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.token_masks import TokenMask
 
@@ -90,6 +91,14 @@ class SamplerState:
         mask = TokenMask(params.allowed_token_ids or (), bad_word_ids, device) if masks else None
         return cls(params, stop, generator, in_prompt, counts, bias=bias, mask=mask)
 
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether the next token's logits depend on the tokens before, by :meth:`record`."""
+        if not self.constrained:
+            return False
+        by_mask = self.mask is not None and bool(self.mask.sequences)
+        return by_mask or self.counts is not None or self.num_generated < self.params.min_tokens
+
     def record(self, token: int) -> None:
         """Count a token of the completion."""
         self.num_generated += 1
@@ -122,7 +131,7 @@ class Sampler:
             return self._sample(logits, states)
         tokens = argmax(logits)
         if random:
-            rows = torch.tensor(random, device=logits.device)
+            rows = to_device(random, torch.long, logits.device)
             tokens[rows] = self._sample(logits[rows], [states[row] for row in random])
         return tokens
 
@@ -192,7 +201,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)[:, None]
+    return to_device(values, dtype, device)[:, None]
 
 
 def constrain(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
@@ -304,7 +313,27 @@ def _top_sorted(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, order, p * kept)
 
 
-def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logprobs]:
+class LogprobsTensors(NamedTuple):
+    """Log-probabilities at n positions, on their way to the host."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+    """[n] each: the chosen tokens, their log-probabilities and ranks."""
+    top_ids: Tensor
+    top_logprobs: Tensor
+    """[n, most]: the most likely tokens, as many as any of the positions wants."""
+    counts: Sequence[int]
+    """Number of most likely tokens wanted at each position."""
+
+    def entries(self) -> list[Logprobs]:
+        """The same as records. The device must have been waited for."""
+        *tensors, counts = self
+        rows = zip(*(x.tolist() for x in tensors), counts)
+        return [Logprobs(t, lp, rank, tuple(zip(i[:k], v[:k]))) for t, lp, rank, i, v, k in rows]
+
+
+def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> LogprobsTensors:
     """Log-probabilities of ``tokens`` and of the ``counts[i]`` most likely tokens of each row.
 
     Args:
@@ -316,5 +345,4 @@ def logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[Logp
     chosen = scores.gather(-1, tokens[:, None])
     ranks = (scores > chosen).sum(-1) + 1
     values, ids = scores.topk(min(max(counts), scores.size(-1)), dim=-1)
-    rows = zip(tokens.tolist(), chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), counts)
-    return [Logprobs(t, lp, rank, tuple(zip(i[:k], v[:k]))) for t, lp, rank, i, v, k in rows]
+    return LogprobsTensors(*map(to_host, (tokens, chosen[:, 0], ranks, ids, values)), counts)

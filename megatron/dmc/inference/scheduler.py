@@ -7,6 +7,10 @@ sequence is preempted: it gives its pages back, waits, and will be computed agai
 on, and everything ends.
 
 Snapshots of prefixes are never in the way: their pages count as available, and are freed when a step needs them.
+
+A step may be scheduled ahead, while the one before is in flight: with one token more for every sequence of which it is
+not known that it ends, whatever that token will be, and with the most pages that the step in flight may take. Nobody is
+preempted then, since the bound may be wrong: without the pages for all, the step waits for the results.
 """
 
 import bisect
@@ -15,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import numpy as np
+from torch import Tensor
 
 from megatron.dmc.inference.cache import PagedCache
 from megatron.dmc.inference.kv_cache_manager import KVCacheManager
@@ -30,11 +35,16 @@ class ScheduledSequence:
 
     sequence: Sequence
     num_tokens: int
-    """Tokens to compute, from ``num_computed_tokens`` on; 0 when cached logits give the next token."""
+    """Tokens to compute; 0 when cached logits give the next token."""
     samples: bool
     """Whether the next token is sampled: all tokens are computed then."""
     takes_snapshot: bool = False
     """Whether the prefix cache wants the state after these tokens."""
+    start: int = field(init=False)
+    """Position of the first of these tokens."""
+
+    def __post_init__(self) -> None:
+        self.start = self.sequence.num_computed_tokens
 
     @property
     def num_logits(self) -> int:
@@ -74,6 +84,8 @@ class Scheduler:
         self.expected_cr = expected_cr
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.ending: list[tuple[Sequence, bool]] = []
+        """Sequences that have ended while a step in flight computes their rows, and whether their states are kept."""
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -83,18 +95,63 @@ class Scheduler:
 
     def remove(self, sequence: Sequence, keep: bool = True) -> None:
         """Remove a sequence that has ended. Its state may be kept as a snapshot, unless ``keep`` is false."""
+        sequence.ended = True
         if sequence.row is None:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self.kv_cache_manager.release_row(sequence, keep)
+            self.ending.append((sequence, keep))
+            self.release_ended()
         self.kv_cache_manager.remove_sequence(sequence)
+
+    def release_ended(self) -> None:
+        """Take back the rows of ended sequences that no step in flight computes any more."""
+        ending, self.ending = self.ending, []
+        for sequence, keep in ending:
+            if self.cache.in_flight(sequence.row):
+                self.ending.append((sequence, keep))
+            else:
+                self.kv_cache_manager.release_row(sequence, keep)
+
+    def launched(self, scheduled: list[ScheduledSequence]) -> None:
+        """Count a step as in flight."""
+        self.cache.begin_step(*_computed(scheduled))
+        for part in scheduled:
+            part.sequence.num_computed_tokens += part.num_tokens
+        if self.cache.async_scheduling:
+            for part in scheduled:
+                part.sequence.num_output_placeholders += part.samples
+                part.sequence.snapshot_in_flight = part.takes_snapshot
+
+    def landed(self, scheduled: list[ScheduledSequence], lengths: Optional[Tensor]) -> None:
+        """Count the oldest step in flight as ended.
+
+        Args:
+            lengths: of its rows, see :meth:`PagedCache.end_step`; None where it computed no token.
+        """
+        if lengths is not None:
+            self.cache.end_step(*_computed(scheduled), lengths)
+        if self.cache.async_scheduling:
+            for part in scheduled:
+                part.sequence.num_output_placeholders -= part.samples
+                if part.takes_snapshot:
+                    part.sequence.snapshot_in_flight = False
+        self.release_ended()
+
+    def reset(self) -> None:
+        """Preempt all sequences, after steps in flight that have failed."""
+        for sequence, _ in self.ending:
+            self.kv_cache_manager.release_row(sequence, keep=False)
+        self.ending = []
+        for sequence in list(self.running):
+            self.preempt(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Free a running sequence's row and pages, and queue it again. Snapshots of its prompt may outlive it."""
         self.running.remove(sequence)
         self.kv_cache_manager.release_row(sequence, keep=False)
-        sequence.num_computed_tokens, sequence.cached_logits = 0, None
+        sequence.num_computed_tokens = sequence.num_output_placeholders = 0
+        sequence.snapshot_in_flight, sequence.cached_logits = False, None
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         _insert(self.waiting, sequence)
@@ -109,6 +166,26 @@ class Scheduler:
         self.kv_cache_manager.reserve_pages(step.promised)
         return step.finish()
 
+    def schedule_ahead(self, in_flight: list[ScheduledSequence]) -> SchedulerOutput:
+        """Decide on the step after one that is in flight: admits waiting sequences, preempts none.
+
+        A sequence whose state is to be kept as a snapshot after the step in flight sits out. Nothing is scheduled where
+        the step needs what the host will only know from the one in flight.
+        """
+        step = _Step(self, ahead=True)
+        if any(part.samples and part.sequence.needs_sampled_ids for part in in_flight) or any(
+            part.sequence.needs_prompt_logprobs for part in in_flight
+        ):
+            return step.finish()
+        going_on = [s for s in self.running if not (s.ends_in_flight or s.snapshot_in_flight)]
+        step.decode([s for s in going_on if s.num_uncomputed_tokens == 1])
+        step.prefill([s for s in going_on if s.num_uncomputed_tokens > 1])
+        if step.short:
+            return SchedulerOutput()
+        step.admit()
+        self.kv_cache_manager.reserve_pages(step.promised)
+        return step.finish()
+
     def observed_cr(self) -> float:
         """Tokens per slot to expect of a new sequence: what the model promises, or less when running ones have less."""
         observed = self.cache.compression_ratio([s.row for s in self.running]) if self.expected_cr > 1 else None
@@ -118,7 +195,10 @@ class Scheduler:
 class _Step:
     """A step that is being scheduled: what is scheduled so far, and the tokens and pages that are left."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, ahead: bool = False) -> None:
+        """``ahead``: of a step in flight, so that nobody may be preempted."""
+        self.ahead, self.short = ahead, False
+        """``short``: pages that a sequence must have were not there."""
         self.scheduler, self.cache, self.manager = scheduler, scheduler.cache, scheduler.kv_cache_manager
         self.output = SchedulerOutput()
         self.single: list[ScheduledSequence] = []
@@ -170,21 +250,22 @@ class _Step:
         cr = scheduler.observed_cr()
         owed = sum(self._owed_pages(s, cr) for s in scheduler.running if s.num_uncomputed_tokens > 1)
         coming = {node for s in scheduler.running for node in manager.snapshot_points(s)}
-        in_prefill = {s.request.request_id for s in scheduler.running if s.num_computed_tokens < s.prompt_length}
+        in_prefill = {s.request.request_id for s in scheduler.running if s.in_prefill}
         reserve, passed = self.cache.pages_at(1), 0
         for sequence in list(scheduler.waiting):
-            if len(scheduler.running) == scheduler.max_num_seqs or not self.budget or passed > _MOST_PASSED:
+            rows = len(scheduler.running) + len(scheduler.ending)
+            if rows == scheduler.max_num_seqs or not self.budget or passed > _MOST_PASSED:
                 return
             sibling = manager.enabled and sequence.request.request_id in in_prefill
             if manager.should_wait(sequence, coming) or sibling:
                 passed += 1
                 continue
             prefix, expected = self._expected_pages(sequence, cr)
-            if scheduler.running and (expected + owed + reserve > self.free).any():
+            if (scheduler.running or self.ahead) and (expected + owed + reserve > self.free).any():
                 return
             self._start(sequence, prefix)
             owed += self._owed_pages(sequence, cr)
-            if sequence.num_computed_tokens < sequence.prompt_length:
+            if sequence.in_prefill:
                 coming.update(manager.snapshot_points(sequence))
                 in_prefill.add(sequence.request.request_id)
 
@@ -225,9 +306,14 @@ class _Step:
         self.free = self.free - pages
 
     def _make_room(self, sequence: Sequence, needed: np.ndarray) -> bool:
-        """Preempt the youngest sequences until ``needed`` pages are free; False when ``sequence`` was one of them."""
+        """Preempt the youngest sequences until ``needed`` pages are free; False when ``sequence`` was one of them, or
+        nobody may be preempted.
+        """
         running = self.scheduler.running
         while (needed > self.free).any():
+            if self.ahead:
+                self.short = True
+                return False
             if len(running) == 1:
                 self.output.unschedulable.append(sequence)
                 return False
@@ -264,6 +350,12 @@ class _Step:
         if part is not None:
             held = held + self.cache.growth([sequence.row], [part.num_tokens])[0]
         return max(0, self.cache.pages_at(len(sequence.token_ids), cr) - int(held.max()))
+
+
+def _computed(scheduled: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
+    """Rows of the cache that get tokens in a step, and how many each."""
+    parts = [part for part in scheduled if part.num_tokens]
+    return [part.sequence.row for part in parts], [part.num_tokens for part in parts]
 
 
 def _insert(sequences: list[Sequence], sequence: Sequence) -> None:
