@@ -41,8 +41,11 @@ class Books:
         pool = engine.vllm_config.compilation_config.static_forward_context.get(POOL)
         self.rows = pool.rows if pool else None
         """None where the worker is a process of its own."""
+        self.unreported = 0
+        """Steps without a report of lengths."""
 
     def check(self) -> None:
+        self.unreported += not self.manager._reports
         if self.rows is None:
             return
         state, manager = self.rows.state, self.manager
@@ -53,6 +56,9 @@ class Books:
         free = manager.block_pool.get_num_free_blocks()
         assert granted + free == manager.usable, (granted, free, manager.usable)
         taken = state.num_pages - state.free_count()
+        for name, life in manager.lives.items():
+            held = len(manager.req_to_blocks[name])
+            assert life.refused or manager.grants.worst(life.enough, life.known) <= held, (name, life, held)
         # Rows that ended hold their pages until the next step begins.
         dropped = set(self.rows._snapshots) - set(manager.prefixes._snapshots if manager.prefixes else ())
         ended = [row.index for name, row in self.rows._rows.items() if name not in manager.lives]
@@ -141,7 +147,7 @@ def check(case: dict) -> dict:
     outcome = run(engine, case, books)
     if books:
         books.check_empty()
-        outcome["usable"] = books.manager.usable
+        outcome |= {"usable": books.manager.usable, "unreported": books.unreported}
     outcome |= {"preempted": preempted, "requests": len(case["requests"]), "seconds": round(time.time() - began)}
     engine.engine_core.shutdown()
     return outcome

@@ -88,6 +88,12 @@ def test_rows_lie_in_the_buffer_and_come_back() -> None:
     run(rows, "b", 7, 1, 3)
     run(rows, "c", 5, 2, 0)
     assert [known.tokens for _, known in rows.take_lengths().values()] == [4, 2]
+    rows.begin(Plan(tokens={"b": 1}, report=False))
+    run(rows, "b", 7, 1, 4)
+    assert rows.take_lengths() == {}
+    rows.begin(Plan(tokens={"b": 1}))
+    run(rows, "b", 7, 1, 5)
+    assert [known.tokens for _, known in rows.take_lengths().values()] == [6]
     rows.begin(Plan(ended=["b", "c"]))
     assert rows.take_lengths() == {} and rows.requests == 0
     assert state.free_count() == state.num_pages and set(rows.row_of_block.tolist()) == {-1}

@@ -21,7 +21,10 @@ class Window:
 
     def beyond(self, tokens: Any) -> Any:
         """Tokens of a sequence that are older than its window: all, for a model that does not evict."""
-        return np.maximum(tokens - 1 - self.size, 0) if self.size else tokens
+        if not self.size:
+            return tokens
+        older = tokens - 1 - self.size
+        return max(older, 0) if isinstance(older, int) else np.maximum(older, 0)
 
     def inside(self, tokens: Any) -> Any:
         """Tokens of a sequence in its window: the latest w + 1; none for a model that does not evict."""

@@ -28,6 +28,8 @@ class CompressedSpec(AttentionSpec):
     layout: Layout
     snapshots: int
     """Rows for states that are kept for prefix caching; 0 without."""
+    report_every: int
+    """Decoding steps from one report of lengths to the next, unless blocks are short."""
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Memory in which one request of the longest context is expected to fit, with the rows of all."""
@@ -62,6 +64,8 @@ class _Life:
     """Given when a step first has it; lengths of an earlier life are ignored by it."""
     tokens: int = 0
     """Tokens that it was granted blocks for."""
+    enough: int = 0
+    """Tokens for which its blocks are enough at worst: so many or more."""
     known: Lengths | None = None
     refused: bool = False
     source: Snapshot | None = None
@@ -91,6 +95,7 @@ class CompressedManager(CircularBufferManager):
         self._numbers = 0
         self.prefixes = Prefixes(kv_cache_spec.snapshots) if kv_cache_spec.snapshots else None
         self._matches: dict[str, Snapshot] = {}
+        self._report_every, self._unreported, self._reports = kv_cache_spec.report_every, 0, True
         self._reported: dict[int, Snapshot] = {}
         # Blocks of snapshots are anybody's who needs them: vLLM counts them as free, as its own cached ones.
         self._unused = self.block_pool.get_num_free_blocks
@@ -116,11 +121,14 @@ class CompressedManager(CircularBufferManager):
         if apply_admission_cap:
             return max(0, min(self.grants.expected(num_tokens), self.usable) - held)
         life = self.lives.get(request_id) or self._new_life(request_id, total_computed_tokens)
-        return max(0, self._needed(life, num_tokens) - held)
+        return 0 if num_tokens <= life.enough else max(0, self._needed(life, num_tokens) - held)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Grant blocks. Returns the first of a life alone: the others are memory, and no place for the worker."""
         blocks, life = self.req_to_blocks[request_id], self.lives.setdefault(request_id, _Life())
+        if num_tokens <= life.enough:
+            life.tokens = max(life.tokens, num_tokens)
+            return []
         begins = not blocks
         needed = self._needed(life, num_tokens)
         life.tokens = max(life.tokens, num_tokens)
@@ -130,6 +138,9 @@ class CompressedManager(CircularBufferManager):
         if life.source is not None and needed + len(life.source.blocks) > self.free_count():
             blocks.extend(self.prefixes.remove(life.source))
         self._resize(blocks, max(needed, len(blocks)), life.source)
+        if not life.refused:
+            counts = (life.tokens + more for more in (8, 4, 2, 1, 0))
+            life.enough = next(count for count in counts if self.grants.worst(count, life.known) <= len(blocks))
         self.num_cached_block[request_id] = 0
         return blocks[:1] if begins else []
 
@@ -211,6 +222,21 @@ class CompressedManager(CircularBufferManager):
         """Those of ``request_ids`` that the cache cannot hold."""
         return [request for request in request_ids if self.lives[request].refused]
 
+    def wants_report(self, tokens: int, requests: int) -> bool:
+        """Whether lengths are to be reported after a step of so many tokens and requests.
+
+        Reports take time, so some steps in which all requests decode have none, and grants stay as if none of their
+        tokens had merged. That must not cost a request its place: without a report there are free blocks for the next
+        step of all requests whose blocks may not be enough for it.
+        """
+        kinds = 2 if self.grants.window.size else 1
+        short = sum(life.enough <= life.tokens for life in self.lives.values())
+        self._unreported += 1
+        self._reports = self._unreported >= self._report_every or tokens > requests or self.free_count() < kinds * short
+        if self._reports:
+            self._unreported = 0
+        return self._reports
+
     def report(self, request_id: str, number: int, known: Lengths) -> None:
         """Take the lengths after a step, and take back blocks that the request does not need any more."""
         snapshot, life = self._reported.pop(number, None), self.lives.get(request_id)
@@ -220,10 +246,16 @@ class CompressedManager(CircularBufferManager):
         if life is None or life.number != number or life.refused:
             return
         life.known = known
-        self._shrink(self.req_to_blocks[request_id], life.tokens, known)
+        if self._shrink(self.req_to_blocks[request_id], life.tokens, known):
+            life.enough = life.tokens
 
-    def _shrink(self, blocks: list[KVCacheBlock], tokens: int, known: Lengths) -> None:
-        self._resize(blocks, min(len(blocks), self.grants.worst(tokens, known)))
+    def _shrink(self, blocks: list[KVCacheBlock], tokens: int, known: Lengths) -> bool:
+        """Give back blocks that are not needed for so many tokens. Returns whether there were some."""
+        needed = self.grants.worst(tokens, known)
+        if needed >= len(blocks):
+            return False
+        self._resize(blocks, needed)
+        return True
 
     # -------------------------------------------------------------------------------------------------- prefix caching
 
@@ -252,7 +284,8 @@ class CompressedManager(CircularBufferManager):
         node = self.prefixes.vacant(salt, tokens)  # what was dropped may have taken the first one with it
         assert node is not None
         snapshot = self.prefixes.add(node, life.known, self.req_to_blocks.pop(request_id))
-        self._reported[life.number] = snapshot
+        if self._reports:
+            self._reported[life.number] = snapshot
         return snapshot.number
 
     def copy(self, request_id: str, computed: int) -> int | None:

@@ -104,6 +104,9 @@ class DMCConnector(KVConnectorBase_V1, SupportsHMA):
             ended=list(scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())),
             refused=manager.refused(scheduler_output.num_scheduled_tokens),
             tokens=dict(scheduler_output.num_scheduled_tokens),
+            report=manager.wants_report(
+                scheduler_output.total_num_scheduled_tokens, len(scheduler_output.num_scheduled_tokens)
+            ),
         )
 
     def _copy(self, cached: Any) -> list[tuple[int, str]]:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron.dmc.inference.recent_pages import Window
 
 
-@dataclass(frozen=True)
-class Lengths:
+class Lengths(NamedTuple):
     """What a request held after a step, on every rank: sums over its heads (layers x KV heads of the rank)."""
 
     tokens: int
@@ -30,7 +30,7 @@ class Lengths:
     """KV slots: [ranks]."""
     pages: tuple[int, ...]
     """Pages: [ranks]."""
-    ends: tuple[tuple[int, ...], ...]
+    ends: tuple[list[int], ...]
     """Heads by slots in their last page: [ranks][page_size]; entry 0 counts those whose last page is full."""
 
     @classmethod
@@ -42,11 +42,14 @@ class Lengths:
     def of_all(cls, tokens: Sequence[int], lengths: np.ndarray, page_size: int) -> list[Lengths]:
         """Lengths of several requests of one rank: ``lengths`` int [requests, heads]."""
         n = len(tokens)
-        offsets = page_size * np.arange(n)[:, None]
-        ends = np.bincount((lengths % page_size + offsets).ravel(), minlength=n * page_size).reshape(n, page_size)
-        columns = lengths.sum(1), (-(-lengths // page_size)).sum(1), ends
+        last = lengths & page_size - 1  # the remainder, since page_size is a power of 2
+        last += page_size * np.arange(n, dtype=last.dtype)[:, None]
+        ends = np.bincount(last.ravel(), minlength=n * page_size).reshape(n, page_size)
+        slots = lengths.sum(1)
+        empty = ends @ (-np.arange(page_size) % page_size)  # slots of last pages
+        columns = slots, (slots + empty) // page_size, ends
         rows = zip(tokens, *(column.tolist() for column in columns), strict=True)
-        return [cls(count, (slots,), (pages,), (tuple(last),)) for count, slots, pages, last in rows]
+        return [cls(count, (slots,), (pages,), (last,)) for count, slots, pages, last in rows]
 
     def beside(self, other: Lengths) -> Lengths:
         """The same request's lengths on more ranks."""
@@ -54,14 +57,15 @@ class Lengths:
 
     def pages_after(self, slots: int) -> int:
         """Most pages that any rank holds when every head gets so many slots more."""
-        most = 0
-        for pages, ends in zip(self.pages, self.ends, strict=True):
-            # A head takes a page for every page_size slots, and one more where the others do not fit its last page.
-            whole, more = divmod(slots, len(ends))
-            if more:
-                pages += ends[0] + sum(ends[len(ends) - more + 1 :])
-            most = max(most, pages + (whole * sum(ends) if whole else 0))
-        return most
+        if not slots:
+            return max(self.pages)
+        size = len(self.ends[0])
+        # A head takes a page for every page_size slots, and one more where the others do not fit its last page.
+        whole, more = divmod(slots, size)
+        pages = self.pages
+        if more:
+            pages = [n + ends[0] + sum(ends[size - more + 1 :]) for n, ends in zip(pages, self.ends, strict=True)]
+        return max(pages) + (whole * sum(self.ends[0]) if whole else 0)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Grants:
         """Blocks of a request of so many tokens when none is merged or evicted that was not computed at ``known``."""
         before = known.tokens if known else 0
         after = max(tokens, before)
-        slots = int(self.window.beyond(after) - self.window.beyond(before))
-        pages = known.pages_after(slots) if known else self.heads * int(self.window.end(slots))
+        slots = self.window.beyond(after) - self.window.beyond(before)
+        pages = known.pages_after(slots) if known else self.heads * self.window.end(slots)
         return max(1, -(-pages // self.heads) + self._recent(before, after))
 
     def _recent(self, before: int, after: int) -> int:
@@ -94,12 +98,12 @@ class Grants:
         if not self.window.size:
             return 0
         # Those between two steps and those that a step takes: either lie in a window.
-        most = 2 * (int(self.window.end(self.window.size + 1)) + 1)
-        return min(int(self.window.end(after) - self.window.begin(before)), most)
+        most = 2 * (self.window.end(self.window.size + 1) + 1)
+        return min(self.window.end(after) - self.window.begin(before), most)
 
     def expected(self, tokens: int) -> int:
         """Blocks in which a request of so many tokens can be computed step by step, if it compresses as expected."""
-        older = int(self.window.beyond(tokens))
+        older = self.window.beyond(tokens)
         unknown = min(older, self.step_tokens)
         slots = unknown + (older - unknown) / self.expected_cr
         # The last pages of the heads, which compress differently, are half empty.
@@ -108,7 +112,7 @@ class Grants:
 
     def slots(self, known: Lengths) -> int:
         """Slots of a request in pages of both kinds, over all heads and ranks."""
-        return sum(known.slots) + int(self.window.inside(known.tokens)) * self.heads * len(known.slots)
+        return sum(known.slots) + self.window.inside(known.tokens) * self.heads * len(known.slots)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Plan:
     """Snapshots that are given up, some of which ``resumed`` names for the last time."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of each request of this step."""
+    report: bool = True
+    """Whether the lengths after this step are reported."""
 
 
 @dataclass
@@ -97,7 +99,7 @@ class Rows:
         self._free = list(range(self.shape["max_seqs"] - 1, -1, -1))
         self._rows: dict[str, _Row] = {}
         self._snapshots: dict[int, int] = {}
-        self._step: list[str] = []
+        self._step: list[str] = []  # whose lengths are reported
         self._failed: set[int] = set()
         self._copies: deque[tuple[list[tuple[str, int, int]], Tensor, torch.cuda.Event | None]] = deque()
         self.row_of_block = torch.full((blocks,), -1, dtype=torch.int32, device=buffer.device)
@@ -148,7 +150,7 @@ class Rows:
                 row.refused = True
         for request, tokens in plan.tokens.items():
             self._rows[request].tokens += tokens
-        self._step = list(plan.tokens)
+        self._step = list(plan.tokens) if plan.report else []
 
     def _on_device(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int32, device=self.row_of_block.device)
@@ -165,8 +167,8 @@ class Rows:
         return failed
 
     def take_lengths(self) -> dict[str, tuple[int, Lengths]]:
-        """Lives and lengths of requests after the last step; on a GPU after the one before, which has ended by now, so
-        that the host waits for nothing and all ranks tell of the same step.
+        """Lives and lengths of requests after the last step, none where its plan wants no report; on a GPU after the
+        one before, which has ended by now, so that the host waits for nothing and all ranks tell of the same step.
         """
         if self._step:
             rows = [self._rows[request] for request in self._step]
