@@ -43,8 +43,9 @@ DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "b
 
 
 def backend_named(name: str):
-    """Context in which a backend of :data:`BACKENDS` runs."""
-    return use_backend(emulated.kernels() if name == "emulated" else name)
+    """Context in which a backend of :data:`BACKENDS` runs, or "amx": the kernels for AMX, emulated."""
+    made = {"emulated": emulated.kernels, "amx": emulated.amx_kernels}
+    return use_backend(made[name]() if name in made else name)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron.dmc.kernels.cpu_tuning import cpu_info, is_intel
+from megatron.dmc.kernels.cpu_tuning import cpu_info, is_intel, may_use_tiles
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PACKAGED = Path(__file__).resolve().parent / "lib"
@@ -48,10 +48,11 @@ class InstructionSet(NamedTuple):
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _AVX512_CPU = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+_BF16_CPU = _AVX512_CPU | {"avx512_bf16", "avx512_vnni"}
 X86 = {  # best first
-    "avx512bf16": InstructionSet(
-        (*_AVX512, "-mavx512bf16", "-mavx512vnni"), _AVX512_CPU | {"avx512_bf16", "avx512_vnni"}
-    ),
+    "amx": InstructionSet((*_BF16, "-mamx-tile", "-mamx-bf16"), _BF16_CPU | {"amx_tile", "amx_bf16"}),
+    "avx512bf16": InstructionSet(_BF16, _BF16_CPU),
     "avx512": InstructionSet(_AVX512, _AVX512_CPU),
     "avx2": InstructionSet(_AVX2, frozenset({"avx2", "fma", "f16c"})),
     "base": InstructionSet((), frozenset()),
@@ -78,11 +79,14 @@ def instruction_sets() -> dict[str, InstructionSet]:
 def usable_instruction_sets() -> list[str]:
     """Instruction sets that this CPU runs, best first: the order in which a portable library looks."""
     have = set(cpu_info().get("flags", "").split())
+    if not may_use_tiles():
+        have.discard("amx_tile")
     usable = [name for name, kind in instruction_sets().items() if have >= kind.needs]
     # In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many
     # products.
-    if usable[0] == "avx512bf16" and is_intel():
-        usable[:2] = reversed(usable[:2])
+    if "avx512bf16" in usable and is_intel():
+        usable.remove("avx512bf16")
+        usable.insert(usable.index("avx512") + 1, "avx512bf16")
     return usable
 
 

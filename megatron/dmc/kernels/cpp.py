@@ -66,5 +66,5 @@ def load() -> CppKernels:
 
 
 def instruction_set() -> str:
-    """Instruction set of the kernels that run on this CPU: avx512bf16, avx512, avx2 or base."""
+    """Instruction set of the kernels that run on this CPU: amx, avx512bf16, avx512, avx2 or base."""
     return str(load().library["isa"]())

@@ -7,6 +7,7 @@ keeps to one thread stand beside their loops in ``csrc/cpu_*.cpp``.
 """
 
 import ctypes
+import platform
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -19,6 +20,7 @@ from torch import Tensor
 HUGE_PAGE_BYTES = 2**21  # of Linux on x86-64 and arm64
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # asm-generic/mman-common.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc: malloc.h
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # x86-64: asm/unistd_64.h, asm/prctl.h
 KEPT_BYTES = 256 * 2**20  # freed memory that the process keeps
 LARGEST_KEPT_BYTES = 32 * 2**20  # of one allocation; glibc takes no more (DEFAULT_MMAP_THRESHOLD_MAX)
 
@@ -43,6 +45,17 @@ def cpu_info() -> dict[str, str]:
 def is_intel() -> bool:
     """True on a CPU made by Intel."""
     return cpu_info().get("vendor_id") == "GenuineIntel"
+
+
+@cache
+def may_use_tiles() -> bool:
+    """True where this process may use Intel's tiles (AMX). Linux has to be asked once per process, and refuses on a CPU
+    without them, and where a thread's stack for signals is too small for their 8 KiB.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    libc = ctypes.CDLL(None)
+    return libc.syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
 @cache

@@ -111,7 +111,7 @@ template <class T> INLINE float softmax_tile(float* s, int n, float scale, float
 #pragma GCC unroll 16
   for (int i = 0; i < kTile / VW; i += Rows<T>::kTogether) {
     vf p = vexp2(x[i] - base);
-#if defined(__AVX512BF16__)
+#if defined(DMC_PAIRED)
     if constexpr (Rows<T>::kTogether == 2) {
       vf pairs = (vf)_mm512_cvtne2ps_pbh((__m512)vexp2(x[i + 1] - base), (__m512)p);
       sum = Rows<T>::add(sum, (vf)_mm512_set1_epi32(0x3f803f80), pairs);
@@ -144,7 +144,7 @@ template <class T> INLINE void read_row(float* out, const T* x, int d, float fac
 // drops such requests while its queue of misses is full. Lines are requested in their order, evenly between the arithmetic: in
 // another order, or in bursts, memory takes up to twice as long.
 // Intel's CPUs, which run the build of AVX-512 without bf16, do not drop any; there the first brings a line to L2.
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+#if defined(__AVX512F__) && !defined(DMC_PAIRED)
 constexpr int kFar = 2;
 #else
 constexpr int kFar = 3;

@@ -1,6 +1,11 @@
 // Launcher of the CPU kernels. It checks the values of the index tensors too, and takes the pages of a step.
 #include <stdlib.h>
 #include <string.h>
+#if defined(DMC_WITH_amx)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <vector>
@@ -34,6 +39,9 @@
                                            dmc_linear_##isa,                                    \
                                            dmc_quantized_##isa};
 
+#ifdef DMC_WITH_amx
+DMC_TABLE(amx)
+#endif
 #ifdef DMC_WITH_avx512bf16
 DMC_TABLE(avx512bf16)
 #endif
@@ -49,21 +57,42 @@ DMC_TABLE(base)
 
 namespace {
 
+#ifdef DMC_WITH_amx
+// True where this process may use AMX for bf16: the CPU has it (CPUID leaf 7, EDX bits 22 and 24), and Linux lets the process have the 8
+// KiB of state for each thread, for which it has to be asked once (arch/x86/xstate.rst; arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool may_use_tiles() {
+#if defined(DMC_EMULATED)  // see tests/amx_emulator
+  return true;
+#elif defined(__linux__)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The best of the builds in this library that this CPU runs; MEGATRON_DMC_ISA names another, for tests.
 const Kernels& kernels() {
   static const Kernels* best = [] {
     const char* wish = getenv("MEGATRON_DMC_ISA");
     std::vector<const Kernels*> usable;
-#if defined(DMC_WITH_avx512) || defined(DMC_WITH_avx512bf16)
+#if defined(DMC_WITH_avx512) || defined(DMC_WITH_avx512bf16) || defined(DMC_WITH_amx)
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
+#if defined(DMC_WITH_avx512bf16) || defined(DMC_WITH_amx)
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
 #ifdef DMC_WITH_avx512bf16
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) usable.push_back(&table_avx512bf16);
+    if (bf16) usable.push_back(&table_avx512bf16);
 #endif
 #ifdef DMC_WITH_avx512
     // In the two cycles that Intel's CPUs take for a product of pairs of bf16 they do four FMA, each half as many products.
     if (avx512) usable.insert(__builtin_cpu_is("intel") ? usable.begin() : usable.end(), &table_avx512);
+#endif
+#ifdef DMC_WITH_amx
+    if (bf16 && may_use_tiles()) usable.insert(usable.begin(), &table_amx);
 #endif
 #ifdef DMC_WITH_avx2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))

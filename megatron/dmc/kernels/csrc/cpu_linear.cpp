@@ -53,7 +53,7 @@ template <int R, bool next> INLINE void multiply(const float* x, int64_t stride,
 template <int R, bool next> INLINE void multiply(const bf16* x, int64_t stride, const bf16* w, int64_t inputs, vf (*sum)[NV]) {
   for (int64_t i = 0; i < inputs; i += 2, w += 2 * kPanel) {
     if (next) prefetch_input(w + kPanel * inputs);
-#if defined(__AVX512BF16__)
+#if defined(DMC_PAIRED)
     __m512bh part[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) part[v] = (__m512bh)_mm512_loadu_si512(w + 2 * v * VW);

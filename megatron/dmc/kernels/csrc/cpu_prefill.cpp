@@ -2,85 +2,12 @@
 // evicts, over its kept slots, itself, and the tokens of its window before it, which lie in the pages of the window as it was before the
 // chunk and in the chunk.
 //
-// A task is 64 queries (tokens times the group) of one KV head. Queries lie in the lanes: scores [slot][query], weights likewise,
-// sums [channel][query], so both products broadcast a number of the cache and no sum runs across lanes. Four numbers of the cache
-// by four vectors of queries (two without AVX-512) are summed in registers: eight loads for sixteen products. Where the CPU
-// multiplies pairs of bf16, what is broadcast and what lies in a lane are pairs, of channels for the scores, of slots for the sums.
+// A task is 64 queries (tokens times the group) of one KV head. Slots are read by tiles of 64.
 #include "cpu_codes.h"
 #include "cpu_int8.h"
+#include "cpu_prefill.h"
 
 namespace {
-
-constexpr int kRows = 64;      // queries of a task
-constexpr int kBroadcast = 4;  // elements of the cache that are broadcast at a time: accumulators are kBroadcast x V vectors
-constexpr int kPiece = 16;     // slots that lie in one piece, whatever the page size
-
-// Content of 32 bits: a number, or where the CPU multiplies pairs of bf16, two channels of a key, two slots of values and weights.
-template <class T> struct Panel {
-  static constexpr int kTogether = 1;
-  INLINE vf all(const float* x) { return splat(*x); }
-  INLINE vf add(vf sum, vf x, vf y) { return sum + x * y; }
-};
-#if defined(__AVX512BF16__)
-template <> struct Panel<bf16> {
-  static constexpr int kTogether = 2;
-  INLINE vf all(const float* x) {
-    int32_t pair;
-    memcpy(&pair, x, sizeof pair);
-    return (vf)_mm512_set1_epi32(pair);
-  }
-  INLINE vf add(vf sum, vf x, vf y) { return (vf)_mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
-  INLINE vf ones() { return (vf)_mm512_set1_epi32(0x3f803f80); }
-  // fp32 weights of two slots, rounded.
-  INLINE vf pairs(vf x, vf y) {
-    vf low = widen((vh)_mm512_cvtneps_pbh((__m512)x), bf16{}), high = widen((vh)_mm512_cvtneps_pbh((__m512)y), bf16{});
-    return (vf)((vu)high | ((vu)low >> 16));
-  }
-};
-#endif
-
-// What is multiplied of a cache with queries of T: codes as the fp32 numbers that they stand for.
-template <class T, bool Quantized> struct Numbers { typedef T type; };
-template <class T> struct Numbers<T, true> { typedef float type; };
-
-template <class T> constexpr bool kInPlace = sizeof(T) == 4 || Panel<T>::kTogether == 2;  // keys are multiplied as they lie
-
-// acc[kBroadcast][V] += sum over e < depth of a[i * row + e * column] * b[e][kRows].
-template <class P, int V>
-INLINE void multiply(vf (*acc)[V], const float* a, int64_t row, int64_t column, const float* b, int depth) {
-#pragma GCC unroll 4
-  for (int e = 0; e < depth; e++) {
-    vf x[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) x[j] = load(b + e * kRows + j * VW);
-#pragma GCC unroll 4
-    for (int i = 0; i < kBroadcast; i++) {
-      vf y = P::all(a + i * row + e * column);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) acc[i][j] = P::add(acc[i][j], x[j], y);
-    }
-  }
-}
-
-struct Block {  // scratch of one task; fp32, or pairs
-  float *q;       // [D][kRows]
-  float *sum;     // [D][kRows]
-  float *scores;  // [kTile][kRows], then the weights
-  float *k, *v;   // [kTile][D]: of keys and values that are not multiplied as they lie
-  float top[kRows], total[kRows];
-  int32_t least[kRows], limit[kRows];  // a query sees what is at [least, limit) of the tiles at hand
-  static int64_t floats(int d) { return align_up(d, VW) * (2 * kRows + 2 * kTile) + kTile * kRows; }
-  Block(float* memory, int d) {
-    int64_t wide = align_up(d, VW);
-    q = memory, sum = q + wide * kRows, scores = sum + wide * kRows, k = scores + kTile * kRows, v = k + kTile * wide;
-  }
-};
-
-// A tile of slots, in pieces of kPiece.
-struct Tile {
-  const float *k[kTile / kPiece], *v[kTile / kPiece];
-  int64_t k_row, v_row;  // 32 bits
-};
 
 // out[e][kRows] = rows[i][e]; rows of `d` numbers. Writes up to align_up(d, VW) rows.
 template <class T> INLINE void to_columns(float* out, const T* const* rows, int columns, int d) {
@@ -107,91 +34,6 @@ template <class T> INLINE float dot(const T* x, const T* y, int d) {
   return vsum(sum);
 }
 
-// scores[slot][query], V vectors of queries at a time. Behind slot n: anything.
-template <class P, int V> INLINE void score(const Block& b, const Tile& tile, int n, int depth, int columns) {
-  for (int at = 0; at < columns; at += V * VW)
-    for (int r = 0; r < n; r += kBroadcast) {
-      vf acc[kBroadcast][V] = {};
-      multiply<P, V>(acc, tile.k[r / kPiece] + r % kPiece * tile.k_row, tile.k_row, 1, b.q + at, depth);
-#pragma GCC unroll 4
-      for (int i = 0; i < kBroadcast; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) store(b.scores + (r + i) * kRows + at + j * VW, acc[i][j]);
-    }
-}
-
-// sum[channel][query] += values * weights; `n` counts what lies in 32 bits.
-template <class P, int V> INLINE void add_values(const Block& b, const Tile& tile, int n, int d, int columns) {
-  constexpr int piece = kPiece / P::kTogether;
-  for (int at = 0; at < columns; at += V * VW)
-    for (int c = 0; c < d; c += kBroadcast) {
-      vf acc[kBroadcast][V];
-#pragma GCC unroll 4
-      for (int i = 0; i < kBroadcast; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) acc[i][j] = load(b.sum + (c + i) * kRows + at + j * VW);
-      const float* weights = b.scores + at;
-      int r = 0;  // whole pieces have a constant length
-      for (; r + piece <= n; r += piece) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, weights + r * kRows, piece);
-      if (r < n) multiply<P, V>(acc, tile.v[r / piece] + c, 1, tile.v_row, weights + r * kRows, n - r);
-#pragma GCC unroll 4
-      for (int i = 0; i < kBroadcast; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) store(b.sum + (c + i) * kRows + at + j * VW, acc[i][j]);
-    }
-}
-
-// Scores of rows [begin, begin + n) to weights, relative to 2^top; where that lags too far behind the maximum it moves on, and
-// what was summed is scaled. V vectors of queries at a time: a maximum has to wait for the one before it.
-template <class T, int V> INLINE void weigh(Block& b, int64_t begin, int n, int d, int columns, float scale, bool masked) {
-  constexpr int together = Panel<T>::kTogether;
-  for (int at = 0; at < columns; at += V * VW) {
-    vf base[V], best[V], sum[V];
-    vi least[V], limit[V];
-    memcpy(least, b.least + at, sizeof least);
-    memcpy(limit, b.limit + at, sizeof limit);
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) base[j] = best[j] = load(b.top + at + j * VW), sum[j] = load(b.total + at + j * VW);
-    float* scores = b.scores + at;
-    for (int r = 0; r < n; r++)
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) {
-        float* to = scores + r * kRows + j * VW;
-        vf s = load(to) * splat(scale);
-        if (masked) s = select((least[j] <= (int32_t)(begin + r)) & (limit[j] > (int32_t)(begin + r)), s, splat(-INFINITY));
-        store(to, s);
-        best[j] = vmax(s, best[j]);
-      }
-    for (int r = n; r % together; r++)
-      for (int j = 0; j < V; j++) store(scores + r * kRows + j * VW, splat(-INFINITY));
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) {
-      vi behind = best[j] > base[j] + splat(kSlack);
-      if (!any(behind)) continue;
-      vf top = select(behind, best[j], base[j]), factor = vexp2(base[j] - top);
-      float* sums = b.sum + at + j * VW;
-      for (int c = 0; c < d; c++) store(sums + c * kRows, load(sums + c * kRows) * factor);
-      sum[j] *= factor, base[j] = top;
-      store(b.top + at + j * VW, top);
-    }
-    for (int r = 0; r < n; r += together)
-#pragma GCC unroll 4
-      for (int j = 0; j < V; j++) {
-        const float* from = scores + r * kRows + j * VW;
-        vf p = vexp2(load(from) - base[j]);
-        if constexpr (together == 2) {
-          p = Panel<T>::pairs(p, vexp2(load(from + kRows) - base[j]));
-          sum[j] = Panel<T>::add(sum[j], Panel<T>::ones(), p);  // of the rounded weights
-        } else {
-          sum[j] += p;
-        }
-        store(scores + r / together * kRows + j * VW, p);
-      }
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) store(b.total + at + j * VW, sum[j]);
-  }
-}
-
 // Two rows of values, in pairs; `odd` null: zeros.
 INLINE void pair_row(float* out, const bf16* even, const bf16* odd, int d) {
   for (int c = 0; c < d; c += VW) {
@@ -203,24 +45,29 @@ INLINE void pair_row(float* out, const bf16* even, const bf16* odd, int d) {
 }
 
 // n values to b.v, of which row(r) is the r-th.
-template <class T, class Row> INLINE void copy_values(Block& b, int n, int d, Row row) {
-  constexpr int together = Panel<T>::kTogether;
+template <class T, class N, class Row> INLINE void copy_values(Block& b, int n, int d, Row row) {
+  constexpr int together = Panel<N>::kTogether;
   int64_t wide = align_up(d, VW);
+  if constexpr (kTiled<N>) {
+    const T* rows[kTile];
+    for (int r = 0; r < n; r++) rows[r] = row(r);
+    return turn_rows((T*)b.v, rows, n, d);
+  }
   for (int r = 0; r < n; r += together)
     if constexpr (together == 2) pair_row(b.v + r / 2 * wide, row(r), r + 1 < n ? row(r + 1) : nullptr, d);
     else read_row(b.v + r * wide, row(r), d, 1.0f);
 }
 
-template <class T> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin, int n, int d) {
-  constexpr int together = Panel<T>::kTogether;
+template <class T, class N> INLINE Tile read_tile(Block& b, const Slots& s, int64_t begin, int n, int d) {
+  constexpr int together = Panel<N>::kTogether;
   Tile tile;
   int64_t wide = align_up(d, VW);
-  tile.k_row = kInPlace<T> ? d / together : wide, tile.v_row = sizeof(T) == 4 ? d : wide;
-  if (!kInPlace<T>)
+  tile.k_row = kInPlace<T, N> ? d / together : wide, tile.v_row = sizeof(T) == 4 ? d : wide;
+  if (!kInPlace<T, N>)
     for (int r = 0; r < n; r++) read_row(b.k + r * wide, s.key<T>(begin + r), d, 1.0f);
-  if (sizeof(T) != 4) copy_values<T>(b, n, d, [&](int r) { return s.value<T>(begin + r); });
+  if (sizeof(T) != 4) copy_values<T, N>(b, n, d, [&](int r) { return s.value<T>(begin + r); });
   for (int r = 0; r < n; r += kPiece) {
-    tile.k[r / kPiece] = kInPlace<T> ? (const float*)s.key<T>(begin + r) : b.k + r * wide;
+    tile.k[r / kPiece] = kInPlace<T, N> ? (const float*)s.key<T>(begin + r) : b.k + r * wide;
     tile.v[r / kPiece] = sizeof(T) == 4 ? (const float*)s.value<T>(begin + r) : b.v + r / together * wide;
   }
   return tile;
@@ -242,8 +89,8 @@ INLINE Window window_of(const PrefillParams& p, int64_t sequence, int64_t head) 
 
 // Tile of n tokens of a window, from token `from` of the sequence on. They are copied: in the step, rows of a head lie so far apart
 // that they would displace each other in the CPU's first cache.
-template <class T> INLINE Tile read_window(Block& b, const PrefillParams& p, const Window& w, int64_t head, int64_t from, int n) {
-  constexpr int together = Panel<T>::kTogether;
+template <class T, class N> INLINE Tile read_window(Block& b, const PrefillParams& p, const Window& w, int64_t head, int64_t from, int n) {
+  constexpr int together = Panel<N>::kTogether;
   int d = p.cache.head_dim, r = 0;
   int64_t wide = align_up(d, VW);
   const T *keys[kTile], *values[kTile];
@@ -258,33 +105,45 @@ template <class T> INLINE Tile read_window(Block& b, const PrefillParams& p, con
     keys[r] = head_of<T>(p.k_part, t, head), values[r] = head_of<T>(p.v_part, t, head);
   }
   for (r = 0; r < n; r++)
-    if (kInPlace<T>) memcpy(b.k + r * wide, keys[r], d * sizeof(T));
+    if (kInPlace<T, N>) memcpy(b.k + r * wide, keys[r], d * sizeof(T));
     else read_row(b.k + r * wide, keys[r], d, 1.0f);
-  copy_values<T>(b, n, d, [&](int i) { return values[i]; });
+  copy_values<T, N>(b, n, d, [&](int i) { return values[i]; });
   Tile tile;
   tile.k_row = tile.v_row = wide;
   for (r = 0; r < n; r += kPiece) tile.k[r / kPiece] = b.k + r * wide, tile.v[r / kPiece] = b.v + r / together * wide;
   return tile;
 }
 
-// Tile of n slots that `read(r, key, value)` writes, as fp32.
-template <class Read> INLINE Tile read_numbers(Block& b, int n, int d, Read read) {
+// Tile of n slots that `read(r, key, value)` writes as fp32, with zeros up to align_up(d, VW). For tiles of the CPU they are rounded.
+template <class T, class N, class Read> INLINE Tile read_numbers(Block& b, int n, int d, Read read) {
   Tile tile;
   int64_t wide = tile.k_row = tile.v_row = align_up(d, VW);
-  for (int r = 0; r < n; r++) read(r, b.k + r * wide, b.v + r * wide);
   for (int r = 0; r < n; r += kPiece) tile.k[r / kPiece] = b.k + r * wide, tile.v[r / kPiece] = b.v + r * wide;
+  if constexpr (kTiled<N>) {
+    const T* values[kTile];  // behind the keys, which take half of their rows
+    for (int r = 0; r < n; r++) {
+      float k[256 + VW], v[256 + VW];
+      read(r, k, v);
+      T* to = (T*)(b.k + r * wide);
+      write_row(to, k, d, 1.0f), write_row(to + d, v, d, 1.0f);
+      values[r] = to + d;
+    }
+    turn_rows((T*)b.v, values, n, d);
+  } else {
+    for (int r = 0; r < n; r++) read(r, b.k + r * wide, b.v + r * wide);
+  }
   return tile;
 }
 
 // read_tile and read_window of a quantized cache.
-INLINE Tile read_code_tile(Block& b, const Cache& c, const Slots& s, int64_t begin, int n) {
-  return read_numbers(b, n, c.head_dim, [&](int r, float* k, float* v) { read_codes(c, s, begin + r, k, v); });
+template <class T, class N> INLINE Tile read_code_tile(Block& b, const Cache& c, const Slots& s, int64_t begin, int n) {
+  return read_numbers<T, N>(b, n, c.head_dim, [&](int r, float* k, float* v) { read_codes(c, s, begin + r, k, v); });
 }
 
-template <class T>
+template <class T, class N>
 INLINE Tile read_code_window(Block& b, const PrefillParams& p, const Window& w, int64_t head, int64_t from, int n) {
   int d = p.cache.head_dim;
-  return read_numbers(b, n, d, [&](int r, float* k, float* v) {
+  return read_numbers<T, N>(b, n, d, [&](int r, float* k, float* v) {
     if (from + r < w.chunk) return read_codes(p.cache, w.recent, recent_place(p.cache, from + r), k, v);
     int64_t t = w.begin + from + r - w.chunk;
     read_row(k, head_of<T>(p.k_part, t, head), d, 1.0f);
@@ -292,20 +151,10 @@ INLINE Tile read_code_window(Block& b, const PrefillParams& p, const Window& w, 
   });
 }
 
-// A tile whose rows are [at, at + n) of what the queries' limits count.
-template <class T, int V>
-INLINE void attend_rows(Block& b, const Tile& tile, int64_t at, int n, int d, int columns, float scale, bool masked) {
-  using P = Panel<T>;
-  score<P, V>(b, tile, n, d / P::kTogether, columns);
-  weigh<T, V>(b, at, n, d, columns, scale, masked);
-  add_values<P, V>(b, tile, (n + P::kTogether - 1) / P::kTogether, d, columns);
-}
-
-// Tokens [first, first + count) of a sequence, of one KV head. V: vectors of queries that are multiplied at a time. `window` null: the
-// model does not evict.
-template <class T, bool Quantized, int V>
+// Tokens [first, first + count) of a sequence, of one KV head. N: what is multiplied: T, or fp32 where pages are quantized, or Tiled.
+// V: vectors of queries that are multiplied at a time. `window` null: the model does not evict.
+template <class T, class N, bool Quantized, int V>
 void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t first, int count, const Window* window, Block& b) {
-  using N = typename Numbers<T, Quantized>::type;
   using P = Panel<N>;
   static const T nothing[256] = {};
   const Cache& c = p.cache;
@@ -335,8 +184,8 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
   for (int64_t at = 0; at < most; at += kTile) {
     int n = most - at < kTile ? (int)(most - at) : kTile;
     Tile tile;
-    if constexpr (Quantized) tile = read_code_tile(b, c, s, at, n);
-    else tile = read_tile<T>(b, s, at, n, d);
+    if constexpr (Quantized) tile = read_code_tile<T, N>(b, c, s, at, n);
+    else tile = read_tile<T, N>(b, s, at, n, d);
     attend_rows<N, V>(b, tile, at, n, d, columns, scale, at + n > least);
   }
   if (window) {
@@ -346,8 +195,8 @@ void attend_block(const PrefillParams& p, int64_t row, int64_t head, int64_t fir
       int n = last - at < kTile ? (int)(last - at) : kTile;
       bool masked = at + n > token || at + c.evict_window < last;
       Tile tile;
-      if constexpr (Quantized) tile = read_code_window<T>(b, p, *window, head, at, n);
-      else tile = read_window<T>(b, p, *window, head, at, n);
+      if constexpr (Quantized) tile = read_code_window<T, N>(b, p, *window, head, at, n);
+      else tile = read_window<T, N>(b, p, *window, head, at, n);
       attend_rows<N, V>(b, tile, at, n, d, columns, scale, masked);
     }
   }
@@ -384,6 +233,13 @@ struct Task {
   bool lone;  // the last token of its sequence and nothing else
 };
 
+template <class T, class N, bool Quantized>
+INLINE void attend_task(const PrefillParams& p, int64_t row, const Task& t, const Window* window, Block& b) {
+  bool wide = VW == 16 && t.count * p.groups > 2 * VW;
+  if (wide) attend_block<T, N, Quantized, kRows / VW>(p, row, t.head, t.first, t.count, window, b);
+  else attend_block<T, N, Quantized, 2>(p, row, t.head, t.first, t.count, window, b);
+}
+
 template <class T> int prefill(const PrefillParams& p) {
   const Cache& c = p.cache;
   int d = c.head_dim, g = (int)p.groups;
@@ -408,10 +264,12 @@ template <class T> int prefill(const PrefillParams& p) {
   int64_t single = (int64_t)g * (2 * padded<T>(d) + 2) + c.max_pages + c.recent, floats = Block::floats(d);
   if (single > floats) floats = single;
   int failed = 0;
+  bool tiled = kHasTiles<T> && d % kSide == 0;
 #pragma omp parallel num_threads(tasks < 2 ? 1 : p.threads) reduction(| : failed)
   {
     float* memory = scratch(floats);
     if (!memory) failed = 1;
+    if (tiled) configure_tiles();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; i++) {
       const Task& t = list[i];
@@ -427,12 +285,16 @@ template <class T> int prefill(const PrefillParams& p) {
       if (c.recent) window = window_of(p, t.sequence, t.head);
       const Window* own = c.recent ? &window : nullptr;
       Block block(memory, d);
-      bool wide = VW == 16 && t.count * g > 2 * VW;
-      if (c.quantized && wide) attend_block<T, true, kRows / VW>(p, row, t.head, t.first, t.count, own, block);
-      else if (c.quantized) attend_block<T, true, 2>(p, row, t.head, t.first, t.count, own, block);
-      else if (wide) attend_block<T, false, kRows / VW>(p, row, t.head, t.first, t.count, own, block);
-      else attend_block<T, false, 2>(p, row, t.head, t.first, t.count, own, block);
+      if constexpr (kHasTiles<T>)
+        if (tiled) {
+          if (c.quantized) attend_task<T, Tiled, true>(p, row, t, own, block);
+          else attend_task<T, Tiled, false>(p, row, t, own, block);
+          continue;
+        }
+      if (c.quantized) attend_task<T, float, true>(p, row, t, own, block);
+      else attend_task<T, T, false>(p, row, t, own, block);
     }
+    if (tiled) release_tiles();
   }
   free(list);
   return failed;

@@ -52,7 +52,7 @@ template <> struct Rows<bf16> {
     memcpy(buffer, p, left * sizeof(bf16));
     return row(buffer);
   }
-#if defined(__AVX512BF16__)
+#if defined(DMC_PAIRED)
   static constexpr int kTogether = 2, kQuery = VW;
 
   static void pack_query(float* to, const float* q, int channels) {
