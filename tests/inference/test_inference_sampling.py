@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.dmc.inference import InvalidRequest, SamplingParams
 from megatron.dmc.inference.sampler import (
+    BLOCK,
     CANDIDATES,
     Sampler,
     SamplerState,
@@ -134,6 +135,22 @@ def test_rows_have_their_own_parameters() -> None:
     p = truncate(logits, [SamplingParams(), SamplingParams(top_k=1), SamplingParams(top_p=0.5)])
     assert (p[0] > 0).all() and (p[1] > 0).sum() == 1
     assert torch.equal(p[0], torch.softmax(logits[0], -1))
+
+
+@pytest.mark.parametrize("size", [BLOCK - 1, BLOCK, 5 * BLOCK, 5 * BLOCK + 3])
+def test_sums_of_blocks_choose_what_the_sum_of_all_does(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Also for the ends of [0, 1), where most tokens are impossible, and where whole blocks are."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(400, size, generator=generator) * (torch.rand(400, size, generator=generator) < 0.05)
+    p[200:, BLOCK // 2 : 3 * BLOCK] = 0
+    p[:, [3, -1]] += 1e-3
+    numbers = torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    numbers[::5], numbers[1::5] = 0, 1 - 2**-53
+    monkeypatch.setattr(Sampler, "_uniform", lambda self, states: numbers)
+    got = Sampler()._by_sum(p, [])
+    sums = p.cumsum(-1, dtype=torch.float64)
+    want = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
+    assert torch.equal(got, want) and (p.gather(1, got[:, None]) > 0).all()
 
 
 @both_ways

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Optional, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc.inference.device_queue import to_device, to_host
 from megatron.dmc.inference.sampling_params import SamplingParams
 from megatron.dmc.inference.token_masks import TokenMask
 
-BLOCK = 128  # tokens of which a CPU takes the maximum before it looks at them one by one
+BLOCK = 128  # tokens of which a CPU takes the maximum, or the sum, before it looks at them one by one
 CANDIDATES = 256  # tokens among which a CPU looks for those that top_k and top_p leave, before it sorts all
 
 
@@ -138,19 +139,30 @@ class Sampler:
     def _sample(self, logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
         temperature = _column([state.params.temperature for state in states], self.device)
         # Scaled after the maximum is taken off, so that a tiny temperature cannot overflow.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        logits = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
         p = truncate(logits, [state.params for state in states])
         return self._by_sum(p, states) if self.device.type == "cpu" else self._by_noise(p, states)
 
     def _by_sum(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
         """Inverse transform sampling: the first token at which the cumulative sum of p exceeds a uniform number.
 
-        It takes one random number per row, where a CPU needs 20 ms to make a million of Exp(1). A token whose p is 0
-        does not add to the sum, so it is never chosen.
+        It takes one random number per row, where a CPU needs 20 ms to make a million of Exp(1). Sums are those of
+        blocks of tokens first, and then of the tokens of the block that exceeds the number: only the former take all of
+        p. A token whose p is 0 does not add to a sum, so it is never chosen.
         """
-        sums = p.cumsum(dim=-1, dtype=torch.float64)
-        chosen = torch.searchsorted(sums, self._uniform(states) * sums[:, -1:], right=True)
-        return chosen[:, 0].clamp_max_(p.size(-1) - 1)
+        size = p.size(-1)
+        if size % BLOCK:
+            p = F.pad(p, (0, -size % BLOCK))
+        blocks = p.unflatten(-1, (-1, BLOCK))
+        totals = blocks.sum(-1)
+        sums = totals.cumsum(-1, dtype=torch.float64)
+        target = self._uniform(states) * sums[:, -1:]
+        block = torch.searchsorted(sums, target, right=True).clamp_max_(sums.size(-1) - 1)
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+        # A share of the block's sum, since the sum of its tokens in another order is rounded otherwise.
+        total = totals.gather(1, block)
+        share = ((target - sums.gather(1, block) + total) / total).clamp_(0, 1 - 2**-53)
+        return block[:, 0] * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)[:, 0]
 
     def _by_noise(self, p: Tensor, states: Sequence[SamplerState]) -> Tensor:
         """Exponential race, argmax of p / Exp(1): needs no sum over the vocabulary and no host sync, for GPUs."""
