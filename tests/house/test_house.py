@@ -94,7 +94,7 @@ RULES = {
     # Copied into exported directories, where this package is not.
     "checkpoint.remote_code": Rule(never=MEGATRON, only=("torch", "transformers")),
     "model": Rule(("config", "schedule", "ops")),
-    "training": Rule(("config", "environment", "flags", "schedule", "ops", "checkpoint", "model")),
+    "training": Rule(("config", "environment", "flags", "schedule", "ops", "kernels", "checkpoint", "model")),
     "inference": Rule(("config", "environment", "flags", "schedule", "ops", "kernels", "checkpoint"), MEGATRON),
     "serving": Rule(("config", "environment", "flags", "checkpoint", "inference"), MEGATRON),
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.dmc.evaluation.policies import DMS, Projections
 from megatron.dmc.ops import (
+    attention_backend,
     decision_logits,
     evicting_attention,
     kept_slots,
@@ -22,7 +23,24 @@ from megatron.dmc.ops import (
     rotate,
     rotate_and_split_neuron,
 )
-from megatron.dmc.ops.attention import mask_channel, mask_unit
+from megatron.dmc.ops import eviction as module
+from megatron.dmc.ops.attention import Backend, mask_channel, mask_unit
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+STOCK = Backend(
+    "torch CPU flash",
+    lambda q, k, v, scale=None: _FLASH(q, k, v, 0.0, True, scale=scale),
+    lambda *tensors, scale=None: _FLASH_BACKWARD(*tensors, 0.0, True, scale=scale),
+)
+
+
+@pytest.fixture(params=["own", "stock"], autouse=True)
+def kernel(request, monkeypatch) -> None:
+    """On CPUs also as it is computed where the kernel knows a causal mask alone, with torch's."""
+    if request.param == "stock":
+        choose = lambda device, dtype: STOCK if device == "cpu" else attention_backend(device, dtype)
+        monkeypatch.setattr(module, "attention_backend", choose)
 
 
 def layer(q: Tensor, k: Tensor, v: Tensor, *, bias: float, window: int, noise=None) -> Tensor:
@@ -96,6 +114,22 @@ def test_all_channels_may_be_in_attention(g, window, about_self, device) -> None
         for got, expected in zip(*found):
             error = (got - expected).abs().max() / expected.abs().max().clamp_min(0.1)
             assert error <= (1e-9 if device == "cpu" else 3e-5), f"s {s}: {float(error):.1e}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window, rows", [(5, 1), (5, 60), (70, 40), (64, 65)])
+def test_the_rows_of_the_last_tokens_alone(window, rows, device) -> None:
+    """As those of all tokens, of which the others have no gradient."""
+    q, k, v = inputs(130, 3, dtype=torch.float64 if device == "cpu" else torch.float32, device=device)
+    mask = -torch.rand(k.shape[:3], generator=torch.Generator().manual_seed(3)).to(k)
+    weight = torch.randn(q[:, :, -rows:].shape, generator=torch.Generator().manual_seed(5)).to(q)
+    found = []
+    for part in (False, True):
+        leaves = (q[:, :, -rows:], k, v, mask.requires_grad_())
+        out = evicting_attention(leaves[0] if part else q, k, v, window, mask)[:, :, -rows:]
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (leaves[0] if part else q, *leaves[1:]))))
+    for whole, part in zip(*found):
+        assert (whole[:, :, -part.size(2) :] - part).abs().max() <= (1e-12 if device == "cpu" else 3e-5)
 
 
 def test_a_mask_in_bf16_is_not_rounded_to_bf16() -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron.dmc.ops import blocked
 from megatron.dmc.ops.decisions import LOG_ZERO
 from megatron.dmc.ops.packages import trouble_with
 
@@ -34,23 +35,9 @@ class Backend(NamedTuple):
     the factor on the scores; None: 1 / sqrt(D)."""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(do, q, k, v, o, lse, *rest, scale=None) -> (dq, dk, dv)"""
-
-
-_SHORT = 128
-"""Rows up to which the CPU kernel's backward pass is twice as fast in fp32 as in bf16, conversions included (measured
-with torch 2.13 on a CPU without AMX)."""
-
-
-def _cpu_forward(q, k, v, scale=None):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
-
-
-def _cpu_backward(do, q, k, v, o, lse, scale=None):
-    if q.dtype == torch.bfloat16 and q.size(2) <= _SHORT:
-        return tuple(x.bfloat16() for x in _cpu_backward(*(x.float() for x in (do, q, k, v, o)), lse, scale))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        do, q, k, v, o, lse, 0.0, True, scale=scale
-    )
+    masks: bool = False
+    """True: both take ``mask`` and ``window`` too, and backward returns the mask's gradient as well, as in
+    :mod:`megatron.dmc.ops.blocked`."""
 
 
 def _aten_flash_forward(q, k, v, scale=None):
@@ -119,7 +106,7 @@ def attention_backend(device_type: str, dtype: torch.dtype) -> Backend:
         ValueError: fp64 on CUDA, which no kernel takes.
     """
     if device_type == "cpu":
-        return Backend("torch CPU flash", _cpu_forward, _cpu_backward)
+        return Backend("matrix products in blocks", blocked.forward, blocked.backward, masks=True)
     if dtype == torch.float64:
         raise ValueError("no attention kernel takes torch.float64 on CUDA; use fp32, or fp64 on the CPU")
     if dtype == torch.float32:

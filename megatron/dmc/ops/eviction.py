@@ -1,8 +1,9 @@
 """Training attention of DMS (arXiv 2506.05345) in O(S) memory: a column is masked only for queries beyond a window.
 
 Decisions are as in DMC, but a marked token is evicted instead of merged. The ``window`` queries after it still see it,
-whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha)``. The columns of a
-row are those of three attentions, all by the stock causal kernel:
+whatever was decided; query t sees an older token j with the additive mask ``m[j] = log(1 - alpha)``. On CPUs
+:mod:`megatron.dmc.ops.blocked` computes just that. Stock kernels know a causal mask alone; for them the columns of a
+row are those of three attentions:
 
 - near, ages 0...window, in blocks of ``window`` rows: the columns of the row's own block up to itself; and of the block
   before, those from its own place in the block on, which is causal once queries and keys are in reverse order. Both are
@@ -77,6 +78,11 @@ class _EvictingAttention(torch.autograd.Function):
         rows, scale = min(window, s), 1 / math.sqrt(d)
         backend = attention_backend(q.device.type, q.dtype)
         near = q if mask is not None else _without_mask(q)
+        ctx.backend, ctx.window = backend, window
+        if backend.masks:
+            whole, total = backend.forward(near, k, v, mask=_mask_of(k, mask), window=window)
+            ctx.save_for_backward(q, k, v, mask, whole, total)
+            return whole
         pairs = _pairs(near, rows), _pairs(k, rows, keys=True), _pairs(v, rows, keys=True)
         out, lse, *ctx.rest = backend.forward(*pairs, scale=scale)
         # (first row, output, row statistics) of each part
@@ -93,7 +99,6 @@ class _EvictingAttention(torch.autograd.Function):
         for start, out, lse in parts:
             share = torch.exp(lse - total[:, :, start:]).to(q.dtype)
             whole[:, :, start:].addcmul_(out, share.unsqueeze(-1))
-        ctx.backend, ctx.window = backend, window
         ctx.save_for_backward(q, k, v, mask, whole, total)
         return whole
 
@@ -103,6 +108,11 @@ class _EvictingAttention(torch.autograd.Function):
         (b, _, s, d), window, backend = q.shape, ctx.window, ctx.backend
         rows, scale = min(window, s), 1 / math.sqrt(d)
         near = q if mask is not None else _without_mask(q)
+        if backend.masks:
+            dq, dk, dv, dmask = backend.backward(grad, near, k, v, out, lse, mask=_mask_of(k, mask), window=window)
+            if mask is None:
+                dk[..., -1] = dmask / mask_unit(d)
+            return dq, dk, dv, None if mask is None else dmask, None
         found = backend.backward(
             _pairs(grad, rows),
             _pairs(near, rows),
@@ -146,11 +156,17 @@ def _without_mask(q: Tensor) -> Tensor:
     return torch.cat((q[..., :-1], torch.zeros_like(q[..., :1])), dim=-1)
 
 
+def _mask_of(k: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Column mask, [b, ng, s]: ``mask``, or where it rides in the last channel of the keys, what is there."""
+    return k[..., -1] / mask_unit(k.size(-1)) if mask is None else mask
+
+
 def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Optional[Tensor] = None) -> Tensor:
     """Causal attention whose columns are masked for queries more than ``window`` tokens later.
 
     Args:
-        q: [b, np, s, D], rotated; without ``mask``, channel D-1 holds :func:`megatron.dmc.ops.attention.mask_channel`.
+        q: [b, np, rows, D], those of the last tokens, rotated; without ``mask``, channel D-1 holds
+            :func:`megatron.dmc.ops.attention.mask_channel`.
         k: [b, ng, s, D], rotated; without ``mask``, channel D-1 holds ``m * mask_unit(D)``, m the column mask
             (``Decisions.log_keep``).
         v: [b, ng, s, D].
@@ -158,10 +174,13 @@ def evicting_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Optio
         mask: [b, ng, s], the column mask m, where all D channels of q and k are in attention. None: it rides in D-1.
 
     Returns:
-        [b, np, s, D] in q's dtype. Without ``mask``, the gradient of k's last channel is the mask's, and that of q's
+        [b, np, rows, D] in q's dtype. Without ``mask``, the gradient of k's last channel is the mask's, and that of q's
         last channel is to be dropped.
     """
     assert k.size(-1) == q.size(-1) and q.size(1) % k.size(1) == 0 and window >= 1
+    missing = k.size(2) - q.size(2)
+    if missing and not attention_backend(q.device.type, q.dtype).masks:  # stock kernels take rows for all columns
+        return _EvictingAttention.apply(F.pad(q, (0, 0, missing, 0)), k, v, mask, window)[:, :, missing:]
     return _EvictingAttention.apply(q, k, v, mask, window)
 
 

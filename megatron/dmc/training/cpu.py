@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron.dmc.kernels.cpu_tuning import keep_freed_memory
+
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Mode in which ``device="cuda"`` is the CPU, ``.cuda()`` the identity, and ``Tensor.type()`` ``torch.cuda.*``."""
@@ -53,5 +55,6 @@ def enable() -> None:
     # Recomputation saves and restores the generator's state; no dropout is used, and decision noise has no state.
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: None
     mcore_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    keep_freed_memory()  # every micro-batch allocates the same activations
     _mode = _CudaMeansCpu()
     _mode.__enter__()
