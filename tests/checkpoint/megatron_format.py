@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ def stock_model(run: RunConfig, **stage: Any) -> GPTModel:
     """Megatron's own model with its local layers: nothing of this package but the numbers."""
     model = run.model
     return GPTModel(
-        config=transformer_config(run),
+        config=dataclasses.replace(transformer_config(run), use_te_activation_func=False),
         transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm"),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,

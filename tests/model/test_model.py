@@ -38,7 +38,7 @@ def megatron():
 def build_stock(run: RunConfig, state: dict) -> GPTModel:
     m = run.model
     stock = GPTModel(
-        transformer_config(run),
+        dataclasses.replace(transformer_config(run), use_te_activation_func=False),
         get_gpt_layer_local_spec(qk_layernorm=m.qk_layernorm, normalization="RMSNorm"),
         vocab_size=m.padded_vocab_size,
         max_sequence_length=m.max_position_embeddings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 
@@ -87,6 +88,13 @@ def test_refused_by_name_in_the_spec(name):
         get_dmc_layer_spec(config, DMCConfig(), "local")
 
 
+def test_another_activation_than_swiglu_as_one_function_is_refused():
+    config = transformer_config(run_config())
+    config.use_te_activation_func, config.activation_func = True, torch.nn.functional.gelu
+    with pytest.raises(ValueError, match="do not support use_te_activation_func True .* another activation"):
+        get_dmc_layer_spec(config, DMCConfig(), "local")
+
+
 def test_refused_late_all_the_same():
     """A configuration that is changed between the spec and the model."""
     config = transformer_config(run_config())
@@ -141,6 +149,8 @@ def test_yarn_in_a_stock_gpt_model(scaled):
     for name, value in {**yarn, "yarn_correction_range_round_to_int": True, **scaled}.items():
         setattr(config, name, value)
     ours = dmc_model(config, position_embedding_type="yarn")
+    config = copy.copy(config)
+    config.use_te_activation_func = False  # for which the stock layers need Transformer Engine
     stock = gpt_model(config, get_gpt_layer_local_spec(normalization="RMSNorm"), position_embedding_type="yarn")
     stock.load_state_dict(ours.state_dict())
     ids, positions = tokens(50)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.dmc.model.attention import DMCStep
 from megatron.dmc.model.carry import read_count, write_count
+from megatron.dmc.model.swiglu import swiglu
 
 
 class DMCTransformerLayer(TransformerLayer):
@@ -21,6 +22,8 @@ class DMCTransformerLayer(TransformerLayer):
     def __init__(self, config, submodules, *args, carry: bool = False, **kwargs) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         self.carry = carry
+        if config.use_te_activation_func:  # which for megatron-core's MLP means: one function of all of fc1's output
+            self.mlp.activation_func = swiglu
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Optional[Tensor]]:
         tokens = hidden_states[:-1] if self.carry else hidden_states

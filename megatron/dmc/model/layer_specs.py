@@ -4,6 +4,7 @@ import copy
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -63,7 +64,13 @@ def get_dmc_layer_spec(
             compute, by name (:mod:`megatron.dmc.model.supported`).
     """
     check_supported(config)
-    if resolve_transformer_impl(transformer_impl) == "transformer_engine":
+    transformer_impl = resolve_transformer_impl(transformer_impl)
+    if config.use_te_activation_func and not (transformer_impl == "local" and _is_plain_swiglu(config)):
+        raise ValueError(
+            "DMC layers do not support use_te_activation_func True with Transformer Engine, or for another activation "
+            "than SwiGLU; set it to False"
+        )
+    if transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -79,6 +86,11 @@ def get_dmc_layer_spec(
     attention.params = {**attention.params, "dmc": dmc, "rotary_factor": rotary_factor}
     attention.submodules.core_attention = IdentityOp
     return spec
+
+
+def _is_plain_swiglu(config: TransformerConfig) -> bool:
+    plain = not config.glu_linear_offset and config.activation_func_clamp_value is None
+    return plain and config.gated_linear_unit and config.activation_func is F.silu
 
 
 def get_dmc_block_spec(

@@ -13,7 +13,7 @@ HONOURED = frozenset(
     # the model
     "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels hidden_dropout "
     "layernorm_epsilon add_bias_linear add_qkv_bias gated_linear_unit activation_func activation_func_fp8_input_store "
-    "glu_linear_offset activation_func_clamp_value qk_layernorm "
+    "glu_linear_offset activation_func_clamp_value use_te_activation_func qk_layernorm "
     # layout
     "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size sequence_parallel "
     "pipeline_model_parallel_comm_backend num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
@@ -136,7 +136,6 @@ REFUSED: dict[str, tuple] = {
     "quant_recipe": _OFF,
     "enable_autocast": _OFF,
     "fp32_residual_connection": _OFF,
-    "use_te_activation_func": _OFF,
     "fused_residual_rmsnorm": _OFF,
     "batch_invariant_mode": _OFF,
     # attention scores that exist in no memory

@@ -54,8 +54,10 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         recompute_granularity=p.recompute_granularity,
         # The language-model loss is a mean over the tokens of the global batch, whatever the micro-batches.
         calculate_per_token_loss=True,
-        # The fusions go through torch.compile, which needs a compiler and pays off on GPUs only.
+        # The fusions go through torch.compile, which needs a compiler and pays off on GPUs only. Elsewhere the
+        # layers have a SwiGLU that keeps as little.
         bias_activation_fusion=cuda,
+        use_te_activation_func=not cuda,
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
