@@ -29,6 +29,19 @@ class MaskWatcher(Protocol):
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """First tokens of a micro-batch that a frozen model computes once, with compression off, for its pass with
+    compression too: until something has left the window, both are the same and there is no gradient.
+    """
+
+    tokens: int
+    """At most window + 1."""
+    layers: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    """By layer number: the layer's input [tokens, b, h], keys and values [tokens, b, KV heads of this rank, D], before
+    RoPE."""
+
+
+@dataclass(frozen=True)
 class DMCStep:
     """State of the step and the micro-batch that an attention layer runs in.
 
@@ -49,6 +62,8 @@ class DMCStep:
     """Optimizer step, a key of the noise."""
     calibration: Optional[MaskWatcher] = None
     """Evict nothing, and show this the masks with which tokens would be evicted."""
+    prefix: Optional[SharedPrefix] = None
+    """With compression off, the layers fill it in; else it precedes the tokens of the forward pass."""
     layer_input: Optional[Tensor] = None
     """Hidden state before the layer's input norm, [s, b, h] (s / tp under sequence parallelism), which adapters read.
     The layer puts it here for its attention."""
@@ -148,9 +163,17 @@ class DMCSelfAttention(SelfAttention):
                 "attention rotates all sequences alike: position_embedding_type rope or yarn"
             )
         query, key, value = self._project(hidden_states, step)
-        adapted = self._adapted(step) if step.compress and self.dmc.decision_source == "adapter" else None
+        adapted = None
+        if step.compress and self.dmc.decision_source == "adapter":
+            adapted = self._adapted(step.layer_input)
+        if step.prefix is not None and step.compress:
+            x, *before = step.prefix.layers[self.layer_number]
+            key, value, adapted = map(torch.cat, zip((*before, self._adapted(x)), (key, value, adapted), strict=True))
+        elif step.prefix is not None:
+            found = (x[: step.prefix.tokens].clone() for x in (step.layer_input, key, value))
+            step.prefix.layers[self.layer_number] = tuple(found)
         # The model may have made frequencies for more rows than there are tokens (the carried row).
-        angles = rotary_pos_emb[: query.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
+        angles = rotary_pos_emb[: key.size(0), 0, 0, : self.hidden_size_per_attention_head // 2]
         attend = partial(self._attend, step, angles)
         if self.checkpoint_core_attention and self.training:
             context, self.kept_count = tensor_parallel.checkpoint(attend, False, query, key, value, adapted)
@@ -158,14 +181,14 @@ class DMCSelfAttention(SelfAttention):
             context, self.kept_count = attend(query, key, value, adapted)
         return self.linear_proj(context)
 
-    def _adapted(self, step: DMCStep) -> Tensor:
+    def _adapted(self, layer_input: Optional[Tensor]) -> Tensor:
         """Outputs of the adapter for this rank's KV heads: [s, b, ng], or [s, b, 1] for the layer."""
-        if step.layer_input is None:
+        if layer_input is None:
             raise ValueError(
                 "decision_source adapter reads the layer's input, which DMCStep.layer_input lacks; use the spec's "
                 "DMCTransformerLayer around this attention"
             )
-        adapted = self.dms_proj_alpha(self.dms_proj_alpha_norm(step.layer_input))
+        adapted = self.dms_proj_alpha(self.dms_proj_alpha_norm(layer_input))
         own = (
             slice(None)
             if self.dmc.decision_per == "layer"
@@ -190,9 +213,9 @@ class DMCSelfAttention(SelfAttention):
     def _attend(
         self, step: DMCStep, angles: Tensor, query: Tensor, key: Tensor, value: Tensor, adapted: Optional[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """query [s, b, np, D], key, value [s, b, ng, D] -> (context [s, b, np * D], kept fp64 [b]).
+        """query [rows, b, np, D], key, value [s, b, ng, D] -> (context [rows, b, np * D], kept fp64 [b]).
 
-        adapted: outputs of the adapter, [s, b, ng] or [s, b, 1].
+        The queries are those of the last tokens. adapted: outputs of the adapter, [s, b, ng] or [s, b, 1].
         """
         # [s, b, heads, D] -> [b, heads, s, D]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -259,7 +282,8 @@ class DMCSelfAttention(SelfAttention):
             k, _ = ops.rotate_and_split_neuron(k, cos, sin, mask.to(k.dtype) * mask_unit(d))
             return ops.evicting_attention(q, k, v, window)
         q, _ = self._scale_neuron(q, k, 0.0, heads=1)
-        q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+        first = k.size(2) - q.size(2)
+        q, k = ops.rotate(q, cos[first:], sin[first:]), ops.rotate(k, cos, sin)
         q, _ = self._scale_neuron(q, k, 0.0, heads=1)
         return ops.evicting_attention(q, k, v, window, mask)
 

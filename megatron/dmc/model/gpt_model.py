@@ -89,6 +89,8 @@ class DMCGPTModel(GPTModel):
         hidden, rotary_pos_emb, *_ = self._preprocess(
             input_ids, position_ids, self._embed(input_ids, position_ids) if self.pre_process else None
         )
+        if step is not None and step.compress and step.prefix is not None:
+            rotary_pos_emb = self.rotary_pos_emb(rotary_pos_emb.size(0) + step.prefix.tokens)
         # After the first stage the decoder takes its input from set_input_tensor instead.
         hidden = self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary_pos_emb, attention_bias=step)
         if not self.post_process:
@@ -122,17 +124,6 @@ class DMCGPTModel(GPTModel):
         """Output layer: [s, b, h] ([s / tp, b, h] under sequence parallelism) -> [s, b, vocab / tp]."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, weight=weight)[0]
-
-    @torch.no_grad()
-    def logits_of_gathered(self, hidden: Tensor) -> Tensor:
-        """Output layer without a gradient, for tokens whose hidden state all tensor-parallel ranks have whole, also
-        under sequence parallelism: [..., h] -> [..., vocab / tp]."""
-        layer = self.output_layer
-        gathers, layer.sequence_parallel = layer.sequence_parallel, False
-        try:
-            return self.logits(hidden)
-        finally:
-            layer.sequence_parallel = gathers
 
     def output_weight(self) -> Tensor:
         """Weight of the output layer, this rank's rows: [vocab / tp, h]."""

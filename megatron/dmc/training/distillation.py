@@ -2,7 +2,8 @@
 
 Every pipeline chunk of the student has the teacher's chunk of the same stage beside it. Between stages the teacher's
 rows of the hidden state travel below the student's, in one message. A frozen model is its own teacher: the same chunk
-runs twice, the first time with compression off.
+runs twice, the first time with compression off. The second pass leaves out the first window + 1 tokens of a sequence:
+nothing has been evicted for them, so the first one has had them, and they have no gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from megatron.dmc import schedule
 from megatron.dmc.checkpoint.manifest import Manifest, read_manifest, resolve_checkpoint
 from megatron.dmc.config import COMPRESSING, ModelConfig, RunConfig
-from megatron.dmc.model import DMCGPTModel, DMCStep
+from megatron.dmc.model import DMCGPTModel, DMCStep, SharedPrefix
 from megatron.dmc.training import arguments, checkpointing
 from megatron.dmc.training.distillation_loss import Distillation, distillation_loss
 from megatron.dmc.training.model import build_chunk, transformer_config, unwrap
@@ -62,6 +63,16 @@ def _settings(model: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in (dataclasses.asdict(model) | resolved).items() if key not in _FREE}
 
 
+def shared_tokens(config: RunConfig) -> int:
+    """Tokens at the head of a sequence that a frozen model computes once for teacher and student.
+
+    None under sequence parallelism, where the rows of the other tokens would lie on other ranks than before.
+    """
+    tokens = config.dmc.window + 1
+    possible = config.training.freeze_base and not config.parallel.sequence_parallel
+    return tokens if possible and tokens < config.data.seq_length else 0
+
+
 def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teacher]:
     """Teachers for ``students``, a chunk for each; none where the run has no teacher, as in calibrate. Collective.
 
@@ -73,7 +84,8 @@ def load_teachers(config: RunConfig, students: list[DMCGPTModel]) -> list[Teache
         return []
     mixture = Distillation(config.training.distill_weight, config.training.distill_temperature)
     if config.training.freeze_base:
-        return [Teacher(student, DMCStep(compress=False), mixture) for student in students]
+        shared = shared_tokens(config)
+        return [Teacher(student, DMCStep(compress=False), mixture, shared) for student in students]
     if config.training.distill_from is None:
         return []
     path, manifest = find_teacher(config)
@@ -99,6 +111,8 @@ class Teacher:
     step: DMCStep
     """State that the teacher runs with."""
     mixture: Distillation
+    shared: int = 0
+    """First tokens of a sequence that the student leaves out (:func:`shared_tokens`)."""
 
     def forward_beside(self, chunk: torch.nn.Module, batch: Mapping[str, Tensor], step: DMCStep) -> Any:
         """Run one micro-batch through the teacher, then through ``chunk``, the student in Megatron's wrappers.
@@ -114,11 +128,18 @@ class Teacher:
         student, tokens, positions = unwrap(chunk), batch.get("tokens"), batch.get("position_ids")
         received = student.decoder.input_tensor
         if not student.pre_process:
-            # s rows of the student, then s of the teacher, each with the carried row after them if it has one
-            rows = (received.size(0) + int(student.carry) - int(self.model.carry)) // 2
+            # Rows of the student's tokens, then of the teacher's, which are more by the shared ones; each with the
+            # carried row after them if it has one.
+            rows = (received.size(0) - self.shared + int(student.carry) - int(self.model.carry)) // 2
             self.model.set_input_tensor(received[rows:].detach())
+        teacher_step = self.step
+        if self.shared:
+            prefix = SharedPrefix(self.shared)
+            teacher_step, step = (dataclasses.replace(x, prefix=prefix) for x in (teacher_step, step))
         with torch.no_grad():
-            output = self.model(tokens, positions, step=self.step, head=_hidden_state)
+            output = self.model(tokens, positions, step=teacher_step, head=_hidden_state)
+        if tokens is not None:
+            tokens, positions = tokens[:, self.shared :], positions[:, self.shared :]
         if not student.pre_process:
             student.set_input_tensor(received[:rows])
         if self.model.carry and self.model.post_process:
@@ -128,25 +149,20 @@ class Teacher:
         return chunk(tokens, positions, step=step, head=partial(self._loss, student, output, batch["labels"].t()))
 
     def _loss(self, student: DMCGPTModel, teacher: Tensor, labels: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden states in front of the output layers [s, b, h] (s / tp under sequence parallelism), labels [s, b] ->
-        [3, b, s]."""
+        """Hidden states in front of the output layers [s, b, h] (s / tp under sequence parallelism), the student's
+        without the shared tokens, and labels [s, b] -> [3, b, s]."""
         group = student.pg_collection.tp
         if student.config.sequence_parallel:
             # Backward sums the parts of the gradient that the ranks' rows of the vocabulary make, and scatters.
             hidden, teacher = (gather_from_sequence_parallel_region(x, group=group) for x in (hidden, teacher))
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        losses = distillation_loss(
-            hidden,
-            student.output_weight(),
-            teacher,
-            labels,
-            self.mixture,
-            student.logits_of_gathered,
-            self.model.logits_of_gathered,
-            group,
-        )
-        return losses.transpose(1, 2).contiguous()  # [3, s, b] -> [3, b, s]
+        weights = student.output_weight(), self.model.output_weight()
+        parts = [(hidden, teacher[self.shared :], labels[self.shared :])]
+        if self.shared:
+            parts.insert(0, (teacher[: self.shared], teacher[: self.shared], labels[: self.shared]))
+        losses = [distillation_loss(x, weights[0], t, weights[1], y, self.mixture, group) for x, t, y in parts]
+        return torch.cat(losses, dim=1).transpose(1, 2).contiguous()  # [3, s, b] -> [3, b, s]
 
 
 def _hidden_state(hidden: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ trained needs the logits' gradient once more in the backward pass, where the wei
 there it is kept in the model's format.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -33,10 +32,9 @@ def distillation_loss(
     hidden: Tensor,
     weight: Tensor,
     teacher: Tensor,
+    teacher_weight: Tensor,
     labels: Tensor,
     mixture: Distillation,
-    student_logits: Callable[[Tensor], Tensor],
-    teacher_logits: Callable[[Tensor], Tensor],
     group: Optional[Any] = None,
 ) -> Tensor:
     """Losses of all tokens from the hidden states in front of the output layers.
@@ -48,11 +46,8 @@ def distillation_loss(
             this rank's rows of the vocabulary.
         weight: of the student's output layer, [V / tp, h], this rank's rows.
         teacher: the teacher's hidden state, of the same shape; no gradient.
+        teacher_weight: of the teacher's output layer; no gradient.
         labels: int64 [s, b], global ids.
-        student_logits: the output layer without a gradient, [n, h] -> [n, V / tp]: the product with ``weight``, in
-            memory of its own.
-        teacher_logits: the teacher's output layer. The same function where the two share it; it is then called once for
-            both.
         group: the tensor-parallel ranks; None: this process has the whole vocabulary.
 
     Returns:
@@ -63,10 +58,9 @@ def distillation_loss(
         hidden.flatten(0, 1),
         weight,
         teacher.detach().flatten(0, 1),
+        teacher_weight.detach(),
         labels.flatten(),
         mixture,
-        student_logits,
-        teacher_logits,
         group,
     )
     return torch.stack(losses).view(3, *labels.shape)
@@ -80,7 +74,7 @@ def _reduce(x: Tensor, operation: Any, group: Optional[Any]) -> Tensor:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, labels, mixture, student_logits, teacher_logits, group):
+    def forward(ctx, hidden, weight, teacher, teacher_weight, labels, mixture, group):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(3, labels.numel(), dtype=wide, device=hidden.device)
@@ -89,17 +83,23 @@ class _Distill(torch.autograd.Function):
             grad = hidden.new_empty(labels.numel(), weight.size(0))
         elif needs_hidden:
             grad = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        # The same memory for all parts: on a CPU, fresh pages cost as much as the arithmetic on them.
+        size = (min(DISTILLED_TOKENS, labels.numel()), weight.size(0))
+        buffers = torch.empty(3, *size, dtype=wide, device=hidden.device)
+        narrow = hidden.new_empty(size) if hidden.dtype != wide else None
         for start in range(0, labels.numel(), DISTILLED_TOKENS):
             at = slice(start, start + DISTILLED_TOKENS)
-            if student_logits == teacher_logits:
-                z, t = student_logits(torch.cat((hidden[at], teacher[at]))).to(wide).chunk(2)
-            else:
-                z, t = student_logits(hidden[at]).to(wide), teacher_logits(teacher[at]).to(wide)
-            losses[:, at] = _losses_and_gradient(z, t, labels[at], mixture, group)
+            z, t, spare = buffers[:, : labels[at].numel()]
+            for out, x, rows in ((z, hidden, weight), (t, teacher, teacher_weight)):
+                product = out if narrow is None else narrow[: len(out)]
+                torch.mm(x[at], rows.t(), out=product)
+                if narrow is not None:
+                    out.copy_(product)
+            losses[:, at] = _losses_and_gradient(z, t, spare, labels[at], mixture, group)
             if needs_weight:
                 grad[at] = z
             elif needs_hidden:
-                grad[at] = z.to(hidden.dtype) @ weight
+                torch.mm(z if narrow is None else narrow[: len(z)].copy_(z), weight, out=grad[at])
         ctx.needs_weight = needs_weight
         ctx.save_for_backward(*((grad, hidden, weight) if needs_weight else (grad,)))
         loss, ce, kl = losses
@@ -111,16 +111,19 @@ class _Distill(torch.autograd.Function):
         grad, *rest = ctx.saved_tensors
         grad = grad * upstream.unsqueeze(-1).to(grad.dtype)
         if not ctx.needs_weight:
-            return grad, *[None] * 7
+            return grad, *[None] * 6
         hidden, weight = rest
-        return grad @ weight, grad.t() @ hidden, *[None] * 6
+        return grad @ weight, grad.t() @ hidden, *[None] * 5
 
 
-def _losses_and_gradient(z: Tensor, t: Tensor, labels: Tensor, mixture: Distillation, group: Any) -> Tensor:
+def _losses_and_gradient(
+    z: Tensor, t: Tensor, spare: Tensor, labels: Tensor, mixture: Distillation, group: Any
+) -> Tensor:
     """Loss, CE and KL of each token, fp32 [3, n]. ``z`` becomes the loss's gradient; ``t`` is overwritten too.
 
     Args:
         z, t: logits of student and teacher in fp32, [n, V / tp].
+        spare: memory of the same size.
         labels: int64 [n], global ids.
     """
     share, temperature = mixture.weight, mixture.temperature
@@ -146,7 +149,7 @@ def _losses_and_gradient(z: Tensor, t: Tensor, labels: Tensor, mixture: Distilla
         torch.sum(plain, dim=-1, out=plain_sums)
         z.div_(temperature)
         t.div_(temperature)
-    difference = t - z
+    difference = torch.sub(t, z, out=spare)
     z.exp_()
     t.exp_()
     torch.sum(z, dim=-1, out=student_sums)
@@ -154,7 +157,6 @@ def _losses_and_gradient(z: Tensor, t: Tensor, labels: Tensor, mixture: Distilla
         plain_sums.copy_(student_sums)
     torch.sum(t, dim=-1, out=teacher_sums)
     torch.sum(difference.mul_(t), dim=-1, out=cross)
-    del difference
     _reduce(sums, distributed.ReduceOp.SUM, group)  # in place
     ce = plain_sums.log() - label
     kl = cross / teacher_sums - teacher_sums.log() + student_sums.log()

@@ -21,7 +21,7 @@ from megatron.dmc.model import DMCStep, compression_loss
 from megatron.dmc.training import arguments, checkpointing, initialize
 from megatron.dmc.training.calibration import COUNTING, Calibration
 from megatron.dmc.training.data import batch_iterator, build_datasets
-from megatron.dmc.training.distillation import load_teachers
+from megatron.dmc.training.distillation import load_teachers, shared_tokens
 from megatron.dmc.training.metrics import Logger, StepMetrics, StepSums
 from megatron.dmc.training.model import build_model, build_optimizer, set_learning_rate, unwrap
 from megatron.dmc.training.preemption import RestartGuard, StopSignal
@@ -144,8 +144,8 @@ class Trainer:
         rows = seq_length
         if self.compresses:  # the carried row; under sequence parallelism every rank has one
             rows += p.tensor_model_parallel_size if p.sequence_parallel else 1
-        if training and self.teachers:  # of which a frozen model has as many rows as the student, which it is
-            rows += rows if t.freeze_base else seq_length
+        if training and self.teachers:  # of which a frozen model has a carried row as the student does, which it is
+            rows += rows - shared_tokens(self.config) if t.freeze_base else seq_length
         get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, sums, training, calibration),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
