@@ -47,13 +47,13 @@ class CompiledKernels:
 
     def append(self, state: CacheState, layer: int, params: AppendParams) -> Appended:
         """See :func:`megatron.dmc.kernels.append`."""
-        out = _outputs(params, (0,))
+        out = _outputs(params)
         self._append(self._cache(state), layer, *params, *out, self.append_scratch(params), self.threads())
         return out
 
     def append_evicting(self, state: CacheState, layer: int, params: EvictParams) -> Appended:
         """See :func:`megatron.dmc.kernels.append_evicting`."""
-        out = _outputs(params, (params.rows.numel(), *state.recent_table.shape[2:]))
+        out = _outputs(params, state)
         scratch = self.evict_scratch(state, params)
         self._append_evicting(self._cache(state), layer, *params, *out, scratch, self.threads())
         return out
@@ -99,10 +99,11 @@ class CompiledKernels:
         return out
 
 
-def _outputs(params: AppendParams | EvictParams, recent: tuple[int, ...]) -> Appended:
-    """Uninitialised outputs of an append. recent: shape of ``recent_before``."""
+def _outputs(params: AppendParams | EvictParams, evicts: Optional[CacheState] = None) -> Appended:
+    """Uninitialised outputs of an append. evicts: the state, where the model evicts."""
     q, k, v = params[:3]
     if params.partial:
+        recent = (0,) if evicts is None else (params.rows.numel(), *evicts.recent_table.shape[2:])
         index, before = (k.new_empty(shape, dtype=torch.int32) for shape in (k.shape[:2], recent))
         return Appended(_like(q), _like(k), _like(v), index, before)
     index, before = (k.new_empty(0, dtype=torch.int32) for _ in range(2))
