@@ -139,6 +139,7 @@ class CompressedManager(CircularBufferManager):
             blocks.extend(self.prefixes.remove(life.source))
         self._resize(blocks, max(needed, len(blocks)), life.source)
         if not life.refused:
+            # Asked ahead, since the counting of every next token would take a part of each step.
             counts = (life.tokens + more for more in (8, 4, 2, 1, 0))
             life.enough = next(count for count in counts if self.grants.worst(count, life.known) <= len(blocks))
         self.num_cached_block[request_id] = 0
