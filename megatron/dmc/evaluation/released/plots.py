@@ -65,7 +65,7 @@ def _distance(results: Results, tasks: list[Task], kinds: list[str], title: str,
             axis.yaxis.set_major_formatter("{x:g}")  # else 1.05 is written as a product with a power of ten
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.grid(alpha=0.3, which="both")
-    axes[0, -1].legend(fontsize=8)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside lower center")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     return True
@@ -92,7 +92,7 @@ def _recall(results: Results, path: Path) -> bool:
     axis.set_xticks(range(len(tasks)), [f"{task.kind}\n{task.length:,} tokens" for task in tasks])
     axis.set_ylabel("answers right in full, %")
     axis.set_title("Recall from a context that was compressed before the question")
-    axis.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, ncols=(len(methods) + 1) // 2, loc="outside lower center")
     axis.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=110)
     return True
