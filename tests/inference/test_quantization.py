@@ -14,7 +14,7 @@ from megatron.dmc.inference import LLM, EngineConfig, SamplingParams, dummy
 from megatron.dmc.inference.engine import Engine
 from megatron.dmc.inference.model import Model
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.quantization import Quantization, int4_linear, int8_linear
+from megatron.dmc.inference.quantization import Quantization, check_quantization, int4_linear, int8_linear
 from megatron.dmc.inference.weights import read_info
 
 CONFIG = {
@@ -144,6 +144,6 @@ def test_what_is_refused(path: Path, settings: dict, words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_gpus_are_refused() -> None:
+def test_gpus_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="quantization int8 runs on CPUs, and device is cuda"):
-        Quantization("int8").check(torch.device("cuda"))
+        check_quantization(read_info(hf.open_directory(path)), Quantization("int8"), torch.device("cuda"))

@@ -27,7 +27,7 @@ class GenerateConfig:
     """Model, prompts and output of ``dmc generate``."""
 
     model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
-    """Hugging Face directory, plain or exported from a retrofit."""
+    """Hugging Face directory, plain, quantized or exported from a retrofit; or GGUF file."""
     prompts: Optional[list] = field(
         default=None, metadata={"flags": ("--prompt",), "action": "append", "dest": "prompts", "metavar": "TEXT"}
     )

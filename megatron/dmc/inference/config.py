@@ -28,7 +28,7 @@ class EngineConfig:
     """Data type of weights and activations: auto (that of the files), float32, bfloat16 or float16."""
     quantization: Optional[Method] = None
     """Type that the weights of the linear layers are rounded to at load, on a CPU: int8, or int4 with the output layer
-    in int8. dtype must be bfloat16, or auto, which is bfloat16 then. Default: none."""
+    in int8. dtype auto is bfloat16 then. Default: none; weights that are quantized in their files stay as they are."""
     quantization_group_size: int = 32
     """Inputs that share a scale under quantization int4: 32, 64 or 128. More take less memory and lose more."""
     load_format: str = "auto"

@@ -101,7 +101,8 @@ class Engine:
         self.info = info = read_info(path)
         info.check_served()
         quantization = config.weight_quantization()
-        dtype = dtype_of("bfloat16" if quantization and config.dtype == "auto" else config.dtype, info, device)
+        quantized = config.dtype == "auto" and (quantization or info.quantization)
+        dtype = dtype_of("bfloat16" if quantized else config.dtype, info, device)
         self.parallel = tp.initialize(config.tensor_parallel_size, device)
         checked = config.load_format != "dummy" and self.parallel.rank == 0
         with adapter.checking(path) if checked else nullcontext():
@@ -154,6 +155,11 @@ class Engine:
             device=self.device,
         )
         return PagedCache(state, self.parallel, self.queue, self.async_scheduling)
+
+    @property
+    def quantization(self) -> Optional[str]:
+        """How the weights are quantized: at load (int8, int4), or in their files, by the format's name; None: not."""
+        return self.config.quantization or self.info.quantization
 
     def _takes_graphs(self) -> bool:
         """Whether decode steps are captured as CUDA graphs:

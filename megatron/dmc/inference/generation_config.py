@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats import gguf, hf
 from megatron.dmc.config.checks import one_line
 from megatron.dmc.inference.sampling_params import SamplingParams
 
@@ -29,7 +29,7 @@ def default_sampling_params(
     among them is a bound on that of every request.
 
     Args:
-        model: model directory.
+        model: model directory, or GGUF file.
         source: ``auto`` for the model's own file, ``vllm`` for none, or another directory that has one.
         override: values that win, by their keys in the file.
 
@@ -37,7 +37,7 @@ def default_sampling_params(
         ValueError: a directory without the file, or a value that is wrong.
     """
     found: dict[str, Any] = {}
-    path = Path(model if source == "auto" else source) / FILE
+    path = gguf.small_files(Path(model if source == "auto" else source)) / FILE
     if source != "vllm" and (source != "auto" or path.is_file()):
         found = hf.read_json(path)
     if not isinstance(override or {}, Mapping):

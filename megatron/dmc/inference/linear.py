@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional, Protocol
 
 import torch
@@ -79,8 +80,31 @@ class PanelLinear:
         return kernels.packed_linear(x, self.packed)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of a weight of numbers: int64 [T] -> [T, in]."""
+        """Rows of the weight, in fp32 what codes stand for: int64 [T] -> [T, in]."""
         return weight_rows(self.packed, ids)
+
+
+class StackedLinear:
+    """Linear layer whose weight is in parts of several forms, one below the other."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts, self.nbytes = parts, sum(part.nbytes for part in parts)
+        self.form = ", ".join(dict.fromkeys(part.form for part in parts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+
+class OrderedLinear:
+    """Linear layer whose weight has its inputs in another order (GPTQ's ``desc_act``)."""
+
+    def __init__(self, linear: Linear, order: Tensor) -> None:
+        """order: int64 [in], input of each column of the weight."""
+        self.linear, self.order = linear, order
+        self.form, self.nbytes = f"{linear.form}, inputs in another order", linear.nbytes + order.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, self.order])
 
 
 class GatedLinear:

@@ -22,7 +22,7 @@ class LLM:
         """Load weights and tokenizer.
 
         Args:
-            model: a Hugging Face directory, plain or exported with a ``dmc`` block.
+            model: a Hugging Face directory, plain, quantized or exported with a ``dmc`` block; or a GGUF file.
             tokenizer: a directory, or an object like transformers' tokenizers; None: the model's own, if it has one.
             settings: fields of :class:`EngineConfig`.
 

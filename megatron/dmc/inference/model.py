@@ -12,13 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.dmc import kernels
+from megatron.dmc.checkpoint.codes import shared_layout
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.inference.attention import CompressedAttention
 from megatron.dmc.inference.decoder import Adapter, Decoder, Layer
-from megatron.dmc.inference.linear import Linear, PanelLinear, PlainLinear, make_gated, make_linear, takes_panels
+from megatron.dmc.inference.linear import (
+    GatedLinear,
+    Linear,
+    PanelLinear,
+    PlainLinear,
+    StackedLinear,
+    make_gated,
+    make_linear,
+    takes_panels,
+)
 from megatron.dmc.inference.parallel import TensorParallel
-from megatron.dmc.inference.quantization import Quantization, int8_linear
+from megatron.dmc.inference.quantization import Quantization, check_quantization, coded_linear, int8_linear
 from megatron.dmc.inference.weights import ModelInfo, Reader
+from megatron.dmc.kernels.panels import pack_weight
 from megatron.dmc.kernels.state import CacheState
 
 
@@ -40,27 +51,59 @@ class InputBatch:
     """Index of each token whose logits are wanted: int64 [m]."""
 
 
+@dataclass(frozen=True)
+class _Linears:
+    """Linear layers, from a rank's part of the files to the form that they run in."""
+
+    reader: Reader
+    quantization: Quantization | None
+
+    def rows(self, name: str, parts: list[str], bias: Tensor | None = None, gated: bool = False) -> Linear:
+        """Layer of this rank's outputs of each of ``parts``, one below the other.
+
+        Args:
+            name: of the layer, for messages.
+            gated: of gates and what they scale.
+        """
+        if any(self.reader.coded(part) for part in parts):
+            return self._of_codes(name, parts, bias, gated)
+        weight = self.reader.rows(parts)
+        if self.quantization is not None:
+            return self.quantization.layer(name, weight, bias, gated)
+        return make_gated(weight) if gated else make_linear(weight, bias)
+
+    def columns(self, name: str, part: str) -> Linear:
+        """Layer of this rank's inputs."""
+        if (tensor := self.reader.coded(part)) is not None:
+            return coded_linear(name, [(tensor, slice(0, tensor.shape[0]))], self.reader.part(part, 1))
+        weight = self.reader.columns(part)
+        return make_linear(weight) if self.quantization is None else self.quantization.layer(name, weight)
+
+    def _of_codes(self, name: str, parts: list[str], bias: Tensor | None, gated: bool) -> Linear:
+        tensors = [self.reader.tensors[part] for part in parts]
+        if shared_layout(tensors) is not None:
+            wanted = [(tensor, self.reader.part(part, 0)) for tensor, part in zip(tensors, parts, strict=True)]
+            return coded_linear(name, wanted, slice(0, tensors[0].shape[1]), bias, gated)
+        sizes = [rows.stop - rows.start for rows in (self.reader.part(part, 0) for part in parts)]
+        biases = [None] * len(parts) if bias is None else bias.split(sizes)
+        stacked = StackedLinear([self.rows(part, [part], one) for part, one in zip(parts, biases, strict=True)])
+        return GatedLinear(stacked) if gated else stacked
+
+
 def _read_layer(reader: Reader, n: int, bias: bool, qk_norm: bool, quantization: Quantization | None) -> Layer:
-    name = f"model.layers.{n}."
+    name, linears = f"model.layers.{n}.", _Linears(reader, quantization)
     attention, mlp = name + "self_attn.", name + "mlp."
-
-    def make(names: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return make_linear(weight, bias) if quantization is None else quantization.layer(names, weight, bias)
-
-    def make_gate_up(names: str, weight: Tensor) -> Linear:
-        return make_gated(weight) if quantization is None else quantization.layer(names, weight, gated=True)
-
     qkv_bias = reader.rows([f"{attention}{x}_proj.bias" for x in "qkv"]) if bias else None
     return Layer(
         input_norm=reader.whole(name + "input_layernorm.weight"),
-        qkv=make(f"{attention}qkv_proj", reader.rows([f"{attention}{x}_proj.weight" for x in "qkv"]), qkv_bias),
+        qkv=linears.rows(f"{attention}qkv_proj", [f"{attention}{x}_proj.weight" for x in "qkv"], qkv_bias),
         q_norm=reader.whole(attention + "q_norm.weight") if qk_norm else None,
         k_norm=reader.whole(attention + "k_norm.weight") if qk_norm else None,
         adapter=_read_adapter(reader, attention + "dms_proj_alpha"),
-        out=make(f"{attention}o_proj", reader.columns(attention + "o_proj.weight")),
+        out=linears.columns(f"{attention}o_proj", attention + "o_proj.weight"),
         mlp_norm=reader.whole(name + "post_attention_layernorm.weight"),
-        gate_up=make_gate_up(f"{mlp}gate_up_proj", reader.rows([f"{mlp}{x}_proj.weight" for x in ("gate", "up")])),
-        down=make(f"{mlp}down_proj", reader.columns(mlp + "down_proj.weight")),
+        gate_up=linears.rows(f"{mlp}gate_up_proj", [f"{mlp}{x}_proj.weight" for x in ("gate", "up")], gated=True),
+        down=linears.columns(f"{mlp}down_proj", mlp + "down_proj.weight"),
     )
 
 
@@ -88,14 +131,13 @@ class Model:
     ) -> None:
         """Load this rank's weights. Raises ``ValueError`` naming the tensor that is missing, misshapen or damaged."""
         parallel.check(info.model)
-        if quantization is not None:
-            quantization.check(device)
+        check_quantization(info, quantization, device)
         self.info, self.parallel, self.dtype, self.device = info, parallel, dtype, device
         c = info.model
         self.kv_heads, self.head_dim = c.kv_heads // parallel.size, c.head_dim
         reader = Reader(directory, info, parallel, dtype, device)
-        embedding = reader.rows(["model.embed_tokens.weight"])
-        self.first_token, self.num_tokens = parallel.part(c.vocab_size)[0], embedding.size(0)
+        first, stop = parallel.part(c.vocab_size)
+        self.first_token, self.num_tokens = first, stop - first
         self.layers = [
             _read_layer(reader, n, c.add_qkv_bias, c.qk_layernorm, quantization) for n in range(c.num_layers)
         ]
@@ -109,19 +151,30 @@ class Model:
         )
         self.norm = reader.whole("model.norm.weight")
         tied = not c.untie_embeddings_and_output_weights
-        output = embedding if tied else reader.rows(["lm_head.weight"])
         self.shares_embedding = tied and quantization is None
         """The output layer multiplies by the weight in which tokens are looked up."""
-        if quantization is not None:  # in 4 bits neither: every logit depends on it alone
-            self.head: Linear = int8_linear(output)
-        elif tied and not takes_panels(output):  # rows of oneDNN's blocks cannot be looked up
-            self.head = PlainLinear(output)
+        embedding = self._read_embedding(reader, tied)
+        if self.shares_embedding:
+            self.head: Linear = embedding
+        elif quantization is not None:  # in 4 bits neither: every logit depends on it alone
+            assert isinstance(embedding, PlainLinear)
+            self.head = int8_linear(embedding.weight if tied else reader.rows(["lm_head.weight"]))
         else:
-            self.head = make_linear(output)
-        shared = self.head if self.shares_embedding else PlainLinear(embedding)
-        assert isinstance(shared, (PlainLinear, PanelLinear))
-        self.embedding = shared
+            self.head = _Linears(reader, None).rows("lm_head", ["lm_head.weight"])
+        self.embedding = embedding
         self.attention = CompressedAttention(info, device)
+
+    def _read_embedding(self, reader: Reader, tied: bool) -> PlainLinear | PanelLinear:
+        """Embedding, in a form that the output layer can share where it does."""
+        name = "model.embed_tokens.weight"
+        if reader.coded(name) is not None:
+            linear = _Linears(reader, None).rows("embed_tokens", [name])
+            assert isinstance(linear, PanelLinear), "an embedding has its inputs in order"
+            return linear
+        weight = reader.rows([name])
+        # Rows of oneDNN's blocks cannot be looked up.
+        packs = tied and self.shares_embedding and takes_panels(weight)
+        return PanelLinear(pack_weight(weight)) if packs else PlainLinear(weight)
 
     def nbytes(self) -> int:
         """Size of this rank's weights in bytes."""
@@ -149,10 +202,10 @@ class Model:
     def _embed(self, tokens: Tensor) -> Tensor:
         """Token embeddings: [T] -> [T, h]. A rank adds the rows that it holds."""
         if self.parallel.size == 1:
-            return self.embedding.rows(tokens)
+            return self.embedding.rows(tokens).to(self.dtype)
         local = tokens - self.first_token
         here = (local >= 0) & (local < self.num_tokens)
-        x = self.embedding.rows(local.masked_fill(~here, 0)).masked_fill(~here[:, None], 0.0)
+        x = self.embedding.rows(local.masked_fill(~here, 0)).to(self.dtype).masked_fill(~here[:, None], 0.0)
         return self.parallel.sum(x)
 
     def _logits(self, x: Tensor) -> Tensor:

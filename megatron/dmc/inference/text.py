@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from megatron.dmc.checkpoint import mapping
 from megatron.dmc.checkpoint.fields import Fields, read_json
+from megatron.dmc.checkpoint.formats import gguf
 from megatron.dmc.checkpoint.tokenizer_files import TOKENIZER_FILES, load_pretrained
 from megatron.dmc.inference.sampling_params import SamplingParams
 
@@ -14,12 +15,12 @@ PENDING = 16  # tokens that may wait for the rest of a character
 
 
 def load_tokenizer(path: str | Path) -> Optional[Any]:
-    """Load transformers' tokenizer of a model directory; None where there are no tokenizer files.
+    """Load transformers' tokenizer of a model directory or GGUF file; None where there are no tokenizer files.
 
     Raises:
         ValueError: it is no directory, transformers cannot load it, or a field of its files has a wrong type.
     """
-    path = Path(path)
+    path = gguf.small_files(Path(path))
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; name a Hugging Face directory with a tokenizer")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.codes import CodedTensor
 from megatron.dmc.checkpoint.fields import Fields
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.tensors import has_only_finite
@@ -39,6 +40,8 @@ class ModelInfo:
     """Data type of the weights: the one that config.json names, or that most bytes in the files have."""
     eos: tuple[int, ...]
     """End-of-sequence token ids."""
+    quantization: Optional[str] = None
+    """How the files quantize the weights, by vLLM's name: gptq, awq, compressed-tensors or gguf; None: not at all."""
 
     def check_served(self) -> None:
         """Raise ``ValueError`` for a model that only ``megatron.dmc.evaluation`` can run."""
@@ -73,7 +76,8 @@ def read_info(directory: hf.HFDirectory) -> ModelInfo:
     info = describe(directory.path, config, torch.float32)
     family, name = mapping.family_of(config), mapping.model_dtype(config)
     kept = [tensor for name, tensor in directory.tensors.items() if not name.endswith(family.dropped)]
-    return replace(info, dtype=getattr(torch, name) if name else hf.main_dtype(kept))
+    dtype = getattr(torch, name) if name else hf.main_dtype(kept)
+    return replace(info, dtype=dtype, quantization=directory.quantization)
 
 
 def describe(path: Path, config: dict, dtype: torch.dtype) -> ModelInfo:
@@ -127,6 +131,15 @@ class Reader:
                     f"{lazy.name} holds NaN or infinite values (rows {start} to {stop - 1}); copy or export it again"
                 )
             out[start - rows.start : stop - rows.start] = block[..., columns] if block.dim() > 1 else block
+
+    def coded(self, name: str) -> Optional[CodedTensor]:
+        """A tensor that consists of codes; None for one of numbers."""
+        tensor = self.tensors[name]
+        return tensor if isinstance(tensor, CodedTensor) else None
+
+    def part(self, name: str, dim: int) -> slice:
+        """This rank's part of a dimension of a tensor."""
+        return slice(*self.parallel.part(self.shapes[name][dim]))
 
     def whole(self, name: str) -> Tensor:
         return self.rows([name], lambda n: (0, n))

@@ -107,8 +107,8 @@ class PackedWeight(NamedTuple):
     four inputs 0, 2, 1, 3, K filled up to a multiple of 32.
     """
     scales: Tensor
-    """bf16, of codes of 4 bits [N / 32, K / group, 2, 32], scales and offsets; of 8 bits [N / 32, 32]. Of numbers
-    empty.
+    """fp32, fp16 or bf16, of codes: [N / 32, K / group, 1 or 2, 32], scales and offsets; of 8 bits also [N / 32, 32].
+    Of numbers empty, [0].
     """
     bias: Tensor
     """[N] of the activations' dtype, or empty."""
@@ -118,11 +118,22 @@ class PackedWeight(NamedTuple):
     """N, or N / 2 of a gated layer."""
     gated: bool
     """The first half of the outputs are gates of the second: every panel has 16 of each."""
+    zero: int = 0
+    """Code of 0: what a code stands for is ``scale (code - zero)``, plus its group's offset."""
+    scaled: bool = False
+    """Offsets are multiples of their scales."""
 
     @property
     def bits(self) -> int:
         """Bits of a code; 0 for numbers."""
-        return {1: 0, 2: 8, 4: 4}[self.scales.ndim]
+        if self.scales.ndim == 1:
+            return 0
+        return 4 if self.weight.size(1) * 8 == self.inputs else 8
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale; 0 where all do."""
+        return self.inputs // self.scales.size(1) if self.scales.ndim == 4 else 0
 
     @property
     def nbytes(self) -> int:

@@ -290,8 +290,7 @@ def packed_linear(x: Tensor, packed: PackedWeight) -> Tensor:
     """See :func:`megatron.dmc.kernels.packed_linear`."""
     rows, panels = x, unpack_weight(packed)
     if packed.bits:
-        group, largest = (packed.inputs // packed.scales.size(1), 127) if packed.bits == 4 else (UNIT, 32767)
-        rows = _round_rows(x.float(), group, largest)
+        rows = _round_rows(x.float(), packed.group or UNIT, 127 if packed.bits == 4 else 32767)
     each = panels.chunk(2, dim=1) if packed.gated else (panels,)
     bias = packed.bias if packed.bias.numel() else None
     products = [F.linear(rows, part.flatten(0, 1)[: packed.outputs]) for part in each]

@@ -72,7 +72,7 @@ class Service:
     compression: Optional[p.Compression] = None
     """How the model compresses its cache; None for one that does not."""
     quantization: Optional[str] = None
-    """Type that the weights are quantized to; None for none."""
+    """Type that the weights are quantized to at load, or format of quantized files; None for none."""
     created: int = field(default_factory=lambda: int(time.time()))
     # A thread of its own, so that streams go on while a long text is tokenized.
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dmc-tokenizer"))

@@ -36,7 +36,7 @@ class ServerConfig(_ToolFlags):
     """Model, address and limits of ``dmc serve``."""
 
     model: str = field(metadata={"flags": ("model",), "metavar": "MODEL"})
-    """Hugging Face directory, plain or exported from a retrofit."""
+    """Hugging Face directory, plain, quantized or exported from a retrofit; or GGUF file."""
     tokenizer: Optional[str] = field(default=None, metadata={"metavar": "DIR"})
     """Directory of the tokenizer. Default: the model's."""
     served_model_name: list[str] = field(default_factory=list, metadata={"nargs": "+", "metavar": "NAME"})
@@ -127,7 +127,7 @@ class BatchConfig(_ToolFlags):
     output_file: str = field(metadata={"flags": ("-o", "--output-file"), "metavar": "FILE"})
     """JSONL file of responses; lines that it has already are not run again."""
     model: str = field(metadata={"metavar": "DIR"})
-    """Hugging Face directory, plain or exported from a retrofit."""
+    """Hugging Face directory, plain, quantized or exported from a retrofit; or GGUF file."""
     served_model_name: Optional[str] = field(default=None, metadata={"metavar": "NAME"})
     """Model name in requests and responses. Default: --model as it is given."""
     chat_template: Optional[str] = field(default=None, metadata={"metavar": "FILE"})

@@ -329,7 +329,7 @@ class _EngineState:
         """Settings of the weights as labels of a sample of 1."""
         engine = self.engine.engine
         dtype = str(engine.model.dtype).removeprefix("torch.")
-        return self._info("model_config_info", {"dtype": dtype, "quantization": engine.config.quantization})
+        return self._info("model_config_info", {"dtype": dtype, "quantization": engine.quantization})
 
     def _info(self, name: str, info: dict[str, Any]) -> Metric:
         family = GaugeMetricFamily(self.prefix + name, HELP[name], labels=(*LABELS, *info))

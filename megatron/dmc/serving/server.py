@@ -163,7 +163,7 @@ def make_service(
     gate = Gate(Keys(keys), BodyLimits(most, timeout_body, memory=max(64 << 20, 4 * most)), log_requests=log_requests)
     gate.open_paths = TOKENIZER_PATHS if open_tokenizer else frozenset()
     root, compression = str(engine.info.path), compression_of(engine.info)
-    quantization = engine.config.quantization
+    quantization = engine.quantization
     return Service(runner, prompts, model_name, root, gate, metrics, tuple(aliases), compression, quantization)
 
 

@@ -5,6 +5,7 @@ DIR/model.safetensors  model.layers.N.self_attn.dms_proj_alpha.weight, ...dms_pr
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,12 @@ import torch
 
 from megatron.dmc.checkpoint import checksums, mapping
 from megatron.dmc.checkpoint.fields import Fields, read_json
-from megatron.dmc.checkpoint.formats import hf
+from megatron.dmc.checkpoint.formats import gguf, hf
 from megatron.dmc.checkpoint.formats.base import Given, Row, Source, cr_row, decision_rows, weight_row
 from megatron.dmc.checkpoint.tensors import Lazy
 from megatron.dmc.config.checks import shown
 
+log = logging.getLogger(__name__)
 SIZES = ("num_hidden_layers", "hidden_size", "num_key_value_heads")
 """Keys of ``config.json`` in which a model and its adapters agree."""
 _BLOCK = 8 << 20
@@ -139,8 +141,11 @@ def put_on(base: hf.HFDirectory, adapter: Adapter) -> hf.HFDirectory:
 
 
 def open_directory(path: str | Path, adapter: Optional[str | Path] = None, given: Given = Given()) -> hf.HFDirectory:
-    """:func:`hf.open_directory`, with the adapters of another directory on the model when one is named."""
-    base = hf.open_directory(path, given)
+    """:func:`hf.open_directory`, or :func:`gguf.open_directory` of a GGUF file, with the adapters of another directory
+    on the model when one is named.
+    """
+    opened = gguf if gguf.matches(Path(path)) else hf
+    base = opened.open_directory(Path(path), given)
     return base if adapter is None else put_on(base, open_adapter(Path(adapter)))
 
 
@@ -151,18 +156,34 @@ def open_with_base(path: Path, adapter: Path, given: Given = Given()) -> Source:
         ValueError: see :func:`hf.open_model`, :func:`open_adapter` and :func:`check_base`.
     """
     checksums.require_undamaged(path, checksums.read_file(path), str(path), checksums.ADVICE)
+    if gguf.matches(path):
+        raise ValueError(f"{path} is a GGUF file; import and export it first (dmc convert import --gguf)")
     directory = open_directory(path, adapter, given)
     check_base(directory)
     return hf.source_of(directory)
 
 
 def check_base(directory: hf.HFDirectory) -> None:
-    """Raise ``ValueError`` unless the adapters of a directory were trained on its weights, all of which are read."""
+    """Raise ``ValueError`` unless the adapters of a directory were trained on its weights, all of which are read.
+
+    Quantized weights are not those that adapters were trained on, and do not say which model they were made from, which
+    is logged; a GGUF file's may have been trained on as they are.
+    """
     if directory.adapter is None:
         return
     adapter = open_adapter(directory.adapter)
-    found = weights_sha256(base_tensors(directory))
-    if found != adapter.base_sha256:
+    read = directory.quantization in (None, "gguf")
+    found = weights_sha256(base_tensors(directory)) if read else ""
+    if found != adapter.base_sha256 and directory.quantization is not None:
+        log.warning(
+            "%s has quantized weights (%s); whether they were made from %s, which the adapters in %s were trained on, "
+            "cannot be told",
+            directory.path,
+            directory.quantization,
+            adapter.base_model or "the weights",
+            adapter.path,
+        )
+    elif found != adapter.base_sha256:
         raise ValueError(
             f"{directory.path} is not the base of {adapter.path}: its weights have SHA-256 {found[:16]}..., and the "
             f"adapters were trained on {adapter.base_model or 'weights'} with {adapter.base_sha256[:16]}...; name that "

@@ -5,16 +5,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.dmc.checkpoint import checksums, foreign, mapping
+from megatron.dmc.checkpoint import checksums, codes, foreign, mapping
 from megatron.dmc.checkpoint.direct import DirectFile
 from megatron.dmc.checkpoint.fields import Fields, read_json
-from megatron.dmc.checkpoint.formats import dms
+from megatron.dmc.checkpoint.formats import dms, quantized
 from megatron.dmc.checkpoint.formats.base import (
     Given,
     Row,
@@ -38,6 +39,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BIN_INDEX, _BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODE_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""Types of the tensors that only quantized weights have."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LEGAL = re.compile(r"(licen[cs]e|notice|copying|copyright|patents|(acceptable_)?use_policy|third_party)", re.I)
 """Beginnings of the names of files that go wherever a model goes, because its licence wants it."""
@@ -61,6 +64,8 @@ class HFDirectory:
     """Description of a DMS model by another program, from which the ``dmc`` block of ``config`` was made."""
     adapter: Optional[Path] = None
     """Directory of adapters that were put on the model (:mod:`adapter`)."""
+    quantization: Optional[str] = None
+    """How its matrices of codes are stored, by vLLM's name (:mod:`quantized`, or gguf); None: there are none."""
 
     @property
     def nbytes(self) -> int:
@@ -75,8 +80,10 @@ class HFDirectory:
         return found | {path.name: path for path in legal if path.stat().st_size <= _LEGAL_BYTES}
 
 
-def read_safetensors(path: Path) -> dict[str, FileTensor]:
-    """The tensors of one file, in their order. Raises ``ValueError`` when it is damaged or a tensor is no float."""
+def read_safetensors(path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, FileTensor]:
+    """The tensors of one file, in their order. Raises ``ValueError`` when it is damaged or a tensor of another type
+    than ``dtypes``.
+    """
     try:
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
@@ -92,13 +99,13 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
     tensors = {}
     for name in sorted(names, key=lambda n: header[n]["data_offsets"]):
         entry = header[name]
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in dtypes:
             raise ValueError(
-                f"{name} in {path} is of type {entry['dtype']}; expected {', '.join(DTYPES)} (quantized weights "
-                "must be converted first)"
+                f"{name} in {path} is of type {entry['dtype']}; expected {', '.join(dtypes)} (quantized weights need "
+                "the quantization_config of their config.json)"
             )
         start, _ = entry["data_offsets"]
-        tensors[name] = FileTensor(path, 8 + length + start, entry["shape"], DTYPES[entry["dtype"]], name)
+        tensors[name] = FileTensor(path, 8 + length + start, entry["shape"], dtypes[entry["dtype"]], name)
     return tensors
 
 
@@ -119,7 +126,8 @@ def _read_bin(path: Path) -> dict[str, Lazy]:
 
 def open_directory(path: str | Path, given: Given = Given()) -> HFDirectory:
     """Open a directory with ``config.json`` and weights: safetensors, or ``pytorch_model*.bin`` read without running
-    code. One with another program's DMS model gets a ``dmc`` block (:mod:`dms`).
+    code. One with another program's DMS model gets a ``dmc`` block (:mod:`dms`); quantized weights are read by
+    :mod:`quantized`, whose ``quantization_config`` is left out of ``config`` then.
 
     Raises:
         ValueError: a file is missing, truncated, or does not hold what its index says; naming file and tensor. Or see
@@ -130,8 +138,13 @@ def open_directory(path: str | Path, given: Given = Given()) -> HFDirectory:
         raise ValueError(f"{path} is not a directory; name a Hugging Face model directory")
     if not (path / "config.json").is_file() and (what := foreign.export_command(path)):
         raise ValueError(what)
-    config, found = dms.canonical_config(path, read_json(path / "config.json"), given)
-    for index, single, read in ((INDEX, SINGLE, read_safetensors), (_BIN_INDEX, _BIN_SINGLE, _read_bin)):
+    config = read_json(path / "config.json")
+    quantization, coded = quantized.method_of(config), config
+    config = {key: value for key, value in config.items() if key != quantized.KEY}
+    config, found = dms.canonical_config(path, config, given)
+    dtypes = DTYPES if quantization is None else DTYPES | _CODE_DTYPES
+    read_tensors = partial(read_safetensors, dtypes=dtypes)
+    for index, single, read in ((INDEX, SINGLE, read_tensors), (_BIN_INDEX, _BIN_SINGLE, _read_bin)):
         if (path / index).is_file():
             tensors, weight_map = _read_shards(path, index, _read_index(path / index), read)
             break
@@ -141,7 +154,11 @@ def open_directory(path: str | Path, given: Given = Given()) -> HFDirectory:
             break
     else:
         raise ValueError(f"{path} holds no weights: none of {INDEX}, {SINGLE}, {_BIN_INDEX}, {_BIN_SINGLE} is there")
-    return HFDirectory(path, config, _one_row_per_layer(tensors, config, path), weight_map, found)
+    if quantization is not None:
+        tensors = quantized.decode({**config, quantized.KEY: coded[quantized.KEY]}, tensors)
+        weight_map = {name: weight_map.get(name, SINGLE) for name in tensors}
+    tensors = _one_row_per_layer(tensors, config, path)
+    return HFDirectory(path, config, tensors, weight_map, found, quantization=quantization)
 
 
 def _one_row_per_layer(tensors: dict[str, Lazy], config: dict, path: Path) -> dict[str, Lazy]:
@@ -293,7 +310,7 @@ def source_of(directory: HFDirectory, files: Optional[dict[str, bytes]] = None) 
     """
     if files is None:
         files = {name: file.read_bytes() for name, file in directory.side_files().items()}
-        changed = directory.foreign or directory.adapter
+        changed = directory.foreign or directory.adapter or directory.quantization
         config = directory.path / "config.json"
         files["config.json"] = dms.as_json(directory.config) if changed else config.read_bytes()
     config = directory.config
@@ -305,6 +322,8 @@ def source_of(directory: HFDirectory, files: Optional[dict[str, bytes]] = None) 
     notes = [f"left out (computed from the configuration): {', '.join(dropped[:3])}{more}"] if dropped else []
     if directory.foreign:
         notes.append(directory.foreign.note())
+    if stored := codes.summary(tensors.values()):
+        notes.append(f"quantized weights are read as numbers: {stored}")
     manifest = _manifest(block, family, directory.path)
     weight_map = safetensors_names({name: directory.weight_map[name] for name in tensors})
     files = {**files, SHARDS_FILE: json.dumps(weight_map, indent=1).encode()}
@@ -418,5 +437,6 @@ def describe(path: Path) -> list[Row]:
         *model_rows(model),
         *dmc,
         weight_row(found.tensors.values()),
+        ("stored as", codes.summary(found.tensors.values())),
         ("also there", ", ".join(found.side_files())),
     ]

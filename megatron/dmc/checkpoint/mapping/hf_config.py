@@ -228,8 +228,8 @@ def _check_keys(fields: Fields, family: Family) -> None:
         )
     if config.get("quantization_config") is not None:
         raise ValueError(
-            f"config.json: {named(dict(config), ['quantization_config'])}: quantized weights are not read; take the "
-            "model that they were made from, which dmc serve, generate and batch can quantize (--quantization)"
+            f"config.json: {named(dict(config), ['quantization_config'])}: quantized weights are read with their "
+            "files alone; here only a plain model's config.json can be"
         )
     known = {*_SIZES, *_READ, *INERT, *NEUTRAL, *family.required, *family.inert}
     unknown = sorted(k for k in config if k not in known and config[k] is not None)

@@ -203,25 +203,29 @@ void run(const SiluParams& p) { kernels().silu(p); }
 
 // A weight in panels, and what follows from it; see LinearParams. `scales` of no elements: numbers of the dtype of x; else codes.
 LinearParams panels(const TensorView& weight, const TensorView& scales, const TensorView& bias, int64_t inputs, int64_t outputs, bool gated,
-                    Dtype dtype) {
+                    int64_t zero, bool scaled, Dtype dtype) {
   LinearParams p = {};
   p.dtype = dtype, p.inputs = inputs, p.outputs = outputs, p.gated = gated, p.weight = weight.data_ptr();
   int64_t each = gated ? 16 : 32, panels = (outputs + each - 1) / each;
   bool ok = here(weight) && weight.ndim() == 4 && weight.size(0) == panels && weight.size(2) == 32 && contiguous(weight);
   if (scales.numel()) {
-    p.bits = scales.ndim() == 4 ? 4 : 8, p.scales = scales.data_ptr();
     int64_t filled = (inputs + 31) / 32 * 32;
-    ok = ok && is(weight, kDLUInt, 8) && weight.size(3) == 4 && weight.size(1) * (32 / p.bits) == filled;
-    check(ok && (p.bits == 8 || filled == inputs), "weight", weight,
+    ok = ok && is(weight, kDLUInt, 8) && weight.size(3) == 4;
+    p.bits = ok && weight.size(1) * 8 == filled ? 4 : 8, p.scales = scales.data_ptr();
+    check(ok && weight.size(1) * (32 / p.bits) == filled && (p.bits == 8 || filled == inputs), "weight", weight,
           "uint8 [N / 32, K / (32 / bits), 32, 4], contiguous, K a multiple of 32 or, of 8 bits, filled up to one");
-    bool fits = here(scales) && dtype_of(scales) == kBF16 && contiguous(scales) && scales.size(0) == panels;
-    if (p.bits == 4) {
-      fits = fits && scales.size(2) == 2 && scales.size(3) == 32 && inputs % (32 * scales.size(1)) == 0;
-      if (fits) p.group = (int)(inputs / scales.size(1));
+    bool fits = here(scales) && contiguous(scales) && scales.size(0) == panels && scales.size(scales.ndim() - 1) == 32;
+    if (fits && scales.ndim() == 4) {
+      fits = scales.size(2) <= 2 && inputs % (32 * scales.size(1)) == 0;
+      if (fits) p.group = (int)(inputs / scales.size(1)), p.offsets = scales.size(2) == 2;
+      fits = fits && (p.bits == 4 || p.group <= 128);  // the products of more may not fit into 32 bits
     } else {
-      fits = fits && scales.ndim() == 2 && scales.size(1) == 32;
+      fits = fits && scales.ndim() == 2 && p.bits == 8;
     }
-    check(fits, "scales", scales, "bf16, contiguous, of 4 bits [N / 32, K / group, 2, 32], of 8 bits [N / 32, 32]");
+    check(fits, "scales", scales,
+          "contiguous, [N / 32, K / group, 1 or 2, 32], groups of 8 bits of at most 128, or of 8 bits [N / 32, 32]");
+    p.scale_dtype = dtype_of(scales), p.zero = (int)zero, p.scaled = scaled;
+    if (zero < 0 || zero > 128) TVM_FFI_THROW(ValueError) << "zero is " << zero << "; it must be a code, at most 128";
   } else {
     int64_t pair = dtype == kBF16 ? 2 : 1;
     check(ok && dtype_of(weight) == dtype && weight.size(3) == pair && weight.size(1) * pair == inputs, "weight", weight,
@@ -242,10 +246,10 @@ void multiply(const LinearParams& p) {
 
 // `scales` and `bias` of no elements: none.
 void packed_linear(TensorView x, TensorView weight, TensorView scales, TensorView bias, int64_t inputs, int64_t outputs, bool gated,
-                   TensorView out, int64_t threads) {
+                   int64_t zero, bool scaled, TensorView out, int64_t threads) {
   Dtype dtype = dtype_of(x);
   check(x.ndim() == 2 && dtype != kF16, "x", x, "[T, K] of fp32 or bf16");
-  LinearParams p = panels(weight, scales, bias, inputs, outputs, gated, dtype);
+  LinearParams p = panels(weight, scales, bias, inputs, outputs, gated, zero, scaled, dtype);
   p.rows = x.size(0), p.threads = (int)threads;
   p.x = matrix(x, p.rows, p.inputs, p.dtype, "x", "[T, K], contiguous");
   p.out = matrix(out, p.rows, p.outputs, p.dtype, "out", "[T, N], contiguous, of the dtype of x");
@@ -253,8 +257,9 @@ void packed_linear(TensorView x, TensorView weight, TensorView scales, TensorVie
 }
 
 // A linear layer of BetweenAttention in params.py.
-Bytes bind_linear(TensorView weight, TensorView scales, TensorView bias, int64_t inputs, int64_t outputs, bool gated, bool bf16) {
-  LinearParams p = panels(weight, scales, bias, inputs, outputs, gated, bf16 ? kBF16 : kF32);
+Bytes bind_linear(TensorView weight, TensorView scales, TensorView bias, int64_t inputs, int64_t outputs, bool gated, int64_t zero,
+                  bool scaled, bool bf16) {
+  LinearParams p = panels(weight, scales, bias, inputs, outputs, gated, zero, scaled, bf16 ? kBF16 : kF32);
   return Bytes((const char*)&p, sizeof p);
 }
 

@@ -96,6 +96,7 @@ template <class T, int R, bool next> void block(const LinearParams& p, int64_t r
 
 template <class T> struct Plain {
   static constexpr int kRows = kBlock<T>;
+  static constexpr bool kAsks = true;
   const LinearParams& p;
 
   template <int R, bool next> INLINE void run(const Plain& self, int64_t row, int64_t n) { block<T, R, next>(self.p, row, n); }

@@ -59,7 +59,7 @@ template <class K, bool next, int R = K::kRows> INLINE void block_of(const K& ke
   if constexpr (R > 1) block_of<K, next, R - 1>(kernel, row, rows, n);
 }
 
-// All rows times all panels, in blocks of up to K::kRows rows of about as many each; `next`: ask for the panel behind this one.
+// All rows times all panels, in blocks of up to K::kRows rows of about as many each; `next`: ask for the panel behind this one, where K can.
 template <class K> void each_block(const LinearParams& p, const K& kernel) {
   int64_t panels = panels_of(p), groups = (p.rows + kRowsOfTask - 1) / kRowsOfTask, tasks = groups * panels;
   int threads = p.rows * p.inputs * p.outputs < kWorth ? 1 : p.threads;
@@ -70,8 +70,12 @@ template <class K> void each_block(const LinearParams& p, const K& kernel) {
     for (int64_t b = 0; b < blocks; b++) {
       int64_t begin = b * rows / blocks, end = (b + 1) * rows / blocks;
       // Of several blocks only the first waits for memory: the last asks for the next panel while it computes.
-      if (b && b + 1 == blocks) block_of<K, true>(kernel, row + begin, end - begin, task % panels);
-      else block_of<K, false>(kernel, row + begin, end - begin, task % panels);
+      if constexpr (K::kAsks)
+        if (b && b + 1 == blocks) {
+          block_of<K, true>(kernel, row + begin, end - begin, task % panels);
+          continue;
+        }
+      block_of<K, false>(kernel, row + begin, end - begin, task % panels);
     }
   }
 }

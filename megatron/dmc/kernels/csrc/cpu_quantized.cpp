@@ -5,7 +5,7 @@
 // sums of integers, by instructions for four pairs of 8 bits and for two of 16 (AVX512_VNNI has both with the sum). Codes of weights are
 // without sign, as the former want one factor; what this adds, their zero times the sum of a row's codes, is known before.
 //
-// A weight of 4 bits is s (q - 8) + z, with s and z for each group; of 8 bits s (q - 128), with s for each output.
+// A weight is s (q - zero), with s for each output or each group, plus what its group adds: nothing, an offset z, or s z.
 #include "cpu_panels.h"
 
 namespace {
@@ -13,7 +13,6 @@ namespace {
 constexpr int kInputs = 32;  // inputs that are multiplied at a time
 
 template <int BITS> constexpr float kTopCode = BITS == 4 ? 127 : 32767;         // code of a row
-template <int BITS> constexpr int kZero = BITS == 4 ? 8 : 128;                 // code of a weight
 template <int BITS> constexpr int kCodeBytes = BITS == 4 ? 1 : 2;              // of a code of a row
 template <int BITS> constexpr int kWordInputs = 32 / BITS;                     // inputs of 32 bits of a weight, 64 of a row
 template <int BITS> constexpr int kMask = BITS == 4 ? 0x0f0f0f0f : 0x00ff00ff;  // of one half of them
@@ -31,6 +30,7 @@ struct RoundedRows {
   float* sums;     // the sum of what they stand for,
   int32_t* start;  // and what the sum of products begins with
   int64_t width, groups;
+  int zero;        // code of a weight
 };
 
 // The greater of a and |b| by their bits, of which those of infinity and NaN are the greatest; a is not below 0.
@@ -73,7 +73,7 @@ template <int BITS, bool all, class T> INLINE void round_group(const T* x, int64
   bool finite = scale <= 0x1p127f;
   int32_t total = finite ? (int32_t)vsum(sum) : 0;
   if (!finite) scale = NAN;
-  to.scales[at] = scale, to.sums[at] = scale * (float)total, to.start[at] = -kZero<BITS> * total;
+  to.scales[at] = scale, to.sums[at] = scale * (float)total, to.start[at] = -to.zero * total;
 }
 
 template <class T, int BITS> void round_rows(const LinearParams& p, int group, const RoundedRows& to) {
@@ -162,8 +162,10 @@ template <int BITS, int R> INLINE void multiply(const char* x, int64_t stride, c
 #endif
 }
 
-template <class T, int BITS> struct Quantized {
+// S: type of the weight's scales.
+template <class T, int BITS, class S> struct Quantized {
   static constexpr int kRows = kRowsOfBlock;
+  static constexpr bool kAsks = false;
   const LinearParams& p;
   const RoundedRows& x;
   int group;
@@ -173,7 +175,8 @@ template <class T, int BITS> struct Quantized {
     const LinearParams& p = self.p;
     const RoundedRows& x = self.x;
     const uint8_t* w = (const uint8_t*)p.weight + n * kPanel * x.width * BITS / 8;
-    const bf16* scales = (const bf16*)p.scales + n * kPanel * (BITS == 4 ? 2 * x.groups : 1);
+    const bool grouped = BITS == 4 || p.group, offsets = grouped && p.offsets;
+    const S* scales = (const S*)p.scales + n * kPanel * (grouped ? (1 + offsets) * x.groups : 1);
     vf sum[R][NV] = {};
     for (int64_t g = 0; g < x.groups; g++) {
       int64_t at = row * x.groups + g;
@@ -188,17 +191,19 @@ template <class T, int BITS> struct Quantized {
         multiply<BITS, R>(codes + i * kCodeBytes<BITS>, stride, w, products);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) {
-        vf scale = BITS == 4 ? load(scales + 2 * g * kPanel + v * VW) : vf{};
-        vf offset = BITS == 4 ? load(scales + (2 * g + 1) * kPanel + v * VW) : vf{};
+        vf scale = grouped ? load(scales + v * VW) : splat(1);
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-          vf y = __builtin_convertvector(products[r][v], vf);
-          sum[r][v] += (BITS == 4 ? y * scale : y) * splat(x.scales[at + r * x.groups]);
-          if (BITS == 4) sum[r][v] += offset * splat(x.sums[at + r * x.groups]);
-        }
+        for (int r = 0; r < R; r++)
+          sum[r][v] += __builtin_convertvector(products[r][v], vf) * scale * splat(x.scales[at + r * x.groups]);
+        if (!offsets) continue;
+        vf offset = load(scales + kPanel + v * VW);
+        if (p.scaled) offset *= scale;
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) sum[r][v] += offset * splat(x.sums[at + r * x.groups]);
       }
+      if (grouped) scales += (1 + offsets) * kPanel;
     }
-    if (BITS == 8) {
+    if (!grouped) {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) {
         vf scale = load(scales + v * VW);
@@ -211,15 +216,18 @@ template <class T, int BITS> struct Quantized {
 };
 
 template <class T, int BITS> int quantized(const LinearParams& p) {
-  int group = BITS == 4 ? p.group : kInputs;
+  int group = p.group ? p.group : kInputs;
   RoundedRows x;
+  x.zero = p.zero;
   x.groups = (p.inputs + group - 1) / group, x.width = x.groups * group;
   int64_t all = p.rows * x.groups;
   float* memory = scratch(3 * all + p.rows * x.width * kCodeBytes<BITS> / 4 + VW);
   if (!memory) return 1;
   x.scales = memory, x.sums = memory + all, x.start = (int32_t*)(memory + 2 * all), x.codes = (char*)(memory + 3 * all);
   round_rows<T, BITS>(p, group, x);
-  each_block(p, Quantized<T, BITS>{p, x, group});
+  if (p.scale_dtype == kBF16) each_block(p, Quantized<T, BITS, bf16>{p, x, group});
+  else if (p.scale_dtype == kF16) each_block(p, Quantized<T, BITS, f16>{p, x, group});
+  else each_block(p, Quantized<T, BITS, float>{p, x, group});
   return 0;
 }
 

@@ -141,8 +141,12 @@ struct LinearParams {
   Dtype dtype;         // of x, bias and out: fp32 or bf16
   int bits;            // 0: `weight` is of `dtype`. 4: [N / 32, K / 8, 32, 4], input i + 4 in the upper half of the byte of input i.
                        // 8: [N / 32, K / 4, 32, 4], of four inputs 0, 2, 1, 3, K rounded up to a multiple of 32
-  const void* scales;  // bf16. Of 4 bits [N / 32, K / group, 2, 32]: scales, offsets; of 8 bits [N / 32, 32]
-  int group;           // inputs that share a scale, of 4 bits: a multiple of 32
+  const void* scales;  // of codes: [N / 32, 32], of 8 bits; or for each group [N / 32, K / group, 1 or 2, 32]: scales, offsets
+  Dtype scale_dtype;
+  int group;           // inputs that share a scale: a multiple of 32; 0: all of them
+  int zero;            // code of 0: a weight is scale (code - zero), and what its group adds
+  bool offsets;        // each group adds an offset,
+  bool scaled;         // in multiples of its scale
   int threads;
 };
 

@@ -171,7 +171,10 @@ class ModelCard(BaseModel):
     root: str
     max_model_len: int
     compression: Optional[Compression] = Field(description="null for a model that does not compress.")
-    quantization: Optional[str] = Field(description="int8 or int4, type of the weights; null: that of activations.")
+    quantization: Optional[str] = Field(
+        description="int8 or int4, type of the weights; or compressed-tensors, gptq, awq or gguf, format of quantized "
+        "files; null: the type of activations."
+    )
 
 
 class ModelList(BaseModel):

@@ -5,16 +5,20 @@ The file is read through the ``gguf`` library and presented as the Hugging Face 
 (:mod:`.tokenizer`). From there on the Hugging Face reader checks and maps it as any directory.
 """
 
+import atexit
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 
-from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint import codes, mapping
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.formats.base import Given, Row, Source, model_rows, weight_row
 from megatron.dmc.checkpoint.formats.gguf import tokenizer
 from megatron.dmc.checkpoint.formats.gguf.config import hf_config
 from megatron.dmc.checkpoint.formats.gguf.metadata import Metadata, open_file
 from megatron.dmc.checkpoint.formats.gguf.weights import hf_tensors, stored_types
+from megatron.dmc.checkpoint.manifest import write_files
 
 MAGIC = b"GGUF"
 
@@ -34,12 +38,36 @@ def open_model(path: Path, given: Given = Given()) -> Source:
             tokenizer that is not understood, by its name.
     """
     directory, metadata, notes = _directory(path, given)
-    files = tokenizer.files(metadata, directory.config)
-    files["config.json"] = json.dumps(directory.config, indent=2).encode()
-    source = hf.source_of(directory, files)
+    source = hf.source_of(directory, _small_files(directory, metadata))
     source.kind = f"{source.kind}, {stored_types(metadata)}"
     source.notes = notes + source.notes
     return source
+
+
+def open_directory(path: Path, given: Given = Given()) -> hf.HFDirectory:
+    """A GGUF file as the directory of its model, in the codes that it has. Raises ``ValueError`` as
+    :func:`open_model` does.
+    """
+    directory, metadata, _ = _directory(path, given)
+    tokenizer.files(metadata, directory.config)  # enters the special tokens into the configuration
+    return directory
+
+
+def small_files(path: Path) -> Path:
+    """Directory with a model's tokenizer, generation configuration and config.json: ``path`` itself, unless it is a
+    GGUF file.
+    """
+    return _unpacked(path) if matches(path) else path
+
+
+@cache
+def _unpacked(path: Path) -> Path:
+    """Small files of a GGUF file in a directory that is there until the process ends."""
+    directory, metadata, _ = _directory(path, Given())
+    folder = tempfile.TemporaryDirectory(prefix="dmc-gguf-")
+    atexit.register(folder.cleanup)
+    write_files(Path(folder.name), _small_files(directory, metadata))
+    return Path(folder.name)
 
 
 def describe(path: Path) -> list[Row]:
@@ -53,6 +81,7 @@ def describe(path: Path) -> list[Row]:
         *model_rows(model),
         weight_row(directory.tensors.values()),
         ("stored as", f"{stored_types(metadata)}, {path.stat().st_size:,} bytes"),
+        ("codes", codes.summary(directory.tensors.values())),
         ("tokenizer", tokenizer.kind(metadata)),
         ("license", metadata.text("general.license", "")),
     ]
@@ -68,4 +97,12 @@ def _directory(path: Path, given: Given) -> tuple[hf.HFDirectory, Metadata, list
         notes.append(
             f"weights stored as {stored_types(metadata)} are read as {config['torch_dtype']}; --dtype for another"
         )
-    return hf.HFDirectory(path, config, tensors, hf.shard_layout(tensors)), metadata, notes
+    quantization = "gguf" if codes.summary(tensors.values()) else None
+    layout = hf.shard_layout(tensors)
+    return hf.HFDirectory(path, config, tensors, layout, quantization=quantization), metadata, notes
+
+
+def _small_files(directory: hf.HFDirectory, metadata: Metadata) -> dict[str, bytes]:
+    """Tokenizer, generation configuration and config.json, name -> content."""
+    files = tokenizer.files(metadata, directory.config)
+    return {**files, "config.json": json.dumps(directory.config, indent=2).encode()}

@@ -1,4 +1,6 @@
-"""Tensors of a GGUF file under transformers' names, dequantized row by row as they are read."""
+"""Tensors of a GGUF file under transformers' names: codes where the type has them, else dequantized row by row as they
+are read.
+"""
 
 from collections import Counter
 from typing import Any, Optional
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron.dmc.checkpoint import mapping
+from megatron.dmc.checkpoint.codes import CodedTensor
 from megatron.dmc.checkpoint.formats.base import compare_names
+from megatron.dmc.checkpoint.formats.gguf.blocks import TYPES
 from megatron.dmc.checkpoint.formats.gguf.metadata import Metadata
 from megatron.dmc.checkpoint.tensors import Lazy
 
@@ -32,14 +36,32 @@ class GGUFTensor(Lazy):
         self.dtype = dtype
         self._type = tensor.tensor_type
         self._rows = tensor.data  # [rows, bytes or elements of a row], a view of the file
-        self._order = stored_order(self.shape[0], heads) if heads else None
+        self._stored = stored_order(self.shape[0], heads) if heads else None
+
+    def stored_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows as they lie in the file."""
+        return self._rows[start:stop] if self._stored is None else self._rows[self._stored[start:stop]]
 
     def read_into(self, out: Tensor, start: int) -> None:
         from gguf import dequantize
 
-        stop = start + out.shape[0]
-        rows = self._rows[start:stop] if self._order is None else self._rows[self._order[start:stop]]
-        out.copy_(torch.from_numpy(np.require(dequantize(rows, self._type), requirements="CW")).view(out.shape))
+        numbers = dequantize(self.stored_rows(start, start + out.shape[0]), self._type)
+        out.copy_(torch.from_numpy(np.require(numbers, requirements="CW")).view(out.shape))
+
+
+class GGUFCodes(CodedTensor):
+    """One matrix of a GGUF file whose type is among :data:`blocks.TYPES`. Arguments as :class:`GGUFTensor`."""
+
+    def __init__(self, metadata: Metadata, name: str, dtype: torch.dtype, heads: Optional[int] = None) -> None:
+        self._tensor = GGUFTensor(metadata, name, dtype, heads)
+        self._type = TYPES[metadata.tensors[name].tensor_type.name]
+        self.name, self.shape, self.dtype = self._tensor.name, self._tensor.shape, dtype
+        self.layout = self._type.layout
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(np.require(self._tensor.stored_rows(start, stop), requirements="CW"))
+        codes, scales = self._type.read(rows.view(torch.uint8).unflatten(1, (-1, self._type.nbytes)))
+        return codes.flatten(1), scales.flatten(1, 2)
 
 
 def stored_order(rows: int, heads: int) -> np.ndarray:
@@ -69,7 +91,8 @@ def hf_tensors(
         heads = None
         if metadata.architecture == "llama" and name.endswith((".q_proj.weight", ".k_proj.weight")):
             heads = model.num_attention_heads if ".q_proj." in name else model.kv_heads
-        tensors[name] = GGUFTensor(metadata, stored, dtype, heads)
+        coded = metadata.tensors[stored].tensor_type.name in TYPES and len(metadata.tensors[stored].shape) == 2
+        tensors[name] = (GGUFCodes if coded else GGUFTensor)(metadata, stored, dtype, heads)
     return tensors, dtype
 
 
