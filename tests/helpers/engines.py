@@ -47,6 +47,16 @@ class Model:
         return Engine(self.path, EngineConfig(**settings))
 
 
+def prompt_scores(engine: Engine, prompt: list[int]) -> Tensor:
+    """Log-probabilities of a prompt's tokens but the first."""
+    engine.add_request("a", prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    entries = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
+    return torch.tensor([entry.logprob for entry in entries if entry is not None])
+
+
 def drain(engine: Engine, check: bool = True) -> dict[tuple[str, int], list[StepOutput]]:
     """Run to the end; outputs by (request, answer). Integrity is checked after every step, and all pages are back."""
     found: dict[tuple[str, int], list[StepOutput]] = {}

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from helpers.engines import prompt_scores
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.dmc.checkpoint.codes import CodedTensor
 from megatron.dmc.checkpoint.formats import hf
 from megatron.dmc.checkpoint.tensors import Lazy
-from megatron.dmc.inference import EngineConfig, SamplingParams, dummy
-from megatron.dmc.inference.engine import Engine
+from megatron.dmc.inference import Engine, EngineConfig, dummy
 
 
 class Numbers(Lazy):
@@ -37,15 +37,9 @@ def as_numbers(directory: hf.HFDirectory) -> hf.HFDirectory:
     return replace(directory, tensors=tensors, quantization=None)
 
 
-def log_probs(directory: hf.HFDirectory, prompt: Tensor, **settings: object) -> Tensor:
+def log_probs(directory: hf.HFDirectory, prompt: Tensor) -> Tensor:
     """Log-probabilities of a prompt's tokens but the first, by the engine in fp32."""
-    engine = Engine(directory, EngineConfig(**{"dtype": "float32", "max_num_seqs": 1, **settings}))
-    engine.add_request("a", prompt.tolist(), SamplingParams(max_tokens=1, prompt_logprobs=0))
-    outputs = []
-    while engine.has_unfinished():
-        outputs += engine.step()
-    entries = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
-    return torch.tensor([entry.logprob for entry in entries if entry is not None])
+    return prompt_scores(Engine(directory, EngineConfig(dtype="float32", max_num_seqs=1)), prompt.tolist())
 
 
 CONFIG = {

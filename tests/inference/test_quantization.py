@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.engines import prompt_scores
 from safetensors.torch import save_file
 
 from megatron.dmc.checkpoint.formats import hf
@@ -75,28 +76,18 @@ def test_layers_take_any_number_of_rows(method: str, inputs: int) -> None:
             assert rows == 0 or _error(got, want) <= ERROR[method]
 
 
-def _scores(engine: Engine, prompt: list[int]) -> torch.Tensor:
-    """Log-probabilities of the prompt's tokens."""
-    engine.add_request("a", prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))
-    outputs = []
-    while engine.has_unfinished():
-        outputs += engine.step()
-    entries = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
-    return torch.tensor([entry.logprob for entry in entries if entry is not None])
-
-
 @pytest.mark.parametrize("method, bound", [("int8", 0.01), ("int4", 0.03)])
 def test_an_engine_on_quantized_weights(path: Path, method: str, bound: float) -> None:
     """Smaller, in bfloat16 whatever the files have, and nearly the same log-probabilities, prefilled or decoded."""
     prompt = torch.randint(0, 100, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     settings = {"max_num_seqs": 1, "enable_prefix_caching": False}
     plain = Engine(path, EngineConfig(dtype="bfloat16", **settings))
-    want = _scores(plain, prompt)
+    want = prompt_scores(plain, prompt)
     for chunk in (512, 1):
         engine = Engine(path, EngineConfig(quantization=method, max_num_batched_tokens=chunk, **settings))
         assert engine.model.dtype == torch.bfloat16 and method in engine.model.forms()
         assert engine.model.nbytes() < plain.model.nbytes()
-        assert _error(_scores(engine, prompt), want.double()) <= bound
+        assert _error(prompt_scores(engine, prompt), want.double()) <= bound
 
 
 @pytest.mark.parametrize("method", ["dmc", "dms"])

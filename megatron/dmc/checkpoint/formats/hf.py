@@ -322,8 +322,8 @@ def source_of(directory: HFDirectory, files: Optional[dict[str, bytes]] = None) 
     notes = [f"left out (computed from the configuration): {', '.join(dropped[:3])}{more}"] if dropped else []
     if directory.foreign:
         notes.append(directory.foreign.note())
-    if stored := codes.summary(tensors.values()):
-        notes.append(f"quantized weights are read as numbers: {stored}")
+    if directory.quantization not in (None, "gguf"):  # whose own note says what they are read as
+        notes.append(f"quantized weights are read as numbers: {codes.summary(tensors.values())}")
     manifest = _manifest(block, family, directory.path)
     weight_map = safetensors_names({name: directory.weight_map[name] for name in tensors})
     files = {**files, SHARDS_FILE: json.dumps(weight_map, indent=1).encode()}
