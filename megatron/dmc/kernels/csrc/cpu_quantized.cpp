@@ -191,10 +191,12 @@ template <class T, int BITS, class S> struct Quantized {
         multiply<BITS, R>(codes + i * kCodeBytes<BITS>, stride, w, products);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) {
-        vf scale = grouped ? load(scales + v * VW) : splat(1);
+        vf scale = grouped ? load(scales + v * VW) : vf{};
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++)
-          sum[r][v] += __builtin_convertvector(products[r][v], vf) * scale * splat(x.scales[at + r * x.groups]);
+        for (int r = 0; r < R; r++) {
+          vf y = __builtin_convertvector(products[r][v], vf);
+          sum[r][v] += (grouped ? y * scale : y) * splat(x.scales[at + r * x.groups]);
+        }
         if (!offsets) continue;
         vf offset = load(scales + kPanel + v * VW);
         if (p.scaled) offset *= scale;
