@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from megatron.dmc.config import DISTILLED_TOKENS
+from megatron.dmc.kernels.cpu_tuning import empty_in_huge_pages
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ class _Distill(torch.autograd.Function):
             grad = hidden.new_empty(labels.numel(), weight.size(0))
         elif needs_hidden:
             grad = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        # The same memory for all parts: on a CPU, fresh pages cost as much as the arithmetic on them.
+        # The same memory for all parts, in huge pages: on a CPU, fresh pages cost as much as the arithmetic on them.
         size = (min(DISTILLED_TOKENS, labels.numel()), weight.size(0))
-        buffers = torch.empty(3, *size, dtype=wide, device=hidden.device)
+        buffers = empty_in_huge_pages((3, *size), wide, hidden.device)
         narrow = hidden.new_empty(size) if hidden.dtype != wide else None
         for start in range(0, labels.numel(), DISTILLED_TOKENS):
             at = slice(start, start + DISTILLED_TOKENS)
