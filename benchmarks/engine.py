@@ -52,7 +52,7 @@ DECODE_TARGETS = {
 }
 """Method, compression ratio and type of the cache -> (shortest context, times the tokens per second of CR 1)."""
 SIGNALS = 64  # channels of the embedding that decide
-STEPS, ROUNDS = 4, 15  # decoding steps per measurement, measurements
+STEPS, ROUNDS = 4, 7  # decoding steps per measurement, measurements
 PAGE, FILL = 16, 8192  # slots of a page; tokens of a step while contexts are filled in
 
 
