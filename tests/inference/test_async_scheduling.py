@@ -225,6 +225,45 @@ def test_a_step_that_raises_while_another_is_queued(seed: int | None, models, mo
         assert ids_of(found[key]) == ids_of(outputs)
 
 
+@pytest.mark.parametrize("fails_at", [3, 4, 5])
+def test_a_step_that_has_failed_before_the_host_knows(fails_at: int, models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that the host copies and frees between the failure and its report are copied and freed, so snapshots hold
+    what they are thought to hold.
+    """
+    model = models("half")
+    engine = model.engine(async_scheduling=True, prefix_cache_min_tokens=4, max_num_seqs=3, max_num_batched_tokens=24)
+    forward, launch, calls = engine.model.forward, engine.runner.launch, []
+
+    def fail_once(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise RuntimeError("out of memory")
+        return forward(*args)
+
+    def launch_and_end(scheduled: list) -> StepInFlight:
+        step = launch(scheduled)
+        engine.queue.synchronize()
+        return step
+
+    monkeypatch.setattr(engine.model, "forward", fail_once)
+    monkeypatch.setattr(engine.runner, "launch", launch_and_end)
+    prompts = [model.prompt(30), model.prompt(30), model.prompt(41, 2), model.prompt(20, 3)]
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, GREEDY)
+    found, failures = {str(i): [] for i in range(len(prompts))}, 0
+    while engine.has_unfinished():
+        try:
+            for output in engine.step():
+                found[output.request_id].append(output)
+        except RuntimeError as error:
+            assert str(error) == "out of memory"
+            failures += 1
+        engine.cache.check_integrity()
+    assert failures == 1
+    assert [ids_of(outputs) for outputs in found.values()] == [model.answer(prompt) for prompt in prompts]
+    all_back(engine)
+
+
 def test_nan_in_flight(models) -> None:
     """A sequence whose logits are NaN ends alone, although its next step was launched."""
     model = models("half")
@@ -246,8 +285,9 @@ def test_a_queue_keeps_order_and_stops_at_a_failure() -> None:
         assert queue.submit(lambda seen=seen: seen.append(torch.is_inference_mode_enabled())).result() is None
         broken = queue.submit(lambda: 1 / 0)
         after = queue.submit(lambda seen=seen: seen.append("not run"))
+        queue.order(lambda seen=seen: seen.append("ordered"))
         for future in (broken, after):
             with pytest.raises(ZeroDivisionError):
                 future.result()
         queue.reset()
-        assert queue.submit(lambda: 5).result() == 5 and seen == [1, threaded]
+        assert queue.submit(lambda: 5).result() == 5 and seen == [1, threaded, "ordered"]

@@ -42,7 +42,7 @@ class DeviceQueue:
         self._failure: Optional[BaseException] = None
 
     def submit(self, work: Callable[[], T]) -> Done | Future[T]:
-        """Submit work with a result. Nothing runs after work that has failed, until :meth:`reset`: the result is the
+        """Submit work with a result. None of it runs after work that has failed, until :meth:`reset`: the result is the
         same exception.
         """
         if self._thread is not None:
@@ -50,11 +50,13 @@ class DeviceQueue:
         return Done(lambda: self._run(work))
 
     def order(self, work: Callable[[], object]) -> None:
-        """Submit work whose result nobody needs. What it raises on a thread comes out of the work submitted next."""
+        """Submit work whose result nobody needs. It runs after work that has failed too: the host does not know of the
+        failure yet, and counts on it. What it raises on a thread comes out of the work submitted next.
+        """
         if self._thread is None:
             work()
         else:
-            self.submit(work)
+            self._thread.submit(self._run_ordered, work)
 
     def synchronize(self) -> None:
         """Wait until a thread has done all that was submitted; kernels on a stream are not waited for."""
@@ -66,6 +68,13 @@ class DeviceQueue:
         self.synchronize()
         self._failure = None
 
+    @torch.inference_mode()  # which holds for one thread
+    def _run_ordered(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._failure = self._failure or error
+
     def _run(self, work: Callable[[], T]) -> T:
         if self._failure is not None:
             raise self._failure
@@ -75,7 +84,7 @@ class DeviceQueue:
             self._failure = error
             raise
 
-    @torch.inference_mode()  # which holds for one thread
+    @torch.inference_mode()
     def _run_inference(self, work: Callable[[], T]) -> T:
         return self._run(work)
 
