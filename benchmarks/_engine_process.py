@@ -8,8 +8,6 @@ own thread while no client speaks to it; ``alone`` has the engine of the same ar
 stdin is a job, the keyword arguments of :func:`_streams.offline` as JSON; the answer is a line of stdout, its times.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json

@@ -7,8 +7,6 @@ n}; the answer is a line {"seconds": s} on stdout once every prompt has n more t
 The first line says {"version": v}, when the model is loaded. Nothing of this package is imported but by its own engine.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -15,8 +15,6 @@ random model of the shape of SmolLM2-135M, which only llama.cpp cannot run.
 Target: no peer has more tokens per second than our engine in any case, by the median of the ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

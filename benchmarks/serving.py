@@ -37,8 +37,6 @@ load
     SIGTERM ends the server with status 0.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

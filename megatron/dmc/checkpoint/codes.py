@@ -2,8 +2,6 @@
 codes that the file has.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The checkpoint with the frozen weights of a run that trained adapters only (``--freeze-base``). No torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -2,8 +2,6 @@
 model has them, and so has this package's plugin for vLLM.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional

@@ -1,7 +1,5 @@
 """Linear layers of the serving model, each in the form that its device multiplies fastest; chosen once, at load."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Optional, Protocol
 

@@ -1,7 +1,5 @@
 """Compression loss: a hinge on the slots that the whole model keeps, per sequence."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """Web application of the server: endpoints of OpenAI's API, of vLLM's tokenizer API, and for operators."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ Lines are OpenAI's batch lines (``custom_id``, ``method``, ``url``, ``body``), o
 go on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

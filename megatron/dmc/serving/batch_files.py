@@ -5,8 +5,6 @@ leaves behind is at most one torn line at the end, which is cut off when the nex
 done.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import gzip

@@ -1,7 +1,5 @@
 """A run of ``dmc batch``: files, engine, signals and progress around the :class:`BatchRunner`."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ Any OpenAI-compatible server will do. Random prompts are made of tokens that the
 server without it, name a tokenizer or a file of prompts.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

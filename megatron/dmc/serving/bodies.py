@@ -1,7 +1,5 @@
 """Bodies of requests as they come in: bounded in size, in time, and in the memory of all that are not complete."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping

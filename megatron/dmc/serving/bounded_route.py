@@ -1,7 +1,5 @@
 """Route of the web application that bounds a request's elements before its types are checked."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Coroutine
 from typing import Any

@@ -1,7 +1,5 @@
 """Chat templates: where one comes from, what it may be given, and whether it walks over the parts of a message."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

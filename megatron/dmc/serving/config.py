@@ -1,7 +1,5 @@
 """Settings of the server, of batch jobs and of the load generator."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

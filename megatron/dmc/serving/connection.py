@@ -5,8 +5,6 @@ request, sends its headers without end, or never reads its response. Its ``limit
 requests, so silent connections take descriptors until none is left.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable

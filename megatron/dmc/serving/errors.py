@@ -1,7 +1,5 @@
 """Errors of requests: OpenAI's error object, and the HTTP status that goes with it."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Optional

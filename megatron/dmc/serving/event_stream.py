@@ -1,7 +1,5 @@
 """HTTP responses of the server: JSON, errors, and streams of server-sent events that end when the client leaves."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Awaitable, Callable

@@ -1,7 +1,5 @@
 """Settings of the server's connections: limits, TLS, proxies and browsers. Names are uvicorn's and vLLM's."""
 
-from __future__ import annotations
-
 import json
 import resource
 import ssl

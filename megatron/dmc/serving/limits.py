@@ -3,8 +3,6 @@ a wrong element costs pydantic some 4 KB and 0.1 ms for its error, so a body of 
 gigabytes. A list of token ids costs 0.2 us for each.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.dmc.serving.errors import invalid

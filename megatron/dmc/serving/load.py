@@ -1,7 +1,5 @@
 """Load generator of ``dmc bench serve``: requests to an OpenAI-compatible server, timed token by token, and figures."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import resource

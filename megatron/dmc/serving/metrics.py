@@ -4,8 +4,6 @@ The prefix of every name is ``dmc:``, or ``vllm:`` with ``--metrics-prefix vllm`
 ``model_name`` and ``engine``, which is 0. Metrics of HTTP and of the process have their usual names and no such labels.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """OpenAPI schema of the server: FastAPI's, with the ranges that parameters have, and a page that shows it."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterator
 from typing import Any

@@ -5,8 +5,6 @@ are sent to the others with the next step, over a gloo group of their own. The r
 itself, or by torchrun.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

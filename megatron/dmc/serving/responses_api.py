@@ -1,7 +1,5 @@
 """OpenAI's Responses API over chat completions: a request becomes one, and its response or chunks become items."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Iterable, Iterator

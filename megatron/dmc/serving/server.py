@@ -1,7 +1,5 @@
 """Process of ``dmc serve``: a bound port, an engine, uvicorn, and a shutdown in which every request gets a response."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy

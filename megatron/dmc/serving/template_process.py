@@ -5,8 +5,6 @@ has no bound on time or memory, and Python cannot stop a thread. The process ren
 transformers' own ``apply_chat_template``, without torch and without the model's tokenizer.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import resource

@@ -1,7 +1,5 @@
 """Bytes of tokens, and where each token of a choice begins in its text."""
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections.abc import Callable, Collection, Sequence

@@ -11,8 +11,6 @@ mistral     Mistral: [TOOL_CALLS][{"name": ..., "arguments": {...}}], since toke
             with [ARGS] between name and arguments
 """
 
-from __future__ import annotations
-
 import json
 import re
 from abc import ABC, abstractmethod

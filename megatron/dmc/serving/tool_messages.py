@@ -1,7 +1,5 @@
 """Messages and deltas of chats with tools, from the text that the model writes."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any, Optional
 

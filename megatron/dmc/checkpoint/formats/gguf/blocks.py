@@ -3,8 +3,6 @@
 The others (Q2_K, Q3_K, Q6_K, and the IQ types) have scales for 16 inputs or look numbers up in tables.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

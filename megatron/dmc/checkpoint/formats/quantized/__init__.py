@@ -10,8 +10,6 @@ in the place of a matrix, read as one :class:`~megatron.dmc.checkpoint.codes.Cod
 Weights alone: what also rounds activations or the cache is refused, by its key.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Optional
 

@@ -11,8 +11,6 @@ Of a matrix X.weight [outputs, inputs] a directory has
 - X.weight_shape, of the matrix.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Optional

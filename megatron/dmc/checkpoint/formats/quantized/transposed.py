@@ -14,8 +14,6 @@ point of 0 borrows from the next one; they are added to whole words here, which 
 ``convert_gptq_v1_to_v2_format_module``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
