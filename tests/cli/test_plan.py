@@ -101,7 +101,7 @@ def test_shipped_configurations_fit_80_gb(name, capsys):
 
 
 def test_every_shipped_configuration_is_planned():
-    assert set(plan.shipped()) == {*GPUS, *ADAPTERS, "retrofit", "smollm2-135m-dms"}
+    assert set(plan.shipped()) == {*GPUS, *ADAPTERS, "retrofit", "smollm2-135m-dms", "smollm2-135m-dmc"}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
