@@ -287,7 +287,7 @@ def test_adapters_on_quantized_weights(tmp_path: Path, caplog: pytest.LogCapture
     """Whether they were trained on what the weights were made from cannot be told, which is said."""
     directory = hf.HFDirectory(tmp_path, {}, {}, {}, adapter=tmp_path / "a", quantization="gptq")
     found = adapter.Adapter(tmp_path / "a", {}, None, "some/model", "0" * 64, {})
-    with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
+    with caplog.at_level(logging.WARNING, "megatron.dmc"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "open_adapter", lambda path: found)
         adapter.check_base(directory)
     assert "has quantized weights (gptq); whether they were made from some/model" in caplog.text
