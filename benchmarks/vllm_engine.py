@@ -262,13 +262,13 @@ def make_jobs(args: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dic
 
 @dataclasses.dataclass
 class Start:
-    """What the servers of one start did, by their names."""
+    """Figures and answers of all servers that were started together, by the names of the servers."""
 
     times: dict[str, list[float]]
     """Milliseconds of a sequence's token, in each round."""
     sequences: dict[str, int]
     answers: dict[str, list[list[int]]]
-    """Of plain models, as their calls are."""
+    """Greedy token ids of the plain models alone: [prompts][tokens]."""
     calls: dict[str, Counter[str]]
 
     def faster(self, name: str, than: str) -> float:

@@ -77,7 +77,7 @@ class _Input:
     cached: list[Tensor]
     """Logits that the last of the sampling sequences had in the prefix cache: [vocabulary] each."""
     states: list[SamplerState]
-    """Of the n sequences that sample."""
+    """Sampling states of the n sequences that sample."""
     sampling_rows: Optional[Tensor]
     """Cache rows of the sequences that sample: int32 [n]; None unless steps overlap."""
     filling: Optional[Future[TokenMasks]]

@@ -21,7 +21,7 @@ class BlockType(NamedTuple):
 
     layout: Layout
     nbytes: int
-    """Of a block."""
+    """Size of a block in the file, in bytes."""
     read: Read
 
 
