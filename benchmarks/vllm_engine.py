@@ -24,8 +24,8 @@ a core from whoever's turn is next. ``--compile`` gives vLLM torch.compile, whic
 ``--methods`` without a name measures the plain models alone.
 
 Targets (--check) of DMC at CR 4 and 8,192 tokens or more: 3.5 times the sequences of the plain model in vLLM and 3
-times its tokens per second, and 0.95 of the engine's. Of plain models: with and without the plugin the same tokens and
-the same calls.
+times its tokens per second, and 0.95 of the engine's. Of plain models: with and without the plugin the same tokens, the
+same calls, and tokens per second within 3%, which few starts cannot tell.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from _common import add_device, arguments, finish, interleave, ratio, resolve_de
 from engine import ROUNDS, STEPS, StandIn, filled, prompts, room, write_model
 
 PLAIN, WITHOUT = "vllm plain", "vllm plain, no plugin"
-SEQUENCES_TARGET, TOKENS_TARGET, ENGINE_TARGET = 3.5, 3.0, 0.95
+SEQUENCES_TARGET, TOKENS_TARGET, ENGINE_TARGET, PLAIN_TARGET = 3.5, 3.0, 0.95, 0.03
 LONG = 8192  # tokens from which on targets hold
 BLOCK = 128  # tokens of vLLM's blocks on CPUs
 
@@ -335,6 +335,9 @@ def compare(args: argparse.Namespace, jobs: dict[str, dict[str, Any]]) -> tuple[
 def missed_targets(args: argparse.Namespace, figures: dict[str, Any]) -> list[str]:
     same = {"gives the same tokens": "plain_same_tokens", "makes the same calls": "plain_same_calls"}
     missed = [f"not every start of a plain model {what}" for what, name in same.items() if not figures[name]]
+    plain = figures[WITHOUT]["tokens_ratio"]["median"]
+    if abs(plain - 1) > PLAIN_TARGET:
+        missed.append(f"without the plugin a plain model has {plain:.3f} of the tokens per second")
     if "dmc" not in args.methods or args.context < LONG or args.compression_ratio != 4:
         return missed
     found = figures["vllm dmc"]

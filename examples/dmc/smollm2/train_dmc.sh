@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DMC on SmolLM2-135M: all weights, distilled from the original model, to 4x. One core with bf16 instructions (--bf16)
-# takes an hour for its 340 steps of 1,024 tokens.
+# DMC on SmolLM2-135M: all weights, distilled from the original model, towards 4x, in 340 steps of 1,024 tokens. A step
+# takes 5.5 s on one core with bf16 instructions (--bf16). The stages have not been run to their end yet.
 #
 #   examples/dmc/smollm2/train_dmc.sh DIR [flags of dmc train]
 #
